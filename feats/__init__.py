@@ -1,0 +1,1 @@
+"""Stage 1: image-text pairs -> encoders -> HDF5 feature caches."""

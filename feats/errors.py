@@ -1,0 +1,13 @@
+"""The two ways stage 1 can fail: the whole command, or one row."""
+
+
+class UsageError(Exception):
+    """Arguments or input that no run can work with.
+
+    The message says what was found, what was expected and what to do next. Scripts print it as one line
+    on stderr and exit with status 2.
+    """
+
+
+class RowError(Exception):
+    """One pair that can't be encoded. The row is quarantined with this message as its reason; the run goes on."""

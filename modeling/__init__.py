@@ -1,0 +1,1 @@
+"""Stage 2: cached features -> heads -> runs, predictions, reports."""
