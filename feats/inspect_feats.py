@@ -1,0 +1,59 @@
+"""Print what is in feature caches: schema, counts, fingerprint, quarantined rows with reasons; --verify reads all."""
+
+import sys
+from argparse import ArgumentParser
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from feats.errors import UsageError
+from feats.store import STATUS_NAMES, FeatureStore
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description=__doc__,
+        epilog="Exit status: 0 all well; 2 a file is no cache, is damaged, or (--verify) holds a damaged chunk.",
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="caches, e.g. saved/feats/clip_train.h5")
+    parser.add_argument("--verify", action="store_true", help="read every chunk and check checksums and values")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    sound = True
+    for path in args.files:
+        try:
+            with FeatureStore.open(path) as store:
+                print(describe(store))
+                if args.verify:
+                    problems = store.verify()
+                    for problem in problems:
+                        print(f"error: {path}: {problem}", file=sys.stderr)
+                    print(f"  verify: {f'{len(problems)} problems' if problems else 'every chunk is sound'}")
+                    sound &= not problems
+        except UsageError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sound = False
+    return 0 if sound else 2
+
+
+def describe(store: FeatureStore) -> str:
+    """A few lines that say what the cache holds."""
+    counts = Counter(store.status.tolist())
+    states = ", ".join(f"{counts[status]} {name}" for status, name in STATUS_NAMES.items() if counts[status])
+    labels = ", ".join(f"{tag or '(none)'} {n}" for tag, n in Counter(store.tags.tolist()).most_common())
+    lines = [f"{store.path}: {len(store)} rows ({states}), {'complete' if store.complete else 'INCOMPLETE'}"]
+    lines.append(f"  labels: {labels}")
+    lines += [f"  {name:<12} {str(shape):<18} {dtype}" for name, (shape, dtype) in sorted(store.schema.items())]
+    lines.append("  fingerprint:")
+    lines += [f"    {key}: {value}" for key, value in store.fingerprint.items()]
+    if store.reasons:
+        lines.append("  quarantine:")
+        lines += [f"    {row}: {reason}" for row, reason in store.reasons.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

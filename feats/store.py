@@ -1,0 +1,632 @@
+"""The HDF5 feature cache: create, resume, write, read, validate.
+
+Every dataset is chunked, checksummed (fletcher32) and allocated in full at creation, filled with NaN, so that writing
+never changes the file's structure: a killed writer can only tear the chunks it was writing, a full disk shows at
+creation, and a row that was never written reads as NaN, not as zeros. Rows are written in blocks that share no chunk
+with other rows; a row's status becomes `DONE` only after its features are on disk.
+
+The file format stays below HDF5 1.10: from there on a killed writer leaves a mark that makes the library refuse the
+file until a separate tool clears it.
+"""
+
+import csv
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from filelock import FileLock, Timeout
+
+from feats.errors import UsageError
+
+FORMAT_VERSION = 1
+PENDING, DONE, QUARANTINED = 0, 1, 2
+STATUS_NAMES = {PENDING: "pending", DONE: "done", QUARANTINED: "quarantined"}
+
+CHUNK_BYTES = 1 << 20
+CHECKSUM_BYTES = 4  # fletcher32, behind each chunk
+LIBVER = ("v108", "v108")
+MIN_TAG_BYTES = 32  # room for labels corrected later
+
+# One value per row beside the features. The hashes let a later run see that a row's content changed, and let stage 2
+# find duplicates without opening a picture or a tweet.
+ROW_FACTS = {
+    "n_tokens": np.int32,
+    "truncated": np.uint8,
+    "img_hash": np.uint64,  # of the picture file's bytes
+    "img_bytes": np.int64,  # the picture file's size
+    "txt_hash": np.uint64,  # of the decoded, uncleaned text
+    "txt_key": np.uint64,  # of the text as compared for duplicates: cleaned, case folded
+}
+
+
+class CacheError(UsageError):
+    """A cache file that is damaged, foreign or in use."""
+
+
+class MissingRowsError(UsageError):
+    """Rows asked for that the cache doesn't hold. `absent`, `pending` and `quarantined` list their ids."""
+
+    def __init__(self, path: Path, absent: list[str], pending: list[str], quarantined: list[str]):
+        self.absent, self.pending, self.quarantined = absent, pending, quarantined
+        parts = [
+            f"{len(ids)} {what} ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''})"
+            for what, ids in (("not in it", absent), ("not encoded yet", pending), ("in quarantine", quarantined))
+            if ids
+        ]
+        super().__init__(f"{path} lacks rows: {'; '.join(parts)}. Leave them out, or run the extraction again")
+
+
+class FeatureStore:
+    """One cache file. Make one with `create`, `append` or `open`; use it as a context manager.
+
+    Attributes: `path`, `ids` (N,) str, `tags` (N,) str, `status` (N,) uint8, `fingerprint` (dict), `plan` (dict: how
+    the rows are cut into blocks), `reasons` (id -> why it is in quarantine), `repaired` (rows whose chunks a killed
+    writer had torn, pending again).
+    """
+
+    def __init__(self, path: Path, file: h5py.File, lock: FileLock | None = None):
+        self.path = path
+        self._file = file
+        self._lock = lock
+        self._positions: dict[str, int] | None = None
+        self._trusted: set[str] = set()
+        self.repaired = 0
+        try:
+            with _damage(path, "its structure"):
+                version = file.attrs.get("format_version")
+                if version != FORMAT_VERSION:
+                    raise CacheError(f"{path} has cache format {version}, expected {FORMAT_VERSION}; {_REMEDY}")
+                self.fingerprint: dict[str, Any] = json.loads(file.attrs["fingerprint"])
+                self.plan: dict[str, Any] = json.loads(file.attrs["plan"])
+            with _damage(path, "id"):
+                self.ids = np.char.decode(file["id"][:], "utf-8")
+            if lock is not None:
+                self._heal()
+            with _damage(path, "status"):
+                self.status: np.ndarray = file["status"][:]
+        except BaseException:
+            file.close()
+            raise
+        self.reasons = _read_reasons(self.quarantine_path)
+
+    # -- opening ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls,
+        path: Path | str,
+        ids: Sequence[str],
+        tags: Sequence[str],
+        fingerprint: Mapping[str, Any],
+        features: Mapping[str, tuple[int, ...]],
+        *,
+        block_rows: int = 512,
+        token_counts: np.ndarray | None = None,
+        plan: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> "FeatureStore":
+        """Make a cache with every row pending, and open it for writing.
+
+        `features` maps a dataset to the shape of one row, e.g. `{"img_feats": (512,)}`; all are float16.
+        `txt_tokens` is ragged: its row shape is (width,), and `token_counts` (N,) says how many rows each text has.
+        The file appears under its name only when it is whole.
+        Raises `CacheError` when the file exists (without `overwrite`), is in use, or the disk is full.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = _acquire(path)
+        unfinished = path.with_name(path.name + ".creating")
+        try:
+            if path.exists() and not overwrite:
+                raise CacheError(f"{path} exists; remove it or use --overwrite")
+            with _disk(path, "its creation was undone"):
+                with h5py.File(unfinished, "w", libver=LIBVER) as file:
+                    _lay_out(file, ids, tags, features, block_rows, token_counts)
+                    file.attrs["format_version"] = FORMAT_VERSION
+                    file.attrs["complete"] = False
+                    file.attrs["fingerprint"] = np.bytes_(json.dumps(fingerprint))
+                    file.attrs["plan"] = np.bytes_(json.dumps({**(plan or {}), "block_rows": block_rows}))
+                _sync_path(unfinished)
+                _quarantine_path(path).unlink(missing_ok=True)
+                os.replace(unfinished, path)
+                return cls(path, h5py.File(path, "r+", libver=LIBVER), lock)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            lock.release()
+            raise
+
+    @classmethod
+    def append(cls, path: Path | str) -> "FeatureStore":
+        """Open for writing. What a killed writer tore is made pending again (`repaired` counts those rows).
+
+        Raises `CacheError` when it is missing, damaged beyond the rows in flight, or being written by someone else.
+        """
+        path = Path(path)
+        lock = _acquire(path)
+        try:
+            return cls(path, _open(path, "r+"), lock)
+        except BaseException:
+            lock.release()
+            raise
+
+    @classmethod
+    def open(cls, path: Path | str) -> "FeatureStore":
+        """Open for reading. Raises `CacheError` when it is missing, damaged, or being written right now."""
+        path = Path(path)
+        return cls(path, _open(path, "r"))
+
+    def close(self) -> None:
+        try:
+            self._file.close()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def __enter__(self) -> "FeatureStore":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # -- facts --------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def complete(self) -> bool:
+        """Every row is done or in quarantine."""
+        return bool(self._file.attrs["complete"])
+
+    @property
+    def quarantine_path(self) -> Path:
+        return _quarantine_path(self.path)
+
+    @property
+    def tags(self) -> np.ndarray:
+        with _damage(self.path, "tag"):
+            return np.char.decode(self._file["tag"][:], "utf-8")
+
+    @property
+    def features(self) -> dict[str, tuple[int, ...]]:
+        """Dataset -> shape of one row, for the feature datasets; of one token for `txt_tokens`."""
+        return {name: d.shape[1:] for name, d in self._file.items() if d.dtype == np.float16}
+
+    @property
+    def schema(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Dataset -> (shape, dtype), for all of them."""
+        return {name: (d.shape, str(d.dtype)) for name, d in self._file.items()}
+
+    @property
+    def block_rows(self) -> int:
+        return self.plan["block_rows"]
+
+    def facts(self, name: str) -> np.ndarray:
+        """A dataset of `ROW_FACTS`, (N,); 0 where the row isn't done."""
+        with _damage(self.path, name):
+            return self._file[name][:]
+
+    def token_counts(self) -> np.ndarray:
+        """Tokens there is room for, per row (N,); only in a cache with `txt_tokens`."""
+        return np.diff(self._offsets)
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    def write(
+        self,
+        rows: np.ndarray,
+        status: np.ndarray,
+        arrays: Mapping[str, np.ndarray],
+        reasons: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write some rows: features and facts first, then, once those are on disk, their status.
+
+        `rows` (R,) ascending positions; `status` (R,) `DONE` or `QUARANTINED`; `arrays` maps datasets to (R, ...)
+        values, for `txt_tokens` to the concatenated tokens of all R texts; `reasons` says why, for the quarantined
+        ids. Features of rows that aren't `DONE` are stored as NaN.
+        Raises `CacheError` when the disk is full; what was done before stays readable.
+        """
+        with _disk(self.path, "the rows done so far are intact; free some space and run the same command again"):
+            neighbours = self._neighbours(rows)
+            unsettled = np.union1d(rows, neighbours)
+            if self.complete:
+                self._file.attrs["complete"] = False
+            if (self.status[unsettled] != PENDING).any():
+                self._set_status(unsettled, PENDING)
+            if reasons or self.reasons:
+                for i in self.ids[rows]:
+                    self.reasons.pop(i, None)
+                self.reasons.update(reasons or {})
+                _write_reasons(self.quarantine_path, self.reasons)
+            done = status == DONE
+            for name, values in arrays.items():
+                if name == "txt_tokens":
+                    self._write_ragged(rows, values)
+                else:
+                    if self._file[name].dtype == np.float16 and not done.all():
+                        values = np.where(done.reshape(-1, *[1] * (values.ndim - 1)), values, np.float16(np.nan))
+                    self._file[name][_selection(rows)] = values
+            self._sync()
+            self.status[rows] = status
+            self.status[neighbours] = DONE
+            self._set_status(unsettled, self.status[unsettled])
+
+    def finish(self) -> bool:
+        """Mark the cache complete if no row is pending; returns whether it is."""
+        done = not (self.status == PENDING).any()
+        with _disk(self.path, "the rows done so far are intact"):
+            if done and not self.complete:
+                self._file.attrs["complete"] = True
+            self._sync()
+        return done
+
+    def update_tags(self, tags: Sequence[str]) -> int:
+        """Bring the labels up to date; returns how many changed. Features don't depend on them.
+
+        Raises `CacheError` for a label that is longer than the cache has room for.
+        """
+        dataset = self._file["tag"]
+        room = dataset.dtype.itemsize
+        new = _encode(tags, room)
+        if new.dtype.itemsize > room:
+            raise CacheError(
+                f"{self.path} has room for labels of {room} bytes, the data set now has one of "
+                f"{new.dtype.itemsize}; shorten it, or make the cache again with --overwrite"
+            )
+        try:
+            changed = int((dataset[:] != new).sum())
+        except OSError:  # torn by a kill in the midst of an update
+            changed = len(new)
+        if changed:
+            dataset[:] = new
+            self._sync()
+        return changed
+
+    def _write_ragged(self, rows: np.ndarray, values: np.ndarray) -> None:
+        offsets = self._offsets
+        start = 0
+        for first, last in _runs(rows):
+            low, high = int(offsets[first]), int(offsets[last + 1])
+            self._file["txt_tokens"][low:high] = values[start : start + high - low]
+            start += high - low
+
+    @cached_property
+    def _offsets(self) -> np.ndarray:
+        with _damage(self.path, "txt_offsets"):
+            return self._file["txt_offsets"][:]
+
+    def _neighbours(self, rows: np.ndarray) -> np.ndarray:
+        """Done rows that share a chunk with `rows` without being among them: writing one endangers the other."""
+        shared = np.zeros(len(self), bool)
+        for name in self.features:
+            for first, last in _runs(rows):
+                shared[slice(*self._rows_sharing_chunks(name, first, last + 1))] = True
+        shared[rows] = False
+        return np.flatnonzero(shared & (self.status == DONE))
+
+    def _rows_sharing_chunks(self, name: str, first: int, stop: int) -> tuple[int, int]:
+        """The range of rows in the chunks of `name` that hold the rows first..stop."""
+        step = self._file[name].chunks[0]
+        if name != "txt_tokens":
+            return first // step * step, min(len(self), -(-stop // step) * step)
+        offsets = self._offsets
+        low, high = offsets[first] // step * step, -(-offsets[stop] // step) * step
+        return int(np.searchsorted(offsets, low, "right")) - 1, int(np.searchsorted(offsets[:-1], high, "left"))
+
+    def _set_status(self, rows: np.ndarray, status: np.ndarray | int) -> None:
+        self._file["status"][_selection(rows)] = status
+        self._sync()
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.id.get_vfd_handle())
+
+    def _heal(self) -> None:
+        """Make readable again what a killed writer left torn: chunks all of whose done rows were made pending."""
+        if self.complete:
+            return
+        dataset = self._file["status"]
+        step = dataset.chunks[0]
+        for low in range(0, len(self), step):
+            try:
+                dataset[low : low + step]
+            except OSError:
+                dataset[low : low + step] = PENDING
+        pending = dataset[:] == PENDING
+        offsets = self._offsets if "txt_tokens" in self._file else None
+        for name in [*self.features, *(n for n in ROW_FACTS if n in self._file)]:
+            dataset = self._file[name]
+            step = dataset.chunks[0]
+            for low in range(0, dataset.shape[0], step):
+                high = min(low + step, dataset.shape[0])
+                first, stop = low, high
+                if name == "txt_tokens":
+                    first = int(np.searchsorted(offsets, low, "right")) - 1
+                    stop = int(np.searchsorted(offsets[:-1], high, "left"))
+                if not pending[first:stop].any():
+                    continue
+                try:
+                    dataset[low:high]
+                except OSError:
+                    dataset[low:high] = np.full((high - low, *dataset.shape[1:]), dataset.fillvalue, dataset.dtype)
+                    self.repaired += int((~pending[first:stop]).sum())
+                    self._file["status"][first:stop] = PENDING
+        self._sync()
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def done_ids(self) -> np.ndarray:
+        """Ids of the rows that are done, in the cache's order."""
+        return self.ids[self.status == DONE]
+
+    def positions(self, ids: Sequence[str]) -> np.ndarray:
+        """Row numbers of `ids`. Raises `MissingRowsError` naming those that are absent, pending or quarantined."""
+        if self._positions is None:
+            self._positions = {name: row for row, name in enumerate(self.ids.tolist())}
+        rows = np.fromiter((self._positions.get(str(i), -1) for i in ids), np.int64, len(ids))
+        status = np.where(rows < 0, -1, self.status[rows].astype(np.int64))
+        if (status != DONE).any():
+            names = np.asarray(ids, dtype=object)
+            raise MissingRowsError(self.path, *(list(map(str, names[status == s])) for s in (-1, PENDING, QUARANTINED)))
+        return rows
+
+    def read(self, name: str, ids: Sequence[str] | None = None) -> np.ndarray:
+        """Features `name` of the rows `ids`, in that order: (len(ids), ...) float16; all done rows without `ids`.
+
+        Memory beyond the result is one chunk. Not for `txt_tokens`: see `read_tokens`.
+        Raises `MissingRowsError` for ids that aren't done, `CacheError` for an unknown dataset or a damaged one.
+        """
+        dataset = self._dataset(name)
+        rows = np.flatnonzero(self.status == DONE) if ids is None else self.positions(ids)
+        out = np.empty((len(rows), *dataset.shape[1:]), dataset.dtype)
+        order = np.argsort(rows, kind="stable")
+        step = dataset.chunks[0]
+        with _damage(self.path, name):
+            for chosen in _split_where(order, rows[order] // step):
+                low = int(rows[chosen[0]]) // step * step
+                out[chosen] = dataset[low : low + step][rows[chosen] - low]
+        if dataset.dtype == np.float16 and out.size and np.isnan(out.reshape(len(out), -1)[:, 0]).any():
+            raise CacheError(f"{self.path}: {name} has no values for rows that are marked done; {_REMEDY}")
+        return out
+
+    def read_tokens(self, ids: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Text tokens of the rows `ids`: (ΣL, D) float16, concatenated in that order, and offsets (len(ids) + 1,)."""
+        dataset, offsets = self._dataset("txt_tokens"), self._offsets
+        rows = np.flatnonzero(self.status == DONE) if ids is None else self.positions(ids)
+        starts = np.concatenate([[0], np.cumsum(offsets[rows + 1] - offsets[rows])])
+        out = np.empty((starts[-1], *dataset.shape[1:]), dataset.dtype)
+        order = np.argsort(rows, kind="stable")
+        with _damage(self.path, "txt_tokens"):
+            for run in np.split(order, np.flatnonzero(np.diff(rows[order]) != 1) + 1):
+                for piece in _pieces(run, self.block_rows):
+                    low = offsets[rows[piece[0]]]
+                    tokens = dataset[low : offsets[rows[piece[-1]] + 1]]
+                    for k in piece:
+                        out[starts[k] : starts[k + 1]] = tokens[offsets[rows[k]] - low : offsets[rows[k] + 1] - low]
+        return out, starts
+
+    def verify(self) -> list[str]:
+        """Read every chunk and check the structure; returns what is wrong, one line each."""
+        problems = []
+        for name, dataset in self._file.items():
+            try:
+                self._check_chunks(name, dataset)
+            except CacheError as error:
+                problems.append(str(error))
+                continue
+            step = dataset.chunks[0]
+            bad = []
+            for low in range(0, dataset.shape[0], step):
+                try:
+                    dataset[low : low + step]
+                except OSError:
+                    bad.append(low)
+            if bad:
+                problems.append(f"{name}: {len(bad)} damaged chunks (checksum), the first at rows {bad[0]} and on")
+        if len(set(self.ids)) != len(self.ids):
+            problems.append("id: not unique")
+        if not problems:
+            problems += self._check_done_rows()
+        return problems
+
+    def _check_done_rows(self) -> list[str]:
+        problems = []
+        if self.complete and (self.status == PENDING).any():
+            problems.append("complete, yet rows are pending")
+        for name in self.features:
+            if name == "txt_tokens":
+                finite = np.isfinite(self.read_tokens()[0]).all()
+            else:
+                finite = all(
+                    np.isfinite(self.read(name, block)).all() for block in _pieces(self.done_ids(), self.block_rows)
+                )
+            if not finite:
+                problems.append(f"{name}: rows marked done hold values that aren't finite")
+        return problems
+
+    def _dataset(self, name: str) -> h5py.Dataset:
+        with _damage(self.path, name):
+            if name not in self._file:
+                raise CacheError(f"{self.path} holds no {name}; it has {', '.join(self._file)}")
+            dataset = self._file[name]
+        if name not in self._trusted:
+            self._check_chunks(name, dataset)
+            self._trusted.add(name)
+        return dataset
+
+    def _check_chunks(self, name: str, dataset: h5py.Dataset) -> None:
+        """The chunk index carries no checksum of its own: see that it names each chunk once, at its full size."""
+        size = dataset.dtype.itemsize * int(np.prod(dataset.chunks, dtype=np.int64)) + CHECKSUM_BYTES
+        found = []
+        with _damage(self.path, name):
+            dataset.id.chunk_iter(found.append)
+        expected = list(range(0, dataset.shape[0], dataset.chunks[0]))
+        sound = (
+            sorted(chunk.chunk_offset[0] for chunk in found) == expected
+            and len({chunk.byte_offset for chunk in found}) == len(found)
+            and all(chunk.size == size and chunk.filter_mask == 0 for chunk in found)
+        )
+        if not sound:
+            raise CacheError(f"{self.path}: {name} has a damaged chunk index; {_REMEDY}")
+
+
+_REMEDY = "the file is damaged or foreign: make it again with --overwrite"
+
+
+def fingerprint_difference(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Where two fingerprints differ, with both values, library versions aside; '' when they agree."""
+    keys = [key for key in {**cached, **wanted} if key != "versions"]
+    return "; ".join(
+        f"{key}: the cache has {json.dumps(cached.get(key))}, this run {json.dumps(wanted.get(key))}"
+        for key in keys
+        if cached.get(key) != wanted.get(key)
+    )
+
+
+def ids_digest(ids: Sequence[str]) -> str:
+    """Hex sha256 of a list of ids, in order."""
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()
+
+
+def _lay_out(file, ids, tags, features, block_rows, token_counts) -> None:
+    n = len(ids)
+    for name, values in (("id", _encode(ids)), ("tag", _encode(tags, MIN_TAG_BYTES))):
+        _new(file, name, (n,), values.dtype, block_rows)[:] = values
+    _new(file, "status", (n,), np.uint8, block_rows)
+    for name, dtype in ROW_FACTS.items():
+        _new(file, name, (n,), dtype, block_rows)
+    for name, shape in features.items():
+        if name == "txt_tokens":
+            offsets = np.concatenate([[0], np.cumsum(token_counts)]).astype(np.int64)
+            _new(file, "txt_offsets", (n + 1,), np.int64, block_rows)[:] = offsets
+            _new(file, name, (int(offsets[-1]), *shape), np.float16, block_rows)
+        else:
+            _new(file, name, (n, *shape), np.float16, block_rows)
+
+
+def _new(file: h5py.File, name: str, shape: tuple[int, ...], dtype: Any, block_rows: int) -> h5py.Dataset:
+    """A dataset whose chunks are on disk from the start; h5py's own call can't ask for that."""
+    row_bytes = np.dtype(dtype).itemsize * int(np.prod(shape[1:], dtype=np.int64))
+    rows = min(block_rows, shape[0])  # a divisor of the block, so that no chunk spans two blocks
+    while rows % 2 == 0 and rows * row_bytes > CHUNK_BYTES:
+        rows //= 2
+    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plist.set_chunk((rows, *shape[1:]))
+    plist.set_fletcher32()
+    plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    plist.set_obj_track_times(False)
+    if np.dtype(dtype) == np.float16:
+        plist.set_fill_value(np.array(np.nan, np.float16))
+    space = h5py.h5s.create_simple(shape)
+    return h5py.Dataset(
+        h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype), logical=True), space, plist)
+    )
+
+
+def _encode(values: Sequence[str], min_bytes: int = 1) -> np.ndarray:
+    """Fixed-length UTF-8: variable-length strings lie in a heap that no checksum covers."""
+    encoded = [value.encode() for value in values]
+    width = max(min_bytes, max(map(len, encoded), default=0))
+    return np.array(encoded, dtype=h5py.string_dtype("utf-8", width))
+
+
+def _open(path: Path, mode: str) -> h5py.File:
+    if not path.is_file():
+        raise CacheError(f"no cache {path}; make it with an extraction script (feats/*_extract_feats.py)")
+    try:
+        return h5py.File(path, mode, libver=LIBVER if mode == "r+" else None)
+    except BlockingIOError:
+        raise CacheError(f"{path} is being written by another process; wait for it to end") from None
+    except OSError as error:
+        raise CacheError(f"{path} can't be opened as HDF5 ({_first_line(error)}); {_REMEDY}") from None
+
+
+def _acquire(path: Path) -> FileLock:
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CacheError(f"{path} is being written by another process; wait for it to end, or use --name") from None
+    return lock
+
+
+@contextmanager
+def _damage(path: Path, name: str) -> Iterator[None]:
+    """Turn a failed checksum into one clear error."""
+    try:
+        yield
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise CacheError(f"{path}: {name} can't be read ({_first_line(error)}); {_REMEDY}") from None
+
+
+@contextmanager
+def _disk(path: Path, state: str) -> Iterator[None]:
+    """Turn a write that the disk refused into one clear error."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
+            os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        )
+        what = "the disk is full" if full else f"writing failed ({_first_line(error)})"
+        raise CacheError(f"{path}: {what}; {state}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _sync_path(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _quarantine_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.quarantine.csv")
+
+
+def _read_reasons(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        return {row["id"]: row["reason"] for row in csv.DictReader(file)}
+
+
+def _write_reasons(path: Path, reasons: Mapping[str, str]) -> None:
+    if not reasons:
+        path.unlink(missing_ok=True)
+        return
+    unfinished = path.with_name(path.name + ".writing")
+    with unfinished.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "reason"])
+        writer.writerows(reasons.items())
+    os.replace(unfinished, path)
+
+
+def _selection(rows: np.ndarray) -> slice | np.ndarray:
+    """A slice where the rows are consecutive: HDF5 writes those at once."""
+    runs = _runs(rows)
+    return slice(runs[0][0], runs[0][1] + 1) if len(runs) == 1 else rows
+
+
+def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
+    """First and last of each run of consecutive numbers in ascending `rows`."""
+    return [(int(run[0]), int(run[-1])) for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(run)]
+
+
+def _split_where(items: np.ndarray, key: np.ndarray) -> list[np.ndarray]:
+    """`items` cut wherever the (ascending) `key` changes."""
+    return np.split(items, np.flatnonzero(np.diff(key)) + 1) if len(items) else []
+
+
+def _pieces(items: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    return (items[low : low + size] for low in range(0, len(items), size))

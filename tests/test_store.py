@@ -1,0 +1,384 @@
+"""The cache file: what is written is what is read, whatever happens in between."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from feats import inspect_feats
+from feats.store import DONE, PENDING, QUARANTINED, CacheError, FeatureStore, MissingRowsError, fingerprint_difference
+
+ROOT = Path(__file__).parents[1]
+N, BLOCK = 200, 32
+RNG = np.random.default_rng(0)
+IDS = [f"row {i} é/{'x' * (i % 5)}" for i in range(N)]
+TAGS = ["happy" if i % 3 else "" for i in range(N)]
+LENGTHS = RNG.integers(1, 9, N)
+FEATS = RNG.normal(size=(N, 24)).astype(np.float16)
+VIEWS = RNG.normal(size=(N, 3, 24)).astype(np.float16)
+TOKENS = RNG.normal(size=(LENGTHS.sum(), 7)).astype(np.float16)
+OFFSETS = np.concatenate([[0], np.cumsum(LENGTHS)])
+SHAPES = {"img_feats": (24,), "img_views": (3, 24), "txt_tokens": (7,)}
+
+
+def create(path: Path, **options) -> FeatureStore:
+    return FeatureStore.create(
+        path, IDS, TAGS, {"encoder": "test"}, SHAPES, block_rows=BLOCK, token_counts=LENGTHS, **options
+    )
+
+
+def arrays(rows: np.ndarray) -> dict[str, np.ndarray]:
+    return {
+        "img_feats": FEATS[rows],
+        "img_views": VIEWS[rows],
+        "txt_tokens": np.concatenate([TOKENS[OFFSETS[i] : OFFSETS[i + 1]] for i in rows]),
+        "n_tokens": LENGTHS[rows].astype(np.int32),
+    }
+
+
+def blocks(step: int = BLOCK) -> list[np.ndarray]:
+    return [np.arange(low, min(low + step, N)) for low in range(0, N, step)]
+
+
+def fill(store: FeatureStore, bad: tuple[int, ...] = ()) -> None:
+    for rows in blocks():
+        status = np.where(np.isin(rows, bad), QUARANTINED, DONE)
+        store.write(rows, status, arrays(rows), {IDS[i]: f"reason {i}" for i in rows if i in bad})
+    store.finish()
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Path:
+    with create(tmp_path / "full_train.h5") as store:
+        fill(store)
+    return tmp_path / "full_train.h5"
+
+
+def test_schema_is_the_contract(full: Path):
+    with h5py.File(full) as file:
+        assert file["id"].shape == file["tag"].shape == file["status"].shape == (N,)
+        assert h5py.check_string_dtype(file["id"].dtype).encoding == "utf-8"
+        assert file["status"].dtype == np.uint8
+        assert file["img_feats"].shape == (N, 24) and file["img_feats"].dtype == np.float16
+        assert file["img_views"].shape == (N, 3, 24)
+        assert file["txt_tokens"].shape == (LENGTHS.sum(), 7)
+        assert file["txt_offsets"].shape == (N + 1,) and file["txt_offsets"].dtype == np.int64
+        assert file["truncated"].shape == (N,)
+        assert all(dataset.fletcher32 for dataset in file.values())
+        assert file.attrs["complete"] and "fingerprint" in file.attrs and "format_version" in file.attrs
+
+
+def test_reads_in_the_asked_order(full: Path):
+    order = RNG.permutation(N)[:77]
+    asked = [IDS[i] for i in order]
+    with FeatureStore.open(full) as store:
+        np.testing.assert_array_equal(store.ids, IDS)
+        np.testing.assert_array_equal(store.tags, TAGS)
+        np.testing.assert_array_equal(store.read("img_feats"), FEATS)
+        np.testing.assert_array_equal(store.read("img_feats", asked), FEATS[order])
+        np.testing.assert_array_equal(store.read("img_views", asked), VIEWS[order])
+        tokens, offsets = store.read_tokens(asked)
+        for k, i in enumerate(order):
+            np.testing.assert_array_equal(tokens[offsets[k] : offsets[k + 1]], TOKENS[OFFSETS[i] : OFFSETS[i + 1]])
+        np.testing.assert_array_equal(store.read_tokens()[0], TOKENS)
+        assert store.read("img_feats", []).shape == (0, 24)
+        np.testing.assert_array_equal(store.read("img_feats", [IDS[3], IDS[3]]), FEATS[[3, 3]])
+        assert store.verify() == []
+
+
+def test_missing_rows_are_named(tmp_path: Path):
+    with create(tmp_path / "part_train.h5") as store:
+        store.write(np.arange(BLOCK), np.where(np.arange(BLOCK) == 5, QUARANTINED, DONE), arrays(np.arange(BLOCK)))
+        assert not store.finish() and not store.complete
+        with pytest.raises(MissingRowsError) as error:
+            store.read("img_feats", [IDS[0], "stranger", IDS[5], IDS[199]])
+        assert (error.value.absent, error.value.quarantined, error.value.pending) == (
+            ["stranger"],
+            [IDS[5]],
+            [IDS[199]],
+        )
+        with pytest.raises(CacheError, match="holds no bert_feats; it has .*img_feats"):
+            store.read("bert_feats")
+        np.testing.assert_array_equal(store.done_ids(), [i for k, i in enumerate(IDS[:BLOCK]) if k != 5])
+
+
+def test_quarantined_rows_are_never_zeros(tmp_path: Path):
+    path = tmp_path / "q_train.h5"
+    with create(path) as store:
+        fill(store, bad=(3, 40))
+        assert store.complete and store.reasons == {IDS[3]: "reason 3", IDS[40]: "reason 40"}
+    assert (tmp_path / "q_train.quarantine.csv").read_text().splitlines()[0] == "id,reason"
+    with h5py.File(path) as file:
+        assert np.isnan(file["img_feats"][3]).all() and np.isnan(file["img_views"][40]).all()
+    with FeatureStore.append(path) as store:  # repaired one by one
+        store.write(np.array([3]), np.array([DONE]), arrays(np.array([3])))
+        assert store.finish() and store.reasons == {IDS[40]: "reason 40"}
+        store.write(np.array([40]), np.array([DONE]), arrays(np.array([40])))
+        store.finish()
+    assert not (tmp_path / "q_train.quarantine.csv").exists()
+    with FeatureStore.open(path) as store:
+        np.testing.assert_array_equal(store.read("img_feats"), FEATS)
+        np.testing.assert_array_equal(store.read_tokens()[0], TOKENS)
+
+
+def test_labels_can_be_corrected_without_encoding_again(full: Path):
+    with FeatureStore.append(full) as store:
+        assert store.update_tags(TAGS) == 0
+        assert store.update_tags(["sad", *TAGS[1:]]) == 1
+        with pytest.raises(CacheError, match="room for labels of 32 bytes.*--overwrite"):
+            store.update_tags(["x" * 33, *TAGS[1:]])
+    with FeatureStore.open(full) as store:
+        assert store.tags[0] == "sad" and store.complete
+
+
+WRITER = """
+    import sys, time, numpy as np
+    sys.path.insert(0, {tests!r})
+    import test_store as t
+    with t.FeatureStore.append(sys.argv[1]) as store:
+        print("open", flush=True)
+        for rows in t.blocks():
+            if (store.status[rows] == t.PENDING).any():
+                store.write(rows, np.full(len(rows), t.DONE), t.arrays(rows))
+        store.finish()
+"""
+
+
+def test_killed_at_random_moments_ends_with_the_same_data(tmp_path: Path, full: Path):
+    """`kill -9` again and again while writing; nothing is lost, nothing differs."""
+    path = tmp_path / "killed_train.h5"
+    create(path).close()
+    script = textwrap.dedent(WRITER.format(tests=str(Path(__file__).parent)))
+    rng = np.random.default_rng(1)
+    kills, done = 0, 0
+    for _ in range(30):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(path)],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        process.stdout.readline()
+        try:
+            process.wait(timeout=rng.uniform(0, 0.01))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        kills += process.returncode == -signal.SIGKILL
+        with FeatureStore.open(path) as store:
+            now = int((store.status == DONE).sum())
+            assert now >= done - store.block_rows  # at most the block in flight is done again
+            rows = np.flatnonzero(store.status == DONE)
+            np.testing.assert_array_equal(store.read("img_feats"), FEATS[rows])
+            done = now
+            if store.complete:
+                break
+    assert kills
+    with FeatureStore.append(path) as store:
+        for rows in blocks():
+            if (store.status[rows] == PENDING).any():
+                store.write(rows, np.full(len(rows), DONE), arrays(rows))
+        assert store.finish()
+    with h5py.File(path) as a, h5py.File(full) as b:
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name][:], b[name][:], err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["status", "img_feats", "txt_tokens", "n_tokens"])
+def test_a_chunk_torn_in_flight_is_made_pending(tmp_path: Path, name: str):
+    """What a kill in the middle of a chunk's write leaves: data and checksum that don't fit."""
+    path = tmp_path / "torn_train.h5"
+    with create(path) as store:
+        for rows in blocks()[:3]:
+            store.write(rows, np.full(len(rows), DONE), arrays(rows))
+        torn = np.arange(64, 96)
+        store._set_status(torn, PENDING)
+    flip(path, name, row=int(OFFSETS[80]) if name == "txt_tokens" else 70)
+    with FeatureStore.append(path) as store:
+        assert (store.status[torn] == PENDING).all()
+        for rows in blocks():
+            if (store.status[rows] == PENDING).any():
+                store.write(rows, np.full(len(rows), DONE), arrays(rows))
+        assert store.finish() and store.verify() == []
+        np.testing.assert_array_equal(store.read("img_feats"), FEATS)
+        np.testing.assert_array_equal(store.read_tokens()[0], TOKENS)
+
+
+def flip(path: Path, name: str, row: int = 100) -> None:
+    """Turn one bit in the chunk of `name` that holds `row`."""
+    with h5py.File(path) as file:
+        dataset = file[name]
+        found = []
+        dataset.id.chunk_iter(found.append)
+        chunk = next(c for c in found if c.chunk_offset[0] == row // dataset.chunks[0] * dataset.chunks[0])
+    with path.open("r+b") as file:
+        file.seek(chunk.byte_offset + chunk.size // 3)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 16]))
+
+
+@pytest.mark.parametrize(
+    "name", ["id", "tag", "status", "n_tokens", "img_feats", "img_views", "txt_tokens", "txt_offsets"]
+)
+def test_a_flipped_bit_is_an_error(full: Path, name: str, capsys: pytest.CaptureFixture):
+    assert inspect_feats.main(["--verify", str(full)]) == 0
+    assert "every chunk is sound" in capsys.readouterr().out
+    flip(full, name)
+    assert inspect_feats.main(["--verify", str(full)]) == 2
+    assert name in capsys.readouterr().err
+    with pytest.raises(CacheError, match=f"{name} can't be read.*--overwrite"), FeatureStore.open(full) as store:
+        assert store.tags is not None and store.facts("n_tokens") is not None
+        store.read("img_feats"), store.read("img_views"), store.read_tokens()
+
+
+def test_every_flipped_byte_of_the_structure_is_noticed_or_harmless(full: Path, tmp_path: Path):
+    """The chunk index has no checksum in this file format: whatever is flipped, wrong values are never returned."""
+    raw = full.read_bytes()
+    covered = np.zeros(len(raw), bool)
+    with h5py.File(full) as file:
+        for dataset in file.values():
+            dataset.id.chunk_iter(lambda c: covered.__setitem__(slice(c.byte_offset, c.byte_offset + c.size), True))
+    structure = np.flatnonzero(~covered)
+    path = tmp_path / "flipped_train.h5"
+    noticed = 0
+    for position in np.random.default_rng(2).choice(structure, 150, replace=False):
+        path.write_bytes(raw[:position] + bytes([raw[position] ^ 0xFF]) + raw[position + 1 :])
+        try:
+            with FeatureStore.open(path) as store:
+                np.testing.assert_array_equal(store.read("img_feats"), FEATS)
+                np.testing.assert_array_equal(store.ids, IDS)
+                np.testing.assert_array_equal(store.read_tokens()[0], TOKENS)
+        except CacheError:
+            noticed += 1
+    assert noticed
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no cache .*extraction script"), (b"", "can't be opened as HDF5"), (b"hello" * 999, "can't be opened")],
+)
+def test_what_is_no_cache_is_refused(tmp_path: Path, content: bytes | None, message: str):
+    path = tmp_path / "x_train.h5"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CacheError, match=message):
+        FeatureStore.open(path)
+
+
+def test_a_foreign_hdf5_file_is_refused(tmp_path: Path):
+    with h5py.File(tmp_path / "foreign.h5", "w") as file:
+        file["x"] = 1
+    with pytest.raises(CacheError, match="cache format None, expected 1; .*--overwrite"):
+        FeatureStore.open(tmp_path / "foreign.h5")
+
+
+def test_a_truncated_file_is_refused(full: Path):
+    os.truncate(full, full.stat().st_size // 2)
+    with pytest.raises(CacheError, match="truncated file"):
+        FeatureStore.open(full)
+
+
+def test_creation_is_atomic_and_keeps_what_is_there(full: Path, monkeypatch: pytest.MonkeyPatch):
+    before = full.read_bytes()
+    with pytest.raises(CacheError, match="exists.*--overwrite"):
+        create(full)
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        create(full, overwrite=True)
+    assert full.read_bytes() == before
+    assert [p.name for p in full.parent.iterdir() if p.suffix != ".lock"] == [full.name]
+
+
+def test_two_writers_are_refused(full: Path):
+    with FeatureStore.append(full):
+        for attempt in (lambda: FeatureStore.append(full), lambda: create(full, overwrite=True)):
+            with pytest.raises(CacheError, match="being written by another process"):
+                attempt()
+        reader = "import sys; from feats.inspect_feats import main; sys.exit(main(sys.argv[1:]))"
+        out = subprocess.run(
+            [sys.executable, "-c", reader, str(full)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        assert out.returncode == 2 and "being written by another process" in out.stderr
+    FeatureStore.append(full).close()
+
+
+FULL_DISK = """
+    import sys, resource, signal, numpy as np
+    sys.path.insert(0, {tests!r})
+    import test_store as t
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    try:
+        t.create(t.Path(sys.argv[1]))
+    except t.CacheError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_is_one_clear_message(tmp_path: Path):
+    path = tmp_path / "big_train.h5"
+    script = textwrap.dedent(FULL_DISK.format(tests=str(Path(__file__).parent)))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    out = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, env=environment)
+    assert "the disk is full; its creation was undone" in out.stdout, out
+    assert not path.exists() and not list(tmp_path.glob("*.creating"))
+
+
+def test_a_failing_write_keeps_what_was_done(full: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = np.arange(BLOCK)
+    with FeatureStore.append(full) as store:
+        monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, os.strerror(28))))
+        with pytest.raises(CacheError, match="the disk is full; the rows done so far are intact"):
+            store.write(rows, np.full(BLOCK, DONE), arrays(rows))
+    with FeatureStore.open(full) as store:
+        kept = np.flatnonzero(store.status == DONE)
+        assert set(kept) >= set(range(2 * BLOCK, N)) and not set(kept) & set(rows)
+        np.testing.assert_array_equal(store.read("img_feats"), FEATS[kept])
+
+
+MILLION = """
+    import resource, sys, numpy as np
+    from feats.store import DONE, FeatureStore
+    n = int(sys.argv[2])
+    with FeatureStore.create(sys.argv[1], [str(i) for i in range(n)], ["a"] * n, {}, {"img_feats": (8,)}, block_rows=4096) as s:
+        start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for low in range(0, n, 4096):
+            rows = np.arange(low, min(low + 4096, n))
+            s.write(rows, np.full(len(rows), DONE), {"img_feats": np.full((len(rows), 8), low % 999, np.float16)})
+        s.finish()
+        for low in range(0, n, 65536):
+            block = s.read("img_feats", s.ids[low:low + 65536])
+            assert (block[0] == low % 999).all()
+        ids = s.ids.nbytes / 1024
+        print(int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start), int(ids))
+"""
+
+
+def test_memory_stays_flat_over_a_million_rows(tmp_path: Path):
+    out = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(MILLION), str(tmp_path / "m_train.h5"), "1000000"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert out.returncode == 0, out.stderr
+    growth, ids = map(int, out.stdout.split())
+    # Beyond the list of ids and its index, what is held is a few blocks: the features alone would be 15 MiB.
+    assert growth < 8 * ids + 100 * 1024
+
+
+def test_fingerprints_differ_only_where_it_matters():
+    cached = {"model": "a", "dtype": "bf16", "versions": {"torch": "1"}}
+    assert fingerprint_difference(cached, {**cached, "versions": {"torch": "2"}}) == ""
+    assert fingerprint_difference(cached, {**cached, "model": "b"}) == 'model: the cache has "a", this run "b"'
+    assert "extra: the cache has null, this run 1" in fingerprint_difference(cached, {**cached, "extra": 1})
