@@ -552,7 +552,7 @@ def _open(path: Path, mode: str) -> h5py.File:
 def _acquire(path: Path) -> FileLock:
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=1)  # what a killed run held may take a moment to go
     except Timeout:
         raise CacheError(f"{path} is being written by another process; wait for it to end, or use --name") from None
     return lock

@@ -1,0 +1,201 @@
+"""Path -> RGB image, whatever the file holds, or a reason; augmentation for cached views."""
+
+import errno
+import hashlib
+import os
+import stat
+import struct
+import warnings
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from feats.errors import RowError
+from feats.records import TarSlice
+
+MAX_FILE_BYTES = 256 << 20
+# What PIL may try. Left out are, above all, formats that start other programs (EPS: Ghostscript).
+_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "JPEG2000")
+
+_ORIENTATION_TAG = 0x0112
+_ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# The views' parameters, part of the cache's fingerprint.
+AUGMENTATION: dict[str, Any] = {
+    "rotation_degrees": 10,
+    "horizontal_flip": 0.5,
+    "brightness": 0.2,
+    "contrast": 0.2,
+    "saturation": 0.2,
+    "hue": 0.05,
+    "translate": 0.05,
+    "scale": [0.9, 1.1],
+    "fill": [255, 255, 255],
+}
+
+
+def read_image(source: Path | TarSlice | None) -> tuple[Image.Image, int]:
+    """The picture as RGB, and the hash of its file's bytes (`hash64`). The file is read once.
+
+    EXIF orientation is applied, transparency composited on white, of an animation the first frame taken, 16-bit and
+    float values scaled to 8 bits. Raises `RowError` with the reason when there is no picture to be had.
+    """
+    if source is None:
+        raise RowError("no picture file")
+    data = _read_bytes(source)
+    return decode_image(data), hash64(data)
+
+
+def hash64(data: bytes) -> int:
+    """64 bits of blake2b, as an unsigned integer."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """A picture file's bytes as an RGB image, see `read_image`. Raises `RowError`."""
+    # Filters are global to the process: call this from one thread of it (extraction decodes in processes).
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's remarks on metadata: not for a progress bar's terminal
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(BytesIO(data), formats=_FORMATS) as image:
+                image.load()
+                return _upright(_to_rgb(image), _orientation(image))
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - PIL's decoders raise anything on bad bytes
+            raise RowError(_reason(error)) from None
+
+
+def _read_bytes(source: Path | TarSlice) -> bytes:
+    try:
+        if isinstance(source, TarSlice):
+            data = source.read()
+            if len(data) < source.size:
+                raise RowError("picture is truncated")
+        else:
+            data = _read_file(source)
+    except ValueError:  # a NUL or a lone surrogate in the path
+        raise RowError("picture file cannot be read: not a valid file name") from None
+    except OSError as error:
+        raise RowError(_file_reason(error)) from None
+    if not data:
+        raise RowError("picture file is empty")
+    return data
+
+
+def _read_file(path: Path) -> bytes:
+    status = path.stat()  # asked before opening: a named pipe would block for ever
+    if stat.S_ISDIR(status.st_mode):
+        raise RowError("picture is a folder")
+    if not stat.S_ISREG(status.st_mode):
+        raise RowError("picture is not a regular file")
+    if status.st_size > MAX_FILE_BYTES:
+        raise RowError(f"picture file is larger than {MAX_FILE_BYTES >> 20} MB")
+    return path.read_bytes()
+
+
+def _file_reason(error: OSError) -> str:
+    reasons = {
+        errno.ENOENT: "picture file is missing",
+        errno.ENOTDIR: "picture file is missing",
+        errno.ELOOP: "picture file is a symlink loop",
+        errno.EACCES: "no permission to read the picture file",
+        errno.EPERM: "no permission to read the picture file",
+    }
+    code = error.errno or 0
+    return reasons.get(code) or f"picture file cannot be read: {os.strerror(code) if code else error}"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not a picture PIL can read"
+    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+        return f"decompression bomb: more than {Image.MAX_IMAGE_PIXELS} pixels"
+    if isinstance(error, (EOFError, struct.error)) or "truncated" in str(error).lower():
+        return "picture is truncated"
+    return f"picture cannot be decoded: {type(error).__name__}: {error}"[:200]
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # noqa: BLE001 - metadata may be broken in any way, the picture is whole
+        return 1
+
+
+def _upright(image: Image.Image, orientation: Any) -> Image.Image:
+    turn = _ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and image.format == "JPEG":
+        return image  # nearly all pictures: spared a copy
+    if image.mode.startswith("I") or image.mode == "F":
+        return _from_wide(image)
+    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+        return _on_white(image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _from_wide(image: Image.Image) -> Image.Image:
+    """16-bit, 32-bit and float greys, scaled: PIL's own conversion cuts off what is over 255."""
+    import numpy as np
+
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
+    low, high = float(values.min()), float(values.max())
+    # A float's range is not in the file: taken for the least usual one that holds all values.
+    white = next((top for top in ((1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)) if high <= top), high)
+    black = 0.0 if low >= 0 else low
+    scaled = (values - black) * (255.0 / ((white - black) or 1.0))
+    return Image.fromarray(np.rint(scaled).astype(np.uint8)).convert("RGB")
+
+
+def augment(image: Image.Image, seed: int) -> Image.Image:
+    """A randomly rotated, shifted, scaled, flipped and coloured copy of an RGB image, of the same size.
+
+    The same seed (0 to 2**64 - 1) gives the same picture; the global random state is neither used nor changed.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would seed every GPU as well.
+        torch.random.default_generator.manual_seed(seed)
+        return _augmentation()(image)
+
+
+@lru_cache(maxsize=1)
+def _augmentation() -> Any:
+    from torchvision import transforms
+
+    chosen = AUGMENTATION
+    return transforms.Compose(
+        [
+            transforms.RandomHorizontalFlip(chosen["horizontal_flip"]),
+            transforms.RandomAffine(  # rotation, shift and scale in one resampling
+                chosen["rotation_degrees"],
+                translate=(chosen["translate"], chosen["translate"]),
+                scale=tuple(chosen["scale"]),
+                interpolation=transforms.InterpolationMode.BILINEAR,
+                fill=chosen["fill"],
+            ),
+            transforms.ColorJitter(chosen["brightness"], chosen["contrast"], chosen["saturation"], chosen["hue"]),
+        ]
+    )

@@ -1,0 +1,173 @@
+"""Bytes -> str, whatever their encoding, and the cleaning of tweets. Nothing is ever dropped or replaced unseen."""
+
+import codecs
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import ftfy
+from charset_normalizer import from_bytes
+
+from feats.errors import UsageError
+
+CLEAN_LEVELS = ("none", "basic", "tweet")
+
+# The longer marks first: the UTF-32 LE mark begins with the UTF-16 LE one.
+_BOMS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+# What the MVSA release and its like hold beside UTF-8. The first wins where a text looks as good in both and no
+# other text tells; the library, asked openly about one tweet, answers with any of a dozen exotic code pages.
+_CANDIDATES = ("cp1252", "gb18030")
+_MIN_EVIDENCE = 16  # non-ASCII bytes from which the library's open answer (Cyrillic, Japanese, ...) is believed
+_SAMPLE_BYTES = 1 << 20  # enough for it to tell the set's main encoding
+
+
+def decode_texts(raws: Sequence[bytes]) -> list[tuple[str | None, str]]:
+    """Decode a set of texts: one `(text, encoding)` each, or `(None, reason)` for one that can't be decoded.
+
+    Byte order mark, then strict UTF-8 (ASCII counts as it), then detection. One tweet is too short to tell apart
+    encodings in which it decodes equally well, so an ambiguous text takes the encoding that is most common among
+    the set's unambiguous ones: pass all texts of a data set in one call.
+    """
+    decoded = [_decode_certain(raw) for raw in raws]
+    pending = [i for i, result in enumerate(decoded) if result is None]
+    for i, result in zip(pending, _detect([raws[i] for i in pending]), strict=True):
+        decoded[i] = result
+    return decoded  # type: ignore[return-value]  # no None is left
+
+
+def _decode_certain(raw: bytes) -> tuple[str | None, str] | None:
+    """What needs no guess: texts with a byte order mark, UTF-8, and binary files. None: needs detection."""
+    for bom, encoding in _BOMS:
+        if raw.startswith(bom):
+            text = _strict(raw, encoding)
+            if text is None:
+                return None, f"has the byte order mark of {encoding} but is not {encoding}"
+            return (None, "NUL bytes: a binary file") if encoding == "utf-8-sig" and "\0" in text else (text, encoding)
+    if b"\0" in raw:
+        return None, "NUL bytes: a binary file"
+    text = _strict(raw, "utf-8")
+    return None if text is None else (text, "utf-8")
+
+
+def _detect(raws: Sequence[bytes]) -> list[tuple[str | None, str]]:
+    """Detect the encodings of texts that are not Unicode, each in the light of all."""
+    guess = _open_guess(_sample(raws))
+    candidates = list(dict.fromkeys([*_CANDIDATES, *guess]))
+    plausible = [_plausible(raw, candidates) for raw in raws]
+    votes = Counter(name for names in plausible if len(names) == 1 for name in names)
+    return [_choose(raw, names, candidates, votes) for raw, names in zip(raws, plausible, strict=True)]
+
+
+def _sample(raws: Sequence[bytes]) -> bytes:
+    chunks, size = [], 0
+    for raw in raws:
+        if size > _SAMPLE_BYTES:
+            break
+        chunks.append(raw[:_SAMPLE_BYTES])
+        size += len(raw)
+    return b"\n".join(chunks)
+
+
+def _open_guess(raw: bytes) -> list[str]:
+    """The library's best answer among all encodings, or nothing where the evidence is too thin."""
+    if sum(byte > 127 for byte in raw) < _MIN_EVIDENCE:
+        return []
+    best = from_bytes(raw, preemptive_behaviour=False).best()
+    return [] if best is None else [best.encoding]
+
+
+def _plausible(raw: bytes, candidates: list[str]) -> dict[str, float]:
+    """The candidates in which the text decodes and looks like writing, with their share of mess.
+
+    Of candidates that decode the text to the same string only the first is named.
+    """
+    matches = from_bytes(raw, cp_isolation=candidates, preemptive_behaviour=False)
+    return {min(match.could_be_from_charset, key=candidates.index): round(match.chaos, 2) for match in matches}
+
+
+def _choose(
+    raw: bytes, plausible: dict[str, float], candidates: list[str], votes: Counter[str]
+) -> tuple[str | None, str]:
+    ranked = sorted(plausible, key=lambda name: (-votes[name], plausible[name], candidates.index(name)))
+    ranked += sorted(candidates, key=lambda name: -votes[name])  # for a text that looks odd in every one
+    for name in ranked:
+        text = _strict(raw, name)
+        if text is not None:
+            return text, name
+    for name in _open_guess(raw):
+        text = _strict(raw, name)
+        if text is not None:
+            return text, name
+    return None, "not text in any known encoding"
+
+
+def _strict(raw: bytes, encoding: str) -> str | None:
+    try:
+        return raw.decode(encoding)
+    except UnicodeDecodeError:
+        return None
+
+
+_BLANKS = re.compile(r"\s+")
+_LINE_BREAKS = re.compile(r"\n[ \t\r\n]*")
+# Invisible formatting: soft hyphen, zero-width space, direction marks, word joiner, stray byte order marks, ...
+# A zero-width (non-)joiner is kept between two non-ASCII characters only: there it joins emoji or shapes a script.
+_SHAPED = r"[^\x00-\x7f\s\u200c\u200d]"
+_INVISIBLE = re.compile(
+    r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f"
+    rf"\ufeff\ufff9-\ufffb]|(?<!{_SHAPED})[\u200c\u200d]+|[\u200c\u200d]+(?!{_SHAPED})"
+)
+# ftfy's defaults, but entities are unescaped also where a "<" makes it take the text for HTML: tweets say "<3".
+# Its straight quotes and half-width forms stay: negations ("don't") and "!" are what lexicons and tokenizers know.
+_FTFY = ftfy.TextFixerConfig(unescape_html=True, explain=False)
+
+_USER = r"(?<![A-Za-z0-9_])@[A-Za-z0-9_]+"
+_RETWEET = re.compile(rf"(?i:\bRT)[\s:]*{_USER}\s*:?|\bRT\s*:")
+_LEADING_RETWEET = re.compile(r"^(?:RT\b[\s:]*)+")
+_MENTION = re.compile(rf"(?:(?<!\S)\.)?{_USER}:?")  # with the dot of ".@user" and the colon of a quoted "@user: ..."
+# t.co codes are letters and digits, so what is glued to one (a hashtag, a second URL, "!") is not part of it.
+# Other URLs may hold any ASCII or Latin character, but do not end in punctuation, other than an ellipsis: a cut one.
+_URL = re.compile(
+    r"""(?:https?://|\b)t\.co/ (?:(?!https?:)[a-z0-9])* (?:…|\.{3})?
+      | (?:https?://|\bwww\.) (?:(?:(?!https?://)[!-~À-ɏ])*[\w/=\#&%~+$@-])? (?:\.?…|\.{3})?""",
+    re.VERBOSE | re.IGNORECASE | re.ASCII,
+)
+# What the 140-character limit left of a last URL: "http:/…", "htt…", "h…", or a bare "http".
+_CUT_URL = re.compile(r"(?:(?<!\S)ht{0,2}|https?:?/{0,2})\s?(?:…|\.{3})$|(?<!\S)https?:?/{0,2}$")
+
+
+def clean(text: str, level: str) -> str:
+    """Clean a text; `level` is one of `CLEAN_LEVELS`, anything else raises `UsageError`.
+
+    none: stripped only. basic: mojibake repaired, HTML entities unescaped, control and zero-width characters
+    removed, any run of blanks and line breaks made one space. tweet: basic, and URLs (cut ones too), @user mentions
+    and retweet markers removed. Emoji, hashtags, `!` and `?` survive every level.
+    """
+    if level not in CLEAN_LEVELS:
+        raise UsageError(f"unknown cleaning level {level!r}; there are {', '.join(CLEAN_LEVELS)}")
+    if level == "none":
+        return text.strip()
+    text = _LINE_BREAKS.sub(" ", text)  # ftfy works line by line, slowly; other blanks may be parts of mojibake
+    text = _one_line(_INVISIBLE.sub("", ftfy.fix_text(text, _FTFY)))
+    return _without_twitter(text) if level == "tweet" else text
+
+
+def _one_line(text: str) -> str:
+    return _BLANKS.sub(" ", text).strip()
+
+
+def _without_twitter(text: str) -> str:
+    for pattern in (_RETWEET, _MENTION, _URL):
+        text = pattern.sub(" ", text)
+    return _one_line(_CUT_URL.sub("", _LEADING_RETWEET.sub("", _one_line(text))))
+
+
+def duplicate_key(text: str) -> str:
+    """What two texts share when they count as duplicates: the tweet-cleaned text, case folded."""
+    return clean(text, "tweet").casefold()

@@ -1,0 +1,53 @@
+"""Where weights come from: local files, the hub and its cache; their sha256; what to say when they can't be had."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from feats.errors import UsageError
+
+HUB_TIMEOUT = 5  # seconds; the hub's own downloads retry for half a minute before they say that there is no network
+
+
+def hub_reachable(timeout: float = HUB_TIMEOUT) -> bool:
+    """Whether the hub answers one unrepeated question, whatever the answer. False under HF_HUB_OFFLINE."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=timeout)
+    except Exception:  # noqa: BLE001 - the hub's http library and its exceptions differ by version
+        return False
+    return True
+
+
+def sha256_of(path: Path | str) -> str:
+    """Hex sha256 of a file; of a folder's weight files (`*.safetensors`, else `*.bin`), joined in name order.
+
+    A folder with a single weight file has that file's sha256.
+    """
+    path = Path(path)
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digests = [sha256_of(file) for file in weight_files(path)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a Hugging Face model folder, safetensors preferred. Raises `UsageError` if it has none."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise UsageError(f"{folder} holds no weights; expected *.safetensors or pytorch_model*.bin in it")
+    return files
+
+
+def unobtainable(what: str, tried: Sequence[str]) -> UsageError:
+    """The error for weights that can't be had: every place tried, then the remedies."""
+    places = "; ".join(f"({i}) {place}" for i, place in enumerate(tried, 1))
+    return UsageError(
+        f"no weights for {what}. Tried {places}. Remedies: give a local file or folder with --weights PATH; "
+        "set HF_ENDPOINT to a hub mirror you can reach; set HF_HOME to a folder that holds a filled hub cache; "
+        "or use an offline encoder (feats/minilm_extract_feats.py, feats/efficientnet_extract_feats.py, "
+        "feats/vader_extract_feats.py)"
+    )

@@ -1,0 +1,38 @@
+"""Tiny data sets, made afresh for each test."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+WORDS = "sun rain happy sad train lunch goal winter #music :) game city the a my so very good bad news".split()
+LABELS = ("positive", "negative", "neutral")
+
+
+def make_course(
+    root: Path, rows: int = 20, test_rows: int = 0, labels: Sequence[str] = LABELS, size: tuple[int, int] = (80, 60)
+) -> Path:
+    """A data set in the course layout: `rows` labelled pairs, `test_rows` without labels, random pictures and texts."""
+    rng = np.random.default_rng(rows)
+    pairs = root / "data"
+    pairs.mkdir(parents=True)
+    for i in range(rows + test_rows):
+        pixels = rng.integers(0, 255, (6, 8, 3), np.uint8)
+        Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(pairs / f"{i}.jpg")
+        text = " ".join(rng.choice(WORDS, rng.integers(1, 20)))
+        (pairs / f"{i}.txt").write_text(f"{text} {i}\n", encoding="utf-8")
+    lines = [f"{i},{labels[i % len(labels)]}" for i in range(rows)]
+    (root / "train.txt").write_text("\n".join(["guid,tag", *lines]) + "\n")
+    if test_rows:
+        lines = [f"{i},null" for i in range(rows, rows + test_rows)]
+        (root / "test_without_label.txt").write_text("\n".join(["guid,tag", *lines]) + "\n")
+    return root
+
+
+@pytest.fixture
+def course(tmp_path: Path) -> Path:
+    """20 labelled pairs and 6 without labels."""
+    return make_course(tmp_path / "set", 20, 6)
