@@ -1,7 +1,11 @@
 """Tiny data sets, made afresh for each test."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+
+# Two test processes on two cores: with two threads each, tiny models spend their time waiting for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

@@ -1,0 +1,372 @@
+"""OpenAI CLIP through the `clip` package: all nine models, weights in five formats.
+
+Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.transforms import Compose, Normalize
+
+from feats.encoders import Encoder, Features, ImageSide, TextSide, Tokens
+from feats.errors import UsageError
+from feats.weights import HUB_TIMEOUT, hub_reachable, sha256_of, unobtainable, weight_files
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
+    from clip.clip import _MODELS, _download, _tokenizer, _transform
+    from clip.model import CLIP, build_model
+
+# Hub repositories that hold OpenAI's weights as safetensors, under open_clip's names.
+HUB_REPOSITORIES = {
+    "RN50": "timm/resnet50_clip.openai",
+    "RN101": "timm/resnet101_clip.openai",
+    "RN50x4": "timm/resnet50x4_clip.openai",
+    "RN50x16": "timm/resnet50x16_clip.openai",
+    "RN50x64": "timm/resnet50x64_clip.openai",
+    "ViT-B/32": "timm/vit_base_patch32_clip_224.openai",
+    "ViT-B/16": "timm/vit_base_patch16_clip_224.openai",
+    "ViT-L/14": "timm/vit_large_patch14_clip_224.openai",
+    "ViT-L/14@336px": "timm/vit_large_patch14_clip_336.openai",
+}
+HUB_FILE = "open_clip_model.safetensors"
+DEFAULT_MODEL = "ViT-B/32"
+
+StateDict = dict[str, torch.Tensor]
+
+
+def load(model: str | None, weights: str | None, *, device: torch.device, dtype: torch.dtype, tokens: bool) -> Encoder:
+    """Load CLIP. With `tokens`, the image side also gives the last layer's patch vectors (B, P, width) after the final
+    LayerNorm (ResNets: the last feature map, position-major), the text side the last layer's vectors (B, L, width)
+    after the final LayerNorm.
+
+    `weights` is a TorchScript archive, a state dict (.pt or .safetensors), an open_clip checkpoint or a folder of a
+    Hugging Face `CLIPModel`; without it the local caches, the hub and OpenAI's address are tried in this order.
+    Raises `UsageError` for an unknown model, weights of another model than asked for, or none to be had.
+    """
+    if model is not None and model not in _MODELS:
+        raise UsageError(f"unknown CLIP model {model!r}; there are {', '.join(_MODELS)}")
+    path = Path(weights).expanduser() if weights else find_weights(model or DEFAULT_MODEL)
+    state = read_state_dict(path)
+    try:
+        network = build_model(dict(state))
+    except (AssertionError, KeyError, RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise UsageError(f"{path} holds no CLIP model ({type(error).__name__}: {_first_line(error)})") from None
+    architecture = describe(state)
+    if model is not None and architecture != model:
+        raise UsageError(f"{path} holds {architecture}, not {model}; leave out --model or give the right weights")
+    network = _cast(network.float(), dtype).to(device).eval().requires_grad_(False)
+
+    transform = _transform(network.visual.input_resolution).transforms
+    normalise = next(step for step in transform if isinstance(step, Normalize))
+    # The package's own steps up to the tensor, so that preprocessing is the reference's.
+    preprocess = Compose([step for step in transform[:2]])
+    is_resnet = not hasattr(network.visual, "transformer")
+    return Encoder(
+        identity={
+            "model": architecture,
+            "weights_sha256": sha256_of(path),
+            "preprocess": f"resize {network.visual.input_resolution} bicubic, center crop",
+        },
+        image=ImageSide(
+            preprocess=preprocess,
+            mean=normalise.mean,
+            std=normalise.std,
+            forward=_resnet_forward(network.visual, tokens) if is_resnet else _vit_forward(network.visual, tokens),
+            channels_last=is_resnet,
+        ),
+        text=TextSide(tokenize=_Tokenize(network.context_length), forward=_text_forward(network, device, tokens)),
+    )
+
+
+# -- weights ---------------------------------------------------------------------------------------------------
+
+
+def find_weights(model: str) -> Path:
+    """The weights file of one of the nine models: the clip package's cache, the hub's cache, the hub, OpenAI's address.
+
+    Raises `UsageError` listing each place tried when none of them has it.
+    """
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    url = _MODELS[model]
+    cached = Path.home() / ".cache" / "clip" / Path(url).name
+    tried = [f"the clip package's cache {cached}"]
+    if cached.is_file():
+        expected = url.split("/")[-2]
+        if sha256_of(cached) == expected:
+            return cached
+        tried[-1] += f" (its sha256 isn't {expected[:12]}...: damaged)"
+    repository = HUB_REPOSITORIES[model]
+    try:
+        return Path(hf_hub_download(repository, HUB_FILE, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError):
+        tried.append(f"the hub's cache {constants.HF_HUB_CACHE} (nothing of {repository})")
+    if hub_reachable():
+        try:
+            return Path(hf_hub_download(repository, HUB_FILE, etag_timeout=HUB_TIMEOUT))
+        except Exception as error:  # noqa: BLE001 - the hub's http library and its exceptions differ by version
+            tried.append(f"the hub, {constants.ENDPOINT}/{repository} ({type(error).__name__}: {_first_line(error)})")
+    else:
+        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no answer"
+        tried.append(f"the hub, {constants.ENDPOINT}/{repository} ({offline})")
+    try:
+        urlopen(Request(url, method="HEAD"), timeout=HUB_TIMEOUT).close()  # the package's download waits without end
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the damaged file is replaced
+            return Path(_download(url, str(cached.parent)))
+    except (OSError, HTTPException, RuntimeError, TypeError) as error:  # TypeError: an answer without a length
+        tried.append(f"{url} ({_first_line(error)})")
+    raise unobtainable(f"CLIP {model}", tried)
+
+
+def read_state_dict(path: Path) -> StateDict:
+    """A CLIP state dict under OpenAI's names, from any of the five formats. Raises `UsageError` if it is none of them."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.exists():
+        raise UsageError(f"no weights at {path}; --weights wants a file or a folder of a Hugging Face CLIPModel")
+    try:
+        if path.is_dir():
+            state: Any = {}
+            for file in weight_files(path):
+                state |= load_file(file) if file.suffix == ".safetensors" else _load_plain(file)
+        elif path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = _load_archive(path) or _load_plain(path)
+        if isinstance(state.get("state_dict"), dict):  # open_clip's training checkpoints
+            state = state["state_dict"]
+        state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)}
+        if "text_model.embeddings.token_embedding.weight" in state:
+            _check_config(path if path.is_dir() else path.parent)
+            state = _from_hugging_face(state)
+    except KeyError as error:
+        raise UsageError(f"{path} holds no whole CLIP model: {error} is missing") from None
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, AttributeError, TypeError) as error:
+        raise UsageError(f"{path} can't be read as CLIP weights ({_first_line(error)})") from None
+    return state
+
+
+def _load_archive(path: Path) -> StateDict | None:
+    """The state dict of a TorchScript archive; None if the file is something else."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated; OpenAI's files aren't rewritten
+            return torch.jit.load(path, map_location="cpu").state_dict()
+    except RuntimeError:
+        return None
+
+
+def _load_plain(path: Path) -> StateDict:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - bytes that are no pickle make the unpickler raise anything
+        raise ValueError(f"not a plain state dict: {type(error).__name__}: {_first_line(error)}") from None
+
+
+def _check_config(folder: Path) -> None:
+    """Refuse what a Hugging Face config.json has and OpenAI's models haven't: the weights' shapes don't show it."""
+    if not (folder / "config.json").is_file():
+        return
+    config = json.loads((folder / "config.json").read_text())
+    for side in ("text_config", "vision_config"):
+        activation = config.get(side, {}).get("hidden_act", "quick_gelu")
+        if activation != "quick_gelu":
+            raise UsageError(f"{folder} uses {activation} in its {side}; OpenAI's CLIP has quick_gelu: another model")
+        heads, width = (config.get(side, {}).get(key) for key in ("num_attention_heads", "hidden_size"))
+        if heads and width and width != 64 * heads:
+            raise UsageError(f"{folder} has {heads} heads in its {side} of width {width}; OpenAI's CLIP has width / 64")
+
+
+def _from_hugging_face(state: StateDict) -> StateDict:
+    """Rename a `transformers.CLIPModel` state dict to OpenAI's names (q, k and v are stacked there)."""
+    out = {
+        "logit_scale": state["logit_scale"],
+        "token_embedding.weight": state["text_model.embeddings.token_embedding.weight"],
+        "positional_embedding": state["text_model.embeddings.position_embedding.weight"],
+        "text_projection": state["text_projection.weight"].T.contiguous(),
+        "visual.class_embedding": state["vision_model.embeddings.class_embedding"],
+        "visual.conv1.weight": state["vision_model.embeddings.patch_embedding.weight"],
+        "visual.positional_embedding": state["vision_model.embeddings.position_embedding.weight"],
+        "visual.proj": state["visual_projection.weight"].T.contiguous(),
+    }
+    for part in ("weight", "bias"):
+        out[f"ln_final.{part}"] = state[f"text_model.final_layer_norm.{part}"]
+        out[f"visual.ln_pre.{part}"] = state[f"vision_model.pre_layrnorm.{part}"]
+        out[f"visual.ln_post.{part}"] = state[f"vision_model.post_layernorm.{part}"]
+    renamed = {
+        "self_attn.out_proj": "attn.out_proj",
+        "layer_norm1": "ln_1",
+        "layer_norm2": "ln_2",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+    }
+    for theirs, ours in (("text_model", "transformer"), ("vision_model", "visual.transformer")):
+        layers = {int(key.split(".")[3]) for key in state if key.startswith(f"{theirs}.encoder.layers.")}
+        for i in layers:
+            source, target = f"{theirs}.encoder.layers.{i}", f"{ours}.resblocks.{i}"
+            for part in ("weight", "bias"):
+                for old, new in renamed.items():
+                    out[f"{target}.{new}.{part}"] = state[f"{source}.{old}.{part}"]
+                out[f"{target}.attn.in_proj_{part}"] = torch.cat(
+                    [state[f"{source}.self_attn.{x}_proj.{part}"] for x in "qkv"]
+                )
+    return out
+
+
+# resolution, patch size (0: ResNet), vision width, vision layers, embedding width
+_ARCHITECTURES = {
+    (224, 0, 64, (3, 4, 6, 3), 1024): "RN50",
+    (224, 0, 64, (3, 4, 23, 3), 512): "RN101",
+    (288, 0, 80, (4, 6, 10, 6), 640): "RN50x4",
+    (384, 0, 96, (6, 8, 18, 8), 768): "RN50x16",
+    (448, 0, 128, (3, 15, 36, 10), 1024): "RN50x64",
+    (224, 32, 768, 12, 512): "ViT-B/32",
+    (224, 16, 768, 12, 512): "ViT-B/16",
+    (224, 14, 1024, 24, 768): "ViT-L/14",
+    (336, 14, 1024, 24, 768): "ViT-L/14@336px",
+}
+
+
+def describe(state: StateDict) -> str:
+    """The name of the model a state dict holds, read off its shapes; its measures if it is none of the nine."""
+    width = state["text_projection"].shape[1]
+    if "visual.proj" in state:
+        patch = state["visual.conv1.weight"].shape[-1]
+        positions = state["visual.positional_embedding"].shape[0] - 1
+        layers: Any = len({key.split(".")[3] for key in state if key.startswith("visual.transformer.resblocks.")})
+        vision_width = state["visual.conv1.weight"].shape[0]
+    else:
+        patch = 0
+        positions = state["visual.attnpool.positional_embedding"].shape[0] - 1
+        layers = tuple(
+            len({key.split(".")[2] for key in state if key.startswith(f"visual.layer{i}.")}) for i in (1, 2, 3, 4)
+        )
+        vision_width = state["visual.layer1.0.conv1.weight"].shape[0]
+    resolution = round(positions**0.5) * (patch or 32)
+    measures = (resolution, patch, vision_width, layers, width)
+    return _ARCHITECTURES.get(measures, "custom " + " ".join(map(str, measures)))
+
+
+# -- forward passes --------------------------------------------------------------------------------------------
+
+
+def _cast(network: CLIP, dtype: torch.dtype) -> CLIP:
+    """What `clip.model.convert_weights` does for fp16, for any dtype: products in `dtype`, LayerNorms in fp32."""
+    if dtype is torch.float32:
+        return network
+    for module in network.modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear, nn.MultiheadAttention, nn.BatchNorm2d)):
+            module.to(dtype)
+        for name in ("text_projection", "proj"):
+            if isinstance(getattr(module, name, None), nn.Parameter):
+                getattr(module, name).data = getattr(module, name).data.to(dtype)
+    return network
+
+
+def _layer_norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+    """LayerNorm in fp32 whatever the dtype of `x`. CPU kernels take a bf16 `x` with fp32 weights in one pass; the
+    package's own module casts there and back."""
+    if x.device.type == "cpu":
+        return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return norm(x)
+
+
+def _transformer(blocks: nn.Sequential, x: torch.Tensor, causal: bool) -> torch.Tensor:
+    """`clip.model.Transformer` on x (B, L, width). The package's works on (L, B, width), through
+    `nn.MultiheadAttention`, which copies x into another layout several times a layer."""
+    batch, length, width = x.shape
+    for block in blocks:
+        attention, mlp = block.attn, block.mlp
+        qkv = F.linear(_layer_norm(block.ln_1, x), attention.in_proj_weight, attention.in_proj_bias)
+        q, k, v = qkv.view(batch, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, L, d)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).reshape(batch, length, width)
+        x = x + attention.out_proj(mixed)
+        hidden = mlp.c_fc(_layer_norm(block.ln_2, x))
+        gate = (hidden * 1.702).sigmoid_()  # QuickGELU
+        x = x + mlp.c_proj(gate.mul_(hidden))
+    return x
+
+
+def _vit_forward(visual: nn.Module, tokens: bool) -> Callable[[torch.Tensor], Features]:
+    def forward(pixels: torch.Tensor) -> Features:
+        x = visual.conv1(pixels).flatten(2).transpose(1, 2)  # (B, P, width)
+        start = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+        x = _layer_norm(visual.ln_pre, torch.cat([start, x], 1) + visual.positional_embedding.to(x.dtype))
+        x = _transformer(visual.transformer.resblocks, x, causal=False)
+        if not tokens:
+            return {"feats": _layer_norm(visual.ln_post, x[:, 0]) @ visual.proj}
+        x = _layer_norm(visual.ln_post, x)
+        return {"feats": x[:, 0] @ visual.proj, "tokens": x[:, 1:]}
+
+    return forward
+
+
+def _resnet_forward(visual: nn.Module, tokens: bool) -> Callable[[torch.Tensor], Features]:
+    visual.to(memory_format=torch.channels_last)
+    maps: list[torch.Tensor] = []
+    if tokens:
+        visual.layer4.register_forward_hook(lambda module, args, output: maps.append(output))
+
+    def forward(pixels: torch.Tensor) -> Features:
+        feats = visual(pixels)
+        if not tokens:
+            return {"feats": feats}
+        return {"feats": feats, "tokens": maps.pop().flatten(2).transpose(1, 2)}
+
+    return forward
+
+
+class _Tokenize:
+    """Texts to CLIP's tokens, as `clip.tokenize(truncate=True)` makes them, without its padding."""
+
+    def __init__(self, context_length: int):
+        self.context_length = context_length
+        self.start = _tokenizer.encoder["<|startoftext|>"]
+        self.end = _tokenizer.encoder["<|endoftext|>"]
+
+    def __call__(self, texts: Sequence[str]) -> list[Tokens]:
+        return [self._one(text) for text in texts]
+
+    def _one(self, text: str) -> Tokens:
+        body = _tokenizer.encode(text)
+        room = self.context_length - 2
+        ids = np.array([self.start, *body[:room], self.end], np.int64)
+        return Tokens(ids, len(ids), len(body) > room)
+
+
+def _text_forward(network: CLIP, device: torch.device, tokens: bool) -> Callable[[list[Any]], Features]:
+    """The text tower is causal and is read at the end token, so positions after the longest text change nothing:
+    they are cut off, where `CLIP.encode_text` computes all 77."""
+    dtype = network.text_projection.dtype
+
+    def forward(ids: list[Any]) -> Features:
+        lengths = torch.tensor([len(i) for i in ids])
+        padded = pad_sequence([torch.from_numpy(i) for i in ids], batch_first=True).to(device)  # (B, L)
+        positions = network.positional_embedding[: padded.shape[1]]
+        x = network.token_embedding(padded).to(dtype) + positions.to(dtype)  # (B, L, width)
+        x = _transformer(network.transformer.resblocks, x, causal=True)
+        ends = torch.arange(len(ids)), lengths.to(device) - 1
+        if not tokens:
+            return {"feats": _layer_norm(network.ln_final, x[ends]) @ network.text_projection}
+        x = _layer_norm(network.ln_final, x)
+        return {"feats": x[ends] @ network.text_projection, "tokens": x}
+
+    return forward
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

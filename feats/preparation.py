@@ -1,0 +1,140 @@
+"""What happens to a row before the encoder: reading, decoding, preprocessing, tokenising; in worker processes."""
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from multiprocessing import get_all_start_methods
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from feats.encoders import Encoder, ImageSide, Tokens
+from feats.errors import RowError
+from feats.images import augment, hash64, read_image
+from feats.records import Record, TarSlice
+from feats.text import clean, duplicate_key
+
+
+class Texts(NamedTuple):
+    """The texts of one block. `reasons` maps positions in the block to why a text can't be encoded."""
+
+    tokens: list[Tokens]
+    hashes: np.ndarray  # (R,) uint64
+    keys: np.ndarray  # (R,) uint64
+    reasons: dict[int, str]
+
+
+class Images(NamedTuple):
+    """One batch of pictures. `pixels` (B, 1 + K, H, W, 3) uint8: the picture, then its K augmented views."""
+
+    pixels: torch.Tensor
+    hashes: np.ndarray  # (B,) uint64
+    sizes: np.ndarray  # (B,) int64, bytes
+    reasons: dict[int, str]
+
+
+class Job(NamedTuple):
+    """Some rows to prepare: all texts of a block, or a batch of its pictures."""
+
+    kind: str  # "texts" or "images"
+    rows: np.ndarray
+
+
+class Preparation(Dataset):
+    """Turns `Job`s into `Texts` and `Images`; `text_clean` is the cleaning level, `views` their number per picture."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        records: Sequence[Record],
+        jobs: Sequence[Job],
+        text_clean: str | None,
+        views: int,
+        views_seed: int,
+    ):
+        self.image, self.text = encoder.image, encoder.text
+        self.records, self.jobs = records, jobs
+        self.text_clean, self.views, self.views_seed = text_clean or "none", views, views_seed
+        self.blank = blank_pixels(encoder.image) if encoder.image else None
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __getitem__(self, index: int) -> Texts | Images:
+        kind, rows = self.jobs[index]
+        records = [self.records[row] for row in rows]
+        return self._texts(records) if kind == "texts" else self._images(records)
+
+    def _texts(self, records: Sequence[Record]) -> Texts:
+        texts = [record.text or "" for record in records]
+        return Texts(
+            tokens=self.text.tokenize([clean(text, self.text_clean) for text in texts]),
+            hashes=np.array([text_hash(record) for record in records], np.uint64),
+            keys=np.array([hash64(duplicate_key(text).encode()) for text in texts], np.uint64),
+            reasons={k: record.text_error for k, record in enumerate(records) if record.text is None},
+        )
+
+    def _images(self, records: Sequence[Record]) -> Images:
+        pixels = torch.zeros(len(records), 1 + self.views, *self.blank.shape, dtype=torch.uint8)
+        hashes, sizes = np.zeros(len(records), np.uint64), np.zeros(len(records), np.int64)
+        reasons = {}
+        for k, record in enumerate(records):
+            try:
+                image, hashes[k] = read_image(record.image_path)
+                pixels[k, 0] = to_array(self.image.preprocess(image))
+                for view in range(self.views):
+                    seed = hash64(f"{self.views_seed}/{record.id}/{view}".encode())
+                    pixels[k, 1 + view] = to_array(self.image.preprocess(augment(image, seed)))
+                sizes[k] = picture_bytes(record)
+            except RowError as error:
+                reasons[k] = str(error)
+        return Images(pixels, hashes, sizes, reasons)
+
+
+def prepare(dataset: Preparation, workers: int, pin_memory: bool) -> Iterator[Texts | Images]:
+    """The jobs' results in order, made ahead of time by `workers` processes (0: on demand, in this one)."""
+    if "fork" not in get_all_start_methods():  # tokenisers and preprocessing are closures: they can't be sent
+        workers = 0
+    workers = min(workers, len(dataset))
+    return iter(
+        DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            multiprocessing_context="fork" if workers else None,
+            worker_init_fn=_die_with_parent,
+        )
+    )
+
+
+def _die_with_parent(worker: int) -> None:
+    """A worker that outlives a killed run would keep that run's file locks: they are inherited."""
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
+
+
+def blank_pixels(side: ImageSide) -> torch.Tensor:
+    """A black picture after preprocessing, (H, W, 3) uint8."""
+    return to_array(side.preprocess(Image.new("RGB", (512, 512))))
+
+
+def to_array(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image))  # a copy: PIL's own buffer is read-only
+
+
+def text_hash(record: Record) -> int:
+    return hash64((record.text or "").encode("utf-8", "surrogatepass"))
+
+
+def picture_bytes(record: Record) -> int:
+    """The picture file's size; -1 when there is none."""
+    source = record.image_path
+    if isinstance(source, TarSlice):
+        return source.size
+    try:
+        return os.stat(source).st_size if source else -1
+    except OSError:
+        return -1

@@ -1,0 +1,142 @@
+"""The rules of the house: names, who may import whom, scripts."""
+
+import ast
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import feats
+import modeling
+
+PACKAGES = ("feats", "modeling")
+MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8"), str(path)) for path in MODULES}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+# Libraries that needn't be installed where the tests run, and names too close to the standard library's.
+RESERVED = set(
+    "clip torch torchvision transformers datasets evaluate tokenizers select random profile types io code queue signal "
+    "copy calendar struct token string platform logging inspect".split()
+)
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def is_script(tree: ast.Module) -> bool:
+    return any(isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'" for node in tree.body)
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Everything a module imports, anywhere in it: `from a.b import c` counts as a.b and a.b.c."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+SCRIPTS = [path for path, tree in TREES.items() if is_script(tree)]
+each_module = pytest.mark.parametrize("path", MODULES, ids=dotted)
+each_script = pytest.mark.parametrize("path", SCRIPTS, ids=dotted)
+
+
+def test_the_rules_see_the_house():
+    assert {"feats.store", "feats.extract", "feats.clip_encoder", "modeling.__init__"} <= set(map(dotted, MODULES))
+    assert "feats.clip_extract_feats" in map(dotted, SCRIPTS) and "feats.store" not in map(dotted, SCRIPTS)
+    assert {"feats.store", "feats.store.FeatureStore", "torch"} <= imported(TREES[ROOT / "feats" / "extract.py"])
+
+
+def test_this_tree_is_tested():
+    for package in (feats, modeling):
+        assert Path(package.__file__).parent == ROOT / package.__name__
+
+
+# -- names and imports ------------------------------------------------------------------------------------------
+
+
+@each_module
+def test_no_module_shadows_another(path: Path):
+    """A script's folder comes first in sys.path: a file beside it hides any module of that name."""
+    taken = {*sys.stdlib_module_names, *packages_distributions(), *RESERVED} - {"__init__"}
+    assert path.stem not in taken
+
+
+@each_module
+def test_imports(path: Path):
+    tree, names = TREES[path], imported(TREES[path])
+    relative = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    assert not relative, f"relative imports in lines {relative}"
+    siblings = {module.stem for module in MODULES} - {"__init__"}
+    assert not siblings & {name.split(".")[0] for name in names}, "imported by sibling name"
+    assert not names & set(map(dotted, SCRIPTS)), "a script is imported"
+    if path.is_relative_to(ROOT / "feats"):
+        assert "modeling" not in {name.split(".")[0] for name in names}, "feats imports modeling"
+
+
+def test_only_extract_knows_both_encoders_and_store():
+    both = {dotted(path) for path, tree in TREES.items() if {"feats.encoders", "feats.store"} <= imported(tree)}
+    assert both == {"feats.extract"}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_s_init_is_a_docstring(package: str):
+    (only,) = TREES[ROOT / package / "__init__.py"].body
+    assert isinstance(only, ast.Expr) and isinstance(only.value, ast.Constant) and isinstance(only.value.value, str)
+
+
+def test_reading_caches_needs_no_torch(tmp_path: Path):
+    code = "import sys, feats.errors, feats.records, feats.store; print('torch' in sys.modules, feats.__file__)"
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
+    assert out.stdout.split() == ["False", str(ROOT / "feats" / "__init__.py")]
+
+
+# -- scripts ----------------------------------------------------------------------------------------------------
+
+
+@each_script
+def test_every_script_has_build_parser_and_main(path: Path, capsys: pytest.CaptureFixture):
+    script = importlib.import_module(dotted(path))
+    assert script.__doc__ and script.build_parser().description == script.__doc__
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["--help"])
+    assert stopped.value.code == 0
+    assert "usage:" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["--no-such-option"])
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("script", ["feats/inspect_feats.py", "feats/clip_extract_feats.py"])
+def test_scripts_run_by_path_from_anywhere(tmp_path: Path, script: str):
+    out = subprocess.run(
+        [sys.executable, str(ROOT / script), "--help"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert (out.returncode, out.stderr) == (0, "")
+    assert out.stdout.startswith(f"usage: {Path(script).name}")
+    assert not list(tmp_path.iterdir())
+
+
+# -- what git keeps ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not shutil.which("git") or not (ROOT / ".git").exists(), reason="not a git checkout")
+@pytest.mark.parametrize("folder", ["data", "saved"])
+def test_what_users_put_and_make_is_ignored(folder: str):
+    def ignored(name: str) -> bool:
+        command = ["git", "check-ignore", "--quiet", "--no-index", f"{folder}/{name}"]
+        return {0: True, 1: False}[subprocess.run(command, cwd=ROOT).returncode]
+
+    assert ignored("train.txt") and ignored("feats/clip_train.h5") and ignored("runs/a/head.safetensors")
+    assert not ignored("README.md") and (ROOT / folder / "README.md").is_file()
