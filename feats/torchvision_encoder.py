@@ -1,0 +1,232 @@
+"""torchvision image encoders: the ResNet and Vision Transformer families, with the preprocessing of their weights."""
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+import torchvision
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.utils import fuse_conv_bn_eval
+from torchvision.models import ResNet, VisionTransformer, WeightsEnum, get_model, get_model_weights, list_models
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+
+from feats.encoders import Encoder, Features, ImageSide
+from feats.errors import UsageError
+from feats.weights import sha256_of, unobtainable
+
+FAMILIES = ("resnet", "resnext", "wide_resnet", "vit_")
+STALL_SECONDS = 15  # a download that hears nothing for this long is given up
+LONGEST_RATIO = 16  # a picture longer than this loses its ends before it is resized
+
+
+@dataclass(frozen=True)
+class ResizeCrop:
+    """Resize the shorter side to `resize`, then cut the central square of side `crop`: RGB image -> RGB image.
+
+    Pixels are those of torchvision's ImageClassification preset. Only pictures of a side ratio above 16 first lose
+    ends that the crop drops anyway: a 1 x 20000 strip would otherwise become gigabytes. Picklable.
+    """
+
+    resize: int
+    crop: int
+    interpolation: str
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        longest = LONGEST_RATIO * min(width, height)
+        if max(width, height) > longest:
+            image = TF.center_crop(image, [min(height, longest), min(width, longest)])
+        image = TF.resize(image, [self.resize], interpolation=InterpolationMode(self.interpolation), antialias=True)
+        return TF.center_crop(image, [self.crop])
+
+
+def load(
+    model: str, weights: str | None, *, device: torch.device, dtype: torch.dtype, tokens: bool, layer: str
+) -> Encoder:
+    """Load a torchvision classifier as an encoder.
+
+    `weights` is one of the model's torchvision weights (`IMAGENET1K_V1`, ...) or a state-dict file (.pth, .pt,
+    .safetensors), which gets the default weights' preprocessing; without it the default weights are looked for in
+    torch hub's cache, then downloaded. `layer` is `pooled` (ResNet: the last map's mean; ViT: the class token after
+    the final LayerNorm), (B, D) float32, or `logits`, (B, 1000). With `tokens` also the last map's positions, row by
+    row (ResNet: (B, 49, D)), or the patch tokens after the final LayerNorm (ViT: (B, 196, D)).
+
+    Raises `UsageError` for an unknown model or weights name, weights of another model, or none to be had.
+    """
+    supported = [name for name in list_models(module=torchvision.models) if name.startswith(FAMILIES)]
+    if model not in supported:
+        raise UsageError(f"unknown torchvision model {model!r}; there are {', '.join(supported)}")
+    entry, path = find_weights(model, weights)
+    options = {"image_size": entry.meta["min_size"][0]} if model.startswith("vit_") else {}
+    network = get_model(model, weights=None, **options)
+    load_strictly(network, path, model)
+    network.eval().requires_grad_(False)
+    is_resnet = isinstance(network, ResNet)
+    if is_resnet:
+        fold_batch_norms(network)
+    network.to(device=device, dtype=dtype, memory_format=torch.channels_last if is_resnet else torch.preserve_format)
+
+    preset = entry.transforms()
+    preprocess = ResizeCrop(preset.resize_size[0], preset.crop_size[0], preset.interpolation.value)
+    return Encoder(
+        identity={
+            "model": model,
+            "weights_sha256": sha256_of(path),
+            "layer": layer,
+            "preprocess": describe(preprocess, preset.mean, preset.std),
+        },
+        image=ImageSide(
+            preprocess=preprocess,
+            mean=preset.mean,
+            std=preset.std,
+            forward=(_resnet_forward if is_resnet else _vit_forward)(network, layer, tokens),
+            channels_last=is_resnet,
+        ),
+    )
+
+
+def describe(preprocess: ResizeCrop, mean: list[float], std: list[float]) -> dict[str, Any]:
+    """The preprocessing in JSON values, for the fingerprint."""
+    return {
+        "resize": preprocess.resize,
+        "crop": preprocess.crop,
+        "interpolation": preprocess.interpolation,
+        "mean": list(mean),
+        "std": list(std),
+    }
+
+
+# -- weights ---------------------------------------------------------------------------------------------------
+
+
+def find_weights(model: str, weights: str | None) -> tuple[WeightsEnum, Path]:
+    """The torchvision weights entry, which knows the preprocessing, and the file.
+
+    Raises `UsageError` for a name or file that isn't there, and when neither cache nor download gives it.
+    """
+    entries = get_model_weights(model)
+    if weights is None or weights in entries.__members__:
+        entry = entries[weights or "DEFAULT"]
+        return entry, _cached_or_downloaded(model, entry)
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        names = ", ".join(entries.__members__)
+        raise UsageError(f"--weights {weights}: no such file, and {model} has only the weights {names}")
+    return entries.DEFAULT, path
+
+
+def _cached_or_downloaded(model: str, entry: WeightsEnum) -> Path:
+    name = Path(urlparse(entry.url).path).name
+    cached = Path(torch.hub.get_dir(), "checkpoints", name)
+    digest = Path(name).stem.rpartition("-")[2]  # torchvision's file names end in the head of their sha256
+    if cached.is_file():
+        if not sha256_of(cached).startswith(digest):
+            raise UsageError(f"{cached} is damaged: its sha256 doesn't start with {digest}; delete it and run again")
+        return cached
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with _impatient():
+            torch.hub.download_url_to_file(entry.url, str(cached), hash_prefix=digest)
+    except (OSError, RuntimeError) as error:  # no network, no space; RuntimeError: another hash than expected
+        tried = [f"torch hub's cache {cached} (not there)", f"{entry.url} ({error})"]
+        raise unobtainable(f"torchvision {model} {entry.name}", tried) from error
+    return cached
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """Give up on a silent network; torch's download knows no time limit of its own."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(STALL_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def load_strictly(network: nn.Module, path: Path, model: str) -> None:
+    """Fill `network` from a state-dict file, pickled tensors or safetensors, never other objects.
+
+    Raises `UsageError` if the file can't be read as one or holds other names or shapes than the network.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        # torch's own words about what it refuses to unpickle fill a screen
+        raise UsageError(
+            f"{path} can't be read as a state dict ({type(error).__name__}); "
+            "expected .safetensors, or .pth/.pt as torch.save(model.state_dict()) writes it"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UsageError(f"{path} holds no plain state dict; save model.state_dict() alone")
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        problems = [line.strip() for line in str(error).splitlines()[1:]]
+        raise UsageError(
+            f"{path} doesn't fit {model} ({problems[0][:200]}); give this model's weights or the model that has these"
+        ) from None
+
+
+# -- running ---------------------------------------------------------------------------------------------------
+
+
+def fold_batch_norms(network: nn.Module) -> None:
+    """Put each evaluated batch norm into the convolution registered just before it, in place.
+
+    The same values to float32 rounding, for 1.1 to 1.2 times the images a second on a CPU; fold before any cast.
+    """
+    for module in network.modules():
+        children = list(module.named_children())
+        for (conv_name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, norm_name, nn.Identity())
+
+
+def pool_map(grid: torch.Tensor) -> torch.Tensor:
+    """(B, D, H, W) -> (B, D), in float32: half precision would lose digits in the sum."""
+    return grid.float().mean((2, 3))
+
+
+def map_tokens(grid: torch.Tensor) -> torch.Tensor:
+    """(B, D, H, W) -> (B, H * W, D), row by row."""
+    return grid.flatten(2).transpose(1, 2)
+
+
+def _resnet_forward(network: ResNet, layer: str, tokens: bool) -> Callable[[torch.Tensor], Features]:
+    def forward(pixels: torch.Tensor) -> Features:
+        grid = network.maxpool(network.relu(network.bn1(network.conv1(pixels))))
+        grid = network.layer4(network.layer3(network.layer2(network.layer1(grid))))  # (B, D, 7, 7)
+        feats = pool_map(grid)
+        if layer == "logits":
+            feats = network.fc(feats.to(grid.dtype))
+        return {"feats": feats, "tokens": map_tokens(grid)} if tokens else {"feats": feats}
+
+    return forward
+
+
+def _vit_forward(network: VisionTransformer, layer: str, tokens: bool) -> Callable[[torch.Tensor], Features]:
+    def forward(pixels: torch.Tensor) -> Features:
+        patches = map_tokens(network.conv_proj(pixels))  # (B, P, D)
+        sequence = torch.cat([network.class_token.expand(len(pixels), -1, -1), patches], 1)
+        sequence = network.encoder(sequence)  # adds positions; ends in the LayerNorm
+        feats = sequence[:, 0]
+        if layer == "logits":
+            feats = network.heads(feats)
+        return {"feats": feats, "tokens": sequence[:, 1:]} if tokens else {"feats": feats}
+
+    return forward

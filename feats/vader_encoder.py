@@ -1,0 +1,55 @@
+"""VADER, a lexicon and rules for sentiment in social media text; everything comes inside the package.
+
+Hutto & Gilbert, VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text, ICWSM 2014.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import vaderSentiment.vaderSentiment
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from feats.encoders import Encoder, Features, TextSide, Tokens
+from feats.errors import UsageError
+from feats.weights import sha256_of
+
+SCORES = ("pos", "neu", "neg", "compound")
+LEXICONS = ("vader_lexicon.txt", "emoji_utf8_lexicon.txt")
+
+
+def load(model: str, weights: str | None, *, device: torch.device, dtype: torch.dtype, tokens: bool = False) -> Encoder:
+    """Load VADER: the scores pos, neu, neg in [0, 1] and compound in [-1, 1] of the raw text, (B, 4) float32.
+
+    `dtype` has no effect: nothing is computed in it. Raises `UsageError` for another model name, for `weights` (the
+    package has its own) and for `tokens` (there are no token vectors).
+    """
+    if model != "vader":
+        raise UsageError(f"unknown model {model!r}; there is vader")
+    if weights is not None:
+        raise UsageError(f"VADER brings its own lexicon and takes no weights, but got {weights}; leave out --weights")
+    if tokens:
+        raise UsageError("VADER has no token features; leave out --tokens")
+    analyzer = SentimentIntensityAnalyzer()
+
+    def forward(texts: list[str]) -> Features:
+        scores = [analyzer.polarity_scores(text) for text in texts]
+        return {"feats": torch.tensor([[score[name] for name in SCORES] for score in scores], device=device)}
+
+    folder = Path(vaderSentiment.vaderSentiment.__file__).parent
+    digests = "".join(sha256_of(folder / name) for name in LEXICONS)
+    return Encoder(
+        identity={
+            "model": "vader",
+            "version": version("vaderSentiment"),
+            "weights_sha256": hashlib.sha256(digests.encode()).hexdigest(),
+        },
+        text=TextSide(tokenize=tokenize, forward=forward),
+    )
+
+
+def tokenize(texts: Sequence[str]) -> list[Tokens]:
+    """The texts themselves: the analyser splits them. The length is the number of words, at least 1."""
+    return [Tokens(text, max(len(text.split()), 1)) for text in texts]

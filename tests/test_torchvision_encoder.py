@@ -1,0 +1,190 @@
+"""torchvision encoders against the plain models and their weights' own transforms, with random weights."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from safetensors.torch import save_file
+from torchvision.models import get_model, get_model_weights
+from torchvision.transforms import functional as TF
+
+from feats.encoders import Encoder, load_encoder
+from feats.errors import UsageError
+from feats.torchvision_encoder import ResizeCrop, fold_batch_norms
+from feats.weights import sha256_of
+
+MODELS = ["resnet18", "vit_b_16"]
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    generator = np.random.default_rng(0)
+    shapes = [(300, 200), (97, 640), (224, 224), (31, 30)]
+    small = [Image.fromarray(generator.integers(0, 256, (12, 9, 3), np.uint8)) for _ in shapes]
+    return [image.resize(shape, Image.Resampling.BICUBIC) for image, shape in zip(small, shapes, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[torch.nn.Module, Path]]:
+    """Randomly initialised models, batch norms with statistics of their own, and their state-dict files."""
+    torch.manual_seed(0)
+    made = {}
+    for name in MODELS:
+        network = get_model(name, weights=None).eval()
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 2)
+                torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+        if name.startswith("vit"):
+            torch.nn.init.normal_(network.heads.head.weight, std=0.02)  # torchvision starts it at zero
+        path = tmp_path_factory.mktemp("weights") / f"{name}.pth"
+        torch.save(network.state_dict(), path)
+        made[name] = network, path
+    return made
+
+
+def pixels(encoder: Encoder, images: list[Image.Image], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    side = encoder.image
+    batch = torch.stack([TF.to_tensor(side.preprocess(image)) for image in images])
+    batch = TF.normalize(batch, side.mean, side.std).to(dtype)
+    return batch.to(memory_format=torch.channels_last) if side.channels_last else batch
+
+
+def features(encoder: Encoder, images: list[Image.Image], dtype: torch.dtype = torch.float32):
+    with torch.inference_mode():
+        return encoder.image.forward(pixels(encoder, images, dtype))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_plain_torchvision(models, pictures, name: str):
+    network, path = models[name]
+    transform = get_model_weights(name).DEFAULT.transforms()
+    seen = {}
+    hook = (network.avgpool if name == "resnet18" else network.encoder).register_forward_hook(
+        lambda module, args, out: seen.update(input=args[0], output=out)
+    )
+    with torch.inference_mode():
+        logits = network(torch.stack([transform(image) for image in pictures]))
+    hook.remove()
+    if name == "resnet18":
+        pooled = seen["output"].flatten(1)
+        tokens = torch.stack([seen["input"][:, :, i, j] for i in range(7) for j in range(7)], 1)
+    else:
+        pooled, tokens = seen["output"][:, 0], seen["output"][:, 1:]
+
+    out = features(load_encoder("resnet", name, str(path), tokens=True), pictures)
+    torch.testing.assert_close(out["feats"], pooled, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(out["tokens"], tokens, atol=2e-4, rtol=1e-3)
+    assert out["tokens"].shape[1] == {"resnet18": 49, "vit_b_16": 196}[name]
+    out = features(load_encoder("resnet", name, str(path), layer="logits"), pictures[:2])
+    torch.testing.assert_close(out["feats"], logits[:2], atol=5e-5, rtol=1e-3)
+    assert out.keys() == {"feats"}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "vit_b_16"])
+def test_preprocessing_gives_the_presets_pixels(pictures, name: str):
+    preset = get_model_weights(name).DEFAULT.transforms()
+    preprocess = ResizeCrop(preset.resize_size[0], preset.crop_size[0], preset.interpolation.value)
+    preprocess = pickle.loads(pickle.dumps(preprocess))
+    for image in pictures:
+        ours = TF.normalize(TF.to_tensor(preprocess(image)), preset.mean, preset.std)
+        assert torch.equal(ours, preset(image))
+
+
+def test_a_very_long_picture_is_resized_in_little_memory():
+    strip = Image.new("RGB", (60_000, 3), "red")
+    strip.paste("blue", (29_990, 0, 30_010, 3))
+    made = ResizeCrop(232, 224, "bilinear")(strip)
+    assert made.size == (224, 224)
+    assert made.getpixel((112, 112)) == (0, 0, 255)
+
+
+def test_folding_keeps_the_values():
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(num_classes=3).eval()
+    example = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        before = network(example)
+        fold_batch_norms(network)
+        torch.testing.assert_close(network(example), before, atol=1e-4, rtol=1e-4)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bf16_stays_close_and_rows_do_not_depend_on_the_batch(models, pictures, name: str):
+    encoder = load_encoder("resnet", name, str(models[name][1]))
+    pictures = pictures[:2]
+    full = features(encoder, pictures)["feats"]
+    half = load_encoder("resnet", name, str(models[name][1]), dtype=torch.bfloat16)
+    assert torch.cosine_similarity(full, features(half, pictures, torch.bfloat16)["feats"].float()).min() > 0.999
+    alone = features(encoder, pictures[1:2])["feats"]
+    torch.testing.assert_close(full[1:2], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_identity_and_file_formats(models, pictures, tmp_path: Path):
+    network, path = models["resnet18"]
+    save_file(network.state_dict(), tmp_path / "same.safetensors")
+    plain, safe = (load_encoder("resnet", "resnet18", str(p)) for p in (path, tmp_path / "same.safetensors"))
+    assert torch.equal(features(plain, pictures)["feats"], features(safe, pictures)["feats"])
+    assert plain.identity == {
+        "encoder": "resnet",
+        "model": "resnet18",
+        "weights_sha256": sha256_of(path),
+        "layer": "pooled",
+        "preprocess": {
+            "resize": 256,
+            "crop": 224,
+            "interpolation": "bilinear",
+            "mean": [0.485, 0.456, 0.406],
+            "std": [0.229, 0.224, 0.225],
+        },
+    }
+    assert not any(parameter.requires_grad for parameter in features(plain, pictures).values())
+
+
+def test_bad_weights_and_names(models, tmp_path: Path):
+    path = models["resnet18"][1]
+    with pytest.raises(UsageError, match="unknown torchvision model 'vgg11'; there are .*resnet50.*vit_b_16"):
+        load_encoder("resnet", "vgg11")
+    with pytest.raises(UsageError, match="IMAGENET1K_V7: no such file, and resnet50 has only .*IMAGENET1K_V2"):
+        load_encoder("resnet", "resnet50", "IMAGENET1K_V7")
+    with pytest.raises(UsageError, match="doesn't fit resnet34"):
+        load_encoder("resnet", "resnet34", str(path))
+    wrong = torch.load(path, weights_only=True)
+    wrong["fc.weight"] = wrong["fc.weight"][:7]
+    torch.save(wrong, tmp_path / "wrong.pth")
+    with pytest.raises(UsageError, match=r"doesn't fit resnet18 \(size mismatch for fc.weight") as refused:
+        load_encoder("resnet", "resnet18", str(tmp_path / "wrong.pth"))
+    assert "\n" not in str(refused.value)
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "text.pth").write_text("not weights")
+    (tmp_path / "text.safetensors").write_text("not weights")
+    for name in ("module.pth", "list.pth", "empty.pth", "text.pth", "text.safetensors"):
+        with pytest.raises(UsageError, match=f"{name} .*state dict"):
+            load_encoder("resnet", "resnet18", str(tmp_path / name))
+
+
+def test_cache_then_download_then_one_clear_error(models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    with pytest.raises(
+        UsageError, match=r"no weights for torchvision resnet18.*cache.*\(2\) https.*no route.*--weights"
+    ):
+        load_encoder("resnet", "resnet18")
+    cached = tmp_path / "checkpoints" / Path(get_model_weights("resnet18").DEFAULT.url).name
+    cached.write_bytes(b"half a download")
+    with pytest.raises(UsageError, match="damaged: its sha256 doesn't start with .*delete it"):
+        load_encoder("resnet", "resnet18", "IMAGENET1K_V1")
+    monkeypatch.setattr("feats.torchvision_encoder.sha256_of", lambda path: cached.stem.rpartition("-")[2] + "00")
+    cached.write_bytes(models["resnet18"][1].read_bytes())
+    assert load_encoder("resnet", "resnet18").identity["model"] == "resnet18"
