@@ -16,10 +16,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.transforms import Compose, Normalize
+from torchvision.transforms import Normalize
 
 from feats.encoders import Encoder, Features, ImageSide, TextSide, Tokens
 from feats.errors import UsageError
+from feats.images import ResizeCrop
 from feats.weights import HUB_TIMEOUT, hub_reachable, sha256_of, unobtainable, weight_files
 
 with warnings.catch_warnings():
@@ -67,16 +68,15 @@ def load(model: str | None, weights: str | None, *, device: torch.device, dtype:
         raise UsageError(f"{path} holds {architecture}, not {model}; leave out --model or give the right weights")
     network = _cast(network.float(), dtype).to(device).eval().requires_grad_(False)
 
-    transform = _transform(network.visual.input_resolution).transforms
-    normalise = next(step for step in transform if isinstance(step, Normalize))
-    # The package's own steps up to the tensor, so that preprocessing is the reference's.
-    preprocess = Compose([step for step in transform[:2]])
+    resolution = network.visual.input_resolution
+    preprocess = ResizeCrop(resolution, resolution, "bicubic")  # as the package's own transform
+    normalise = next(step for step in _transform(resolution).transforms if isinstance(step, Normalize))
     is_resnet = not hasattr(network.visual, "transformer")
     return Encoder(
         identity={
             "model": architecture,
             "weights_sha256": sha256_of(path),
-            "preprocess": f"resize {network.visual.input_resolution} bicubic, center crop",
+            "preprocess": preprocess.describe(normalise.mean, normalise.std),
         },
         image=ImageSide(
             preprocess=preprocess,

@@ -14,7 +14,8 @@ from torch import nn
 
 from feats.encoders import Encoder, Features, ImageSide
 from feats.errors import UsageError
-from feats.torchvision_encoder import ResizeCrop, describe, fold_batch_norms, load_strictly, map_tokens, pool_map
+from feats.images import ResizeCrop
+from feats.torchvision_encoder import fold_batch_norms, load_strictly, map_tokens, pool_map
 from feats.weights import sha256_of
 
 MODELS = ("lite0", "lite1", "lite2")
@@ -63,7 +64,7 @@ def load(model: str, weights: str | None, *, device: torch.device, dtype: torch.
         identity={
             "model": model,
             "weights_sha256": sha256_of(path),
-            "preprocess": describe(preprocess, MEAN, STD),
+            "preprocess": preprocess.describe(MEAN, STD),
         },
         image=ImageSide(preprocess=preprocess, mean=MEAN, std=STD, forward=forward, channels_last=True),
     )

@@ -129,6 +129,8 @@ ENCODERS: dict[str, EncoderSpec] = {
         "EfficientNet-Lite (offline), image",
         "lite2",
         model_help="lite0, lite1 or lite2",
+        # bf16 gains a third only, and takes single pictures to a cosine of 0.999 to fp32
+        auto_dtype="fp32",
     ),
     "vader": EncoderSpec(
         "feats.vader_encoder",

@@ -6,6 +6,8 @@ import os
 import stat
 import struct
 import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -166,6 +168,36 @@ def _from_wide(image: Image.Image) -> Image.Image:
     black = 0.0 if low >= 0 else low
     scaled = (values - black) * (255.0 / ((white - black) or 1.0))
     return Image.fromarray(np.rint(scaled).astype(np.uint8)).convert("RGB")
+
+
+LONGEST_RATIO = 16  # a picture longer than this loses its ends before it is resized
+
+
+@dataclass(frozen=True)
+class ResizeCrop:
+    """Resize the shorter side to `resize`, then cut the central square of side `crop`: RGB image -> RGB image.
+
+    Pixels are those of torchvision's Resize and CenterCrop. Only pictures of a side ratio above 16 first lose ends
+    that the crop drops anyway: a 1 x 20000 strip would otherwise become gigabytes.
+    """
+
+    resize: int
+    crop: int
+    interpolation: str  # bilinear, bicubic, ...
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        from torchvision.transforms import InterpolationMode, functional
+
+        width, height = image.size
+        longest = LONGEST_RATIO * min(width, height)
+        if max(width, height) > longest:
+            image = functional.center_crop(image, [min(height, longest), min(width, longest)])
+        image = functional.resize(image, [self.resize], InterpolationMode(self.interpolation), antialias=True)
+        return functional.center_crop(image, [self.crop])
+
+    def describe(self, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+        """This and the normalisation that follows it in JSON values, for the fingerprint."""
+        return {**asdict(self), "mean": list(mean), "std": list(std)}
 
 
 def augment(image: Image.Image, seed: int) -> Image.Image:

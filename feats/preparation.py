@@ -126,7 +126,7 @@ def to_array(image: Image.Image) -> torch.Tensor:
 
 
 def text_hash(record: Record) -> int:
-    return hash64((record.text or "").encode("utf-8", "surrogatepass"))
+    return hash64((record.text or "").encode())
 
 
 def picture_bytes(record: Record) -> int:

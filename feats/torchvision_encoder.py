@@ -3,51 +3,25 @@
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 from urllib.parse import urlparse
 
 import torch
 import torchvision
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 from torchvision.models import ResNet, VisionTransformer, WeightsEnum, get_model, get_model_weights, list_models
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as TF
 
 from feats.encoders import Encoder, Features, ImageSide
 from feats.errors import UsageError
+from feats.images import ResizeCrop
 from feats.weights import sha256_of, unobtainable
 
 FAMILIES = ("resnet", "resnext", "wide_resnet", "vit_")
 STALL_SECONDS = 15  # a download that hears nothing for this long is given up
-LONGEST_RATIO = 16  # a picture longer than this loses its ends before it is resized
-
-
-@dataclass(frozen=True)
-class ResizeCrop:
-    """Resize the shorter side to `resize`, then cut the central square of side `crop`: RGB image -> RGB image.
-
-    Pixels are those of torchvision's ImageClassification preset. Only pictures of a side ratio above 16 first lose
-    ends that the crop drops anyway: a 1 x 20000 strip would otherwise become gigabytes. Picklable.
-    """
-
-    resize: int
-    crop: int
-    interpolation: str
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        width, height = image.size
-        longest = LONGEST_RATIO * min(width, height)
-        if max(width, height) > longest:
-            image = TF.center_crop(image, [min(height, longest), min(width, longest)])
-        image = TF.resize(image, [self.resize], interpolation=InterpolationMode(self.interpolation), antialias=True)
-        return TF.center_crop(image, [self.crop])
 
 
 def load(
@@ -83,7 +57,7 @@ def load(
             "model": model,
             "weights_sha256": sha256_of(path),
             "layer": layer,
-            "preprocess": describe(preprocess, preset.mean, preset.std),
+            "preprocess": preprocess.describe(preset.mean, preset.std),
         },
         image=ImageSide(
             preprocess=preprocess,
@@ -93,17 +67,6 @@ def load(
             channels_last=is_resnet,
         ),
     )
-
-
-def describe(preprocess: ResizeCrop, mean: list[float], std: list[float]) -> dict[str, Any]:
-    """The preprocessing in JSON values, for the fingerprint."""
-    return {
-        "resize": preprocess.resize,
-        "crop": preprocess.crop,
-        "interpolation": preprocess.interpolation,
-        "mean": list(mean),
-        "std": list(std),
-    }
 
 
 # -- weights ---------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from feats.errors import UsageError
 from feats.weights import sha256_of
 
 SCORES = ("pos", "neu", "neg", "compound")
+MAX_WORDS = 1000  # the analyser's time grows with the square of their number
 LEXICONS = ("vader_lexicon.txt", "emoji_utf8_lexicon.txt")
 
 
@@ -51,5 +52,12 @@ def load(model: str, weights: str | None, *, device: torch.device, dtype: torch.
 
 
 def tokenize(texts: Sequence[str]) -> list[Tokens]:
-    """The texts themselves: the analyser splits them. The length is the number of words, at least 1."""
-    return [Tokens(text, max(len(text.split()), 1)) for text in texts]
+    """The texts' first `MAX_WORDS` words: the analyser splits them itself. The length is their number, at least 1."""
+    return [_one(text) for text in texts]
+
+
+def _one(text: str) -> Tokens:
+    words = text.split(maxsplit=MAX_WORDS)
+    if len(words) <= MAX_WORDS:
+        return Tokens(text, max(len(words), 1))
+    return Tokens(" ".join(words[:MAX_WORDS]), MAX_WORDS, truncated=True)

@@ -224,7 +224,13 @@ def test_every_format_gives_the_package_s_features(models, checkpoints, pictures
         "encoder": "clip",
         "model": f"custom {resolution} {patch or 0} {width} {layers} {embed}",
         "weights_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-        "preprocess": "resize 64 bicubic, center crop",
+        "preprocess": {
+            "resize": 64,
+            "crop": 64,
+            "interpolation": "bicubic",
+            "mean": [0.48145466, 0.4578275, 0.40821073],
+            "std": [0.26862954, 0.26130258, 0.27577711],
+        },
     }
     json.dumps(encoder.identity)
 

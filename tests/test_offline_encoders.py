@@ -175,3 +175,12 @@ def test_vader_has_no_tokens_and_takes_no_weights():
         load_encoder("vader", tokens=True)
     with pytest.raises(UsageError, match="takes no weights, but got lexicon.txt"):
         load_encoder("vader", weights="lexicon.txt")
+
+
+def test_vader_reads_a_thousand_words():
+    """Its time grows with the square of the words: a megabyte of them would take an hour."""
+    encoder = load_encoder("vader")
+    short, long = encoder.text.tokenize(["so happy!", "happy " * 200_000])
+    assert (short.ids, short.length, short.truncated) == ("so happy!", 2, False)
+    assert (long.length, long.truncated) == (1000, True)
+    torch.testing.assert_close(encoder.text.forward([long.ids]), encoder.text.forward(["happy " * 1000]))

@@ -14,7 +14,8 @@ from torchvision.transforms import functional as TF
 
 from feats.encoders import Encoder, load_encoder
 from feats.errors import UsageError
-from feats.torchvision_encoder import ResizeCrop, fold_batch_norms
+from feats.images import ResizeCrop
+from feats.torchvision_encoder import fold_batch_norms
 from feats.weights import sha256_of
 
 MODELS = ["resnet18", "vit_b_16"]

@@ -1,0 +1,361 @@
+"""The extraction scripts as a user runs them: defaults, options, resuming, refusing, exit statuses."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, make_course
+from PIL import Image
+
+from feats import efficientnet_extract_feats, minilm_extract_feats, vader_extract_feats
+from feats.store import DONE, QUARANTINED, FeatureStore
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+SMALL = ["--device", "cpu", "--workers", "0", "--batch-size", "8"]
+
+
+def vader(data: Path, out: Path, *more: str) -> int:
+    return vader_extract_feats.main(["--data", str(data), "--out", str(out), *SMALL, *more])
+
+
+def efficientnet(data: Path, out: Path, *more: str) -> int:
+    command = ["--data", str(data), "--out", str(out), "--model", "lite0", "--dtype", "fp32", *SMALL, *more]
+    return efficientnet_extract_feats.main(command)
+
+
+def minilm(data: Path, out: Path, *more: str) -> int:
+    return minilm_extract_feats.main(["--data", str(data), "--out", str(out), "--dtype", "fp32", *SMALL, *more])
+
+
+def datasets(path: Path) -> dict[str, np.ndarray]:
+    with h5py.File(path) as file:
+        return {name: dataset[:] for name, dataset in file.items()}
+
+
+def assert_same(a: Path, b: Path) -> None:
+    left, right = datasets(a), datasets(b)
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+def test_clip_with_no_argument_at_all(tmp_path: Path):
+    """`python feats/clip_extract_feats.py`: reads data/, weights from the hub's cache, writes saved/feats/."""
+    from clip.model import CLIP
+    from safetensors.torch import save_file
+
+    make_course(tmp_path / "data", 6, 3)
+    repository = tmp_path / "hf" / "hub" / "models--timm--vit_base_patch32_clip_224.openai"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    torch.manual_seed(0)
+    model = CLIP(512, 224, 12, 768, 32, 77, 49408, 512, 8, 12)
+    save_file({k: v.half() for k, v in model.state_dict().items()}, snapshot / "open_clip_model.safetensors")
+    out = subprocess.run(
+        [sys.executable, str(ROOT / "feats" / "clip_extract_feats.py")],
+        cwd=tmp_path,
+        env={**ENVIRONMENT, "HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert out.returncode == 0, out.stderr
+    assert "clip_train: 6 rows done; 0 quarantined" in out.stdout and "saved/feats/clip_test.h5" in out.stdout
+    assert "row/s" in out.stderr  # the progress bar's rate
+    for split, rows in (("train", 6), ("test", 3)):
+        found = datasets(tmp_path / "saved" / "feats" / f"clip_{split}.h5")
+        assert found["img_feats"].shape == found["txt_feats"].shape == (rows, 512)
+        assert np.isfinite(found["img_feats"]).all() and (found["status"] == DONE).all()
+    shutil.rmtree(tmp_path / "hf")
+
+
+def test_splits_ids_and_tags_follow_the_data(course: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert vader(course, tmp_path / "out") == 0
+    assert capsys.readouterr().out.count(" -> ") == 2
+    with FeatureStore.open(tmp_path / "out" / "vader_train.h5") as store:
+        assert list(store.ids) == [str(i) for i in range(20)]
+        assert list(store.tags[:3]) == ["positive", "negative", "neutral"]
+        assert store.complete and store.fingerprint["encoder"] == "vader"
+    with FeatureStore.open(tmp_path / "out" / "vader_test.h5") as store:
+        assert list(store.ids) == [str(i) for i in range(20, 26)] and set(store.tags) == {""}
+
+
+def test_name_splits_and_limit(course: Path, tmp_path: Path):
+    assert vader(course, tmp_path / "out", "--name", "mood", "--splits", "train", "--limit", "7") == 0
+    assert [p.name for p in (tmp_path / "out").glob("*.h5")] == ["mood_train.h5"]
+    assert len(datasets(tmp_path / "out" / "mood_train.h5")["id"]) == 7
+
+
+def test_a_second_run_computes_nothing(course: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    efficientnet(course, tmp_path / "out", "--splits", "train")
+    before = datasets(tmp_path / "out" / "efficientnet_train.h5")
+    capsys.readouterr()
+    assert efficientnet(course, tmp_path / "out", "--splits", "train") == 0
+    assert "20 rows done; 0 quarantined" in (out := capsys.readouterr().out) and "0 encoded now" in out
+    for name, values in datasets(tmp_path / "out" / "efficientnet_train.h5").items():
+        np.testing.assert_array_equal(values, before[name])
+
+
+@pytest.mark.parametrize("script", [efficientnet, minilm])
+def test_workers_change_nothing(script, course: Path, tmp_path: Path):
+    script(course, tmp_path / "a", "--splits", "train")
+    script(course, tmp_path / "b", "--splits", "train", "--workers", "2")
+    assert_same(*(next((tmp_path / d).glob("*_train.h5")) for d in "ab"))
+
+
+def test_a_cache_of_something_else_is_refused(course: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    vader(course, tmp_path / "out")
+    before = (tmp_path / "out" / "vader_train.h5").read_bytes()
+    capsys.readouterr()
+    assert vader(course, tmp_path / "out", "--text-clean", "tweet") == 2
+    error = capsys.readouterr().err
+    assert 'text_clean: the cache has "none", this run "tweet"' in error and "--overwrite" in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert (tmp_path / "out" / "vader_train.h5").read_bytes() == before
+    assert vader(course, tmp_path / "out", "--limit", "7") == 2
+    assert "ids_sha256" in capsys.readouterr().err
+    assert vader(course, tmp_path / "out", "--text-clean", "tweet", "--overwrite") == 0
+
+
+def test_changed_contents_are_refused(course: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    vader(course, tmp_path / "out"), efficientnet(course, tmp_path / "out")
+    (course / "data" / "3.txt").write_text("something else entirely")
+    shutil.copy(course / "data" / "5.jpg", course / "data" / "4.jpg")
+    capsys.readouterr()
+    assert vader(course, tmp_path / "out") == 2
+    assert "1 of 20 rows hold other content than when" in (error := capsys.readouterr().err) and "3 (text)" in error
+    assert efficientnet(course, tmp_path / "out") == 2
+    assert "4 (picture)" in capsys.readouterr().err
+
+
+def test_corrected_labels_need_no_encoding(course: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    vader(course, tmp_path / "out", "--splits", "train")
+    (course / "train.txt").write_text((course / "train.txt").read_text().replace("0,positive", "0,neutral", 1))
+    assert vader(course, tmp_path / "out", "--splits", "train") == 0
+    assert "1 labels brought up to date; 0 encoded now" in capsys.readouterr().out
+    assert datasets(tmp_path / "out" / "vader_train.h5")["tag"][0] == b"neutral"
+
+
+def test_quarantine_and_repair(course: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    whole = (course / "data" / "2.jpg").read_bytes()
+    efficientnet(course, tmp_path / "whole", "--splits", "train")
+    (course / "data" / "2.jpg").write_bytes(whole[:200])
+    (course / "data" / "9.jpg").unlink()
+    out = tmp_path / "out"
+    assert efficientnet(course, out, "--splits", "train", "--strict") == 3
+    assert "18 rows done; 2 quarantined" in capsys.readouterr().out
+    found = datasets(out / "efficientnet_train.h5")
+    assert [int(i) for i in found["id"][found["status"] == QUARANTINED]] == [2, 9]
+    assert np.isnan(found["img_feats"][[2, 9]]).all() and np.isfinite(found["img_feats"][found["status"] == DONE]).all()
+    reasons = (out / "efficientnet_train.quarantine.csv").read_text().splitlines()
+    assert reasons[0] == "id,reason" and reasons[1].startswith("2,") and reasons[2].startswith("9,no picture file")
+    (course / "data" / "2.jpg").write_bytes(whole)
+    assert efficientnet(course, out, "--splits", "train", "--strict") == 3
+    assert "19 rows done; 1 quarantined; 0 texts truncated; 1 encoded now" in capsys.readouterr().out
+    np.testing.assert_allclose(
+        datasets(out / "efficientnet_train.h5")["img_feats"][2].astype(float),
+        datasets(tmp_path / "whole" / "efficientnet_train.h5")["img_feats"][2].astype(float),
+        atol=2e-3,
+    )
+
+
+def test_a_bad_text_stops_only_text_encoders(course: Path, tmp_path: Path):
+    (course / "data" / "2.txt").unlink()
+    assert vader(course, tmp_path / "out", "--splits", "train", "--strict") == 3
+    assert efficientnet(course, tmp_path / "out", "--splits", "train", "--strict") == 0
+
+
+def test_token_caches_are_ragged(course: Path, tmp_path: Path):
+    minilm(course, tmp_path / "out", "--tokens", "--splits", "train")
+    with FeatureStore.open(tmp_path / "out" / "minilm_train.h5") as store:
+        tokens, offsets = store.read_tokens()
+        np.testing.assert_array_equal(np.diff(offsets), store.facts("n_tokens"))
+        assert tokens.shape == (offsets[-1], 384) and len(set(np.diff(offsets))) > 1
+        feats = store.read("txt_feats").astype(np.float32)
+        for row in range(20):  # MiniLM's vector is the normalised mean of its tokens
+            mean = tokens[offsets[row] : offsets[row + 1]].astype(np.float32).mean(0)
+            np.testing.assert_allclose(mean / np.linalg.norm(mean), feats[row], atol=2e-3)
+
+
+def test_a_repaired_text_of_another_length_has_no_room(course: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    text = (course / "data" / "2.txt").read_text()
+    (course / "data" / "2.txt").unlink()
+    minilm(course, tmp_path / "out", "--tokens", "--splits", "train")
+    (course / "data" / "2.txt").write_text(text)
+    assert minilm(course, tmp_path / "out", "--tokens", "--splits", "train") == 0
+    assert "19 rows done; 1 quarantined" in capsys.readouterr().out
+    assert "when the cache was made; use --overwrite" in (tmp_path / "out" / "minilm_train.quarantine.csv").read_text()
+
+
+def test_image_tokens_and_views(course: Path, tmp_path: Path):
+    efficientnet(course, tmp_path / "a", "--splits", "train", "--tokens", "--views", "2")
+    efficientnet(course, tmp_path / "b", "--splits", "train")
+    with_views, plain = (datasets(tmp_path / d / "efficientnet_train.h5") for d in "ab")
+    np.testing.assert_array_equal(with_views["img_feats"], plain["img_feats"])
+    assert with_views["img_views"].shape == (20, 2, 1280)
+    assert not (with_views["img_views"][:, 0] == with_views["img_views"][:, 1]).all(1).any()
+    np.testing.assert_allclose(
+        with_views["img_tokens"].astype(np.float32).mean(1), plain["img_feats"].astype(np.float32), atol=5e-3
+    )
+
+
+def test_overflow_is_quarantined_not_stored(course: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from feats import vader_encoder
+
+    real = vader_encoder.load
+
+    def loud(*args, **options):
+        encoder = real(*args, **options)
+        forward = encoder.text.forward
+        encoder.text.forward = lambda ids: {"feats": forward(ids)["feats"].index_fill(0, torch.tensor([0]), 1e6)}
+        return encoder
+
+    monkeypatch.setattr(vader_encoder, "load", loud)
+    vader(course, tmp_path / "out", "--splits", "train")
+    reasons = (tmp_path / "out" / "vader_train.quarantine.csv").read_text()
+    assert reasons.count("features not finite in fp32") == 3  # the first text of each batch
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere"], "nowhere"),
+        (["--splits", "dev"], "no split dev in the data; it has train, test"),
+        (["--name", "a/b"], "--name 'a/b'"),
+        (["--batch-size", "0"], "invalid positive integer value: '0'"),
+        (["--dtype", "fp16"], "--dtype fp16 needs a GPU"),
+        (["--device", "tpu9"], "device 'tpu9' can't be used"),
+        (["--layout", "manifest"], "manifest"),
+        (["--tokens"], "token"),
+        (["--weights", "x"], "weights"),
+    ],
+)
+def test_unusable_arguments(course: Path, tmp_path: Path, capsys: pytest.CaptureFixture, arguments, message):
+    try:
+        status = vader(course, tmp_path / "out", *arguments)
+    except SystemExit as exit:  # argparse's own
+        status = exit.code
+    assert status == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not list(tmp_path.glob("out/*.h5"))
+
+
+def test_interrupted_by_the_user(tmp_path: Path):
+    make_course(tmp_path / "set", 400)
+    command = [sys.executable, str(ROOT / "feats" / "efficientnet_extract_feats.py"), "--model", "lite0"]
+    command += ["--data", str(tmp_path / "set"), "--out", str(tmp_path / "out"), "--batch-size", "2", "--workers", "1"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE)
+    shown = ""
+    while not (seen := re.findall(r" (\d+)/400 ", shown)) or int(seen[-1]) < 64:
+        assert process.poll() is None, shown
+        shown += os.read(process.stderr.fileno(), 1000).decode()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"interrupted: the cache is intact" in error and b"Traceback" not in error
+    with FeatureStore.open(tmp_path / "out" / "efficientnet_train.h5") as store:
+        assert not store.complete and 0 < (store.status == DONE).sum() < 400
+
+
+# Imports once, then forks runs and kills them: twenty kills cost twenty extractions, not twenty imports. A run tells
+# through a pipe when extraction proper starts; an undisturbed one first shows how long it takes, so that twenty kills
+# at random moments fall within one run's work.
+KILLER = """
+    import importlib, os, random, signal, sys, time
+    name, data, out = sys.argv[1:]
+    import feats.extract, torch
+    script = importlib.import_module(f"feats.{name}_extract_feats")
+    importlib.import_module(f"feats.{name}_encoder")
+    arguments = ["--data", data, "--batch-size", "2", "--workers", "1", "--dtype", "fp32", "--out"]
+    extract = feats.extract.extract
+
+    def start(folder):
+        ready, tell = os.pipe()
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+            feats.extract.extract = lambda *a, **k: (os.write(tell, b"!"), extract(*a, **k))[1]
+            os._exit(script.main([*arguments, os.path.join(out, folder)]))
+        os.read(ready, 1)
+        return child
+
+    random.seed(0)
+    child, began = start("calm"), time.perf_counter()
+    assert os.waitpid(child, 0)[1] == 0
+    seconds = time.perf_counter() - began
+    kills = 0
+    for _ in range(22):
+        child = start("killed")
+        time.sleep(random.uniform(0.2, 1) * seconds / 20)
+        os.kill(child, signal.SIGKILL)
+        kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    child = start("killed")
+    print(kills, os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.parametrize("name", ["minilm", "efficientnet"])
+def test_twenty_kills_end_with_the_same_bytes(name: str, tmp_path: Path):
+    make_course(tmp_path / "set", 1000 if name == "minilm" else 400, size=(24, 24))
+    out = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLER), name, str(tmp_path / "set"), str(tmp_path)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    kills, status = map(int, out.stdout.split())
+    assert kills >= 20 and status == 0, out.stderr
+    assert_same(tmp_path / "killed" / f"{name}_train.h5", tmp_path / "calm" / f"{name}_train.h5")
+    with FeatureStore.open(tmp_path / "killed" / f"{name}_train.h5") as store:
+        assert store.complete and (store.status == DONE).all() and store.verify() == []
+
+
+def test_one_pair_is_a_data_set(tmp_path: Path):
+    make_course(tmp_path / "set", 1)
+    assert efficientnet(tmp_path / "set", tmp_path / "out") == 0
+    assert minilm(tmp_path / "set", tmp_path / "out", "--tokens") == 0
+
+
+def test_all_rows_bad_is_still_a_cache(tmp_path: Path):
+    make_course(tmp_path / "set", 10)
+    for path in (tmp_path / "set" / "data").glob("*.jpg"):
+        path.write_bytes(b"no picture")
+    assert efficientnet(tmp_path / "set", tmp_path / "out", "--strict") == 3
+    assert (datasets(tmp_path / "out" / "efficientnet_train.h5")["status"] == QUARANTINED).all()
+
+
+def test_duplicate_hashes_group_equal_pictures_and_texts(tmp_path: Path):
+    make_course(tmp_path / "set", 6)
+    pairs = tmp_path / "set" / "data"
+    shutil.copy(pairs / "0.jpg", pairs / "4.jpg")
+    (pairs / "1.txt").write_text("RT @you: So HAPPY today! http://t.co/abc")
+    (pairs / "5.txt").write_text("so happy   today! ")
+    vader(tmp_path / "set", tmp_path / "out"), efficientnet(tmp_path / "set", tmp_path / "out")
+    keys = datasets(tmp_path / "out" / "vader_train.h5")["txt_key"]
+    hashes = datasets(tmp_path / "out" / "efficientnet_train.h5")["img_hash"]
+    assert keys[1] == keys[5] and len(set(keys)) == 5
+    assert hashes[0] == hashes[4] and len(set(hashes)) == 5
+
+
+def test_a_million_pixel_png_and_a_thumbnail(tmp_path: Path):
+    """The same picture in different containers gives nearly the same features; none is refused for its size."""
+    make_course(tmp_path / "set", 2)
+    picture = Image.effect_noise((1200, 900), 40).convert("RGB")
+    picture.save(tmp_path / "set" / "data" / "0.jpg", quality=98)
+    picture.save(tmp_path / "set" / "data" / "1.png")
+    (tmp_path / "set" / "data" / "1.jpg").unlink()
+    efficientnet(tmp_path / "set", tmp_path / "out")
+    a, b = datasets(tmp_path / "out" / "efficientnet_train.h5")["img_feats"].astype(np.float64)
+    assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.99
