@@ -42,7 +42,6 @@ from feats.text import CLEAN_LEVELS, clean
 
 EXIT_DONE, EXIT_UNUSABLE, EXIT_QUARANTINE, EXIT_INTERRUPTED = 0, 2, 3, 130
 
-BATCH_SIZE = {"cpu": 64, "cuda": 256}
 BLOCK_BATCHES = 8  # batches per block: sorting by length wants many texts, losing little on a kill wants few
 VERSIONS = ("torch", "torchvision", "transformers", "clip-anytorch", "pillow", "ftfy", "h5py", "numpy")
 
@@ -81,7 +80,12 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
     for option, keywords in spec.options.items():
         encoder.add_argument(f"--{option}", **keywords)
     compute = parser.add_argument_group("compute")
-    compute.add_argument("--batch-size", type=_positive, metavar="B", help="(default: 64 on a CPU, 256 on a GPU)")
+    compute.add_argument(
+        "--batch-size",
+        type=_positive,
+        metavar="B",
+        help="(default: 256 on a GPU; on a CPU 64, or 16 for convolutional nets)",
+    )
     compute.add_argument(
         "--workers", type=int, metavar="W", help="decoding processes (default: one per core, 16 at most)"
     )
@@ -150,7 +154,7 @@ def _extract(name: str, args: Namespace) -> int:
     settings = Settings(
         device=device,
         dtype=dtype,
-        batch_size=args.batch_size or BATCH_SIZE.get(device.type, 64),
+        batch_size=args.batch_size or default_batch_size(device, encoder),
         workers=default_workers() if args.workers is None else max(0, args.workers),
         text_clean=getattr(args, "text_clean", None),
         tokens=args.tokens,
@@ -172,6 +176,14 @@ def _chosen_splits(data: DataSet, wanted: Sequence[str] | None) -> list[str]:
     if unknown:
         raise UsageError(f"no split {', '.join(sorted(unknown))} in the data; it has {', '.join(data.splits)}")
     return [split for split in data.splits if not wanted or split in wanted]
+
+
+def default_batch_size(device: torch.device, encoder: Encoder) -> int:
+    """On a CPU, maps of convolutional nets stay in the cache in small batches: EfficientNet-Lite runs a fifth faster
+    in 16s than in 64s; a transformer's products want the larger."""
+    if device.type == "cuda":
+        return 256
+    return 16 if encoder.image and encoder.image.channels_last else 64
 
 
 def default_workers() -> int:

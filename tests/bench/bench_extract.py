@@ -18,11 +18,14 @@ from pathlib import Path
 import clip
 import numpy as np
 import torch
+import torchvision
+from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
+from torchvision.transforms.functional import to_tensor
 
 from feats.acceleration import DTYPES, compiled, dtype_name, resolve_device, resolve_dtype
 from feats.encoders import ENCODERS, Encoder, load_encoder
-from feats.extract import BATCH_SIZE, Settings, default_workers, extract, to_pixels
+from feats.extract import Settings, default_batch_size, default_workers, extract, to_pixels
 from feats.preparation import Job, Preparation, prepare
 from feats.records import Record, read_dataset
 from feats.store import DONE, FeatureStore
@@ -70,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = Settings(
             device,
             dtype,
-            batch_size=args.batch_size or BATCH_SIZE[device.type],
+            batch_size=args.batch_size or default_batch_size(device, encoder),
             workers=args.workers,
             text_clean=ENCODERS[args.encoder].text_clean,
         )
@@ -92,7 +95,7 @@ def bench_pipeline(
 ) -> None:
     """End to end against the forward pass alone, decoding alone, the naive loop and the matrix-product limit."""
     batches = _in_memory(encoder, records, settings)
-    naive_encoder = load_encoder(args.encoder, args.model, weights, device=settings.device) if batches.images else None
+    naive = _naive(args.encoder, args.model, weights, encoder) if batches.images else None
     seconds: dict[str, list[float]] = {}
 
     def timed(name: str, work: Callable[[], object], rows: int) -> None:
@@ -108,6 +111,7 @@ def bench_pipeline(
         fast = compiled(encoder.image.forward)
         fast(batches.images[0])
         print(f"compiling the image side: {time.perf_counter() - start:.1f} s")
+    product = _matrix_product(settings)
     batches.forward(encoder)
     for number in range(args.rounds):
         timed("end to end", lambda n=number: extract(encoder, records, work / f"r{n}_x.h5", settings), len(records))
@@ -118,8 +122,8 @@ def bench_pipeline(
             if fast:
                 timed("image forward, compiled", lambda: [fast(x) for x in whole], len(whole) * settings.batch_size)
             timed("prepare alone", lambda: _prepare_all(encoder, records, settings), len(records))
-            timed("naive loop", lambda: _naive(naive_encoder, records[:24], settings), 24)
-        timed("matrix product", lambda: _matrix_product(settings), 1)
+            timed("naive loop", lambda: [naive(record) for record in records[:24]], 24)
+        timed("matrix product", product, 1)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     limit = 2 * 4096**3 / median.pop("matrix product")
     for name, value in median.items():
@@ -224,28 +228,34 @@ def _prepare_all(encoder: Encoder, records: list[Record], settings: Settings) ->
     return list(prepare(Preparation(encoder, records, jobs, None, 0, 0), settings.workers, False))
 
 
-def _naive(encoder: Encoder, records: list[Record], settings: Settings) -> None:
-    """The usual first script: one pair at a time, batch 1, fp32, texts padded to 77."""
-    for record in records:
-        image = encoder.image.preprocess(Image.open(record.image_path).convert("RGB"))
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (encoder.image.mean, encoder.image.std))
-        encoder.image.forward(((pixels - mean) / std).to(settings.device))["feats"].cpu()
-        if encoder.text:
-            tokens = encoder.text.tokenize([clean(record.text or "", "tweet")])[0].ids
-            encoder.text.forward([np.pad(tokens, (0, 77 - len(tokens)))])["feats"].cpu()
+def _naive(name: str, model: str | None, weights: str | None, encoder: Encoder) -> Callable[[Record], object]:
+    """The usual first script, on the package's own model: one pair at a time, batch 1, fp32, texts padded to 77."""
+    if name == "clip":
+        network = clip.model.build_model(torch.load(weights, weights_only=True)).float()
+        image = network.encode_image
+    elif name == "resnet":
+        network = torchvision.models.get_model(model or "resnet50", weights=None)
+        image = network
+    else:
+        network = EfficientNet.from_name(f"efficientnet-{model or 'lite2'}")
+        image = network
+    network.eval()
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (encoder.image.mean, encoder.image.std))
+
+    def one(record: Record) -> None:
+        picture = encoder.image.preprocess(Image.open(record.image_path).convert("RGB"))
+        image(((to_tensor(picture) - mean) / std)[None])
+        if name == "clip":
+            network.encode_text(clip.tokenize([clean(record.text or "", "tweet")], truncate=True))
+
+    return one
 
 
-_OPERANDS: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = {}
-
-
-def _matrix_product(settings: Settings) -> None:
-    if settings.dtype not in _OPERANDS:
-        a, b = (torch.randn(4096, 4096, device=settings.device).to(settings.dtype) for _ in range(2))
-        _OPERANDS[settings.dtype] = a, b
-        a @ b
-    a, b = _OPERANDS[settings.dtype]
+def _matrix_product(settings: Settings) -> Callable[[], object]:
+    """A 4096^3 product in the compute dtype, warmed up."""
+    a, b = (torch.randn(4096, 4096, device=settings.device).to(settings.dtype) for _ in range(2))
     a @ b
+    return lambda: a @ b
 
 
 def _flops(encoder: Encoder, pixels: torch.Tensor) -> int:
