@@ -23,8 +23,8 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:  # NotImplementedError, of the meta device, is a RuntimeError
         raise UsageError(
             f"device {name!r} can't be used ({str(error).splitlines()[0]}); use --device auto, cpu or cuda"
         ) from None
@@ -67,8 +67,18 @@ def compiling_pays(forward: Callable[[torch.Tensor], object], example: torch.Ten
     return counter.get_total_flops() * rows > threshold
 
 
-def compiled(forward: Callable[[torch.Tensor], object]) -> Callable[[torch.Tensor], object]:
-    """`forward`, compiled for one fixed shape. What the compiler makes is kept for later runs."""
+def compiled(
+    forward: Callable[[torch.Tensor], object], example: torch.Tensor
+) -> tuple[Callable[[torch.Tensor], object] | None, str]:
+    """`forward` compiled for the shape of `example`, and tried on it; None and the reason where that can't be done
+    (no C++ compiler, say). What the compiler makes is kept for later runs."""
     kept = Path(torch.hub.get_dir()).parent / "inductor"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
-    return torch.compile(forward, dynamic=False)
+    try:
+        fast = torch.compile(forward, dynamic=False)
+        fast(example)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, OSError) as error:
+        return None, (str(error).splitlines() or [type(error).__name__])[0]
+    return fast, ""

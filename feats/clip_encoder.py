@@ -27,6 +27,7 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
     from clip.clip import _MODELS, _download, _tokenizer, _transform
     from clip.model import CLIP, build_model
+    from clip.simple_tokenizer import basic_clean, whitespace_clean
 
 # Hub repositories that hold OpenAI's weights as safetensors, under open_clip's names.
 HUB_REPOSITORIES = {
@@ -42,6 +43,8 @@ HUB_REPOSITORIES = {
 }
 HUB_FILE = "open_clip_model.safetensors"
 DEFAULT_MODEL = "ViT-B/32"
+MAX_WORD = 2000  # letters; more tokens than the context holds, even where every one is 16 letters long
+MAX_CACHED_WORDS = 100_000
 
 StateDict = dict[str, torch.Tensor]
 
@@ -265,11 +268,11 @@ def describe(state: StateDict) -> str:
 
 
 def _cast(network: CLIP, dtype: torch.dtype) -> CLIP:
-    """What `clip.model.convert_weights` does for fp16, for any dtype: products in `dtype`, LayerNorms in fp32."""
+    """What `clip.model.convert_weights` does for fp16, for any dtype: products in `dtype`, all norms in fp32."""
     if dtype is torch.float32:
         return network
     for module in network.modules():
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear, nn.MultiheadAttention, nn.BatchNorm2d)):
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear, nn.MultiheadAttention)):
             module.to(dtype)
         for name in ("text_projection", "proj"):
             if isinstance(getattr(module, name, None), nn.Parameter):
@@ -342,8 +345,18 @@ class _Tokenize:
         return [self._one(text) for text in texts]
 
     def _one(self, text: str) -> Tokens:
-        body = _tokenizer.encode(text)
+        # `_tokenizer.encode`, but for what nobody needs: tokens beyond the context, and byte pairs of endless words,
+        # whose search takes time with the square of their length. Its cache of words would grow for ever.
         room = self.context_length - 2
+        body: list[int] = []
+        for word in _tokenizer.pat.findall(whitespace_clean(basic_clean(text)).lower()):
+            letters = "".join(_tokenizer.byte_encoder[byte] for byte in word[:MAX_WORD].encode())
+            body += [_tokenizer.encoder[token] for token in _tokenizer.bpe(letters).split(" ")]
+            if len(body) > room:
+                break
+        if len(_tokenizer.cache) > MAX_CACHED_WORDS:
+            _tokenizer.cache.clear()
+            _tokenizer.cache |= {special: special for special in ("<|startoftext|>", "<|endoftext|>")}
         ids = np.array([self.start, *body[:room], self.end], np.int64)
         return Tokens(ids, len(ids), len(body) > room)
 

@@ -65,6 +65,7 @@ def load(model: str, weights: str | None, *, device: torch.device, dtype: torch.
             "model": model,
             "weights_sha256": sha256_of(path),
             "preprocess": preprocess.describe(MEAN, STD),
+            "float32_blocks": exact,
         },
         image=ImageSide(preprocess=preprocess, mean=MEAN, std=STD, forward=forward, channels_last=True),
     )

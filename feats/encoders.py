@@ -6,7 +6,7 @@ run in worker processes and overlap with the second:
     image:  RGB PIL image --preprocess--> PIL image --(shared: to tensor, normalise)--> forward --> features
     text:   str           --tokenize----> Tokens    ------------------------------------forward --> features
 
-A later encoder is one new file with a `load()` function and one line in `ENCODERS`.
+A later encoder is one new file with a `load()` function, one entry in `ENCODERS` and its script.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ class Tokens:
 
 @dataclass
 class ImageSide:
-    """`preprocess` must be picklable (it runs in workers) and return RGB images of one size.
+    """`preprocess` runs in forked worker processes and returns RGB images of one size.
 
     `forward` takes pixels (B, 3, H, W), scaled to [0, 1], normalised with `mean` and `std`, in the compute dtype and
     on the compute device. Tokens, where the model has them, are its patch or grid positions (B, P, D').
@@ -78,7 +78,7 @@ class EncoderSpec:
     module: str
     summary: str
     default_model: str | None
-    text_clean: str | None = None  # default cleaning level; None: no text side
+    text_clean: str = "tweet"  # default cleaning level
     options: dict[str, dict[str, Any]] = field(default_factory=dict)  # argument name -> argparse keywords
     model_help: str = ""
     auto_dtype: str | None = None  # what --dtype auto means, where it isn't the device's fastest
@@ -89,7 +89,6 @@ ENCODERS: dict[str, EncoderSpec] = {
         "feats.clip_encoder",
         "OpenAI CLIP, image and text",
         None,
-        text_clean="tweet",
         model_help="RN50, RN101, RN50x4, RN50x16, RN50x64, ViT-B/32, ViT-B/16, ViT-L/14 or ViT-L/14@336px "
         "(default: what --weights holds, else ViT-B/32)",
     ),
@@ -97,7 +96,6 @@ ENCODERS: dict[str, EncoderSpec] = {
         "feats.hf_text_encoder",
         "a Hugging Face text encoder",
         "roberta-base",
-        text_clean="tweet",
         options={
             "pooling": {
                 "choices": ("mean", "cls", "pooler", "last4"),
@@ -121,9 +119,7 @@ ENCODERS: dict[str, EncoderSpec] = {
         },
         model_help="resnet18, resnet34, resnet50, resnet101, resnet152 or vit_b_16",
     ),
-    "minilm": EncoderSpec(
-        "feats.minilm_encoder", "all-MiniLM-L6-v2 (offline), text", "all-MiniLM-L6-v2", text_clean="tweet"
-    ),
+    "minilm": EncoderSpec("feats.minilm_encoder", "all-MiniLM-L6-v2 (offline), text", "all-MiniLM-L6-v2"),
     "efficientnet": EncoderSpec(
         "feats.efficientnet_encoder",
         "EfficientNet-Lite (offline), image",

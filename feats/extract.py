@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from feats.acceleration import DTYPES, compiled, compiling_pays, dtype_name, res
 from feats.encoders import ENCODERS, Encoder, ImageSide, TextSide, load_encoder
 from feats.errors import UsageError
 from feats.images import AUGMENTATION
-from feats.preparation import Images, Job, Preparation, Texts, blank_pixels, picture_bytes, prepare, text_hash
+from feats.preparation import Images, Job, Preparation, Texts, blank_pixels, picture_changed, prepare, text_hash
 from feats.records import LAYOUTS, DataSet, Record, read_dataset
 from feats.store import DONE, QUARANTINED, CacheError, FeatureStore
 from feats.text import CLEAN_LEVELS, clean
@@ -72,11 +73,9 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
     encoder.add_argument("--model", help=_default_shown(spec.model_help, spec.default_model))
     encoder.add_argument("--weights", metavar="PATH", help="a local file or folder (default: see the README)")
     encoder.add_argument("--tokens", action="store_true", help="also cache token and patch level features")
-    if spec.text_clean:
-        encoder.add_argument("--text-clean", choices=CLEAN_LEVELS, default=spec.text_clean, help="text cleaning level")
-    if name in IMAGE_ENCODERS:
-        encoder.add_argument("--views", type=_positive, metavar="K", help="also cache K augmented views per image")
-        encoder.add_argument("--views-seed", type=int, default=0, metavar="SEED", help="seed of the augmentation")
+    encoder.add_argument("--text-clean", choices=CLEAN_LEVELS, default=spec.text_clean, help="cleaning level of texts")
+    encoder.add_argument("--views", type=_positive, metavar="K", help="also cache K augmented views of each picture")
+    encoder.add_argument("--views-seed", type=int, default=0, metavar="SEED", help="seed of the augmentation")
     for option, keywords in spec.options.items():
         encoder.add_argument(f"--{option}", **keywords)
     compute = parser.add_argument_group("compute")
@@ -94,12 +93,9 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
         "--dtype",
         choices=("auto", *DTYPES),
         default="auto",
-        help="auto: fp16 on a GPU, bf16 on a CPU that multiplies it in hardware, else fp32",
+        help=f"auto: {spec.auto_dtype or 'fp16 on a GPU, bf16 on a CPU that multiplies it in hardware, else fp32'}",
     )
     return parser
-
-
-IMAGE_ENCODERS = ("clip", "resnet", "efficientnet")
 
 
 class _Help(ArgumentDefaultsHelpFormatter):
@@ -134,6 +130,15 @@ def run(name: str, args: Namespace) -> int:
     except torch.OutOfMemoryError:
         print("error: the GPU's memory is full; use a smaller --batch-size (what was done is kept)", file=sys.stderr)
         return EXIT_UNUSABLE
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        print(
+            "error: a decoding process died, for want of memory or shared memory as a rule; use fewer --workers or a "
+            "smaller --batch-size (what was done is kept)",
+            file=sys.stderr,
+        )
+        return EXIT_UNUSABLE
     except KeyboardInterrupt:
         print("interrupted: the cache is intact, run the same command to go on", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -154,12 +159,12 @@ def _extract(name: str, args: Namespace) -> int:
     settings = Settings(
         device=device,
         dtype=dtype,
-        batch_size=args.batch_size or default_batch_size(device, encoder),
+        batch_size=args.batch_size,
         workers=default_workers() if args.workers is None else max(0, args.workers),
-        text_clean=getattr(args, "text_clean", None),
+        text_clean=args.text_clean,
         tokens=args.tokens,
-        views=getattr(args, "views", None) or 0,
-        views_seed=getattr(args, "views_seed", 0),
+        views=args.views or 0,
+        views_seed=args.views_seed,
     )
     quarantined = 0
     for split in splits:
@@ -195,13 +200,13 @@ def default_workers() -> int:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to extract. `views` augmented views per image; `text_clean` None for an encoder without a text side."""
+    """How to extract. `batch_size` None is the cache's own, or the default; `views` augmented views per image."""
 
     device: torch.device
     dtype: torch.dtype
-    batch_size: int = 64
+    batch_size: int | None = None
     workers: int = 2
-    text_clean: str | None = None
+    text_clean: str = "none"
     tokens: bool = False
     views: int = 0
     views_seed: int = 0
@@ -230,7 +235,7 @@ class Summary:
         parts.append(f"{self.encoded} encoded now in {self.seconds:.1f} s{rate}")
         lines = f"{self.path.stem}: {'; '.join(parts)} -> {self.path}"
         if self.quarantined:
-            lines += f" (reasons: {st._quarantine_path(self.path)})"
+            lines += f" (reasons: {st.quarantine_path(self.path)})"
         return lines
 
 
@@ -248,9 +253,13 @@ def extract(
         if encoder.text:
             summary.encodings.update(r.encoding for r in records if r.encoding)
         blocks = _unfinished_blocks(store)
-        if store.plan["compiled"] and encoder.image and blocks:
+        settings = replace(settings, batch_size=_planned_batch_size(store, settings.batch_size))
+        if store.plan["compiled"] and blocks:
+            fast, why_not = compiled(encoder.image.forward, _blank_batch(encoder.image, settings))
+            if fast is None:
+                raise CacheError(f"{path} was begun with a compiled forward pass, which fails here ({why_not})")
             # In a copy: the next split decides for itself.
-            encoder = replace(encoder, image=replace(encoder.image, forward=compiled(encoder.image.forward)))
+            encoder = replace(encoder, image=replace(encoder.image, forward=fast))
         before = int((store.status == DONE).sum())
         total = sum(len(rows) for rows in blocks)
         with (
@@ -268,7 +277,7 @@ def extract(
         summary.done = int((store.status == DONE).sum())
         summary.quarantined = int((store.status == QUARANTINED).sum())
         summary.encoded = max(0, summary.done - before)
-        summary.truncated = int(store.facts("truncated").sum())
+        summary.truncated = int(store.facts("truncated").sum()) if encoder.text else 0
     summary.seconds = time.perf_counter() - start
     return summary
 
@@ -285,10 +294,11 @@ def _open_store(
             store.close()
             raise
         return store
-    features, example_pays = _probe(encoder, settings, len(records))
+    settings = replace(settings, batch_size=settings.batch_size or default_batch_size(settings.device, encoder))
+    features, pays = _probe(encoder, settings, len(records))
     counts = None
     if "txt_tokens" in features:
-        texts = [clean(r.text or "", settings.text_clean or "none") for r in records]
+        texts = [clean(r.text or "", settings.text_clean) for r in records]
         counts = np.array([t.length for t in encoder.text.tokenize(texts)], np.int64)
     block_rows = 1 << (settings.batch_size * BLOCK_BATCHES - 1).bit_length()
     return FeatureStore.create(
@@ -299,19 +309,19 @@ def _open_store(
         features,
         block_rows=block_rows,
         token_counts=counts,
-        plan={"batch_size": settings.batch_size, "compiled": example_pays},
+        plan={"batch_size": settings.batch_size, "compiled": pays},
         overwrite=overwrite,
     )
 
 
 def _fingerprint(encoder: Encoder, records: Sequence[Record], settings: Settings) -> dict[str, Any]:
     """Everything that decides the features' values. Rows' contents are compared one by one instead: see `_check_same`."""
-    views = {"count": settings.views, "seed": settings.views_seed, **AUGMENTATION} if settings.views else None
+    views = {"count": settings.views, "seed": settings.views_seed, **AUGMENTATION}
     return {
         **encoder.identity,
         "text_clean": settings.text_clean if encoder.text else None,
         "tokens": settings.tokens,
-        "views": views,
+        "views": views if encoder.image and settings.views else None,
         "dtype": dtype_name(settings.dtype),
         "data": {"rows": len(records), "ids_sha256": st.ids_digest([r.id for r in records])},
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS}},
@@ -326,8 +336,8 @@ def _version(package: str) -> str | None:
 
 
 def _check_same(store: FeatureStore, fingerprint: dict[str, Any], encoder: Encoder, records: Sequence[Record]) -> None:
-    """Refuse a cache of anything else. Done rows must hold the same text and a picture of the same size as then;
-    rows that aren't done may have changed: that is how a file is repaired."""
+    """Refuse a cache of anything else. Done rows must hold the same contents as then (pictures are read again only
+    where they are newer than the cache); rows that aren't done may have changed: that is how a file is repaired."""
     difference = st.fingerprint_difference(store.fingerprint, json.loads(json.dumps(fingerprint)))
     if difference:
         raise CacheError(
@@ -340,8 +350,9 @@ def _check_same(store: FeatureStore, fingerprint: dict[str, Any], encoder: Encod
         hashes = store.facts("txt_hash")
         changed |= {records[i].id: "text" for i in done if text_hash(records[i]) != hashes[i]}
     if encoder.image:
-        sizes = store.facts("img_bytes")
-        changed |= {records[i].id: "picture" for i in done if picture_bytes(records[i]) != sizes[i]}
+        hashes, sizes = store.facts("img_hash"), store.facts("img_bytes")
+        since = store.path.stat().st_mtime
+        changed |= {records[i].id: "picture" for i in done if picture_changed(records[i], sizes[i], hashes[i], since)}
     if changed:
         some = ", ".join(f"{i} ({what})" for i, what in list(changed.items())[:5])
         raise CacheError(
@@ -362,13 +373,34 @@ def _probe(encoder: Encoder, settings: Settings, rows: int) -> tuple[dict[str, t
             shapes["img_views"] = (settings.views, *shapes["img_feats"])
         if settings.tokens:
             shapes["img_tokens"] = tuple(out["tokens"].shape[1:])
-        pays = compiling_pays(encoder.image.forward, pixels, rows * (1 + settings.views))
+        if compiling_pays(encoder.image.forward, pixels, rows * (1 + settings.views)):
+            fast, why_not = compiled(encoder.image.forward, _blank_batch(encoder.image, settings))
+            pays = fast is not None
+            if why_not:
+                print(f"warning: the forward pass isn't compiled, which costs some speed ({why_not})", file=sys.stderr)
     if encoder.text:
         out = encoder.text.forward([t.ids for t in encoder.text.tokenize(["a"])])
         shapes["txt_feats"] = tuple(out["feats"].shape[1:])
         if settings.tokens:
             shapes["txt_tokens"] = tuple(out["tokens"].shape[2:])
     return shapes, pays
+
+
+def _blank_batch(side: ImageSide, settings: Settings) -> torch.Tensor:
+    blank = blank_pixels(side)
+    return to_pixels(blank.expand(settings.batch_size, *blank.shape), side, settings)
+
+
+def _planned_batch_size(store: FeatureStore, asked: int | None) -> int:
+    """The batch size the cache was begun with: another may round features differently."""
+    planned = store.plan["batch_size"]
+    if asked and asked != planned and not store.complete:
+        print(
+            f"warning: {store.path} was begun with batches of {planned}; with {asked} its features may differ in "
+            "their last bit from those of an undisturbed run",
+            file=sys.stderr,
+        )
+    return asked or planned
 
 
 def _unfinished_blocks(store: FeatureStore) -> list[np.ndarray]:
@@ -380,7 +412,7 @@ def _unfinished_blocks(store: FeatureStore) -> list[np.ndarray]:
     for rows in pending:
         visited[rows] = True
     retried = np.flatnonzero((store.status == QUARANTINED) & ~visited)
-    return pending + list(st._pieces(retried, store.block_rows))
+    return pending + list(st.pieces(retried, store.block_rows))
 
 
 @dataclass
@@ -419,7 +451,7 @@ def _encode_blocks(
             arrays |= _encode_texts(encoder.text, next(prepared), room, settings, reasons)
         if encoder.image:
             batches = islice(prepared, -(-len(rows) // size))
-            arrays |= _encode_images(encoder.image, batches, store.plan["compiled"], settings, reasons, bar)
+            arrays |= _encode_images(encoder.image, batches, store, settings, reasons, bar)
         else:
             bar.update(len(rows))
         for name, values in arrays.items():
@@ -468,17 +500,24 @@ def _encode_texts(
 
 
 def _encode_images(
-    side: ImageSide, batches: Iterator[Images], pad: bool, settings: Settings, reasons: dict[int, str], bar: tqdm
+    side: ImageSide,
+    batches: Iterator[Images],
+    store: FeatureStore,
+    settings: Settings,
+    reasons: dict[int, str],
+    bar: tqdm,
 ) -> dict[str, np.ndarray]:
     """Features and facts of a block's pictures. Results stay on the device until the block's end, so that the GPU
-    never waits for the host. `pad`: run batches at full size only, as a compiled forward wants it."""
-    kept: dict[str, list[torch.Tensor]] = {}
+    never waits for the host. A compiled forward gets batches of full size only."""
+    pad = store.plan["compiled"]
+    kept: dict[str, list[torch.Tensor]] = {name: [] for name in store.features if name.startswith("img_")}
     hashes, sizes = [], []
     start = 0
     for batch in batches:
         count, views = batch.pixels.shape[:2]
-        reasons |= {start + k: reason for k, reason in batch.reasons.items()}
-        if len(batch.reasons) < count or not kept:
+        for k, reason in batch.reasons.items():
+            reasons[start + k] = "; ".join(filter(None, (reasons.get(start + k), reason)))
+        if len(batch.reasons) < count:
             outs = []
             for view in range(views):
                 pixels = batch.pixels[:, view]
@@ -486,14 +525,15 @@ def _encode_images(
                     pixels = torch.cat([pixels, pixels.new_zeros(settings.batch_size - count, *pixels.shape[1:])])
                 out = side.forward(to_pixels(pixels, side, settings))
                 outs.append({name: value[:count].to(torch.float16) for name, value in out.items()})
-            kept.setdefault("img_feats", []).append(outs[0]["feats"])
+            kept["img_feats"].append(outs[0]["feats"])
             if settings.tokens:
-                kept.setdefault("img_tokens", []).append(outs[0]["tokens"])
+                kept["img_tokens"].append(outs[0]["tokens"])
             if settings.views:
-                kept.setdefault("img_views", []).append(torch.stack([out["feats"] for out in outs[1:]], 1))
+                kept["img_views"].append(torch.stack([out["feats"] for out in outs[1:]], 1))
         else:  # nothing to see
-            for values in kept.values():
-                values.append(values[0].new_full((count, *values[0].shape[1:]), torch.nan))
+            for name, values in kept.items():
+                shape = (count, *store.features[name])
+                values.append(torch.full(shape, torch.nan, dtype=torch.float16, device=settings.device))
         hashes.append(batch.hashes)
         sizes.append(batch.sizes)
         start += count
@@ -512,11 +552,16 @@ def to_pixels(pixels: torch.Tensor, side: ImageSide, settings: Settings) -> torc
     """
     x = pixels.to(settings.device, non_blocking=True).permute(0, 3, 1, 2)
     x = x.contiguous(memory_format=torch.channels_last if side.channels_last else torch.contiguous_format)
-    mean = torch.tensor(side.mean, device=settings.device).view(3, 1, 1)
-    std = torch.tensor(side.std, device=settings.device).view(3, 1, 1)
+    mean, std = (_per_channel(tuple(values), settings.device) for values in (side.mean, side.std))
     return x.to(torch.float32).div_(255).sub_(mean).div_(std).to(settings.dtype)
+
+
+@lru_cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """(3, 1, 1) on the device; made once, since each such copy would make the host wait for the GPU."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def _note_overflow(rows: np.ndarray, reasons: dict[int, str], settings: Settings) -> None:
     for k in np.flatnonzero(rows):
-        reasons.setdefault(int(k), f"features not finite in {dtype_name(settings.dtype)}; try --dtype fp32")
+        reasons.setdefault(int(k), f"features beyond float16's range, computed in {dtype_name(settings.dtype)}")

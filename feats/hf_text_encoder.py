@@ -22,9 +22,8 @@ from transformers.utils import logging as transformers_logging
 
 from feats.encoders import Encoder, Features, TextSide, Tokens
 from feats.errors import UsageError
-from feats.weights import sha256_of, unobtainable, weight_files
+from feats.weights import HUB_TIMEOUT, sha256_of, unobtainable, weight_files
 
-HUB_TIMEOUT = 5  # seconds; the hub's own downloads retry for half a minute before they say that there is no network
 FALLBACK_LENGTH = 512  # for models that state no limit: relative positions, a tokenizer with a sentinel
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "*.model")
 
@@ -168,7 +167,8 @@ def _lacking(folder: Path, with_weights: bool) -> list[str]:
     if not _vocabulary(folder):
         lacking.append(f"tokenizer files ({', '.join(VOCABULARIES)})")
     if with_weights:
-        index = next(folder.glob("*.index.json"), None)
+        indices = (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json")
+        index = next((file for file in indices if file.is_file()), None)
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else []
         lacking += [shard for shard in shards if not (folder / shard).is_file()]
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):

@@ -1,5 +1,6 @@
 """Print what is in feature caches: schema, counts, fingerprint, quarantined rows with reasons; --verify reads all."""
 
+import signal
 import sys
 from argparse import ArgumentParser
 from collections import Counter
@@ -7,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from feats.errors import UsageError
-from feats.store import STATUS_NAMES, FeatureStore
+from feats.store import QUARANTINED, STATUS_NAMES, FeatureStore
 
 
 def build_parser() -> ArgumentParser:
@@ -49,11 +50,14 @@ def describe(store: FeatureStore) -> str:
     lines += [f"  {name:<12} {str(shape):<18} {dtype}" for name, (shape, dtype) in sorted(store.schema.items())]
     lines.append("  fingerprint:")
     lines += [f"    {key}: {value}" for key, value in store.fingerprint.items()]
-    if store.reasons:
+    if counts[QUARANTINED]:
         lines.append("  quarantine:")
-        lines += [f"    {row}: {reason}" for row, reason in store.reasons.items()]
+        rows = store.ids[store.status == QUARANTINED]
+        lines += [f"    {row}: {store.reasons.get(row, '(reason not recorded)')}" for row in rows]
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` is no error
     sys.exit(main())

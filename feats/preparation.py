@@ -51,13 +51,13 @@ class Preparation(Dataset):
         encoder: Encoder,
         records: Sequence[Record],
         jobs: Sequence[Job],
-        text_clean: str | None,
+        text_clean: str,
         views: int,
         views_seed: int,
     ):
         self.image, self.text = encoder.image, encoder.text
         self.records, self.jobs = records, jobs
-        self.text_clean, self.views, self.views_seed = text_clean or "none", views, views_seed
+        self.text_clean, self.views, self.views_seed = text_clean, views, views_seed
         self.blank = blank_pixels(encoder.image) if encoder.image else None
 
     def __len__(self) -> int:
@@ -131,10 +131,29 @@ def text_hash(record: Record) -> int:
 
 def picture_bytes(record: Record) -> int:
     """The picture file's size; -1 when there is none."""
-    source = record.image_path
-    if isinstance(source, TarSlice):
-        return source.size
-    try:
-        return os.stat(source).st_size if source else -1
-    except OSError:
+    status = _picture_stat(record)
+    if status is None:
         return -1
+    return record.image_path.size if isinstance(record.image_path, TarSlice) else status.st_size
+
+
+def picture_changed(record: Record, size: int, content: int, since: float) -> bool:
+    """Whether a picture differs from one of `size` bytes with hash `content`. Read only if modified after `since`."""
+    status = _picture_stat(record)
+    if status is None or picture_bytes(record) != size:
+        return True
+    if status.st_mtime <= since:
+        return False
+    try:
+        source = record.image_path
+        return hash64(source.read() if isinstance(source, TarSlice) else source.read_bytes()) != content
+    except OSError:
+        return True
+
+
+def _picture_stat(record: Record) -> os.stat_result | None:
+    source = record.image_path
+    try:
+        return os.stat(source.path if isinstance(source, TarSlice) else source) if source else None
+    except (OSError, ValueError):
+        return None

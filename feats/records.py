@@ -400,7 +400,7 @@ def _shard_row(shard: Path, split: str, key: str, files: dict[str, Any]) -> _Row
 def _shard_json(raw: bytes, source: str) -> dict[str, str | None]:
     try:
         values = json.loads(_decode(raw, f"{source}.json"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{source}.json: not valid JSON ({error})") from None
     if not isinstance(values, dict):
         raise UsageError(f"{source}.json: a JSON {type(values).__name__}; expected an object")

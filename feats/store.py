@@ -30,20 +30,26 @@ FORMAT_VERSION = 1
 PENDING, DONE, QUARANTINED = 0, 1, 2
 STATUS_NAMES = {PENDING: "pending", DONE: "done", QUARANTINED: "quarantined"}
 
+_REMEDY = "the file is damaged or foreign: make it again with --overwrite"
+_RESUME = "an interrupted run may have left it so: run the same extraction again to repair it, else use --overwrite"
+
 CHUNK_BYTES = 1 << 20
-CHECKSUM_BYTES = 4  # fletcher32, behind each chunk
 LIBVER = ("v108", "v108")
 MIN_TAG_BYTES = 32  # room for labels corrected later
 
 # One value per row beside the features. The hashes let a later run see that a row's content changed, and let stage 2
 # find duplicates without opening a picture or a tweet.
 ROW_FACTS = {
-    "n_tokens": np.int32,
-    "truncated": np.uint8,
-    "img_hash": np.uint64,  # of the picture file's bytes
-    "img_bytes": np.int64,  # the picture file's size
-    "txt_hash": np.uint64,  # of the decoded, uncleaned text
-    "txt_key": np.uint64,  # of the text as compared for duplicates: cleaned, case folded
+    "img": {
+        "img_hash": np.uint64,  # of the picture file's bytes
+        "img_bytes": np.int64,  # the picture file's size
+    },
+    "txt": {
+        "n_tokens": np.int32,
+        "truncated": np.uint8,
+        "txt_hash": np.uint64,  # of the decoded, uncleaned text
+        "txt_key": np.uint64,  # of the text as compared for duplicates: cleaned, case folded
+    },
 }
 
 
@@ -86,12 +92,13 @@ class FeatureStore:
                     raise CacheError(f"{path} has cache format {version}, expected {FORMAT_VERSION}; {_REMEDY}")
                 self.fingerprint: dict[str, Any] = json.loads(file.attrs["fingerprint"])
                 self.plan: dict[str, Any] = json.loads(file.attrs["plan"])
+                self._indices: dict[str, str] = json.loads(file.attrs["chunk_indices"])
             with _damage(path, "id"):
-                self.ids = np.char.decode(file["id"][:], "utf-8")
+                self.ids = np.char.decode(self._dataset("id")[:], "utf-8")
             if lock is not None:
                 self._heal()
-            with _damage(path, "status"):
-                self.status: np.ndarray = file["status"][:]
+            with _damage(path, "status", _REMEDY if self.complete else _RESUME):
+                self.status: np.ndarray = self._dataset("status")[:]
         except BaseException:
             file.close()
             raise
@@ -121,7 +128,6 @@ class FeatureStore:
         Raises `CacheError` when the file exists (without `overwrite`), is in use, or the disk is full.
         """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         lock = _acquire(path)
         unfinished = path.with_name(path.name + ".creating")
         try:
@@ -131,11 +137,13 @@ class FeatureStore:
                 with h5py.File(unfinished, "w", libver=LIBVER) as file:
                     _lay_out(file, ids, tags, features, block_rows, token_counts)
                     file.attrs["format_version"] = FORMAT_VERSION
+                    indices = {name: _index_digest(dataset) for name, dataset in file.items()}
+                    file.attrs["chunk_indices"] = np.bytes_(json.dumps(indices))
                     file.attrs["complete"] = False
                     file.attrs["fingerprint"] = np.bytes_(json.dumps(fingerprint))
                     file.attrs["plan"] = np.bytes_(json.dumps({**(plan or {}), "block_rows": block_rows}))
                 _sync_path(unfinished)
-                _quarantine_path(path).unlink(missing_ok=True)
+                quarantine_path(path).unlink(missing_ok=True)
                 os.replace(unfinished, path)
                 return cls(path, h5py.File(path, "r+", libver=LIBVER), lock)
         except BaseException:
@@ -188,12 +196,12 @@ class FeatureStore:
 
     @property
     def quarantine_path(self) -> Path:
-        return _quarantine_path(self.path)
+        return quarantine_path(self.path)
 
     @property
     def tags(self) -> np.ndarray:
         with _damage(self.path, "tag"):
-            return np.char.decode(self._file["tag"][:], "utf-8")
+            return np.char.decode(self._dataset("tag")[:], "utf-8")
 
     @property
     def features(self) -> dict[str, tuple[int, ...]]:
@@ -210,9 +218,9 @@ class FeatureStore:
         return self.plan["block_rows"]
 
     def facts(self, name: str) -> np.ndarray:
-        """A dataset of `ROW_FACTS`, (N,); 0 where the row isn't done."""
+        """A dataset of `ROW_FACTS`, (N,); 0 where the row isn't done, and throughout where the encoder lacks the side."""
         with _damage(self.path, name):
-            return self._file[name][:]
+            return self._dataset(name)[:] if name in self._file else np.zeros(len(self), np.uint64)
 
     def token_counts(self) -> np.ndarray:
         """Tokens there is room for, per row (N,); only in a cache with `txt_tokens`."""
@@ -238,14 +246,14 @@ class FeatureStore:
             neighbours = self._neighbours(rows)
             unsettled = np.union1d(rows, neighbours)
             if self.complete:
-                self._file.attrs["complete"] = False
+                self._file.attrs.modify("complete", False)
             if (self.status[unsettled] != PENDING).any():
                 self._set_status(unsettled, PENDING)
-            if reasons or self.reasons:
-                for i in self.ids[rows]:
-                    self.reasons.pop(i, None)
-                self.reasons.update(reasons or {})
-                _write_reasons(self.quarantine_path, self.reasons)
+            kept = self.reasons.keys() - set(self.ids[rows].tolist()) if self.reasons else set()
+            updated = {i: reason for i, reason in self.reasons.items() if i in kept} | dict(reasons or {})
+            if updated != self.reasons:
+                self.reasons = updated
+                _write_reasons(self.quarantine_path, updated)
             done = status == DONE
             for name, values in arrays.items():
                 if name == "txt_tokens":
@@ -264,7 +272,7 @@ class FeatureStore:
         done = not (self.status == PENDING).any()
         with _disk(self.path, "the rows done so far are intact"):
             if done and not self.complete:
-                self._file.attrs["complete"] = True
+                self._file.attrs.modify("complete", True)
             self._sync()
         return done
 
@@ -301,7 +309,7 @@ class FeatureStore:
     @cached_property
     def _offsets(self) -> np.ndarray:
         with _damage(self.path, "txt_offsets"):
-            return self._file["txt_offsets"][:]
+            return self._dataset("txt_offsets")[:]
 
     def _neighbours(self, rows: np.ndarray) -> np.ndarray:
         """Done rows that share a chunk with `rows` without being among them: writing one endangers the other."""
@@ -342,7 +350,8 @@ class FeatureStore:
                 dataset[low : low + step] = PENDING
         pending = dataset[:] == PENDING
         offsets = self._offsets if "txt_tokens" in self._file else None
-        for name in [*self.features, *(n for n in ROW_FACTS if n in self._file)]:
+        facts = [name for side in ROW_FACTS.values() for name in side if name in self._file]
+        for name in [*self.features, *facts]:
             dataset = self._file[name]
             step = dataset.chunks[0]
             for low in range(0, dataset.shape[0], step):
@@ -393,8 +402,7 @@ class FeatureStore:
             for chosen in _split_where(order, rows[order] // step):
                 low = int(rows[chosen[0]]) // step * step
                 out[chosen] = dataset[low : low + step][rows[chosen] - low]
-        if dataset.dtype == np.float16 and out.size and np.isnan(out.reshape(len(out), -1)[:, 0]).any():
-            raise CacheError(f"{self.path}: {name} has no values for rows that are marked done; {_REMEDY}")
+        self._check_written(name, out)
         return out
 
     def read_tokens(self, ids: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -406,19 +414,22 @@ class FeatureStore:
         order = np.argsort(rows, kind="stable")
         with _damage(self.path, "txt_tokens"):
             for run in np.split(order, np.flatnonzero(np.diff(rows[order]) != 1) + 1):
-                for piece in _pieces(run, self.block_rows):
+                for piece in pieces(run, self.block_rows):
                     low = offsets[rows[piece[0]]]
                     tokens = dataset[low : offsets[rows[piece[-1]] + 1]]
                     for k in piece:
                         out[starts[k] : starts[k + 1]] = tokens[offsets[rows[k]] - low : offsets[rows[k] + 1] - low]
+        self._check_written("txt_tokens", out)
         return out, starts
 
     def verify(self) -> list[str]:
         """Read every chunk and check the structure; returns what is wrong, one line each."""
         problems = []
-        for name, dataset in self._file.items():
+        for name in self._file:
             try:
-                self._check_chunks(name, dataset)
+                with _damage(self.path, name):
+                    dataset = self._file[name]
+                    self._check_chunks(name, dataset)
             except CacheError as error:
                 problems.append(str(error))
                 continue
@@ -430,7 +441,8 @@ class FeatureStore:
                 except OSError:
                     bad.append(low)
             if bad:
-                problems.append(f"{name}: {len(bad)} damaged chunks (checksum), the first at rows {bad[0]} and on")
+                remedy = _REMEDY if self.complete else _RESUME
+                problems.append(f"{name}: {len(bad)} damaged chunks (checksum), the first at {bad[0]}; {remedy}")
         if len(set(self.ids)) != len(self.ids):
             problems.append("id: not unique")
         if not problems:
@@ -446,7 +458,7 @@ class FeatureStore:
                 finite = np.isfinite(self.read_tokens()[0]).all()
             else:
                 finite = all(
-                    np.isfinite(self.read(name, block)).all() for block in _pieces(self.done_ids(), self.block_rows)
+                    np.isfinite(self.read(name, block)).all() for block in pieces(self.done_ids(), self.block_rows)
                 )
             if not finite:
                 problems.append(f"{name}: rows marked done hold values that aren't finite")
@@ -462,23 +474,20 @@ class FeatureStore:
             self._trusted.add(name)
         return dataset
 
+    def _check_written(self, name: str, values: np.ndarray) -> None:
+        """Done rows never hold the fill value."""
+        if values.dtype == np.float16 and values.size and np.isnan(values.reshape(len(values), -1)[:, 0]).any():
+            raise CacheError(f"{self.path}: {name} has no values for rows that are marked done; {_REMEDY}")
+
     def _check_chunks(self, name: str, dataset: h5py.Dataset) -> None:
-        """The chunk index carries no checksum of its own: see that it names each chunk once, at its full size."""
-        size = dataset.dtype.itemsize * int(np.prod(dataset.chunks, dtype=np.int64)) + CHECKSUM_BYTES
-        found = []
+        """The chunk index carries no checksum of its own: see that it is the one the cache was created with, and that
+        looking up each chunk finds it (one that isn't found reads as if never written)."""
         with _damage(self.path, name):
-            dataset.id.chunk_iter(found.append)
-        expected = list(range(0, dataset.shape[0], dataset.chunks[0]))
-        sound = (
-            sorted(chunk.chunk_offset[0] for chunk in found) == expected
-            and len({chunk.byte_offset for chunk in found}) == len(found)
-            and all(chunk.size == size and chunk.filter_mask == 0 for chunk in found)
-        )
+            sound = _index_digest(dataset) == self._indices[name]
+            for low in range(0, dataset.shape[0], dataset.chunks[0]):
+                dataset.id.read_direct_chunk((low, *[0] * (dataset.ndim - 1)))  # fails where the look-up does
         if not sound:
             raise CacheError(f"{self.path}: {name} has a damaged chunk index; {_REMEDY}")
-
-
-_REMEDY = "the file is damaged or foreign: make it again with --overwrite"
 
 
 def fingerprint_difference(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -501,8 +510,10 @@ def _lay_out(file, ids, tags, features, block_rows, token_counts) -> None:
     for name, values in (("id", _encode(ids)), ("tag", _encode(tags, MIN_TAG_BYTES))):
         _new(file, name, (n,), values.dtype, block_rows)[:] = values
     _new(file, "status", (n,), np.uint8, block_rows)
-    for name, dtype in ROW_FACTS.items():
-        _new(file, name, (n,), dtype, block_rows)
+    for side, facts in ROW_FACTS.items():
+        if any(name.startswith(side) for name in features):
+            for name, dtype in facts.items():
+                _new(file, name, (n,), dtype, block_rows)
     for name, shape in features.items():
         if name == "txt_tokens":
             offsets = np.concatenate([[0], np.cumsum(token_counts)]).astype(np.int64)
@@ -515,9 +526,10 @@ def _lay_out(file, ids, tags, features, block_rows, token_counts) -> None:
 def _new(file: h5py.File, name: str, shape: tuple[int, ...], dtype: Any, block_rows: int) -> h5py.Dataset:
     """A dataset whose chunks are on disk from the start; h5py's own call can't ask for that."""
     row_bytes = np.dtype(dtype).itemsize * int(np.prod(shape[1:], dtype=np.int64))
-    rows = min(block_rows, shape[0])  # a divisor of the block, so that no chunk spans two blocks
+    rows = block_rows  # then divisors of it, so that no chunk spans two blocks
     while rows % 2 == 0 and rows * row_bytes > CHUNK_BYTES:
         rows //= 2
+    rows = min(rows, shape[0])
     plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     plist.set_chunk((rows, *shape[1:]))
     plist.set_fletcher32()
@@ -529,6 +541,13 @@ def _new(file: h5py.File, name: str, shape: tuple[int, ...], dtype: Any, block_r
     return h5py.Dataset(
         h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype), logical=True), space, plist)
     )
+
+
+def _index_digest(dataset: h5py.Dataset) -> str:
+    """Hex sha256 of where the chunks lie; fixed at creation, since all are allocated then."""
+    found = []
+    dataset.id.chunk_iter(lambda chunk: found.append(tuple(chunk)))
+    return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
 
 
 def _encode(values: Sequence[str], min_bytes: int = 1) -> np.ndarray:
@@ -552,19 +571,22 @@ def _open(path: Path, mode: str) -> h5py.File:
 def _acquire(path: Path) -> FileLock:
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=1)  # what a killed run held may take a moment to go
     except Timeout:
         raise CacheError(f"{path} is being written by another process; wait for it to end, or use --name") from None
+    except (OSError, ValueError, NotImplementedError) as error:  # no folder, no permission, a file system without locks
+        raise CacheError(f"{path} can't be written ({_first_line(error)}); choose another folder with --out") from None
     return lock
 
 
 @contextmanager
-def _damage(path: Path, name: str) -> Iterator[None]:
+def _damage(path: Path, name: str, remedy: str = _REMEDY) -> Iterator[None]:
     """Turn a failed checksum into one clear error."""
     try:
         yield
     except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise CacheError(f"{path}: {name} can't be read ({_first_line(error)}); {_REMEDY}") from None
+        raise CacheError(f"{path}: {name} can't be read ({_first_line(error)}); {remedy}") from None
 
 
 @contextmanager
@@ -572,9 +594,10 @@ def _disk(path: Path, state: str) -> Iterator[None]:
     """Turn a write that the disk refused into one clear error."""
     try:
         yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
-            os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    except (OSError, RuntimeError) as error:  # h5py: RuntimeError where closing fails
+        numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = getattr(error, "errno", None) in numbers or any(
+            os.strerror(number) in str(error) or f"errno = {number}," in str(error) for number in numbers
         )
         what = "the disk is full" if full else f"writing failed ({_first_line(error)})"
         raise CacheError(f"{path}: {what}; {state}") from None
@@ -589,15 +612,16 @@ def _sync_path(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _quarantine_path(path: Path) -> Path:
+def quarantine_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.quarantine.csv")
 
 
 def _read_reasons(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {row["id"]: row["reason"] for row in csv.DictReader(file)}
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:  # whoever edited it: only a report
+        rows = [row for row in csv.reader(file) if len(row) == 2]
+    return {i: reason for i, reason in rows if (i, reason) != ("id", "reason")}
 
 
 def _write_reasons(path: Path, reasons: Mapping[str, str]) -> None:
@@ -628,5 +652,5 @@ def _split_where(items: np.ndarray, key: np.ndarray) -> list[np.ndarray]:
     return np.split(items, np.flatnonzero(np.diff(key)) + 1) if len(items) else []
 
 
-def _pieces(items: np.ndarray, size: int) -> Iterator[np.ndarray]:
+def pieces(items: np.ndarray, size: int) -> Iterator[np.ndarray]:
     return (items[low : low + size] for low in range(0, len(items), size))

@@ -45,6 +45,7 @@ def load(model: str, weights: str | None, *, device: torch.device, dtype: torch.
         identity={
             "model": "vader",
             "version": version("vaderSentiment"),
+            "max_length": MAX_WORDS,
             "weights_sha256": hashlib.sha256(digests.encode()).hexdigest(),
         },
         text=TextSide(tokenize=tokenize, forward=forward),

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -131,11 +133,16 @@ def test_changed_contents_are_refused(course: Path, tmp_path: Path, capsys: pyte
     vader(course, tmp_path / "out"), efficientnet(course, tmp_path / "out")
     (course / "data" / "3.txt").write_text("something else entirely")
     shutil.copy(course / "data" / "5.jpg", course / "data" / "4.jpg")
+    picture = course / "data" / "6.jpg"  # other content of the same size
+    picture.write_bytes(picture.read_bytes()[:-10] + bytes(10))
+    os.utime(picture, (time.time() + 9, time.time() + 9))
+    os.utime(course / "data" / "7.jpg", (time.time() + 9, time.time() + 9))  # touched only
     capsys.readouterr()
     assert vader(course, tmp_path / "out") == 2
     assert "1 of 20 rows hold other content than when" in (error := capsys.readouterr().err) and "3 (text)" in error
     assert efficientnet(course, tmp_path / "out") == 2
-    assert "4 (picture)" in capsys.readouterr().err
+    assert "2 of 20 rows hold other content" in (error := capsys.readouterr().err)
+    assert "4 (picture)" in error and "6 (picture)" in error
 
 
 def test_corrected_labels_need_no_encoding(course: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -223,7 +230,7 @@ def test_overflow_is_quarantined_not_stored(course: Path, tmp_path: Path, monkey
     monkeypatch.setattr(vader_encoder, "load", loud)
     vader(course, tmp_path / "out", "--splits", "train")
     reasons = (tmp_path / "out" / "vader_train.quarantine.csv").read_text()
-    assert reasons.count("features not finite in fp32") == 3  # the first text of each batch
+    assert reasons.count("features beyond float16's range") == 3  # the first text of each batch
 
 
 @pytest.mark.parametrize(
@@ -235,6 +242,10 @@ def test_overflow_is_quarantined_not_stored(course: Path, tmp_path: Path, monkey
         (["--batch-size", "0"], "invalid positive integer value: '0'"),
         (["--dtype", "fp16"], "--dtype fp16 needs a GPU"),
         (["--device", "tpu9"], "device 'tpu9' can't be used"),
+        (["--device", "meta"], "device 'meta' can't be used"),
+        (["--out", "/proc/nowhere"], "can't be written"),
+        (["--out", __file__], "can't be written"),
+        (["--name", "x" * 300], "can't be written"),
         (["--layout", "manifest"], "manifest"),
         (["--tokens"], "token"),
         (["--weights", "x"], "weights"),
@@ -320,6 +331,46 @@ def test_twenty_kills_end_with_the_same_bytes(name: str, tmp_path: Path):
     assert_same(tmp_path / "killed" / f"{name}_train.h5", tmp_path / "calm" / f"{name}_train.h5")
     with FeatureStore.open(tmp_path / "killed" / f"{name}_train.h5") as store:
         assert store.complete and (store.status == DONE).all() and store.verify() == []
+
+
+def test_a_resumed_run_keeps_its_batch_size(tmp_path: Path, capsys: pytest.CaptureFixture):
+    make_course(tmp_path / "set", 50)
+    efficientnet(tmp_path / "set", tmp_path / "calm")
+    cache = tmp_path / "out" / "efficientnet_train.h5"
+    efficientnet(tmp_path / "set", tmp_path / "out")
+    with FeatureStore.append(cache) as store:  # as if killed before the last rows
+        store._file.attrs.modify("complete", False)
+        store._set_status(np.arange(30, 50), 0)
+    command = ["--data", str(tmp_path / "set"), "--out", str(tmp_path / "out"), "--model", "lite0", "--workers", "0"]
+    assert efficientnet_extract_feats.main([*command, "--device", "cpu"]) == 0  # no --batch-size
+    assert "warning" not in capsys.readouterr().err
+    assert_same(cache, tmp_path / "calm" / "efficientnet_train.h5")
+    with FeatureStore.append(cache) as store:
+        store._file.attrs.modify("complete", False)
+        store._set_status(np.arange(30, 50), 0)
+    assert efficientnet_extract_feats.main([*command, "--device", "cpu", "--batch-size", "3"]) == 0
+    assert "was begun with batches of 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_compiled_where_it_pays_and_possible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool):
+    """Enough work switches the compiler on; a machine without a C++ compiler goes on without."""
+    from feats import acceleration
+
+    monkeypatch.setitem(acceleration.COMPILE_PAYS_FLOPS, "cpu", 1)
+    backend = "eager" if not broken else "no such backend"
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    make_course(tmp_path / "set", 11)
+    command = ["--data", str(tmp_path / "set"), "--out", str(tmp_path / "fast"), "--model", "lite0", "--dtype", "bf16"]
+    assert efficientnet_extract_feats.main([*command, *SMALL]) == 0
+    monkeypatch.undo()
+    command[3] = str(tmp_path / "plain")
+    assert efficientnet_extract_feats.main([*command, *SMALL]) == 0
+    with FeatureStore.open(tmp_path / "fast" / "efficientnet_train.h5") as store:
+        assert store.plan["compiled"] is not broken
+        fast = store.read("img_feats").astype(np.float32)
+    plain = datasets(tmp_path / "plain" / "efficientnet_train.h5")["img_feats"].astype(np.float32)
+    np.testing.assert_allclose(fast, plain, atol=0.05)
 
 
 def test_one_pair_is_a_data_set(tmp_path: Path):

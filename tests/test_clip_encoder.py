@@ -592,3 +592,14 @@ def test_hub_reachable(hub: HTTPServer, monkeypatch: pytest.MonkeyPatch):
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
         assert not hub_reachable()
+
+
+def test_a_megabyte_long_word_takes_no_time(models, checkpoints):
+    """Byte pair encoding takes time with the square of a word's length: only what the context holds is encoded."""
+    tokenize = load(checkpoints["vit", "plain"]).text.tokenize
+    (long,) = tokenize(["x" * 1_000_000])
+    assert long.length == 77 and long.truncated
+    for text in ("", "hello", "a" * 1500, "it's 5 o'clock… ✨ café " * 20):
+        np.testing.assert_array_equal(
+            np.pad(tokenize([text])[0].ids, (0, 77 - tokenize([text])[0].length)), package.tokenize(text, truncate=True)[0]
+        )

@@ -56,7 +56,7 @@ def test_identity_is_json_and_names_the_weights(name: str):
     assert identity == encoder.identity
     assert (identity["encoder"], identity["model"]) == (name, ENCODERS[name].default_model)
     assert len(identity["weights_sha256"]) == 64
-    assert (encoder.text is not None) == (ENCODERS[name].text_clean is not None)
+    assert (encoder.text is not None, encoder.image is not None) == (name != "efficientnet", name == "efficientnet")
 
 
 @pytest.mark.parametrize("name", OFFLINE)
