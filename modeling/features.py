@@ -1,0 +1,492 @@
+"""Feature caches joined by id into tensors, and their normalisation. No encoder, no picture, no text."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import feats
+from feats.errors import UsageError
+from feats.store import DONE, PENDING, FeatureStore
+
+NORMS = ("none", "l2", "standard")
+DEFAULT_FOLDER = Path("saved/feats")
+BLOCK_ROWS = 1 << 16
+DATASETS = {"image": "img_feats", "text": "txt_feats"}
+OPTIONS = {"image": "--vtype", "text": "--ttype"}
+L2_EPS = 1e-12
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows without their features. `tags` are '' where unknown. `img_hash` and `txt_key` (N,) uint64 are equal for
+    rows with the same picture file and the same text; 0 where no joined cache knows."""
+
+    ids: list[str]
+    tags: list[str]
+    img_hash: np.ndarray
+    txt_key: np.ndarray
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Token features of N texts of different lengths: `values` (ΣL, D), text i in rows offsets[i]:offsets[i + 1]."""
+
+    values: torch.Tensor
+    offsets: torch.Tensor  # (N + 1,) int64
+
+    def padded(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (B, L, D) of `rows` (B,) int64, zero behind each text's end, and which are real: mask (B, L)."""
+        start, stop = self.offsets[rows], self.offsets[rows + 1]
+        longest = int((stop - start).max()) if len(rows) else 0
+        place = torch.arange(longest, device=rows.device)
+        mask = place < (stop - start)[:, None]
+        if not longest:
+            return self.values.new_zeros(len(rows), 0, self.values.shape[1]), mask
+        index = (start[:, None] + place).clamp(max=len(self.values) - 1)
+        return self.values[index].masked_fill(~mask[..., None], 0), mask
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Ragged":
+        return Ragged(self.values.to(device=device, dtype=dtype), self.offsets.to(device=device))
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """N rows that every joined cache has, in the first cache's order.
+
+    The dictionaries are keyed by cache name; one cache may be in `image` and in `text`. Tensors are float16 as cached
+    until `to`. `left_out` says of each row that is missing why; `dataset` holds all rows, those included: split it
+    rather than `ids`, and every choice of caches over the same data gets the same split.
+    """
+
+    split: str
+    rows: Rows
+    image: dict[str, torch.Tensor]  # (N, Dv)
+    text: dict[str, torch.Tensor]  # (N, Dt)
+    views: dict[str, torch.Tensor]  # (N, K, Dv), of the image caches that have views
+    image_tokens: dict[str, torch.Tensor]  # (N, P, Dv')
+    text_tokens: dict[str, Ragged]
+    fingerprints: dict[str, dict[str, Any]]
+    left_out: dict[str, str]
+    dataset: Rows = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.rows.ids)
+
+    @property
+    def ids(self) -> list[str]:
+        return self.rows.ids
+
+    @property
+    def tags(self) -> list[str]:
+        return self.rows.tags
+
+    @property
+    def img_hash(self) -> np.ndarray:
+        return self.rows.img_hash
+
+    @property
+    def txt_key(self) -> np.ndarray:
+        return self.rows.txt_key
+
+    @property
+    def widths(self) -> dict[str, dict[str, int]]:
+        """{"image": {cache: Dv}, "text": {cache: Dt}}."""
+        return {side: {name: x.shape[1] for name, x in getattr(self, side).items()} for side in DATASETS}
+
+    @property
+    def classes(self) -> list[str]:
+        """The labels there are, sorted; '' is none."""
+        return sorted(set(self.tags) - {""})
+
+    def targets(self, classes: Sequence[str]) -> torch.Tensor:
+        """Positions of the tags in `classes`, (N,) int64; -1 where the tag is unknown.
+
+        Raises `UsageError` for a tag that is none of them: it must not become one of them.
+        """
+        number = {"": -1} | {name: k for k, name in enumerate(classes)}
+        foreign = sorted(set(self.tags) - number.keys())
+        if foreign:
+            raise UsageError(f"labels {', '.join(foreign)} in the {self.split} data; expected {', '.join(classes)}")
+        return torch.tensor([number[tag] for tag in self.tags], dtype=torch.int64)
+
+    def positions(self, ids: Sequence[str]) -> torch.Tensor:
+        """Row numbers of `ids`, (len(ids),) int64. Raises `UsageError` naming those that aren't here, and why."""
+        absent = [i for i in ids if i not in self._position]
+        if absent:
+            why = next((f"; {i} was left out ({self.left_out[i]})" for i in absent if i in self.left_out), "")
+            raise UsageError(f"{_few(absent)} not among the {len(self)} {self.split} rows{why}")
+        return torch.tensor([self._position[i] for i in ids], dtype=torch.int64)
+
+    @cached_property
+    def _position(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.ids)}
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "FeatureSet":
+        """The same rows with every tensor on `device`, the features in `dtype`."""
+        moved = {
+            name: {key: value.to(device=device, dtype=dtype) for key, value in getattr(self, name).items()}
+            for name in ("image", "text", "views", "image_tokens", "text_tokens")
+        }
+        return replace(self, **moved)
+
+    def require_tokens(self, side: str) -> None:
+        """Raise `UsageError` when no cache of `side` ("image" or "text") holds token features."""
+        if not getattr(self, f"{side}_tokens"):
+            names = ", ".join(getattr(self, side)) or "none"
+            raise UsageError(
+                f"this head needs {side} tokens, and no {side} cache has them (there: {names}); make one with --tokens, "
+                "e.g. python feats/clip_extract_feats.py --tokens --name clip_tokens"
+            )
+
+    def describe(self) -> str:
+        """One line: rows, what was joined, and who was left out."""
+        joined = [f"{side} {name} {width}" for side, widths in self.widths.items() for name, width in widths.items()]
+        line = f"{self.split}: {len(self)} rows ({', '.join(joined)})"
+        if self.left_out:
+            some = "; ".join(f"{i} ({why})" for i, why in list(self.left_out.items())[:5])
+            line += f"; left out {len(self.left_out)}: {some}{'; ...' if len(self.left_out) > 5 else ''}"
+        return line
+
+
+# -- loading ----------------------------------------------------------------------------------------------------
+
+
+def load_features(
+    folder: Path | str,
+    split: str,
+    vtypes: Sequence[str],
+    ttypes: Sequence[str],
+    *,
+    views: bool = True,
+    tokens: bool = False,
+    allow_incomplete: bool = False,
+) -> FeatureSet:
+    """Join the caches `<folder>/<name>_<split>.h5` by id: `vtypes` give the image side, `ttypes` the text side.
+
+    `views` also reads augmented views where a cache has them, `tokens` token features. Memory beyond the result is
+    one chunk. Rows in quarantine in any cache are left out (with `allow_incomplete` those not encoded yet, too).
+    Raises `UsageError` for a missing or incomplete cache, one without the asked side, caches of different data (other
+    ids, texts, pictures or labels), values that aren't finite, and no row in common.
+    """
+    with _join(folder, split, vtypes, ttypes, allow_incomplete) as join:
+        return join.read(np.arange(len(join.kept)), views, tokens)
+
+
+def iter_features(
+    folder: Path | str,
+    split: str,
+    vtypes: Sequence[str],
+    ttypes: Sequence[str],
+    *,
+    block_rows: int = BLOCK_ROWS,
+    views: bool = False,
+    tokens: bool = False,
+    allow_incomplete: bool = False,
+) -> Iterator[FeatureSet]:
+    """`load_features` in blocks of `block_rows` rows, in order, for caches that are larger than memory."""
+    with _join(folder, split, vtypes, ttypes, allow_incomplete) as join:
+        for low in range(0, len(join.kept), block_rows):
+            yield join.read(np.arange(low, min(low + block_rows, len(join.kept))), views, tokens)
+
+
+@dataclass(frozen=True)
+class _Join:
+    split: str
+    caches: dict[str, FeatureStore]
+    sides: dict[str, list[str]]
+    dataset: Rows
+    kept: np.ndarray  # rows of `dataset` that all caches have
+    left_out: dict[str, str]
+
+    def read(self, block: np.ndarray, views: bool, tokens: bool) -> FeatureSet:
+        """The rows `block` (positions in `kept`) of every cache."""
+        rows = self.kept[block]
+        ids = [self.dataset.ids[row] for row in rows.tolist()]
+        image, text = self.sides["image"], self.sides["text"]
+        read = {side: {n: self._read(n, DATASETS[side], ids) for n in names} for side, names in self.sides.items()}
+        return FeatureSet(
+            split=self.split,
+            rows=Rows(
+                ids,
+                [self.dataset.tags[row] for row in rows.tolist()],
+                self.dataset.img_hash[rows],
+                self.dataset.txt_key[rows],
+            ),
+            **read,
+            views={n: self._read(n, "img_views", ids) for n in image if views and self._has(n, "img_views")},
+            image_tokens={n: self._read(n, "img_tokens", ids) for n in image if tokens and self._has(n, "img_tokens")},
+            text_tokens={n: self._read_tokens(n, ids) for n in text if tokens and self._has(n, "txt_tokens")},
+            fingerprints={name: store.fingerprint for name, store in self.caches.items()},
+            left_out=self.left_out,
+            dataset=self.dataset,
+        )
+
+    def _has(self, name: str, dataset: str) -> bool:
+        return dataset in self.caches[name].features
+
+    def _read(self, name: str, dataset: str, ids: Sequence[str]) -> torch.Tensor:
+        store = self.caches[name]
+        values = store.read(dataset, ids)
+        _refuse(store, dataset, [ids[row] for row in _not_finite(values)])
+        return torch.from_numpy(values)
+
+    def _read_tokens(self, name: str, ids: Sequence[str]) -> Ragged:
+        store = self.caches[name]
+        values, offsets = store.read_tokens(ids)
+        texts = np.unique(np.searchsorted(offsets, _not_finite(values), "right") - 1)
+        _refuse(store, "txt_tokens", [ids[row] for row in texts])
+        return Ragged(torch.from_numpy(values), torch.from_numpy(offsets.astype(np.int64)))
+
+
+@contextmanager
+def _join(
+    folder: Path | str, split: str, vtypes: Sequence[str], ttypes: Sequence[str], allow_incomplete: bool
+) -> Iterator[_Join]:
+    folder, sides = Path(folder), {"image": list(vtypes), "text": list(ttypes)}
+    if not any(sides.values()):
+        raise UsageError("no cache was named; give --vtype, --ttype or both")
+    for side, names in sides.items():
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise UsageError(f"{OPTIONS[side]} names {', '.join(twice)} twice; once is enough")
+    with ExitStack() as stack:
+        caches: dict[str, FeatureStore] = {}
+        for name in dict.fromkeys([*vtypes, *ttypes]):
+            caches[name] = stack.enter_context(FeatureStore.open(_path(folder, split, name)))
+            pending = int((caches[name].status == PENDING).sum())
+            if not allow_incomplete and (pending or not caches[name].complete):
+                raise UsageError(
+                    f"{caches[name].path} is incomplete: {pending} of {len(caches[name])} rows are still to be encoded; "
+                    f"finish it with the command that made it, e.g. {_command(name, folder)}"
+                )
+        for side, names in sides.items():
+            for name in names:
+                _check_side(caches[name], name, side, folder, split)
+        order = _common_order(caches)
+        statuses = {name: store.status[order[name]] for name, store in caches.items()}
+        kept = np.flatnonzero(np.all([status == DONE for status in statuses.values()], axis=0))
+        _check_same_content(caches, order, kept)
+        first = next(iter(caches.values()))
+        ids = first.ids.tolist()
+        hashes = [_merge_facts(fact, caches, order) for fact in ("img_hash", "txt_key")]
+        dataset = Rows(ids, _merge_tags(caches, order, ids), *hashes)
+        left_out = _reasons(caches, statuses, ids)
+        if not len(kept):
+            some = "; ".join(f"{i} ({why})" for i, why in list(left_out.items())[:3]) or "the caches are empty"
+            raise UsageError(f"no row of the {split} data is in all of {', '.join(caches)}: {some}")
+        yield _Join(split, caches, sides, dataset, kept, left_out)
+
+
+def _path(folder: Path, split: str, name: str) -> Path:
+    path = folder / f"{name}_{split}.h5"
+    if path.is_file():
+        return path
+    there = sorted(file.stem for file in folder.glob("*.h5"))
+    names = [stem.removesuffix(f"_{split}") for stem in there if stem.endswith(f"_{split}")]
+    close = get_close_matches(name, names, 1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise UsageError(
+        f"no cache {path}; make it with: {_command(name, folder)} (caches there: {', '.join(there) or 'none'}).{hint}"
+    )
+
+
+def _command(name: str, folder: Path) -> str:
+    """What a user types to make the cache `name`."""
+    if (Path(feats.__file__).parent / f"{name}_extract_feats.py").is_file():
+        command = f"python feats/{name}_extract_feats.py"
+    else:
+        command = f"python feats/<encoder>_extract_feats.py --name {name}"
+    return command if folder == DEFAULT_FOLDER else f"{command} --out {folder}"
+
+
+def _check_side(store: FeatureStore, name: str, side: str, folder: Path, split: str) -> None:
+    if DATASETS[side] in store.features:
+        return
+    other = "text" if side == "image" else "image"
+    able = []
+    for path in sorted(folder.glob(f"*_{split}.h5")):
+        try:
+            with FeatureStore.open(path) as candidate:
+                if DATASETS[side] in candidate.features:
+                    able.append(path.stem.removesuffix(f"_{split}"))
+        except UsageError:  # a foreign file is nothing to recommend
+            continue
+    raise UsageError(
+        f"{store.path} has no {side} side; {name} can be {OPTIONS[other]} only. For {OPTIONS[side]} there are: "
+        f"{', '.join(able) or 'none yet'}"
+    )
+
+
+def _common_order(caches: Mapping[str, FeatureStore]) -> dict[str, np.ndarray]:
+    """Per cache, where the rows of the first one are. Every cache must have the same ids, quarantined ones included."""
+    (first_name, first), *others = caches.items()
+    order = {first_name: np.arange(len(first))}
+    for name, store in others:
+        if np.array_equal(first.ids, store.ids):
+            order[name] = np.arange(len(store))
+            continue
+        position = {i: row for row, i in enumerate(store.ids.tolist())}
+        ids = first.ids.tolist()
+        lacking, extra = [i for i in ids if i not in position], sorted(position.keys() - set(ids))
+        if lacking or extra:
+            parts = [f"only in {cache}: {_few(some)}" for cache, some in ((first_name, lacking), (name, extra)) if some]
+            raise UsageError(
+                f"{first.path.name} and {store.path.name} are of different data: {len(first)} and {len(store)} rows, "
+                f"{len(first) - len(lacking)} in common ({'; '.join(parts)}). Extract both from the same --data, with "
+                "the same --limit"
+            )
+        order[name] = np.fromiter((position[i] for i in ids), np.int64, len(ids))
+    return order
+
+
+def _check_same_content(caches: Mapping[str, FeatureStore], order: Mapping[str, np.ndarray], kept: np.ndarray) -> None:
+    """The same id must mean the same picture and text in every cache that knows them."""
+    for fact, what in (("img_hash", "pictures"), ("txt_hash", "texts")):
+        known: np.ndarray | None = None
+        owner = ""
+        for name, store in caches.items():
+            values = store.facts(fact)[order[name]][kept]
+            if not values.any():
+                continue
+            if known is None:
+                known, owner = values, name
+                continue
+            differ = np.flatnonzero((known != values) & (known != 0) & (values != 0))
+            if len(differ):
+                ids = next(iter(caches.values())).ids[kept[differ]].tolist()
+                raise UsageError(
+                    f"{caches[owner].path.name} and {store.path.name} were made from different {what}: {_few(ids)} "
+                    "differ under the same id. Extract both from the same --data with --overwrite"
+                )
+
+
+def _merge_tags(caches: Mapping[str, FeatureStore], order: Mapping[str, np.ndarray], ids: Sequence[str]) -> list[str]:
+    """The label of each row: the one any cache knows."""
+    merged: np.ndarray | None = None
+    owner = ""
+    for name, store in caches.items():
+        tags = store.tags[order[name]]
+        if merged is None:
+            merged, owner = tags, name
+            continue
+        differ = np.flatnonzero((merged != tags) & (merged != "") & (tags != ""))
+        if len(differ):
+            row = differ[0]
+            raise UsageError(
+                f"{caches[owner].path.name} and {store.path.name} disagree on the labels of {len(differ)} rows, e.g. "
+                f"{ids[row]}: {merged[row]} and {tags[row]}. Run the extraction of both again: it brings labels up to date"
+            )
+        merged = np.where(merged == "", tags, merged)
+    return merged.tolist()
+
+
+def _merge_facts(fact: str, caches: Mapping[str, FeatureStore], order: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A fact of each row, (N,): what the first cache that knows it says."""
+    merged = np.uint64(0)
+    for name, store in caches.items():
+        merged = np.where(merged == 0, store.facts(fact)[order[name]], merged)
+    return merged
+
+
+def _reasons(
+    caches: Mapping[str, FeatureStore], statuses: Mapping[str, np.ndarray], ids: Sequence[str]
+) -> dict[str, str]:
+    """Why each row is left out, in the data set's order."""
+    why: dict[int, list[str]] = {}
+    for name, store in caches.items():
+        for row in np.flatnonzero(statuses[name] != DONE).tolist():
+            pending = statuses[name][row] == PENDING
+            reason = "not encoded yet" if pending else store.reasons.get(ids[row], "in quarantine")
+            why.setdefault(row, []).append(f"{name}: {reason}")
+    return {ids[row]: "; ".join(why[row]) for row in sorted(why)}
+
+
+def _not_finite(values: np.ndarray) -> np.ndarray:
+    """Rows of float16 `values` (N, ...) that hold NaN or infinity: an exponent of all ones.
+
+    By their bits, in pieces: numpy converts half precision one by one, and a mask of it all would take memory."""
+    exponent = np.uint16(0x7C00)
+    bits = values.view(np.uint16).reshape(len(values), -1)
+    bad = [np.zeros(0, np.int64)]
+    for low in range(0, len(bits), 4096):
+        block = bits[low : low + 4096] & exponent
+        if block.size and block.max() == exponent:
+            bad.append(low + np.flatnonzero((block == exponent).any(1)))
+    return np.concatenate(bad)
+
+
+def _refuse(store: FeatureStore, dataset: str, ids: Sequence[str]) -> None:
+    if ids:
+        raise UsageError(
+            f"{store.path}: {dataset} holds NaN or infinite values ({_few(ids)}); see python feats/inspect_feats.py "
+            "--verify, and make the cache again with --overwrite"
+        )
+
+
+def _few(ids: Sequence[str]) -> str:
+    return f"{len(ids)} row{'s' if len(ids) > 1 else ''}: {', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''}"
+
+
+# -- normalisation ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """Normalisation of one cache's side: `kind` none; l2, each row to length 1 (a row of zeros stays); or standard,
+    (x - mean) / std per column. `mean` and `std` (D,) float32 for standard, else None."""
+
+    kind: str
+    mean: torch.Tensor | None = None
+    std: torch.Tensor | None = None
+
+    @classmethod
+    def fit(cls, kind: str, features: torch.Tensor, rows: torch.Tensor | None = None) -> "Normalizer":
+        """Take the statistics of `features` (N, D), of the training `rows` (M,) int64 only, or of all without them.
+
+        std is the population's (divided by M), as scikit-learn's StandardScaler; a constant column gets 1.
+        Raises `UsageError` for an unknown kind and for no rows.
+        """
+        if kind not in NORMS:
+            raise UsageError(f"unknown normalisation {kind!r}; there are {', '.join(NORMS)}")
+        if kind != "standard":
+            return cls(kind)
+        blocks = (torch.arange(len(features), device=features.device) if rows is None else rows).split(BLOCK_ROWS)
+        count = sum(map(len, blocks))
+        if not count:
+            raise UsageError("no training rows to take mean and standard deviation of")
+        # Two passes in double precision: the sum of squares of one pass loses what float16 columns with a large mean
+        # vary by. A constant column comes out as exactly 0.
+        mean = sum(features[block].double().sum(0) for block in blocks) / count
+        std = (sum((features[block].double() - mean).square().sum(0) for block in blocks) / count).sqrt()
+        std = std.float()
+        return cls(kind, mean.float(), torch.where(std > 0, std, 1.0))
+
+    def apply(self, features: torch.Tensor) -> torch.Tensor:
+        """Normalise (..., D), views and tokens too; float32 (wider when the input is). Nothing is changed in place."""
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        if self.kind == "l2":
+            return torch.nn.functional.normalize(features, dim=-1, eps=L2_EPS)
+        if self.kind == "standard":
+            return (features - self.mean) / self.std
+        return features
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The tensors a run keeps: mean and std, or nothing."""
+        return {} if self.mean is None else {"mean": self.mean, "std": self.std}
+
+    @classmethod
+    def from_state(cls, kind: str, state: Mapping[str, torch.Tensor]) -> "Normalizer":
+        """Back from `kind` and `state()`. Raises `UsageError` when they don't belong together."""
+        if kind not in NORMS or set(state) != ({"mean", "std"} if kind == "standard" else set()):
+            raise UsageError(f"normalisation {kind!r} with tensors {', '.join(state) or '(none)'}: the run is damaged")
+        return cls(kind, state.get("mean"), state.get("std"))
+
+    def to(self, device: torch.device | str) -> "Normalizer":
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.state().items()})

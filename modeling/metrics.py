@@ -1,0 +1,307 @@
+"""How good predictions are: figures with intervals, calibration, paired tests. Labels are integers 0..C-1 into a list of
+class names; where a class neither occurs nor is predicted its precision, recall and F1 count as 0."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+BINS = 15
+RESAMPLES = 2000
+LEVEL = 0.95
+AVERAGES = ("accuracy", "weighted_f1", "macro_f1")  # the figures that get intervals and tests
+
+
+def evaluate(
+    labels: np.ndarray | Sequence[int],
+    probabilities: np.ndarray,
+    classes: Sequence[str],
+    majority: str | None = None,
+    *,
+    bins: int = BINS,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """All figures of one set of predictions, as JSON values. The prediction is the most probable class.
+
+    `labels` (N,) integers, `probabilities` (N, C). `majority`: the most common class of the training rows; what always
+    predicting it would score on these rows is given beside. Keys: n, classes, accuracy, weighted_ and macro_
+    precision, recall, f1, per_class, confusion (rows: true), log_loss, ece, majority, interval.
+    Raises `ValueError` for shapes that don't fit and rows that are no distributions.
+    """
+    labels, probabilities = _checked(labels, probabilities, len(classes))
+    confusion = confusion_matrix(labels, probabilities.argmax(1), len(classes))
+    figures = {name: float(value) for name, value in scores(confusion).items()}
+    per_class = zip(*(values.tolist() for values in _per_class(*_margins(confusion))), strict=True)
+    result: dict[str, Any] = {"n": len(labels), "classes": list(classes), **figures}
+    result["per_class"] = {
+        name: {"precision": p, "recall": r, "f1": f, "support": int(n)}
+        for name, (p, r, f), n in zip(classes, per_class, confusion.sum(1), strict=True)
+    }
+    result["confusion"] = confusion.tolist()
+    result["log_loss"] = log_loss(labels, probabilities)
+    result["ece"] = expected_calibration_error(labels, probabilities, bins)
+    if majority is not None:
+        result["majority"] = majority_baseline(labels, classes, majority)
+    result["interval"] = bootstrap_intervals(confusion, resamples=resamples, seed=seed)
+    return result
+
+
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, n_classes: int) -> np.ndarray:
+    """Counts (C, C), rows true, columns predicted. Raises `ValueError` for a class outside 0..C-1."""
+    labels, predictions = (_integers(values, n_classes) for values in (labels, predictions))
+    if labels.shape != predictions.shape:
+        raise ValueError(f"{len(labels)} labels, but {len(predictions)} predictions")
+    return np.bincount(labels * n_classes + predictions, minlength=n_classes**2).reshape(n_classes, n_classes)
+
+
+def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
+    """Accuracy and the weighted and macro averages of confusion matrices (..., C, C), each of shape (...).
+
+    Weighted: by the class's number of true rows; weighted recall is the accuracy. As scikit-learn's
+    precision_recall_fscore_support with all classes as `labels` and `zero_division=0`.
+    """
+    return _averages(*_margins(np.asarray(confusion)))
+
+
+def _margins(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.diagonal(confusion, axis1=-2, axis2=-1), confusion.sum(-1), confusion.sum(-2)
+
+
+def _per_class(hits: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Precision, recall and F1 per class, each (..., C), from its hits, true rows and predictions (..., C)."""
+    return hits / np.maximum(predicted, 1), hits / np.maximum(true, 1), 2 * hits / np.maximum(true + predicted, 1)
+
+
+def _averages(hits: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> dict[str, np.ndarray]:
+    n = true.sum(-1)
+    per_class = dict(zip(("precision", "recall", "f1"), _per_class(hits, true, predicted), strict=True))
+    weighted = {f"weighted_{name}": (values * true).sum(-1) / n for name, values in per_class.items()}
+    macro = {f"macro_{name}": values.mean(-1) for name, values in per_class.items()}
+    return {"accuracy": hits.sum(-1) / n, **weighted, **macro}
+
+
+def majority_baseline(labels: np.ndarray, classes: Sequence[str], majority: str) -> dict[str, Any]:
+    """What always predicting the class `majority` scores on these rows."""
+    if majority not in classes:
+        raise ValueError(f"majority class {majority!r} is none of {', '.join(classes)}")
+    always = np.full(len(labels), list(classes).index(majority))
+    figures = scores(confusion_matrix(np.asarray(labels), always, len(classes)))
+    return {"class": majority, **{name: float(figures[name]) for name in AVERAGES}}
+
+
+# -- probabilities ----------------------------------------------------------------------------------------------
+
+
+def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Mean of -ln p(true class), probabilities kept from 0 by the double's epsilon, as scikit-learn does."""
+    true = np.asarray(probabilities, np.float64)[np.arange(len(labels)), labels]
+    return float(-np.log(np.clip(true, np.finfo(np.float64).eps, 1)).mean())
+
+
+def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = BINS) -> float:
+    """ECE = Σ_b (n_b / n) |accuracy_b - confidence_b| over `bins` equal-width bins ((b-1)/bins, b/bins] of the
+    prediction's probability. Guo et al., On Calibration of Modern Neural Networks, ICML 2017, equation 3."""
+    probabilities = np.asarray(probabilities, np.float64)
+    confidence = probabilities.max(1)
+    gap = (probabilities.argmax(1) == labels) - confidence
+    bin_of = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence, side="left")
+    return float(np.abs(np.bincount(bin_of, weights=gap, minlength=bins)).sum() / len(gap))
+
+
+def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """Probabilities (N, C) of logits (N, C) divided by `temperature`, in double precision."""
+    scaled = np.asarray(logits, np.float64) / temperature
+    scaled = np.exp(scaled - scaled.max(1, keepdims=True))
+    return scaled / scaled.sum(1, keepdims=True)
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray, bounds: tuple[float, float] = (0.01, 100.0)) -> float:
+    """The temperature T that minimises the log-loss of softmax(logits / T), within `bounds`.
+
+    The loss is convex in 1/T; its derivative, mean of E_p[z] - z_true, is bisected. Rows that are all predicted
+    right have no optimum: they give the lower bound. Fit on validation rows: its ECE there is then in-sample.
+    Guo et al. 2017, section 4.2.
+    """
+    logits = np.asarray(logits, np.float64)
+    labels = _integers(labels, logits.shape[1])
+    if not np.isfinite(logits).all():
+        raise ValueError("logits hold values that aren't finite")
+    true = logits[np.arange(len(labels)), labels]
+
+    def slope(inverse: float) -> float:
+        return float(((softmax(logits, 1 / inverse) * logits).sum(1) - true).mean())
+
+    low, high = 1 / bounds[1], 1 / bounds[0]
+    if slope(high) <= 0:
+        return bounds[0]
+    if slope(low) >= 0:
+        return bounds[1]
+    for _ in range(100):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+        if high / low < 1 + 1e-12:
+            break
+    return float(1 / (low * high) ** 0.5)
+
+
+# -- intervals and tests ----------------------------------------------------------------------------------------
+
+
+def bootstrap_intervals(
+    confusion: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
+) -> dict[str, Any]:
+    """Percentile bootstrap intervals of accuracy, weighted and macro F1: {"level": ..., name: [low, high]}.
+
+    Drawing n rows with replacement draws the confusion matrix (C, C) from a multinomial over its cells, so no row is
+    touched. Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    """
+    n_classes = len(confusion)
+    true, predicted = np.nonzero(confusion)
+    samples = _resample(np.asarray(confusion)[true, predicted], resamples, seed)
+    drawn = _averages(*_margins_of_cells(samples, true, predicted, n_classes))
+    edges = 50 * (1 - level), 50 * (1 + level)
+    return {"level": level, **{name: np.percentile(drawn[name], edges).tolist() for name in AVERAGES}}
+
+
+def _resample(counts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Bootstrap samples of rows that are given as cells with `counts` (K,) rows each: (R, K) counts."""
+    return np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), resamples).astype(np.float64)
+
+
+def _margins_of_cells(
+    samples: np.ndarray, true: np.ndarray, predicted: np.ndarray, n_classes: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hits, true rows and predictions per class, each (R, C), of samples (R, K) over cells of class `true` (K,) and
+    prediction `predicted` (K,)."""
+    one_hot = np.eye(n_classes)
+    hit = one_hot[true] * (true == predicted)[:, None]
+    return samples @ hit, samples @ one_hot[true], samples @ one_hot[predicted]
+
+
+def mcnemar(labels: np.ndarray, first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
+    """Exact McNemar test whether two classifiers are right equally often on the same rows (N,).
+
+    Of the rows that just one gets right, each is as likely either's: a two-sided binomial test. Keys: only_first,
+    only_second, p. McNemar, Psychometrika 1947.
+    """
+    from scipy.stats import binom  # slow to import
+
+    labels, first, second = _same_rows(labels, first, second)
+    only_first = int(((first == labels) & (second != labels)).sum())
+    only_second = int(((first != labels) & (second == labels)).sum())
+    p = 2 * binom.cdf(min(only_first, only_second), only_first + only_second, 0.5)
+    return {"only_first": only_first, "only_second": only_second, "p": float(min(1.0, p))}
+
+
+def paired_bootstrap(
+    labels: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    n_classes: int,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    level: float = LEVEL,
+) -> dict[str, dict[str, Any]]:
+    """Difference first - second between two prediction vectors (N,) on the same rows, resampled together.
+
+    For accuracy, weighted and macro F1: {"difference", "interval": [low, high], "p"}. p is two-sided, twice the share
+    of samples in which the difference has the other sign or is none, the observed sample counted in so that it is
+    never 0 (Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 4.4).
+    """
+    labels, first, second = (_integers(values, n_classes) for values in _same_rows(labels, first, second))
+    triples, counts = np.unique(np.stack([labels, first, second], 1), axis=0, return_counts=True)
+    true, *predicted = triples.T
+    samples = _resample(counts, resamples, seed)
+    both = [_averages(*_margins_of_cells(samples, true, column, n_classes)) for column in predicted]
+    observed = [scores(confusion_matrix(labels, column, n_classes)) for column in (first, second)]
+    edges = 50 * (1 - level), 50 * (1 + level)
+    result = {}
+    for name in AVERAGES:
+        drawn = both[0][name] - both[1][name]
+        tail = 1 + min((drawn <= 0).sum(), (drawn >= 0).sum())
+        result[name] = {
+            "difference": float(observed[0][name] - observed[1][name]),
+            "interval": np.percentile(drawn, edges).tolist(),
+            "p": float(min(1.0, 2 * tail / (resamples + 1))),
+        }
+    return result
+
+
+def mean_std(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | int | None]]:
+    """Mean and sample standard deviation (n - 1) of each number that all results of several seeds or folds hold.
+
+    {name: {"mean", "std", "n"}}; std is None for a single result. What isn't a number (tables, names) is left out.
+    """
+    summary = {}
+    for name in results[0] if results else ():
+        values = [result.get(name) for result in results]
+        if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+            std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            summary[name] = {"mean": float(np.mean(values)), "std": std, "n": len(values)}
+    return summary
+
+
+# -- tables -----------------------------------------------------------------------------------------------------
+
+
+def format_table(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, markdown: bool = False, digits: int = 3
+) -> str:
+    """Rows (dicts) as a table of `columns`: aligned for a terminal, or Markdown. Numbers stand to the right, floats
+    with `digits` decimals; what a row lacks or has as None is left blank."""
+    cells = [[_cell(row.get(column), digits) for column in columns] for row in rows]
+    if markdown:
+        cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in cells]
+    right = [
+        any(isinstance(row.get(column), (int, float, np.number)) for row in rows)
+        and all(isinstance(row.get(column), (int, float, np.number, type(None))) for row in rows)
+        for column in columns
+    ]
+    widths = [max(3, *(len(row[k]) for row in [list(columns), *cells])) for k in range(len(columns))]
+
+    def line(row: Sequence[str]) -> list[str]:
+        return [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)]
+
+    if markdown:
+        rule = ["-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right, strict=True)]
+        return "\n".join("| " + " | ".join(row) + " |" for row in (line(columns), rule, *map(line, cells)))
+    rule = ["-" * w for w in widths]
+    return "\n".join("  ".join(row).rstrip() for row in (line(columns), rule, *map(line, cells)))
+
+
+def _cell(value: Any, digits: int) -> str:
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}" if isinstance(value, (float, np.floating)) else str(value)
+
+
+# -- checks -----------------------------------------------------------------------------------------------------
+
+
+def _checked(labels: Any, probabilities: Any, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    labels, probabilities = _integers(labels, n_classes), np.asarray(probabilities, np.float64)
+    if probabilities.shape != (len(labels), n_classes) or not len(labels):
+        raise ValueError(f"probabilities of shape {probabilities.shape} for {len(labels)} rows and {n_classes} classes")
+    if not np.isfinite(probabilities).all() or (probabilities < 0).any():
+        raise ValueError("probabilities must be finite and not negative")
+    if np.abs(probabilities.sum(1) - 1).max() > 1e-2:  # room for half precision
+        raise ValueError("probabilities must sum to 1 in each row; are these logits? see softmax()")
+    return labels, probabilities
+
+
+def _integers(values: Any, n_classes: int) -> np.ndarray:
+    values = np.asarray(values)
+    if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
+        raise ValueError(f"classes must be (N,) integers, not {values.dtype} of shape {values.shape}")
+    if values.size and not 0 <= values.min() <= values.max() < n_classes:
+        raise ValueError(f"classes {values.min()} to {values.max()}, expected 0 to {n_classes - 1}")
+    return values.astype(np.int64)
+
+
+def _same_rows(*vectors: Any) -> list[np.ndarray]:
+    arrays = [np.asarray(vector) for vector in vectors]
+    if any(array.shape != arrays[0].shape or array.ndim != 1 for array in arrays) or not len(arrays[0]):
+        raise ValueError(f"labels and predictions must be of the same rows; shapes {[a.shape for a in arrays]}")
+    return arrays

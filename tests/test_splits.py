@@ -1,0 +1,263 @@
+"""Splits: fair, repeatable, without leaks; and split files read as they are written."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from feats.errors import UsageError
+from feats.images import hash64
+from modeling.splits import EMPTY_TEXT_KEY, Split, duplicate_groups, load_split, make_folds, make_split, read_split_file
+
+COUNTS = {"positive": 2388, "negative": 1193, "neutral": 419}  # MVSA-Single's
+RNG = np.random.default_rng(0)
+IDS = [str(i) for i in RNG.permutation(4000)]
+LABELS = [str(label) for label in RNG.permutation([label for label, n in COUNTS.items() for _ in range(n)])]
+LABEL_OF = dict(zip(IDS, LABELS, strict=True))
+GROUPS = np.where(np.arange(4000) < 600, RNG.integers(0, 230, 4000), np.arange(4000))  # about 600 rows in 215 groups
+GROUP_OF = dict(zip(IDS, GROUPS.tolist(), strict=True))
+
+
+def shuffled(*columns):
+    order = np.random.default_rng(1).permutation(len(columns[0]))
+    return [[column[i] for i in order] for column in columns]
+
+
+def disjoint_and_whole(split: Split, ids: list[str] = IDS) -> None:
+    assert sorted([*split.train, *split.val, *split.test]) == sorted(ids)
+
+
+def no_leak(split: Split) -> None:
+    sides = [{GROUP_OF[i] for i in part} for part in (split.train, split.val, split.test)]
+    assert not sides[0] & sides[1] and not sides[0] & sides[2] and not sides[1] & sides[2]
+
+
+# -- making -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.1, 0.15, 0.2, 1 / 3, 0.4, 0.8])
+@pytest.mark.parametrize("groups", [None, GROUPS], ids=["rows", "groups"])
+def test_ratios_are_met_class_by_class(ratio: float, groups: np.ndarray | None):
+    split = make_split(IDS, LABELS, ratio, groups=groups)
+    disjoint_and_whole(split)
+    assert abs(len(split.val) - 4000 * ratio) <= 1
+    for label, n in Counter(LABEL_OF[i] for i in split.val).items():
+        assert abs(n - COUNTS[label] * ratio) <= 1
+    if groups is not None:
+        no_leak(split)
+
+
+def test_eight_one_one():
+    split = make_split(IDS, LABELS, 0.1, groups=GROUPS, test_ratio=0.1)
+    disjoint_and_whole(split)
+    no_leak(split)
+    assert [len(split.val), len(split.test)] == pytest.approx([400, 400], abs=1)
+    assert split.how == {"val_ratio": 0.1, "test_ratio": 0.1, "seed": 42, "duplicates_together": True}
+
+
+def test_duplicates_are_in_every_part_by_their_share():
+    """A val part without duplicates would be another population than the training rows."""
+    sizes = Counter(GROUP_OF.values())
+    share = np.mean(
+        [np.mean([sizes[GROUP_OF[i]] > 1 for i in make_split(IDS, LABELS, 0.1, s, GROUPS).val]) for s in range(5)]
+    )
+    assert share == pytest.approx(np.mean([sizes[GROUP_OF[i]] > 1 for i in IDS]), rel=0.15)
+
+
+def test_depends_on_seed_and_ids_not_on_order_nor_group_numbers():
+    split = make_split(IDS, LABELS, groups=GROUPS)
+    ids, labels, groups = shuffled(IDS, LABELS, GROUPS)
+    renumbered = [hash64(str(group).encode()) >> 1 for group in groups]
+    assert make_split(ids, labels, groups=renumbered) == split
+    assert split.val == sorted(split.val) and split.train == sorted(split.train)
+    other = make_split(IDS, LABELS, seed=43, groups=GROUPS)
+    assert 0.02 < len(set(other.val) & set(split.val)) / 400 < 0.2  # a tenth by chance
+    assert make_folds(ids, labels, 5, groups=renumbered) == make_folds(IDS, LABELS, 5, groups=GROUPS)
+
+
+def test_a_split_never_changes():
+    """The ids of a small split, for good: a new library must not make yesterday's runs incomparable."""
+    ids = [str(i) for i in range(30)]
+    split = make_split(ids, ["a", "b", "b"] * 10, 0.2, seed=7)
+    assert split.val == PINNED
+
+
+PINNED = ["12", "16", "18", "20", "26", "28"]
+
+
+@pytest.mark.parametrize("groups", [None, GROUPS], ids=["rows", "groups"])
+@pytest.mark.parametrize("k", [2, 5, 10])
+def test_folds_partition_the_rows(k: int, groups: np.ndarray | None):
+    folds = make_folds(IDS, LABELS, k, groups=groups)
+    assert sorted(i for fold in folds for i in fold.val) == sorted(IDS)
+    for number, fold in enumerate(folds, 1):
+        disjoint_and_whole(fold)
+        assert not fold.test and fold.how["fold"] == number and fold.how["folds"] == k
+        assert abs(len(fold.val) - 4000 / k) <= 1
+        for label, n in Counter(LABEL_OF[i] for i in fold.val).items():
+            assert abs(n - COUNTS[label] / k) < 1 + 1e-9
+        if groups is not None:
+            no_leak(fold)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_small_and_crooked_sets(seed: int):
+    rng = np.random.default_rng(seed)
+    n, k = int(rng.integers(40, 120)), int(rng.integers(2, 4))
+    ids = [f"r{i}" for i in range(n)]
+    labels = [f"c{min(c, 2)}" for c in rng.geometric(0.5, n) - 1]
+    groups = np.where(rng.random(n) < 0.4, rng.integers(0, 8, n), np.arange(n) + 100)
+    split = make_split(ids, labels, 0.25, seed, groups)
+    disjoint_and_whole(split, ids)
+    assert abs(len(split.val) / n - 0.25) < 0.08
+    folds = make_folds(ids, labels, k, seed, groups)
+    assert sorted(i for fold in folds for i in fold.val) == sorted(ids)
+    of = dict(zip(ids, groups.tolist(), strict=True))
+    for each in (split, *folds):
+        assert not {of[i] for i in each.train} & {of[i] for i in each.val}
+        assert {labels[ids.index(i)] for i in each.val} == set(labels)
+
+
+def test_refusals():
+    with pytest.raises(UsageError, match="all 3 rows are 'a': a classifier needs two"):
+        make_split(["1", "2", "3"], ["a"] * 3)
+    with pytest.raises(UsageError, match="2 of 3 rows have no label"):
+        make_split(["1", "2", "3"], ["a", "", ""])
+    with pytest.raises(UsageError, match="the val split, 0.1 of 20 rows, is too small to hold 3 classes"):
+        make_split(list(map(str, range(20))), ["a", "b", "c", "a", "b"] * 4)
+    with pytest.raises(UsageError, match=r"class 'c' \(1 row\) is too rare: none is left for"):
+        make_split(list(map(str, range(100))), ["a", "b"] * 49 + ["a", "c"])
+    with pytest.raises(
+        UsageError, match=r"class 'c' \(4 rows in 1 duplicate groups\) is too rare: none is left for val"
+    ):
+        make_split(list(map(str, range(100))), ["a", "b"] * 48 + ["c"] * 4, groups=[*range(96), 96, 96, 96, 96])
+    with pytest.raises(UsageError, match=r"class 'c' \(4 rows\) is too rare: none is left for fold 5 of 5"):
+        make_folds(list(map(str, range(100))), ["a", "b"] * 48 + ["c"] * 4, 5)
+    with pytest.raises(UsageError, match="1 folds: there must be at least 2"):
+        make_folds(IDS, LABELS, 1)
+    for ratios in (
+        {"val_ratio": 0},
+        {"val_ratio": 1},
+        {"val_ratio": 0.6, "test_ratio": 0.4},
+        {"val_ratio": float("nan")},
+    ):
+        with pytest.raises(UsageError, match="must be in"):
+            make_split(IDS, LABELS, **ratios)
+    with pytest.raises(ValueError, match="unique"):
+        make_split(["1", "1", "2"] * 2, ["a", "b", "a"] * 2, 0.5)
+
+
+def test_without():
+    split = Split(["1", "2"], ["3"], ["4"], {"seed": 1})
+    assert split.without({"2": "bad", "4": "bad"}) == Split(["1"], ["3"], [], {"seed": 1})
+
+
+# -- duplicates -------------------------------------------------------------------------------------------------
+
+
+def test_duplicate_groups_tie_through_others():
+    img = np.array([5, 0, 5, 6, 0, 7, 8], np.uint64)
+    txt = np.array([1, 2, 3, 3, EMPTY_TEXT_KEY, EMPTY_TEXT_KEY, 0], np.uint64)
+    assert duplicate_groups(img, txt).tolist() == [0, 1, 0, 0, 4, 5, 6]
+    assert duplicate_groups(img, None).tolist() == [0, 1, 0, 3, 4, 5, 6]
+    assert duplicate_groups(None, txt).tolist() == [0, 1, 2, 2, 4, 5, 6]
+    assert EMPTY_TEXT_KEY == hash64(b"") and np.uint64(EMPTY_TEXT_KEY) == EMPTY_TEXT_KEY
+    with pytest.raises(ValueError, match="nothing to find duplicates by"):
+        duplicate_groups(None, None)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_duplicate_groups_are_connected_components(seed: int):
+    rng = np.random.default_rng(seed)
+    n = 300
+    img, txt = (rng.integers(0, 400, n).astype(np.uint64) + np.uint64(2**63) for _ in range(2))
+    edges = [(i, j) for i in range(n) for j in range(i) if img[i] == img[j] or txt[i] == txt[j]]
+    graph = coo_matrix((np.ones(len(edges)), tuple(zip(*edges, strict=True))), shape=(n, n))
+    expected = connected_components(graph, directed=False)[1]
+    found = duplicate_groups(img, txt)
+    assert len(set(zip(found.tolist(), expected.tolist(), strict=True))) == len(set(found)) == len(set(expected))
+
+
+# -- files ------------------------------------------------------------------------------------------------------
+
+FILE_IDS = list("abcdefgh")
+FILE_LABELS = ["x", "y"] * 3 + ["", "x"]
+WANTED = Split(["a", "b"], ["c", "d"], ["e", "g"])
+
+
+def test_save_and_load(tmp_path: Path):
+    split = make_split(IDS, LABELS, groups=GROUPS)
+    split.save(tmp_path / "split.json")
+    assert load_split(tmp_path / "split.json") == split
+    again = read_split_file(tmp_path / "split.json", IDS, LABELS)
+    assert (again.train, again.val, again.test) == (split.train, split.val, split.test)
+    assert [path.name for path in tmp_path.iterdir()] == ["split.json"]
+    with pytest.raises(UsageError, match="can't read the split file .*none.json: No such file"):
+        load_split(tmp_path / "none.json")
+
+
+def write(folder: Path, files: dict[str, str]) -> list[Path]:
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in files]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"s.json": json.dumps({"train": ["b", "a"], "val": ["c", "d"], "test": ["e", "g"]})},
+        {"s.json": json.dumps({"train": ["b", "a"], "dev": ["c", "d"], "test": ["e", "g"], "how": {"seed": 1}})},
+        {"s.csv": "id,split\na,train\nb,train\nc,val\nd,VAL\ne,test\ng,test\n"},
+        {"s.csv": "\ufeffsplit,guid\r\ntrain,a\r\ntrain,b\r\nvalid,c\r\nval,d\r\ntest,e\r\ntest,g\r\n"},
+        {"1.txt": "a\nb\n", "2.txt": "c\nd\n", "3.txt": "\ne\ng"},
+        {"test.txt": "e\ng", "my_val-ids.csv": "guid,tag\nc,x\nd,y\n", "train.txt": "b\n a \n"},
+    ],
+    ids=["json", "json of a run", "csv", "csv, other names", "three, by position", "three, by name"],
+)
+def test_split_files(tmp_path: Path, files: dict[str, str]):
+    split = read_split_file(write(tmp_path, files), FILE_IDS, FILE_LABELS)
+    assert (split.train, split.val, split.test) == (WANTED.train, WANTED.val, WANTED.test)
+    assert split.how == {"files": list(files)}
+
+
+@pytest.mark.parametrize(
+    "files, match",
+    [
+        ({"s.json": '{"train": ["a", "b"], "val": ["c", "z", "y"]}'}, r"s.json: 2 ids \(z, y\) not among the 8 rows"),
+        (
+            {"s.json": '{"train": ["a", "b"], "val": ["c", "a"]}'},
+            r"1 id \(a\) named more than once \(a in train, val\)",
+        ),
+        ({"s.csv": "id,split\na,train\nb,train\na,train\n"}, r"1 id \(a\) named more than once \(a in train\)"),
+        ({"s.json": '{"train": ["a", "b"], "val": ["c"]}'}, "val holds no row of class y"),
+        ({"s.json": '{"train": ["a"], "val": ["c", "d"]}'}, "train holds no row of class y"),
+        ({"s.json": '{"train": ["a", "c"], "val": ["e"]}'}, "all 3 rows are 'x'"),
+        ({"s.json": '{"train": ["a", "b", "g"], "val": ["c", "d"]}'}, r"1 train id \(g\) without a label"),
+        ({"s.json": '{"train": ["a", "b"]}'}, "no ids for val"),
+        ({"s.json": '["a"]'}, "holds a list, expected"),
+        ({"s.json": "{"}, "is not JSON"),
+        ({"s.json": '{"train": ["a"], "holdout": ["b"]}'}, "holds holdout, expected"),
+        ({"s.json": '{"train": "a", "val": ["b"]}'}, "parts that are no lists, expected"),
+        ({"s.csv": "a,train\nb,val\n"}, "has columns a, train; expected id and split"),
+        ({"s.csv": "id,split\na,train\nb,held\n"}, "line 3: split 'held'; expected train, val or test"),
+        ({"train.txt": "a", "x.txt": "b", "y.txt": "c"}, "can't tell which of train.txt, x.txt, y.txt"),
+        ({"train.txt": "a", "train_val.txt": "b"}, "can't tell which"),
+        ({"1.txt": "a", "2.txt": "b", "3.txt": "c", "4.txt": "d"}, "4 split files; give one"),
+    ],
+)
+def test_split_file_refusals(tmp_path: Path, files: dict[str, str], match: str):
+    with pytest.raises(UsageError, match=match) as error:
+        read_split_file(write(tmp_path, files), FILE_IDS, FILE_LABELS)
+    assert "\n" not in str(error.value)
+
+
+def test_unreadable_split_files(tmp_path: Path):
+    (tmp_path / "bad.csv").write_bytes(b"id,split\n\xff\xfe,train\n")
+    with pytest.raises(UsageError, match="bad.csv: it isn't UTF-8 text"):
+        read_split_file(tmp_path / "bad.csv", FILE_IDS, FILE_LABELS)
+    with pytest.raises(UsageError, match="gone.csv: No such file"):
+        read_split_file(str(tmp_path / "gone.csv"), FILE_IDS, FILE_LABELS)
