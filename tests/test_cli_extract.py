@@ -262,16 +262,22 @@ def test_unusable_arguments(course: Path, tmp_path: Path, capsys: pytest.Capture
     assert not list(tmp_path.glob("out/*.h5"))
 
 
-def test_interrupted_by_the_user(tmp_path: Path):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_by_the_user(tmp_path: Path, how: signal.Signals):
     make_course(tmp_path / "set", 400)
     command = [sys.executable, str(ROOT / "feats" / "efficientnet_extract_feats.py"), "--model", "lite0"]
     command += ["--data", str(tmp_path / "set"), "--out", str(tmp_path / "out"), "--batch-size", "2", "--workers", "1"]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     shown = ""
     while not (seen := re.findall(r" (\d+)/400 ", shown)) or int(seen[-1]) < 64:
         assert process.poll() is None, shown
         shown += os.read(process.stderr.fileno(), 1000).decode()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"interrupted: the cache is intact" in error and b"Traceback" not in error
