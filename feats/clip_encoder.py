@@ -69,17 +69,20 @@ def load(model: str | None, weights: str | None, *, device: torch.device, dtype:
     architecture = describe(state)
     if model is not None and architecture != model:
         raise UsageError(f"{path} holds {architecture}, not {model}; leave out --model or give the right weights")
-    network = _cast(network.float(), dtype).to(device).eval().requires_grad_(False)
+    is_resnet = not hasattr(network.visual, "transformer")
+    # In bf16 rounding errors add up over a ResNet's depth: cosines to fp32 fall below 0.999.
+    _cast(network.float(), dtype, image_side=not (is_resnet and dtype is torch.bfloat16))
+    network = network.to(device).eval().requires_grad_(False)
 
     resolution = network.visual.input_resolution
     preprocess = ResizeCrop(resolution, resolution, "bicubic")  # as the package's own transform
     normalise = next(step for step in _transform(resolution).transforms if isinstance(step, Normalize))
-    is_resnet = not hasattr(network.visual, "transformer")
     return Encoder(
         identity={
             "model": architecture,
             "weights_sha256": sha256_of(path),
             "preprocess": preprocess.describe(normalise.mean, normalise.std),
+            "image_dtype": str(network.visual.conv1.weight.dtype).removeprefix("torch."),
         },
         image=ImageSide(
             preprocess=preprocess,
@@ -267,17 +270,16 @@ def describe(state: StateDict) -> str:
 # -- forward passes --------------------------------------------------------------------------------------------
 
 
-def _cast(network: CLIP, dtype: torch.dtype) -> CLIP:
+def _cast(network: CLIP, dtype: torch.dtype, image_side: bool) -> None:
     """What `clip.model.convert_weights` does for fp16, for any dtype: products in `dtype`, all norms in fp32."""
-    if dtype is torch.float32:
-        return network
-    for module in network.modules():
+    for place, module in network.named_modules():
+        if place.startswith("visual") and not image_side:
+            continue
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear, nn.MultiheadAttention)):
             module.to(dtype)
         for name in ("text_projection", "proj"):
             if isinstance(getattr(module, name, None), nn.Parameter):
                 getattr(module, name).data = getattr(module, name).data.to(dtype)
-    return network
 
 
 def _layer_norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
