@@ -106,13 +106,16 @@ def prepare(dataset: Preparation, workers: int, pin_memory: bool) -> Iterator[Te
             num_workers=workers,
             pin_memory=pin_memory,
             multiprocessing_context="fork" if workers else None,
-            worker_init_fn=_die_with_parent,
+            worker_init_fn=_start_worker,
         )
     )
 
 
-def _die_with_parent(worker: int) -> None:
-    """A worker that outlives a killed run would keep that run's file locks: they are inherited."""
+def _start_worker(worker: int) -> None:
+    """Leave interruptions to the main process, and end with it however it ends: a worker that outlives a killed run
+    would keep that run's file locks, which it inherits."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
 
 
