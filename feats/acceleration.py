@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from feats.errors import UsageError
+from feats.errors import UsageError, first_line
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -26,7 +26,7 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:  # NotImplementedError, of the meta device, is a RuntimeError
         raise UsageError(
-            f"device {name!r} can't be used ({str(error).splitlines()[0]}); use --device auto, cpu or cuda"
+            f"device {name!r} can't be used ({first_line(error)}); use --device auto, cpu or cuda"
         ) from None
     return device
 
@@ -80,5 +80,5 @@ def compiled(
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, OSError) as error:
-        return None, (str(error).splitlines() or [type(error).__name__])[0]
+        return None, first_line(error)
     return fast, ""

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.transforms import Normalize
 
 from feats.encoders import Encoder, Features, ImageSide, TextSide, Tokens
-from feats.errors import UsageError
+from feats.errors import UsageError, first_line
 from feats.images import ResizeCrop
 from feats.weights import HUB_TIMEOUT, hub_reachable, sha256_of, unobtainable, weight_files
 
@@ -65,7 +65,7 @@ def load(model: str | None, weights: str | None, *, device: torch.device, dtype:
     try:
         network = build_model(dict(state))
     except (AssertionError, KeyError, RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise UsageError(f"{path} holds no CLIP model ({type(error).__name__}: {_first_line(error)})") from None
+        raise UsageError(f"{path} holds no CLIP model ({type(error).__name__}: {first_line(error)})") from None
     architecture = describe(state)
     if model is not None and architecture != model:
         raise UsageError(f"{path} holds {architecture}, not {model}; leave out --model or give the right weights")
@@ -123,7 +123,7 @@ def find_weights(model: str) -> Path:
         try:
             return Path(hf_hub_download(repository, HUB_FILE, etag_timeout=HUB_TIMEOUT))
         except Exception as error:  # noqa: BLE001 - the hub's http library and its exceptions differ by version
-            tried.append(f"the hub, {constants.ENDPOINT}/{repository} ({type(error).__name__}: {_first_line(error)})")
+            tried.append(f"the hub, {constants.ENDPOINT}/{repository} ({type(error).__name__}: {first_line(error)})")
     else:
         offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no answer"
         tried.append(f"the hub, {constants.ENDPOINT}/{repository} ({offline})")
@@ -133,7 +133,7 @@ def find_weights(model: str) -> Path:
             warnings.simplefilter("ignore")  # that the damaged file is replaced
             return Path(_download(url, str(cached.parent)))
     except (OSError, HTTPException, RuntimeError, TypeError) as error:  # TypeError: an answer without a length
-        tried.append(f"{url} ({_first_line(error)})")
+        tried.append(f"{url} ({first_line(error)})")
     raise unobtainable(f"CLIP {model}", tried)
 
 
@@ -162,7 +162,7 @@ def read_state_dict(path: Path) -> StateDict:
     except KeyError as error:
         raise UsageError(f"{path} holds no whole CLIP model: {error} is missing") from None
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, AttributeError, TypeError) as error:
-        raise UsageError(f"{path} can't be read as CLIP weights ({_first_line(error)})") from None
+        raise UsageError(f"{path} can't be read as CLIP weights ({first_line(error)})") from None
     return state
 
 
@@ -180,7 +180,7 @@ def _load_plain(path: Path) -> StateDict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - bytes that are no pickle make the unpickler raise anything
-        raise ValueError(f"not a plain state dict: {type(error).__name__}: {_first_line(error)}") from None
+        raise ValueError(f"not a plain state dict: {type(error).__name__}: {first_line(error)}") from None
 
 
 def _check_config(folder: Path) -> None:
@@ -381,7 +381,3 @@ def _text_forward(network: CLIP, device: torch.device, tokens: bool) -> Callable
         return {"feats": x[ends] @ network.text_projection, "tokens": x}
 
     return forward
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -11,3 +11,8 @@ class UsageError(Exception):
 
 class RowError(Exception):
     """One pair that can't be encoded. The row is quarantined with this message as its reason; the run goes on."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message that says anything, for one-line errors; the error's type if none does."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

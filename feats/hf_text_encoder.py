@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from feats.encoders import Encoder, Features, TextSide, Tokens
-from feats.errors import UsageError
+from feats.errors import UsageError, first_line
 from feats.weights import HUB_TIMEOUT, sha256_of, unobtainable, weight_files
 
 FALLBACK_LENGTH = 512  # for models that state no limit: relative positions, a tokenizer with a sentinel
@@ -154,7 +154,7 @@ def find_folder(model: str, with_weights: bool = True) -> Path:
             wanted = _wanted([entry.rfilename for entry in entries], with_weights)
             folder = Path(snapshot_download(model, allow_patterns=wanted))
     except Exception as error:  # the hub's http library, and with it the exceptions, differ between its versions
-        tried.append(f"the hub {hub_constants.ENDPOINT} ({type(error).__name__}: {_first_line(error)})")
+        tried.append(f"the hub {hub_constants.ENDPOINT} ({type(error).__name__}: {first_line(error)})")
         raise unobtainable(model, tried) from error
     if lacking := _lacking(folder, with_weights):
         raise UsageError(f"{model} on the hub lacks {', '.join(lacking)}; choose another model")
@@ -249,7 +249,7 @@ def _read_folder(
         except Exception as error:  # foreign files: the libraries under transformers raise anything at all
             raise UsageError(
                 f"{weights_file or folder} can't be loaded as a text encoder "
-                f"({type(error).__name__}: {_first_line(error)}); give a folder as save_pretrained makes it"
+                f"({type(error).__name__}: {first_line(error)}); give a folder as save_pretrained makes it"
             ) from error
     return tokenizer, network, list(info["missing_keys"])
 
@@ -287,7 +287,7 @@ def _check(
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(
             f"{source} holds a {type(network).__name__}, which doesn't work as a text encoder "
-            f"({type(error).__name__}: {_first_line(error)}); give a model such as roberta-base"
+            f"({type(error).__name__}: {first_line(error)}); give a model such as roberta-base"
         ) from error
 
 
@@ -358,7 +358,3 @@ def masked_mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean of `hidden` (B, L, D) over the positions where `mask` (B, L) is 1, at least one a row -> (B, D)."""
     weights = mask.to(hidden.dtype)
     return torch.bmm(weights[:, None], hidden)[:, 0] / weights.sum(1, keepdim=True)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no details")

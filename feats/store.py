@@ -24,7 +24,7 @@ import h5py
 import numpy as np
 from filelock import FileLock, Timeout
 
-from feats.errors import UsageError
+from feats.errors import UsageError, first_line
 
 FORMAT_VERSION = 1
 PENDING, DONE, QUARANTINED = 0, 1, 2
@@ -565,7 +565,7 @@ def _open(path: Path, mode: str) -> h5py.File:
     except BlockingIOError:
         raise CacheError(f"{path} is being written by another process; wait for it to end") from None
     except OSError as error:
-        raise CacheError(f"{path} can't be opened as HDF5 ({_first_line(error)}); {_REMEDY}") from None
+        raise CacheError(f"{path} can't be opened as HDF5 ({first_line(error)}); {_REMEDY}") from None
 
 
 def _acquire(path: Path) -> FileLock:
@@ -576,7 +576,7 @@ def _acquire(path: Path) -> FileLock:
     except Timeout:
         raise CacheError(f"{path} is being written by another process; wait for it to end, or use --name") from None
     except (OSError, ValueError, NotImplementedError) as error:  # no folder, no permission, a file system without locks
-        raise CacheError(f"{path} can't be written ({_first_line(error)}); choose another folder with --out") from None
+        raise CacheError(f"{path} can't be written ({first_line(error)}); choose another folder with --out") from None
     return lock
 
 
@@ -586,7 +586,7 @@ def _damage(path: Path, name: str, remedy: str = _REMEDY) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise CacheError(f"{path}: {name} can't be read ({_first_line(error)}); {remedy}") from None
+        raise CacheError(f"{path}: {name} can't be read ({first_line(error)}); {remedy}") from None
 
 
 @contextmanager
@@ -599,12 +599,8 @@ def _disk(path: Path, state: str) -> Iterator[None]:
         full = getattr(error, "errno", None) in numbers or any(
             os.strerror(number) in str(error) or f"errno = {number}," in str(error) for number in numbers
         )
-        what = "the disk is full" if full else f"writing failed ({_first_line(error)})"
+        what = "the disk is full" if full else f"writing failed ({first_line(error)})"
         raise CacheError(f"{path}: {what}; {state}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _sync_path(path: Path) -> None:
