@@ -94,7 +94,7 @@ class FeatureStore:
                 self.plan: dict[str, Any] = json.loads(file.attrs["plan"])
                 self._indices: dict[str, str] = json.loads(file.attrs["chunk_indices"])
             with _damage(path, "id"):
-                self.ids = np.char.decode(self._dataset("id")[:], "utf-8")
+                self.ids = _decode(self._dataset("id")[:])
             if lock is not None:
                 self._heal()
             with _damage(path, "status", _REMEDY if self.complete else _RESUME):
@@ -201,7 +201,7 @@ class FeatureStore:
     @property
     def tags(self) -> np.ndarray:
         with _damage(self.path, "tag"):
-            return np.char.decode(self._dataset("tag")[:], "utf-8")
+            return _decode(self._dataset("tag")[:])
 
     @property
     def features(self) -> dict[str, tuple[int, ...]]:
@@ -393,34 +393,63 @@ class FeatureStore:
         Memory beyond the result is one chunk. Not for `txt_tokens`: see `read_tokens`.
         Raises `MissingRowsError` for ids that aren't done, `CacheError` for an unknown dataset or a damaged one.
         """
+        return self.read_rows(name, self._done_rows(ids))
+
+    def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """As `read`, by row numbers (R,), repeated ones too: no look-up of ids, and consecutive rows are read at once.
+
+        Raises `IndexError` for numbers outside 0..N-1, else as `read`.
+        """
         dataset = self._dataset(name)
-        rows = np.flatnonzero(self.status == DONE) if ids is None else self.positions(ids)
+        self._check_rows(rows)
         out = np.empty((len(rows), *dataset.shape[1:]), dataset.dtype)
-        order = np.argsort(rows, kind="stable")
-        step = dataset.chunks[0]
         with _damage(self.path, name):
-            for chosen in _split_where(order, rows[order] // step):
-                low = int(rows[chosen[0]]) // step * step
-                out[chosen] = dataset[low : low + step][rows[chosen] - low]
+            if len(rows) and (np.diff(rows) == 1).all():
+                dataset.read_direct(out, np.s_[int(rows[0]) : int(rows[-1]) + 1])
+            else:
+                order = np.argsort(rows, kind="stable")
+                step = dataset.chunks[0]
+                for chosen in _split_where(order, rows[order] // step):
+                    low = int(rows[chosen[0]]) // step * step
+                    out[chosen] = dataset[low : low + step][rows[chosen] - low]
         self._check_written(name, out)
         return out
 
     def read_tokens(self, ids: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Text tokens of the rows `ids`: (ΣL, D) float16, concatenated in that order, and offsets (len(ids) + 1,)."""
+        return self.read_token_rows(self._done_rows(ids))
+
+    def read_token_rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `read_tokens`, by row numbers (R,). Raises as `read_rows`."""
         dataset, offsets = self._dataset("txt_tokens"), self._offsets
-        rows = np.flatnonzero(self.status == DONE) if ids is None else self.positions(ids)
+        self._check_rows(rows)
         starts = np.concatenate([[0], np.cumsum(offsets[rows + 1] - offsets[rows])])
         out = np.empty((starts[-1], *dataset.shape[1:]), dataset.dtype)
         order = np.argsort(rows, kind="stable")
         with _damage(self.path, "txt_tokens"):
-            for run in np.split(order, np.flatnonzero(np.diff(rows[order]) != 1) + 1):
+            for run in _split_where(order, rows[order], 1):
                 for piece in pieces(run, self.block_rows):
                     low = offsets[rows[piece[0]]]
                     tokens = dataset[low : offsets[rows[piece[-1]] + 1]]
-                    for k in piece:
-                        out[starts[k] : starts[k + 1]] = tokens[offsets[rows[k]] - low : offsets[rows[k] + 1] - low]
+                    for part in _split_where(piece, piece, 1):  # texts that lie side by side in the result, too
+                        first, last = part[0], part[-1]
+                        found = tokens[offsets[rows[first]] - low : offsets[rows[last] + 1] - low]
+                        out[starts[first] : starts[last + 1]] = found
         self._check_written("txt_tokens", out)
         return out, starts
+
+    def _done_rows(self, ids: Sequence[str] | None) -> np.ndarray:
+        return np.flatnonzero(self.status == DONE) if ids is None else self.positions(ids)
+
+    def _check_rows(self, rows: np.ndarray) -> None:
+        """Raise `IndexError` for rows that don't exist, `MissingRowsError` for those that aren't done."""
+        outside = rows[(rows < 0) | (rows >= len(self))]
+        if len(outside):
+            raise IndexError(f"{self.path} has rows 0 to {len(self) - 1}; asked for {outside[0]}")
+        status = self.status[rows]
+        if (status != DONE).any():
+            undone = (self.ids[rows[status == s]].tolist() for s in (PENDING, QUARANTINED))
+            raise MissingRowsError(self.path, [], *undone)
 
     def verify(self) -> list[str]:
         """Read every chunk and check the structure; returns what is wrong, one line each."""
@@ -457,9 +486,8 @@ class FeatureStore:
             if name == "txt_tokens":
                 finite = np.isfinite(self.read_tokens()[0]).all()
             else:
-                finite = all(
-                    np.isfinite(self.read(name, block)).all() for block in pieces(self.done_ids(), self.block_rows)
-                )
+                blocks = pieces(self._done_rows(None), self.block_rows)
+                finite = all(np.isfinite(self.read_rows(name, rows)).all() for rows in blocks)
             if not finite:
                 problems.append(f"{name}: rows marked done hold values that aren't finite")
         return problems
@@ -557,6 +585,15 @@ def _encode(values: Sequence[str], min_bytes: int = 1) -> np.ndarray:
     return np.array(encoded, dtype=h5py.string_dtype("utf-8", width))
 
 
+def _decode(values: np.ndarray) -> np.ndarray:
+    """The strings (N,) of fixed-length UTF-8. ASCII, as ids and labels mostly are, takes no Python call for each."""
+    codes = values.view(np.uint8).reshape(len(values), values.itemsize)
+    if codes.max(initial=0) >= 128:
+        return np.char.decode(values, "utf-8")
+    width = 1 + int(np.flatnonzero(codes.any(0)).max(initial=0))
+    return codes[:, :width].astype(np.uint32).view(f"U{width}")[:, 0]
+
+
 def _open(path: Path, mode: str) -> h5py.File:
     if not path.is_file():
         raise CacheError(f"no cache {path}; make it with an extraction script (feats/*_extract_feats.py)")
@@ -640,12 +677,12 @@ def _selection(rows: np.ndarray) -> slice | np.ndarray:
 
 def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
     """First and last of each run of consecutive numbers in ascending `rows`."""
-    return [(int(run[0]), int(run[-1])) for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(run)]
+    return [(int(run[0]), int(run[-1])) for run in _split_where(rows, rows, 1)]
 
 
-def _split_where(items: np.ndarray, key: np.ndarray) -> list[np.ndarray]:
-    """`items` cut wherever the (ascending) `key` changes."""
-    return np.split(items, np.flatnonzero(np.diff(key)) + 1) if len(items) else []
+def _split_where(items: np.ndarray, key: np.ndarray, step: int = 0) -> list[np.ndarray]:
+    """`items` cut wherever their `key` differs from the one before by anything but `step`."""
+    return np.split(items, np.flatnonzero(np.diff(key) != step) + 1) if len(items) else []
 
 
 def pieces(items: np.ndarray, size: int) -> Iterator[np.ndarray]:

@@ -1,5 +1,6 @@
 """Feature caches joined by id into tensors, and their normalisation. No encoder, no picture, no text."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -176,7 +177,7 @@ def load_features(
     ids, texts, pictures or labels), values that aren't finite, and no row in common.
     """
     with _join(folder, split, vtypes, ttypes, allow_incomplete) as join:
-        return join.read(np.arange(len(join.kept)), views, tokens)
+        return join.read(join.kept, views, tokens)
 
 
 def iter_features(
@@ -193,7 +194,7 @@ def iter_features(
     """`load_features` in blocks of `block_rows` rows, in order, for caches that are larger than memory."""
     with _join(folder, split, vtypes, ttypes, allow_incomplete) as join:
         for low in range(0, len(join.kept), block_rows):
-            yield join.read(np.arange(low, min(low + block_rows, len(join.kept))), views, tokens)
+            yield join.read(join.kept[low : low + block_rows], views, tokens)
 
 
 @dataclass(frozen=True)
@@ -202,27 +203,26 @@ class _Join:
     caches: dict[str, FeatureStore]
     sides: dict[str, list[str]]
     dataset: Rows
-    kept: np.ndarray  # rows of `dataset` that all caches have
+    order: dict[str, np.ndarray]  # per cache, where the rows of `dataset` are
+    kept: np.ndarray  # rows of `dataset` that all caches have, ascending
     left_out: dict[str, str]
 
-    def read(self, block: np.ndarray, views: bool, tokens: bool) -> FeatureSet:
-        """The rows `block` (positions in `kept`) of every cache."""
-        rows = self.kept[block]
-        ids = [self.dataset.ids[row] for row in rows.tolist()]
+    def read(self, rows: np.ndarray, views: bool, tokens: bool) -> FeatureSet:
+        """Some of the rows `kept`, of every cache."""
         image, text = self.sides["image"], self.sides["text"]
-        read = {side: {n: self._read(n, DATASETS[side], ids) for n in names} for side, names in self.sides.items()}
+        read = {side: {n: self._read(n, DATASETS[side], rows) for n in names} for side, names in self.sides.items()}
         return FeatureSet(
             split=self.split,
             rows=Rows(
-                ids,
-                [self.dataset.tags[row] for row in rows.tolist()],
+                _take(self.dataset.ids, rows),
+                _take(self.dataset.tags, rows),
                 self.dataset.img_hash[rows],
                 self.dataset.txt_key[rows],
             ),
             **read,
-            views={n: self._read(n, "img_views", ids) for n in image if views and self._has(n, "img_views")},
-            image_tokens={n: self._read(n, "img_tokens", ids) for n in image if tokens and self._has(n, "img_tokens")},
-            text_tokens={n: self._read_tokens(n, ids) for n in text if tokens and self._has(n, "txt_tokens")},
+            views={n: self._read(n, "img_views", rows) for n in image if views and self._has(n, "img_views")},
+            image_tokens={n: self._read(n, "img_tokens", rows) for n in image if tokens and self._has(n, "img_tokens")},
+            text_tokens={n: self._read_tokens(n, rows) for n in text if tokens and self._has(n, "txt_tokens")},
             fingerprints={name: store.fingerprint for name, store in self.caches.items()},
             left_out=self.left_out,
             dataset=self.dataset,
@@ -231,18 +231,24 @@ class _Join:
     def _has(self, name: str, dataset: str) -> bool:
         return dataset in self.caches[name].features
 
-    def _read(self, name: str, dataset: str, ids: Sequence[str]) -> torch.Tensor:
-        store = self.caches[name]
-        values = store.read(dataset, ids)
-        _refuse(store, dataset, [ids[row] for row in _not_finite(values)])
+    def _read(self, name: str, dataset: str, rows: np.ndarray) -> torch.Tensor:
+        values = self.caches[name].read_rows(dataset, self.order[name][rows])
+        self._refuse(name, dataset, rows[_not_finite(values)])
         return torch.from_numpy(values)
 
-    def _read_tokens(self, name: str, ids: Sequence[str]) -> Ragged:
-        store = self.caches[name]
-        values, offsets = store.read_tokens(ids)
+    def _read_tokens(self, name: str, rows: np.ndarray) -> Ragged:
+        values, offsets = self.caches[name].read_token_rows(self.order[name][rows])
         texts = np.unique(np.searchsorted(offsets, _not_finite(values), "right") - 1)
-        _refuse(store, "txt_tokens", [ids[row] for row in texts])
-        return Ragged(torch.from_numpy(values), torch.from_numpy(offsets.astype(np.int64)))
+        self._refuse(name, "txt_tokens", rows[texts])
+        return Ragged(torch.from_numpy(values), torch.from_numpy(offsets))
+
+    def _refuse(self, name: str, dataset: str, rows: np.ndarray) -> None:
+        if len(rows):
+            raise UsageError(
+                f"{self.caches[name].path}: {dataset} holds NaN or infinite values "
+                f"({_few([self.dataset.ids[row] for row in rows])}); see python feats/inspect_feats.py --verify, and make "
+                "the cache again with --overwrite"
+            )
 
 
 @contextmanager
@@ -281,7 +287,7 @@ def _join(
         if not len(kept):
             some = "; ".join(f"{i} ({why})" for i, why in list(left_out.items())[:3]) or "the caches are empty"
             raise UsageError(f"no row of the {split} data is in all of {', '.join(caches)}: {some}")
-        yield _Join(split, caches, sides, dataset, kept, left_out)
+        yield _Join(split, caches, sides, dataset, order, kept, left_out)
 
 
 def _path(folder: Path, split: str, name: str) -> Path:
@@ -384,7 +390,7 @@ def _merge_tags(caches: Mapping[str, FeatureStore], order: Mapping[str, np.ndarr
                 f"{ids[row]}: {merged[row]} and {tags[row]}. Run the extraction of both again: it brings labels up to date"
             )
         merged = np.where(merged == "", tags, merged)
-    return merged.tolist()
+    return list(map(sys.intern, merged.tolist()))  # one string per label, not per row
 
 
 def _merge_facts(fact: str, caches: Mapping[str, FeatureStore], order: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -422,12 +428,10 @@ def _not_finite(values: np.ndarray) -> np.ndarray:
     return np.concatenate(bad)
 
 
-def _refuse(store: FeatureStore, dataset: str, ids: Sequence[str]) -> None:
-    if ids:
-        raise UsageError(
-            f"{store.path}: {dataset} holds NaN or infinite values ({_few(ids)}); see python feats/inspect_feats.py "
-            "--verify, and make the cache again with --overwrite"
-        )
+def _take(items: list[str], rows: np.ndarray) -> list[str]:
+    """The items in ascending `rows`."""
+    first, stop = int(rows[0]), int(rows[-1]) + 1
+    return items[first:stop] if stop - first == len(rows) else [items[row] for row in rows.tolist()]
 
 
 def _few(ids: Sequence[str]) -> str:

@@ -163,14 +163,35 @@ def test_hashes_come_from_whichever_cache_knows(tmp_path: Path):
 
 
 def test_blocks_are_the_whole(tmp_path: Path):
-    make(tmp_path, "clip", SHAPES, quarantined={"3é": "bad"})
+    order = np.random.default_rng(0).permutation(len(IDS))
+    make(tmp_path, "clip", SHAPES, quarantined={"3é": "bad", "30é": "bad"})
     make(tmp_path, "roberta", ["txt_feats"], IDS[::-1], TAGS[::-1])
-    whole = load_features(tmp_path, "train", ["clip"], ["roberta"])
-    blocks = list(iter_features(tmp_path, "train", ["clip"], ["roberta"], block_rows=7))
-    assert [len(block) for block in blocks] == [7, 7, 7, 7, 7, 4] and not blocks[0].views
-    assert [i for block in blocks for i in block.ids] == whole.ids
-    assert torch.equal(torch.cat([block.image["clip"] for block in blocks]), whole.image["clip"])
-    assert torch.equal(torch.cat([block.text["roberta"] for block in blocks]), whole.text["roberta"])
+    make(tmp_path, "bert", SHAPES, [IDS[i] for i in order], [TAGS[i] for i in order])
+    asked = (tmp_path, "train", ["clip"], ["roberta", "bert"])
+    whole = load_features(*asked, tokens=True)
+    blocks = list(iter_features(*asked, block_rows=7, tokens=True))
+    assert [len(block) for block in blocks] == [7, 7, 7, 7, 7, 3] and not blocks[0].views
+    kept = [i for i in IDS if i not in ("3é", "30é")]
+    assert [i for block in blocks for i in block.ids] == whole.ids == kept
+    assert [tag for block in blocks for tag in block.tags] == whole.tags == [TAGS[IDS.index(i)] for i in kept]
+    assert np.concatenate([block.img_hash for block in blocks]).tolist() == [1000 + int(i[:-1]) for i in kept]
+    check(torch.cat([block.image["clip"] for block in blocks]), "clip", "img_feats", kept)
+    for name in ("roberta", "bert"):
+        check(torch.cat([block.text[name] for block in blocks]), name, "txt_feats", kept)
+    tokens = torch.cat([block.text_tokens["bert"].values for block in blocks])
+    np.testing.assert_array_equal(tokens, np.concatenate([values("bert", "txt_tokens", i) for i in kept]))
+    assert torch.equal(tokens, whole.text_tokens["bert"].values)
+    assert all(block.left_out == whole.left_out and block.dataset.ids == IDS for block in blocks)
+
+
+def test_a_bad_value_is_named_in_its_block(tmp_path: Path):
+    rows = np.stack([values("clip", "img_feats", i) for i in IDS])
+    rows[20, 1] = np.inf
+    make(tmp_path, "clip", ["img_feats"], changed={"img_feats": rows}, quarantined={"3é": "bad"})
+    blocks = iter_features(tmp_path, "train", ["clip"], [], block_rows=10)
+    assert next(blocks).ids[-1] == "10é"
+    with pytest.raises(UsageError, match="img_feats holds NaN or infinite values .1 row: 20é"):
+        next(blocks)
 
 
 def test_tokens_on_request(tmp_path: Path):

@@ -92,6 +92,64 @@ def test_reads_in_the_asked_order(full: Path):
         assert store.verify() == []
 
 
+ROWS = {
+    "all": np.arange(N),
+    "one run across chunks": np.arange(20, 101),
+    "gaps": np.array([0, 1, 2, 31, 32, 64, 65, 66, 199]),
+    "backwards": np.arange(N)[::-1],
+    "any order": RNG.permutation(N)[:77],
+    "repeated": np.array([5, 5, 6, 5, 199, 0]),
+    "none": np.arange(0),
+}
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_reading_by_row_is_reading_by_id(full: Path, rows: np.ndarray):
+    ids = [IDS[row] for row in rows]
+    with FeatureStore.open(full) as store:
+        for name, values in (("img_feats", FEATS), ("img_views", VIEWS)):
+            np.testing.assert_array_equal(store.read_rows(name, rows), values[rows])
+            np.testing.assert_array_equal(store.read(name, ids), values[rows])
+        tokens, offsets = store.read_token_rows(rows)
+        expected = [TOKENS[OFFSETS[row] : OFFSETS[row + 1]] for row in rows]
+        np.testing.assert_array_equal(tokens, np.concatenate([TOKENS[:0], *expected]))
+        np.testing.assert_array_equal(np.diff(offsets), LENGTHS[rows])
+        for by_row, by_id in zip((tokens, offsets), store.read_tokens(ids), strict=True):
+            np.testing.assert_array_equal(by_row, by_id)
+
+
+def test_rows_that_cannot_be_read_are_refused(tmp_path: Path):
+    with create(tmp_path / "part_train.h5") as store:
+        store.write(np.arange(BLOCK), np.where(np.arange(BLOCK) == 5, QUARANTINED, DONE), arrays(np.arange(BLOCK)))
+        for read in (lambda rows: store.read_rows("img_feats", rows), store.read_token_rows):
+            with pytest.raises(MissingRowsError) as error:
+                read(np.array([3, 5, 4, 199]))
+            assert (error.value.absent, error.value.quarantined, error.value.pending) == ([], [IDS[5]], [IDS[199]])
+            for row in (-1, N):
+                with pytest.raises(IndexError, match=f"has rows 0 to {N - 1}; asked for {row}$"):
+                    read(np.array([3, row]))
+        with pytest.raises(CacheError, match="holds no bert_feats"):
+            store.read_rows("bert_feats", np.arange(3))
+
+
+def test_a_flipped_bit_is_an_error_in_rows_too(full: Path):
+    flip(full, "img_feats", 100)
+    with FeatureStore.open(full) as store:
+        np.testing.assert_array_equal(store.read_rows("img_feats", np.arange(96)), FEATS[:96])
+        for rows in (np.arange(90, 140), np.array([100, 3])):
+            with pytest.raises(CacheError, match="img_feats can't be read.*--overwrite"):
+                store.read_rows("img_feats", rows)
+
+
+def test_ids_and_labels_of_any_script(tmp_path: Path):
+    """Plain ASCII is decoded another way than the rest."""
+    for n, strings in enumerate((["a", "bcd", "~"], ["", "", ""], ["é", "bc", "日本"])):
+        with FeatureStore.create(
+            tmp_path / f"{n}_train.h5", ["x", "yy", "z"], strings, {}, {"img_feats": (2,)}
+        ) as store:
+            assert store.tags.tolist() == strings and store.ids.tolist() == ["x", "yy", "z"]
+
+
 def test_missing_rows_are_named(tmp_path: Path):
     with create(tmp_path / "part_train.h5") as store:
         store.write(np.arange(BLOCK), np.where(np.arange(BLOCK) == 5, QUARANTINED, DONE), arrays(np.arange(BLOCK)))
