@@ -1,0 +1,201 @@
+"""From joined caches to what heads read: each cache's side normalised and scaled, and the caches of a side put side by
+side. The statistics belong to a run, hence `Preprocessing` is fitted once, on training rows, and saved with it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from feats.errors import UsageError
+from modeling.features import DATASETS, FeatureSet, Normalizer, Ragged
+from modeling.heads import HEADS, Batch, HeadConfig, require
+
+TOKENS = {"image": "image_tokens", "text": "text_tokens"}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """N rows as heads read them, float32 on one device. A side that isn't there is None."""
+
+    image: Tensor | None = None  # (N, Dv)
+    text: Tensor | None = None  # (N, Dt)
+    image_views: Tensor | None = None  # (N, K, Dv)
+    image_tokens: Tensor | None = None  # (N, P, Dv')
+    text_tokens: Ragged | None = None  # N texts of Dt' wide tokens
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """What `heads.build_head` asks for."""
+        found = {side: getattr(self, side).shape[1] for side in DATASETS if getattr(self, side) is not None}
+        if self.image_tokens is not None:
+            found |= {"image_tokens": self.image_tokens.shape[2], "image_positions": self.image_tokens.shape[1]}
+        if self.text_tokens is not None:
+            found["text_tokens"] = self.text_tokens.values.shape[1]
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        there = next(x for x in (self.image, self.text, self.image_tokens, self.text_tokens) if x is not None)
+        return there.device if isinstance(there, Tensor) else there.values.device
+
+    def for_head(self, config: HeadConfig) -> "Inputs":
+        """Without what the head doesn't read: it needn't be gathered. Raises `UsageError` when what it needs isn't
+        there."""
+        require(config, self.widths)
+        spec = HEADS[config.head]
+        read = set() if spec.tokens else set(config.sides)
+        read |= {TOKENS[side] for side in (*spec.tokens, *spec.optional_tokens) if side in config.sides}
+        if "image" in read:
+            read.add("image_views")
+        return Inputs(**{name: getattr(self, name) for name in read})
+
+    def batch(self, rows: Tensor, views: Tensor | None = None) -> Batch:
+        """Rows (M, B) int64 as a batch. `views` (N,) or (M, N) int64 says which view of each picture to take, 0 the
+        picture itself."""
+        image = None
+        if self.image is not None:
+            image = self.image[rows]
+            if views is not None:
+                chosen = (views[rows] if views.dim() == 1 else views.gather(1, rows))[..., None]
+                other = self.image_views[rows, (chosen[..., 0] - 1).clamp(min=0)]
+                image = torch.where(chosen > 0, other, image)
+        text_tokens = mask = None
+        if self.text_tokens is not None:
+            text_tokens, mask = self.text_tokens.padded(rows.reshape(-1))
+            if not mask.shape[1]:  # texts without a single token: as if one among them had some
+                text_tokens, mask = F.pad(text_tokens, (0, 0, 0, 1)), F.pad(mask, (0, 1))
+            text_tokens = text_tokens.view(*rows.shape, *text_tokens.shape[1:])
+            mask = mask.view(*rows.shape, -1)
+        return Batch(
+            image=image,
+            text=None if self.text is None else self.text[rows],
+            image_tokens=None if self.image_tokens is None else self.image_tokens[rows],
+            text_tokens=text_tokens,
+            text_mask=mask,
+        )
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a run's features are made from caches: the caches of each side, and of each cache its normalisation, a
+    factor behind it (`scales`, 1 where not named), and the statistics: `normalizers` by "image/clip", "text/vader",
+    "image_tokens/clip"."""
+
+    caches: dict[str, list[str]]  # {"image": [...], "text": [...]}
+    scales: dict[str, float]
+    normalizers: dict[str, Normalizer]
+
+    @classmethod
+    def fit(
+        cls,
+        features: FeatureSet,
+        rows: Tensor,
+        norms: Mapping[str, str] | str = "none",
+        scales: Mapping[str, float] | None = None,
+    ) -> "Preprocessing":
+        """Statistics of the training `rows` (M,) int64 only. `norms`: one for all caches, or by cache name.
+
+        Raises `UsageError` for norms or scales of caches that aren't there, and for token features in more than one
+        cache of a side."""
+        caches = {side: list(getattr(features, side)) for side in DATASETS}
+        names = {name for of_side in caches.values() for name in of_side}
+        norms = dict.fromkeys(names, norms) if isinstance(norms, str) else norms
+        scales = dict(scales or {})
+        for option, given in (("--norm", norms), ("--scale", scales)):
+            if set(given) - names:
+                unknown = ", ".join(sorted(set(given) - names))
+                raise UsageError(f"{option} names {unknown}; the caches in use are {', '.join(sorted(names))}")
+        normalizers = {
+            f"{side}/{name}": Normalizer.fit(norms.get(name, "none"), x, rows)
+            for side in DATASETS
+            for name, x in getattr(features, side).items()
+        }
+        for side, tokens in TOKENS.items():
+            of_side = getattr(features, tokens)
+            if len(of_side) > 1:
+                raise UsageError(f"{', '.join(of_side)} all hold {side} tokens; name one cache with tokens per side")
+            for name, x in of_side.items():
+                values, of_rows = (x.values, _tokens_of(x, rows)) if isinstance(x, Ragged) else _flat(x, rows)
+                normalizers[f"{tokens}/{name}"] = Normalizer.fit(norms.get(name, "none"), values, of_rows)
+        return cls(caches, scales, normalizers)
+
+    def only(self, sides: Sequence[str]) -> "Preprocessing":
+        """Of some sides only: a head that reads the text alone needs no image cache to predict."""
+        return Preprocessing(
+            {side: names if side in sides else [] for side, names in self.caches.items()},
+            {name: x for name, x in self.scales.items() if any(name in self.caches[side] for side in sides)},
+            {key: n for key, n in self.normalizers.items() if key.startswith(tuple(sides))},
+        )
+
+    def apply(self, features: FeatureSet) -> Inputs:
+        """The features as heads read them, float32. More caches than the own ones do no harm."""
+        joined: dict[str, Tensor | Ragged | None] = {}
+        for side, names in self.caches.items():
+            parts = [self._apply(side, name, getattr(features, side)[name]) for name in names]
+            joined[side] = torch.cat(parts, -1) if parts else None
+            for name in names:
+                x = getattr(features, TOKENS[side]).get(name)
+                if x is not None:
+                    values = self._apply(TOKENS[side], name, x.values if isinstance(x, Ragged) else x)
+                    joined[TOKENS[side]] = replace(x, values=values) if isinstance(x, Ragged) else values
+        if any(name in features.views for name in self.caches["image"]):
+            joined["image_views"] = self._views(features)
+        return Inputs(**joined)
+
+    def _views(self, features: FeatureSet) -> Tensor:
+        """(N, K, Dv) of all image caches; one without views gives the picture itself, one with fewer repeats them."""
+        of_cache = {name: features.views.get(name, features.image[name][:, None]) for name in self.caches["image"]}
+        count = max(views.shape[1] for views in of_cache.values())
+        parts = [
+            self._apply("image", name, views[:, torch.arange(count) % views.shape[1]])
+            for name, views in of_cache.items()
+        ]
+        return torch.cat(parts, -1)
+
+    def _apply(self, side: str, name: str, x: Tensor) -> Tensor:
+        scale = self.scales.get(name, 1.0)
+        x = self.normalizers[f"{side}/{name}"].apply(x)
+        return x if scale == 1 else x * scale
+
+    def to(self, device: torch.device | str) -> "Preprocessing":
+        return replace(self, normalizers={key: n.to(device) for key, n in self.normalizers.items()})
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """The normalisation of each of `normalizers`."""
+        return {key: n.kind for key, n in self.normalizers.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """The statistics by name, e.g. "image/clip/mean": what a run's tensors hold."""
+        return {f"{key}/{name}": t for key, n in self.normalizers.items() for name, t in n.state().items()}
+
+    @classmethod
+    def from_state(
+        cls,
+        caches: dict[str, list[str]],
+        scales: dict[str, float],
+        kinds: Mapping[str, str],
+        state: Mapping[str, Tensor],
+    ) -> "Preprocessing":
+        """Back from its fields, `kinds` and `state()`."""
+        parts = {key: {} for key in kinds}
+        for name, tensor in state.items():
+            key, _, statistic = name.rpartition("/")
+            parts[key][statistic] = tensor
+        return cls(caches, scales, {key: Normalizer.from_state(kind, parts[key]) for key, kind in kinds.items()})
+
+
+def _flat(tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (N, P, D) as (N * P, D), and where those of `rows` are."""
+    per_row = tokens.shape[1]
+    return tokens.flatten(0, 1), (rows[:, None] * per_row + torch.arange(per_row, device=rows.device)).flatten()
+
+
+def _tokens_of(texts: Ragged, rows: Tensor) -> Tensor:
+    """Where in `texts.values` the tokens of `rows` are."""
+    lengths = texts.offsets.diff()[rows]
+    ends = lengths.cumsum(0)
+    place = torch.arange(int(lengths.sum()), device=rows.device) - (ends - lengths).repeat_interleave(lengths)
+    return texts.offsets[rows].repeat_interleave(lengths) + place

@@ -1,0 +1,178 @@
+"""Layers that hold the weights of M models and compute all of them at once.
+
+Every parameter and every activation has the models as its first dimension: x (M, B, ..., width). Model m of a stack
+computes what it would compute alone; with M = 1 these are the layers of torch.nn. All weights start as torch.nn.Linear's
+do, each model's from a generator of its own seed, drawn on the CPU, so that the device changes nothing.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    """y = x W + b: (M, B, ..., n_in) -> (M, B, ..., n_out). The weight is (M, n_in, n_out), so that its gradient comes
+    out of the product in the parameter's own layout and isn't copied."""
+
+    def __init__(self, n_models: int, n_in: int, n_out: int, bias: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_models, n_in, n_out))
+        self.bias = nn.Parameter(torch.empty(n_models, n_out)) if bias else None
+
+    def reset(self, model: int, generator: torch.Generator) -> None:
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        self.weight[model].uniform_(-bound, bound, generator=generator)
+        if self.bias is not None:
+            self.bias[model].uniform_(-bound, bound, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n_models, n_in, n_out = self.weight.shape
+        x_rows = x.reshape(n_models, -1, n_in)
+        if self.bias is None:
+            y = torch.bmm(x_rows, self.weight)
+        else:
+            y = torch.baddbmm(self.bias[:, None], x_rows, self.weight)
+        return y.view(*x.shape[:-1], n_out)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation of (M, B, width) over B. Ioffe and Szegedy 2015; running statistics as torch.nn.BatchNorm1d,
+    but a batch of a single row is left to the running statistics instead of failing."""
+
+    def __init__(self, n_models: int, width: int, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_models, width))
+        self.bias = nn.Parameter(torch.zeros(n_models, width))
+        self.register_buffer("running_mean", torch.zeros(n_models, width))
+        self.register_buffer("running_var", torch.ones(n_models, width))
+        self.eps, self.momentum = eps, momentum
+
+    def forward(self, x: Tensor) -> Tensor:
+        n_models, rows, width = x.shape
+        # One channel for each column of each model: a single kernel, forward and backward.
+        y = F.batch_norm(
+            x.transpose(0, 1).reshape(rows, n_models * width),
+            self.running_mean.view(-1),
+            self.running_var.view(-1),
+            self.weight.view(-1),
+            self.bias.view(-1),
+            self.training and rows > 1,
+            self.momentum,
+            self.eps,
+        )
+        return y.view(rows, n_models, width).transpose(0, 1)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation of (M, B, ..., width) over the last dimension. Ba, Kiros and Hinton 2016."""
+
+    def __init__(self, n_models: int, width: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_models, width))
+        self.bias = nn.Parameter(torch.zeros(n_models, width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (x.shape[0], *[1] * (x.dim() - 2), x.shape[-1])
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight.view(shape) + self.bias.view(shape)
+
+
+class Noise:
+    """Random bits of M models: one stream for each distinct seed, so that a model draws the same alone and in a stack."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
+        distinct = list(dict.fromkeys(seeds))  # in the models' order: without shared seeds, mask m is model m's
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in distinct]
+        self.stream = torch.tensor([distinct.index(seed) for seed in seeds], device=device)
+        self.shared = len(distinct) < len(seeds)
+
+    def keep_mask(self, shape: Sequence[int], p: float) -> Tensor:
+        """1/(1-p) with probability 1-p, else 0, float32 of `shape` (M, ...). p is met to within 2^-17."""
+        size = math.prod(shape[1:])
+        device = self.stream.device
+        # 16 random bits for each element, four drawn at once: five times as fast as uniform floats on a CPU.
+        words = torch.empty(len(self.generators), -(-size // 4), dtype=torch.int64, device=device)
+        for row, generator in zip(words, self.generators, strict=True):
+            row.random_(-(2**63), None, generator=generator)
+        kept = words.view(torch.int16)[:, :size] >= round(p * 2**16) - 2**15
+        mask = kept.to(torch.float32).mul_(1 / (1 - p))
+        if self.shared:
+            mask = mask[self.stream]
+        return mask.view(*shape)
+
+
+class Dropout(nn.Module):
+    """Dropout (Srivastava et al. 2014) with each model's own mask; `noise` is set by `attach_noise`."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+        self.noise: Noise | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        return x * self.noise.keep_mask(x.shape, self.p)
+
+
+class MultiheadAttention(nn.Module):
+    """Scaled dot-product attention (Vaswani et al. 2017) of queries (M, B, Lq, width) over keys and values
+    (M, B, Lk, width), with input and output projections."""
+
+    def __init__(self, n_models: int, width: int, n_heads: int):
+        super().__init__()
+        self.query, self.key, self.value, self.out = (Linear(n_models, width, width) for _ in range(4))
+        self.n_heads = n_heads
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The result (M, B, Lq, width) and the weights (M, B, heads, Lq, Lk). `mask` (M, B, Lk): which keys there are."""
+        mixed, weights = attend(self.query(query), self.key(key), self.value(value), self.n_heads, mask)
+        return self.out(mixed), weights
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """softmax(q kᵀ / √d) v in `n_heads` heads; shapes as for `MultiheadAttention`. The products are written out: our
+    sequences are short, and fused kernels are slower there."""
+    q, k, v = (x.unflatten(-1, (n_heads, -1)).transpose(-2, -3) for x in (q, k, v))  # (M, B, heads, L, d)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, :, None, None], torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1)
+    return (weights @ v).transpose(-2, -3).flatten(-2), weights
+
+
+class TransformerEncoderLayer(nn.Module):
+    """Self-attention and a GELU MLP, each with dropout, residual and LayerNorm after it (Vaswani et al. 2017)."""
+
+    def __init__(self, n_models: int, width: int, n_heads: int, dropout: float):
+        super().__init__()
+        self.attention = MultiheadAttention(n_models, width, n_heads)
+        self.norm1, self.norm2 = LayerNorm(n_models, width), LayerNorm(n_models, width)
+        self.mlp = nn.Sequential(
+            Linear(n_models, width, 4 * width), nn.GELU(), Dropout(dropout), Linear(n_models, 4 * width, width)
+        )
+        self.dropout1, self.dropout2 = Dropout(dropout), Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(x + self.dropout1(self.attention(x, x, x)[0]))
+        return self.norm2(x + self.dropout2(self.mlp(x)))
+
+
+@torch.no_grad()
+def initialise(stack: nn.Module, seeds: Sequence[int]) -> None:
+    """Draw the weights of model m from a generator of seeds[m], layer by layer in the order of definition."""
+    for model, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        for layer in stack.modules():
+            if hasattr(layer, "reset"):
+                layer.reset(model, generator)
+
+
+def attach_noise(stack: nn.Module, noise: Noise | None) -> None:
+    """Let every Dropout of `stack` draw from `noise`."""
+    for layer in stack.modules():
+        if isinstance(layer, Dropout):
+            layer.noise = noise

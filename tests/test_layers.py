@@ -1,0 +1,256 @@
+"""Stacked layers against torch.nn: model m of a stack is an ordinary module with the same weights."""
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modeling.layers import (
+    BatchNorm,
+    Dropout,
+    LayerNorm,
+    Linear,
+    MultiheadAttention,
+    Noise,
+    TransformerEncoderLayer,
+    attach_noise,
+    initialise,
+)
+
+SEEDS = [5, 3, 8]  # neither sorted nor equal
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(found: Tensor, expected: Iterable[Tensor] | Tensor) -> None:
+    expected = expected if isinstance(expected, Tensor) else torch.stack(list(expected))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def shake(stack: nn.Module) -> nn.Module:
+    """Random numbers in every parameter: a fresh LayerNorm or BatchNorm would hide what its own do."""
+    for i, parameter in enumerate(stack.parameters()):
+        parameter.copy_(normal(*parameter.shape, seed=100 + i) * 0.5)
+    return stack
+
+
+@torch.no_grad()
+def give(layer: nn.Module, m: int, reference: nn.Module) -> None:
+    """Copy model m's parameters into the torch module that does the same."""
+    if isinstance(layer, TransformerEncoderLayer):
+        pairs = [(layer.attention, reference.self_attn), (layer.mlp[0], reference.linear1)]
+        pairs += [(layer.mlp[3], reference.linear2), (layer.norm1, reference.norm1), (layer.norm2, reference.norm2)]
+        for ours, theirs in pairs:
+            give(ours, m, theirs)
+    elif isinstance(layer, MultiheadAttention):
+        parts = layer.query, layer.key, layer.value
+        reference.in_proj_weight.copy_(torch.cat([part.weight[m].T for part in parts]))
+        reference.in_proj_bias.copy_(torch.cat([part.bias[m] for part in parts]))
+        give(layer.out, m, reference.out_proj)
+    else:
+        reference.weight.copy_(layer.weight[m].T if isinstance(layer, Linear) else layer.weight[m])
+        if reference.bias is not None:
+            reference.bias.copy_(layer.bias[m])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [(6,), (1,), (4, 3), (2, 3, 4)])
+def test_linear(rows: tuple[int, ...], bias: bool):
+    stack = shake(Linear(3, 5, 7, bias))
+    x = normal(3, *rows, 5).requires_grad_()
+    y = stack(x)
+    y.square().sum().backward()
+    for m in range(3):
+        reference, own = nn.Linear(5, 7, bias), x.detach()[m].requires_grad_()
+        give(stack, m, reference)
+        expected = reference(own)
+        expected.square().sum().backward()
+        close(y[m], expected)
+        close(x.grad[m], own.grad)
+        close(stack.weight.grad[m], reference.weight.grad.T)
+        if bias:
+            close(stack.bias.grad[m], reference.bias.grad)
+
+
+def test_linear_of_rows_shared_by_all_models():
+    stack, x = shake(Linear(3, 5, 7)), normal(1, 6, 5)
+    close(stack(x.expand(3, 6, 5)), stack(x.repeat(3, 1, 1)))
+
+
+def test_batch_norm_and_its_running_statistics():
+    stack, references = shake(BatchNorm(3, 4)), [nn.BatchNorm1d(4) for _ in range(3)]
+    for m, reference in enumerate(references):
+        give(stack, m, reference)
+    for step, rows in enumerate((6, 2, 9)):
+        x = (normal(3, rows, 4, seed=step) * 3 + 1).requires_grad_()
+        stack.zero_grad()
+        y = stack(x)
+        (y**3).sum().backward()
+        for m, reference in enumerate(references):
+            own = x.detach()[m].requires_grad_()
+            reference.zero_grad()
+            expected = reference(own)
+            (expected**3).sum().backward()
+            close(y[m], expected)
+            torch.testing.assert_close(x.grad[m], own.grad, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(stack.weight.grad[m], reference.weight.grad, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(stack.bias.grad[m], reference.bias.grad, rtol=1e-4, atol=1e-4)
+        close(stack.running_mean, [reference.running_mean for reference in references])
+        close(stack.running_var, [reference.running_var for reference in references])
+    stack.eval()
+    close(stack(x), [reference.eval()(own) for reference, own in zip(references, x, strict=True)])
+
+
+def test_batch_norm_of_a_single_row_uses_the_running_statistics():
+    """The last batch of an epoch may be one row, which torch's refuses."""
+    stack = shake(BatchNorm(2, 4))
+    stack(normal(2, 8, 4) * 2 + 1)
+    before = {name: buffer.clone() for name, buffer in stack.named_buffers()}
+    x = normal(2, 1, 4, seed=1).requires_grad_()
+    y = stack(x)
+    y.sum().backward()
+    assert x.grad.abs().min() > 0
+    assert all(torch.equal(buffer, before[name]) for name, buffer in stack.named_buffers())
+    close(stack.eval()(x), y)
+
+
+@pytest.mark.parametrize("rows", [(6,), (4, 3)])
+def test_layer_norm(rows: tuple[int, ...]):
+    stack, x = shake(LayerNorm(3, 5)), normal(3, *rows, 5) * 3 + 1
+    references = [nn.LayerNorm(5) for _ in range(3)]
+    for m, reference in enumerate(references):
+        give(stack, m, reference)
+    close(stack(x), [reference(own) for reference, own in zip(references, x, strict=True)])
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("width, heads", [(8, 1), (8, 4), (5, 5)])
+def test_attention(width: int, heads: int, masked: bool):
+    stack = shake(MultiheadAttention(2, width, heads))
+    query, key, value = normal(2, 3, 4, width), normal(2, 3, 6, width, seed=1), normal(2, 3, 6, width, seed=2)
+    lengths = torch.tensor([[6, 1, 3], [2, 5, 6]])
+    mask = torch.arange(6) < lengths[..., None] if masked else None
+    found, weights = stack(query, key, value, mask)
+    assert found.shape == (2, 3, 4, width) and weights.shape == (2, 3, heads, 4, 6)
+    for m in range(2):
+        reference = nn.MultiheadAttention(width, heads, batch_first=True)
+        give(stack, m, reference)
+        expected = reference(query[m], key[m], value[m], None if mask is None else ~mask[m], average_attn_weights=False)
+        close(found[m], expected[0])
+        close(weights[m], expected[1])
+
+
+def test_attention_to_nothing_is_finite():
+    """A text without a token leaves attention no key at all."""
+    stack = shake(MultiheadAttention(1, 4, 2))
+    x, mask = normal(1, 2, 3, 4), torch.tensor([[[True, True, False], [False, False, False]]])
+    found, _ = stack(x, x, x, mask)
+    found.sum().backward()
+    assert found.isfinite().all() and all(p.grad.isfinite().all() for p in stack.parameters())
+
+
+def test_transformer_encoder_layer():
+    stack = shake(TransformerEncoderLayer(2, 8, 4, 0.0))
+    x = normal(2, 5, 3, 8).requires_grad_()
+    y = stack(x)
+    (y**3).sum().backward()
+    for m in range(2):
+        reference = nn.TransformerEncoderLayer(8, 4, 32, dropout=0.0, activation="gelu", batch_first=True)
+        give(stack, m, reference)
+        own = x.detach()[m].requires_grad_()
+        expected = reference(own)
+        (expected**3).sum().backward()
+        close(y[m], expected)
+        torch.testing.assert_close(x.grad[m], own.grad, rtol=1e-3, atol=1e-3)
+
+
+# -- initial weights --------------------------------------------------------------------------------------------
+
+
+def mixed(n_models: int) -> nn.Sequential:
+    return nn.Sequential(Linear(n_models, 4, 6), LayerNorm(n_models, 6), Linear(n_models, 6, 2, bias=False))
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    torch.manual_seed(0)
+    stack = mixed(3)
+    initialise(stack, SEEDS)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    for m, seed in enumerate(SEEDS):
+        alone = mixed(1)
+        initialise(alone, [seed])
+        for name, parameter in alone.named_parameters():
+            assert torch.equal(parameter[0], stack.get_parameter(name)[m])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len({stack[2].weight[m, 0, 0].item() for m in range(3)}) == 3
+
+
+def test_initial_weights_are_distributed_as_torch_s():
+    stack, reference = Linear(2, 200, 300), nn.Linear(200, 300)
+    initialise(stack, [0, 1])
+    for ours, theirs in ((stack.weight, reference.weight), (stack.bias, reference.bias)):
+        for own in ours.detach():
+            largest = theirs.abs().max().item()
+            assert own.std().item() == pytest.approx(theirs.std().item(), rel=0.1)
+            assert own.max().item() == pytest.approx(largest, rel=0.03)
+            assert own.min().item() == pytest.approx(-largest, rel=0.03)
+
+
+# -- dropout ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.9])
+def test_dropout_zeroes_p_and_scales_the_rest(p: float):
+    layer = Dropout(p)
+    attach_noise(layer, Noise(SEEDS))
+    y = layer(torch.ones(3, 200, 101))
+    for own in y:
+        kept = own != 0
+        torch.testing.assert_close(own[kept], torch.full((int(kept.sum()),), 1 / (1 - p)))
+        sigma = (p * (1 - p) / own.numel()) ** 0.5
+        assert kept.float().mean().item() == pytest.approx(1 - p, abs=5 * sigma)
+        for step in (1, 2, 3, 4):  # four elements share a random word
+            both = (kept.flatten()[step:] & kept.flatten()[:-step]).float().mean().item()
+            assert both == pytest.approx((1 - p) ** 2, abs=10 * sigma)
+
+
+def test_dropout_without_effect():
+    x = normal(2, 5, 3)
+    assert torch.equal(Dropout(0.0)(x), x)
+    assert torch.equal(Dropout(0.5).eval()(x), x)
+
+
+def test_dropout_s_gradient_is_its_mask():
+    layer = Dropout(0.4)
+    attach_noise(layer, Noise([1]))
+    x = normal(1, 20, 3).requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    torch.testing.assert_close(y.detach(), x.detach() * x.grad)
+    assert 0 < (x.grad == 0).sum() < 60
+
+
+@pytest.mark.parametrize("seeds", [SEEDS, [5, 3, 5, 8, 3], [1, 2], [4, 4]], ids=str)
+def test_a_model_s_mask_is_the_same_alone_and_in_a_stack(seeds: list[int]):
+    shapes = [(6, 5), (1, 3), (7, 2, 3)]  # sizes that don't fill the random words
+    together = Noise(seeds)
+    masks = [together.keep_mask((len(seeds), *shape), 0.5) for shape in shapes]
+    for m, seed in enumerate(seeds):
+        alone = Noise([seed])
+        for shape, mask in zip(shapes, masks, strict=True):
+            assert torch.equal(alone.keep_mask((1, *shape), 0.5)[0], mask[m])
+    first = masks[0].flatten(1).unique(dim=0)
+    assert len(first) == len(set(seeds))
+
+
+def test_each_dropout_of_a_model_draws_anew():
+    stack = nn.Sequential(Dropout(0.5), nn.Sequential(Dropout(0.5)))
+    attach_noise(stack, Noise([0]))
+    x = torch.ones(1, 30, 30)
+    first, second, again = stack[0](x), stack[1](x), stack[0](x)
+    assert not torch.equal(first, second) and not torch.equal(first, again)
