@@ -1,0 +1,449 @@
+"""Training many heads at once on cached tensors: no DataLoader, batches are index slices of what lies on the device.
+
+Configurations of equal shape form a stack (see `modeling.layers`): one forward and one backward pass for all of them,
+each with its own learning rate, decay, class weights, batch order, dropout mask and seed. A configuration gives the
+same result in a stack as alone, up to the rounding of differently blocked products.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from feats.errors import UsageError
+from modeling import metrics
+from modeling.closed_form import fit_kernel, fit_logistic
+from modeling.heads import HEADS, Head, HeadConfig, build_head
+from modeling.inputs import Inputs
+from modeling.layers import Noise, attach_noise
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+SCHEDULES = ("constant", "cosine", "onecycle")
+MONITORS = ("accuracy", "weighted_f1", "macro_f1", "loss")
+LINEAR_CS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+EVAL_ROWS = 1 << 14  # rows times models of one evaluation step
+# Parameters of one stack. A CPU's last-level cache should hold them with Adam's moments and the gradient; a GPU wants
+# as much work per kernel launch as it can get.
+STACK_PARAMETERS = {"cpu": 1 << 22, "cuda": 1 << 28}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training, features and split aside. The defaults are study D's."""
+
+    head: HeadConfig = field(default_factory=HeadConfig)
+    optimizer: str = "adam"
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    ep: int = 100
+    bs: int = 512
+    label_smoothing: float = 0.0
+    class_weights: str = "none"  # none, balanced, sqrt, or name=value,name=value
+    balanced_sampler: bool = False
+    monitor: str = "accuracy"
+    patience: int | None = None  # epochs without a better `monitor`; None: train them all
+    seed: int = 42
+    penalty: float | None = None  # linear: C; kernel: the ridge. None: chosen by inner folds
+    gamma: float | None = None  # kernel: gamma times the rows' mean squared distance. None: chosen by inner folds
+
+    def __post_init__(self) -> None:
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("monitor", MONITORS)):
+            if getattr(self, name) not in known:
+                raise UsageError(f"unknown {name} {getattr(self, name)!r}; there are {', '.join(known)}")
+        for name in ("ep", "bs"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} {getattr(self, name)}: expected 1 or more")
+        if not 0 < self.lr < math.inf or not 0 <= self.weight_decay < math.inf:
+            raise UsageError(f"lr {self.lr:g}, weight decay {self.weight_decay:g}: expected lr > 0 and decay >= 0")
+        if not 0 <= self.label_smoothing < 1:
+            raise UsageError(f"label smoothing {self.label_smoothing:g}: expected 0 <= smoothing < 1")
+        if self.patience is not None and self.patience < 1:
+            raise UsageError(f"--patience {self.patience}: expected 1 or more epochs")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Features, labels and one split of them. `train` and `val` are row numbers, int64; labels outside them may be -1.
+
+    `folds` (len(train),) int64 numbers the training rows' inner folds, duplicates in one: what closed-form heads
+    choose their hyperparameters by."""
+
+    inputs: Inputs
+    labels: Tensor  # (N,) int64
+    train: Tensor
+    val: Tensor
+    classes: list[str]
+    folds: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One trained configuration: the head of its best epoch (one model, on the CPU, in evaluation mode)."""
+
+    config: TrainConfig
+    head: Head
+    widths: dict[str, int]  # what `head` was built for
+    val_logits: np.ndarray  # (len(val), C) float32
+    best_epoch: int
+    history: list[dict[str, Any]]
+    facts: dict[str, Any] = field(default_factory=dict)  # what a closed-form head chose
+
+
+def fit(
+    configs: Sequence[TrainConfig], problem: Problem, progress: Callable[[int], Any] = lambda epochs: None
+) -> list[Trained]:
+    """Train every configuration on one problem; results in the order of `configs`.
+
+    `progress` is told epochs as they are done, `n_epochs(configs)` in all. Raises `UsageError` for features that lack
+    what a head needs, unknown classes in class weights, and a loss that is no longer finite.
+    """
+    results: dict[int, Trained] = {}
+    for members in stacks(configs, problem):
+        solve = SOLVERS[HEADS[configs[members[0]].head.head].solver]
+        results |= zip(members, solve([configs[i] for i in members], problem, progress), strict=True)
+    return [results[i] for i in range(len(configs))]
+
+
+def n_epochs(configs: Sequence[TrainConfig]) -> int:
+    """What `fit` reports in all; a head that isn't trained by gradient descent counts as one."""
+    return sum(c.ep if HEADS[c.head.head].solver == "sgd" else 1 for c in configs)
+
+
+def stacks(configs: Sequence[TrainConfig], problem: Problem) -> Iterator[list[int]]:
+    """Numbers of the configurations that train together: equal in shape, batches and optimiser, as many as fit."""
+
+    def shape(i: int) -> tuple:
+        c = configs[i]
+        return repr(c.head.resolved()), c.optimizer, c.ep, c.bs, c.balanced_sampler
+
+    limit = STACK_PARAMETERS[problem.inputs.device.type]
+    for _, alike in groupby(sorted(range(len(configs)), key=lambda i: (shape(i), hyperparameters(configs[i]))), shape):
+        members = list(alike)
+        size = _parameters(configs[members[0]], problem)
+        count = max(1, math.ceil(len(members) * size / limit))
+        each = math.ceil(len(members) / count)
+        for low in range(0, len(members), each):
+            yield members[low : low + each]
+
+
+def hyperparameters(config: TrainConfig) -> tuple[float, float, str]:
+    """What may differ between the models of a stack and concerns the optimiser."""
+    return config.lr, config.weight_decay, config.schedule
+
+
+def _parameters(config: TrainConfig, problem: Problem) -> int:
+    if HEADS[config.head.head].solver != "sgd":
+        return 0
+    with torch.device("meta"):
+        head = HEADS[config.head.head](config.head.resolved(), problem.inputs.widths, len(problem.classes), 1)
+    return sum(p.numel() for p in head.parameters())
+
+
+# -- stochastic gradient descent --------------------------------------------------------------------------------
+
+
+def _train_stack(configs: Sequence[TrainConfig], problem: Problem, progress: Callable[[int], Any]) -> list[Trained]:
+    first, device, n_classes = configs[0], problem.inputs.device, len(problem.classes)
+    inputs = problem.inputs.for_head(first.head)
+    head = build_head(first.head, inputs.widths, n_classes, [c.seed for c in configs], device)
+    attach_noise(head, Noise([_stream(c.seed, "dropout") for c in configs], device))
+    draws = _Draws(configs, problem, inputs)
+    steps = math.ceil(len(problem.train) / first.bs)
+    optimizer = _StackedAdam(head, configs, first.ep * steps)
+    weights = torch.stack([class_weights(c.class_weights, problem) for c in configs])
+    smoothing = torch.tensor([c.label_smoothing for c in configs], device=device)
+    best = _Best(head, configs)
+    history: list[list[dict[str, Any]]] = [[] for _ in configs]
+    for epoch in range(1, first.ep + 1):
+        head.train()
+        rows, views = draws.epoch()
+        losses = []
+        for low in range(0, rows.shape[1], first.bs):
+            batch_rows = rows[:, low : low + first.bs]
+            logits = head(inputs.batch(batch_rows, views))
+            loss = cross_entropy(logits, problem.labels[batch_rows], weights, smoothing)
+            loss.sum().backward()
+            optimizer.step()
+            losses.append(loss.detach() * batch_rows.shape[1])
+        val_logits = predict_stack(head, inputs, problem.val)
+        figures = _validation(val_logits, problem.labels[problem.val])
+        figures = {"train_loss": torch.stack(losses).sum(0).cpu().numpy() / rows.shape[1], **figures}
+        figures |= {name: values.cpu().numpy() for name, values in head.scalars().items()}
+        for m, config in enumerate(configs):
+            if best.stopped[m]:
+                continue
+            row = {name: float(values[m]) for name, values in figures.items()}
+            for kind in ("train_loss", "val_loss"):
+                if not math.isfinite(row[kind]):
+                    raise UsageError(
+                        f"the loss of {config.head.head} became {row[kind]} in epoch {epoch} (lr {config.lr:g}); use a "
+                        "smaller --lr, or --norm l2 or standard"
+                    )
+            history[m].append({"epoch": epoch, "lr": optimizer.last_lr(m), **row})
+        best.update(epoch, figures, head, val_logits)
+        progress(len(configs))
+        if all(best.stopped):
+            progress(len(configs) * (first.ep - epoch))
+            break
+    return [
+        Trained(c, *best.model(m, inputs.widths, n_classes), best.epoch[m], history[m]) for m, c in enumerate(configs)
+    ]
+
+
+def _stream(seed: int, purpose: str) -> int:
+    """A seed of its own for each purpose: one seed for all would draw the batches from the weights' numbers."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=7).digest(), "big")
+
+
+class _Draws:
+    """Which rows each model sees in an epoch, in which order and which views of their pictures."""
+
+    def __init__(self, configs: Sequence[TrainConfig], problem: Problem, inputs: Inputs):
+        seeds = [c.seed for c in configs]
+        self.seeds = sorted(set(seeds))
+        self.of_model = torch.tensor([self.seeds.index(seed) for seed in seeds])
+        self.generators = [torch.Generator().manual_seed(_stream(seed, "order")) for seed in self.seeds]
+        self.train, self.n_rows, self.device = problem.train, len(problem.labels), problem.inputs.device
+        self.n_views = 0 if inputs.image_views is None else inputs.image_views.shape[1]
+        self.probabilities = None
+        if configs[0].balanced_sampler:
+            labels = problem.labels[problem.train].cpu()
+            self.probabilities = 1.0 / torch.bincount(labels, minlength=len(problem.classes))[labels]
+
+    def epoch(self) -> tuple[Tensor, Tensor | None]:
+        """Rows (M, n) and views (M, N), None without views."""
+        orders, views = [], []
+        for generator in self.generators:
+            if self.probabilities is None:
+                orders.append(torch.randperm(len(self.train), generator=generator))
+            else:
+                orders.append(torch.multinomial(self.probabilities, len(self.train), True, generator=generator))
+            if self.n_views:
+                views.append(torch.randint(self.n_views + 1, (self.n_rows,), generator=generator))
+        rows = self.train[torch.stack(orders)[self.of_model].to(self.device)]
+        return rows, torch.stack(views)[self.of_model].to(self.device) if views else None
+
+
+class _StackedAdam:
+    """torch's fused Adam or AdamW on a stack: a parameter group for each run of models with the same hyperparameters,
+    whose tensors are slices of the stack's."""
+
+    def __init__(self, head: Head, configs: Sequence[TrainConfig], steps: int):
+        self.parameters = list(head.parameters())
+        self.group_of: list[int] = []
+        self.slices: list[tuple[Tensor, Tensor, slice]] = []
+        groups = []
+        for key, members in groupby(range(len(configs)), lambda m: hyperparameters(configs[m])):
+            members = list(members)
+            part = slice(members[0], members[-1] + 1)
+            pieces = [p.detach()[part] for p in self.parameters]
+            self.slices += [(piece, p, part) for piece, p in zip(pieces, self.parameters, strict=True)]
+            self.group_of += [len(groups)] * len(members)
+            groups.append({"params": pieces, "lr": key[0], "weight_decay": key[1], "schedule": key[2], "peak": key[0]})
+        self.optimizer = OPTIMIZERS[configs[0].optimizer](groups, fused=True)
+        self.steps, self.taken = steps, 0
+
+    def step(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * lr_factor(group["schedule"], self.taken, self.steps)
+        for piece, parameter, part in self.slices:
+            piece.grad = parameter.grad[part]
+        self.optimizer.step()
+        for parameter in self.parameters:
+            parameter.grad = None  # the next backward pass hands over its own buffer instead of adding to this one
+        self.taken += 1
+
+    def last_lr(self, model: int) -> float:
+        return self.optimizer.param_groups[self.group_of[model]]["lr"]
+
+
+def lr_factor(schedule: str, step: int, steps: int, warmup: float = 0.3) -> float:
+    """The learning rate of step 0 <= `step` < `steps` as a share of its peak.
+
+    cosine: half a wave from 1 to 0 (Loshchilov and Hutter 2017). onecycle: from 1/25 to 1 over the first `warmup` of
+    the steps, then to 1/250000, both half waves, as torch's OneCycleLR (Smith and Topin 2018) with its momentum
+    fixed.
+    """
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * step / steps)) / 2
+    if schedule == "onecycle":
+        top = warmup * steps - 1
+        start, end, share = (
+            (1 / 25, 1.0, step / top)
+            if 0 < top and step <= top
+            else (1.0, 1 / 25e4, (step - top) / max(1e-9, steps - 1 - top))
+        )
+        return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+    return 1.0
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, smoothing: Tensor) -> Tensor:
+    """Each model's mean loss (M,) of logits (M, B, C) and labels (M, B), with class weights (M, C) and label smoothing
+    (M,): as torch's cross_entropy with both, for every model its own."""
+    log_p = logits.log_softmax(-1)
+    weights = weights[:, None]
+    true = F.one_hot(labels, logits.shape[-1])
+    target = torch.lerp(true.to(log_p.dtype), torch.full_like(log_p, 1 / logits.shape[-1]), smoothing[:, None, None])
+    return -(target * weights * log_p).sum((1, 2)) / (true * weights).sum((1, 2))
+
+
+def class_weights(spec: str, problem: Problem) -> Tensor:
+    """Weights (C,) by `spec`: none; balanced, n / (C n_c) of the training rows; sqrt, its root; or name=value,...
+
+    Raises `UsageError` for anything else, and names that are no class.
+    """
+    counts = torch.bincount(problem.labels[problem.train], minlength=len(problem.classes)).float()
+    if spec == "none":
+        return torch.ones_like(counts)
+    if spec in ("balanced", "sqrt"):
+        weights = counts.sum() / (len(counts) * counts.clamp(min=1))  # a class without rows isn't weighed infinite
+        return weights if spec == "balanced" else weights.sqrt()
+    weights = torch.ones_like(counts)
+    for part in spec.split(","):
+        name, _, value = part.partition("=")
+        if name not in problem.classes:
+            raise UsageError(
+                f"class weights {spec!r}: {name!r} is no class (there are {', '.join(problem.classes)}); expected none, "
+                "balanced, sqrt or name=value"
+            )
+        try:
+            weights[problem.classes.index(name)] = float(value)
+        except ValueError:
+            raise UsageError(f"class weights {spec!r}: {value!r} of {name} is no number") from None
+    if not (weights > 0).all():
+        raise UsageError(f"class weights {spec!r}: every weight must be above 0")
+    return weights
+
+
+class _Best:
+    """Each model's weights, validation logits and epoch at its best monitored figure so far; when it stops."""
+
+    def __init__(self, head: Head, configs: Sequence[TrainConfig]):
+        self.configs = configs
+        self.epoch = [0] * len(configs)
+        self.score = [-math.inf] * len(configs)
+        self.stopped = [False] * len(configs)
+        self.state = {name: tensor.detach().clone() for name, tensor in head.state_dict().items()}
+        self.logits: Tensor | None = None
+
+    def update(self, epoch: int, figures: dict[str, np.ndarray], head: Head, val_logits: Tensor) -> None:
+        better = []
+        for m, config in enumerate(self.configs):
+            if self.stopped[m]:
+                continue
+            score = -figures["val_loss"][m] if config.monitor == "loss" else figures[config.monitor][m]
+            if score > self.score[m]:
+                self.score[m], self.epoch[m] = float(score), epoch
+                better.append(m)
+            elif config.patience is not None and epoch - self.epoch[m] >= config.patience:
+                self.stopped[m] = True
+        if self.logits is None:
+            self.logits = val_logits.clone()
+        if better:
+            for name, tensor in [*head.state_dict().items(), ("", val_logits)]:
+                kept = self.logits if name == "" else self.state[name]
+                for m in better:
+                    kept[m].copy_(tensor[m])
+
+    def model(self, m: int, widths: dict[str, int], n_classes: int) -> tuple[Head, dict[str, int], np.ndarray]:
+        """Model m as a head of its own, its widths, and its validation logits."""
+        head = build_head(self.configs[m].head, widths, n_classes)
+        head.load_state_dict({name: tensor[m : m + 1].cpu() for name, tensor in self.state.items()})
+        return head.eval(), widths, self.logits[m].cpu().numpy()
+
+
+@torch.inference_mode()
+def predict_stack(head: Head, inputs: Inputs, rows: Tensor) -> Tensor:
+    """Logits (M, len(rows), C) of every model, float32."""
+    head.eval()
+    blocks = rows.split(max(1, EVAL_ROWS // head.n_models))
+    return torch.cat([head(inputs.batch(block[None]).expand(head.n_models)) for block in blocks], 1)
+
+
+def _validation(logits: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
+    """Loss and averages of each model's validation logits (M, n, C), each (M,)."""
+    n_models, n, n_classes = logits.shape
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.repeat(n_models), reduction="none")
+    cell = labels * n_classes + logits.argmax(-1)
+    cell = cell + n_classes**2 * torch.arange(n_models, device=cell.device)[:, None]
+    confusion = torch.bincount(cell.flatten(), minlength=n_models * n_classes**2)
+    figures = metrics.scores(confusion.view(n_models, n_classes, n_classes).cpu().numpy())
+    return {"val_loss": loss.view(n_models, n).mean(1).cpu().numpy()} | {n: figures[n] for n in metrics.AVERAGES}
+
+
+# -- heads in closed form ---------------------------------------------------------------------------------------
+
+
+def _solve_linear(configs: Sequence[TrainConfig], problem: Problem, progress: Callable[[int], Any]) -> list[Trained]:
+    """Logistic regression; the C of least held-out log-loss in the inner folds, unless it is given."""
+    results = []
+    for config in configs:
+        inputs, x, targets = _training_matrix(config, problem)
+        n_classes = len(problem.classes)
+        weights = class_weights(config.class_weights, problem)[targets]
+        C, facts = config.penalty, {}
+        if C is None:
+            losses = torch.zeros(len(LINEAR_CS), dtype=torch.float64)
+            for fold in problem.folds.unique():
+                rest, held = problem.folds != fold, problem.folds == fold
+                fits = fit_logistic(x[rest], targets[rest], n_classes, LINEAR_CS, weights[rest])
+                logits = [x[held].double() @ f.weight + f.bias for f in fits]
+                losses += torch.stack(
+                    [(F.cross_entropy(z, targets[held], reduction="none") * weights[held]).sum() for z in logits]
+                ).cpu()
+            losses /= float(weights.sum())
+            C = LINEAR_CS[int(losses.argmin())]
+            facts["search"] = [{"C": c, "loss": loss} for c, loss in zip(LINEAR_CS, losses.tolist(), strict=True)]
+        found = fit_logistic(x, targets, n_classes, [C], weights)[0]
+        head = build_head(config.head, inputs.widths, n_classes)
+        head.load_state_dict({"out.weight": found.weight[None].float(), "out.bias": found.bias[None].float()})
+        facts = {"C": C, "objective": found.objective, **facts}
+        results.append(_solved(config, head, inputs, inputs.widths, problem, facts))
+        progress(1)
+    return results
+
+
+def _solve_kernel(configs: Sequence[TrainConfig], problem: Problem, progress: Callable[[int], Any]) -> list[Trained]:
+    """RBF kernel; width and penalty of least held-out log-loss in the inner folds, unless they are given."""
+    results = []
+    for config in configs:
+        inputs, x, targets = _training_matrix(config, problem)
+        n_classes = len(problem.classes)
+        weights = class_weights(config.class_weights, problem)[targets]
+        given = {"widths": config.gamma, "penalties": config.penalty}
+        given = {name: [value] for name, value in given.items() if value is not None}
+        found = fit_kernel(x, targets, n_classes, problem.folds, row_weights=weights, **given)
+        widths = {**inputs.widths, "support": len(x)}
+        head = build_head(config.head, widths, n_classes)
+        state = {"support": x, "dual": found.dual, "bias": found.bias, "gamma": torch.tensor(found.gamma)}
+        head.load_state_dict({name: tensor[None] for name, tensor in state.items()})
+        facts = {"gamma": found.gamma, "penalty": found.penalty, "search": found.search}
+        results.append(_solved(config, head, inputs, widths, problem, facts))
+        progress(1)
+    return results
+
+
+def _training_matrix(config: TrainConfig, problem: Problem) -> tuple[Inputs, Tensor, Tensor]:
+    """What the head reads, the training rows' joined vectors (n, D), and their labels (n,)."""
+    inputs = problem.inputs.for_head(config.head)
+    x = torch.cat([getattr(inputs, side)[problem.train] for side in config.head.sides], -1)
+    return inputs, x, problem.labels[problem.train]
+
+
+def _solved(
+    config: TrainConfig, head: Head, inputs: Inputs, widths: dict[str, int], problem: Problem, facts: dict[str, Any]
+) -> Trained:
+    logits = predict_stack(head.to(inputs.device), inputs, problem.val)
+    figures = {name: float(values[0]) for name, values in _validation(logits, problem.labels[problem.val]).items()}
+    return Trained(config, head.cpu().eval(), widths, logits[0].cpu().numpy(), 1, [{"epoch": 1, **figures}], facts)
+
+
+SOLVERS = {"sgd": _train_stack, "logistic": _solve_linear, "kernel": _solve_kernel}
