@@ -1,0 +1,361 @@
+"""What lies between the options and a saved run: load, split, train, measure. Scripts compose these steps."""
+
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from feats.acceleration import resolve_device
+from feats.errors import UsageError
+from feats.store import FeatureStore
+from modeling import metrics
+from modeling.features import NORMS, FeatureSet, load_features
+from modeling.heads import HEADS, n_parameters
+from modeling.inputs import Preprocessing
+from modeling.options import named_values
+from modeling.runs import Member, Run
+from modeling.splits import Split, duplicate_groups, make_folds, make_split, read_split_file
+from modeling.training import Problem, TrainConfig, Trained, fit, n_epochs, stacks
+
+INNER_FOLDS = 5
+TEMPERATURES = (0.1, 10.0)  # a validation set of a few rows can be fitted perfectly, which asks for a temperature of 0
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The labelled rows of joined caches, their splits, and how features are made from them."""
+
+    features: FeatureSet
+    classes: list[str]
+    splits: list[Split]
+    group_of: dict[str, int] | None  # duplicate group of each labelled row; None when duplicates may part
+    norms: dict[str, str]
+    scales: dict[str, float]
+    device: torch.device
+    source: dict[str, Any]  # which caches: what a run's config says under "features"
+
+    def problem(self, split: Split, rows: Sequence[str] | None = None) -> tuple[Problem, Preprocessing]:
+        """One split, ready for training, and the preprocessing fitted on its training rows."""
+        train, val = (self.features.positions(ids).to(self.device) for ids in (split.train, split.val))
+        preprocessing = Preprocessing.fit(self.features, train, self.norms, self.scales)
+        labels = self.features.targets(self.classes).to(self.device)
+        folds = self.inner_folds(split.train).to(self.device)
+        return Problem(preprocessing.apply(self.features), labels, train, val, self.classes, folds), preprocessing
+
+    def inner_folds(self, ids: Sequence[str], seed: int = 0) -> torch.Tensor:
+        """Fold number of each id, (len(ids),) int64: stratified, duplicates in one, as many as the rarest class allows
+        up to five."""
+        splits = self.folds_of(ids, INNER_FOLDS, seed)
+        fold_of = {i: k for k, split in enumerate(splits) for i in split.val}
+        return torch.tensor([fold_of[i] for i in ids])
+
+    def folds_of(self, ids: Sequence[str], k: int, seed: int = 0) -> list[Split]:
+        tags = self.tags(ids)
+        groups = None if self.group_of is None else [self.group_of[i] for i in ids]
+        for fewer in range(k, 2, -1):
+            try:
+                return make_folds(ids, tags, fewer, seed, groups)
+            except UsageError:
+                continue
+        return make_folds(ids, tags, 2, seed, groups)
+
+    def tags(self, ids: Sequence[str]) -> list[str]:
+        return [self.features.tags[row] for row in self.features.positions(ids).tolist()]
+
+    def labels(self, ids: Sequence[str]) -> np.ndarray:
+        """(len(ids),) int64, positions in `classes`."""
+        return np.array([self.classes.index(tag) for tag in self.tags(ids)], np.int64)
+
+    def majority(self, split: Split) -> str:
+        """The most common class of the split's training rows."""
+        counts = np.bincount(self.labels(split.train), minlength=len(self.classes))
+        return self.classes[int(counts.argmax())]
+
+
+# -- loading and splitting --------------------------------------------------------------------------------------
+
+
+def load_experiment(args: Namespace, values: Mapping[str, Any], heads: Sequence[str]) -> Experiment:
+    """Join the caches `args` names, take the rows with a label, and split them as `values` says (val_ratio, test_ratio,
+    split_seed; the other options of `options.add_split_options` are in `args`). `heads` decides whether token
+    features are read.
+
+    Raises `UsageError` for whatever doesn't fit.
+    """
+    device = resolve_device(args.device)
+    vtypes, ttypes = args.vtype, text_caches(args.feats, args.vtype, args.ttype)
+    tokens = any(HEADS[head].tokens or HEADS[head].optional_tokens for head in heads)
+    features = load_features(args.feats, "train", vtypes, ttypes, tokens=tokens)
+    for head in heads:
+        for side in HEADS[head].tokens:
+            features.require_tokens(side)
+    print(features.describe())
+    source = {"folder": str(args.feats), "vtype": vtypes, "ttype": ttypes, "fingerprints": features.fingerprints}
+    splits, group_of = make_splits(features, args, values)
+    return Experiment(
+        features.to(device),
+        features.classes,
+        splits,
+        group_of,
+        named_norms(args.norm, [*vtypes, *ttypes]),
+        named_values(args.scale, "--scale"),
+        device,
+        source,
+    )
+
+
+def experiment_of_run(run: Run, folder: Path | None, device: torch.device) -> Experiment:
+    """The experiment a saved run came from, for training its configuration again on other parts of its rows."""
+    source = run.features
+    folder = folder or Path(source["folder"])
+    features = load_features(folder, "train", source["vtype"], source["ttype"], tokens=source["tokens"])
+    run.check_fingerprints(features, str(folder))
+    first = run.members[0].preprocessing
+    dataset = features.dataset
+    groups = duplicate_groups(dataset.img_hash, dataset.txt_key)
+    return Experiment(
+        features.to(device),
+        run.classes,
+        [run.split] if isinstance(run.split, Split) else run.split,
+        dict(zip(dataset.ids, groups.tolist(), strict=True)),
+        {key.split("/")[1]: kind for key, kind in first.kinds.items()},
+        first.scales,
+        device,
+        source,
+    )
+
+
+def text_caches(folder: Path, vtypes: Sequence[str], ttypes: Sequence[str] | None) -> list[str]:
+    """The caches of the text side: those named, else those of the image side that have one."""
+    if ttypes is not None:
+        return list(ttypes)
+    found = []
+    for name in vtypes:
+        path = folder / f"{name}_train.h5"
+        if path.is_file():  # what is missing is said when it is loaded
+            with FeatureStore.open(path) as store:
+                found += [name] if "txt_feats" in store.features else []
+    return found
+
+
+def make_splits(
+    features: FeatureSet, args: Namespace, values: Mapping[str, Any]
+) -> tuple[list[Split], dict[str, int] | None]:
+    """The splits of the labelled rows, quarantined ones included while dealing: the same for every choice of caches."""
+    dataset = features.dataset
+    labelled = [row for row, tag in enumerate(dataset.tags) if tag]
+    ids, tags = [dataset.ids[row] for row in labelled], [dataset.tags[row] for row in labelled]
+    if not ids:
+        raise UsageError("none of the rows has a label; there is nothing to train on")
+    groups = None
+    if args.duplicates == "together" and (dataset.img_hash.any() or dataset.txt_key.any()):
+        groups = duplicate_groups(dataset.img_hash[labelled], dataset.txt_key[labelled])
+    if args.split_file:
+        splits = [read_split_file(args.split_file, dataset.ids, dataset.tags)]
+    elif args.folds:
+        splits = make_folds(ids, tags, args.folds, values.get("split_seed", 42), groups)
+    else:
+        ratios = {name: values[name] for name in ("val_ratio", "test_ratio") if name in values}
+        splits = [make_split(ids, tags, seed=values.get("split_seed", 42), groups=groups, **ratios)]
+    group_of = None if groups is None else dict(zip(ids, groups.tolist(), strict=True))
+    return [split.without(features.left_out) for split in splits], group_of
+
+
+def named_norms(items: Sequence[str], caches: Sequence[str]) -> dict[str, str]:
+    """{"clip": "l2", "vader": "none"} of ["l2", "vader=none"]."""
+    norms = dict.fromkeys(caches, "none")
+    for item in items:
+        name, named, kind = item.rpartition("=")
+        if kind not in NORMS or (named and name not in norms):
+            raise UsageError(
+                f"--norm {item}: expected one of {', '.join(NORMS)}, or CACHE=KIND with a cache in use "
+                f"({', '.join(norms)})"
+            )
+        norms |= {name: kind} if named else dict.fromkeys([c for c in norms if f"{c}=" not in " ".join(items)], kind)
+    return norms
+
+
+# -- training ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A member and what it said of the validation rows of its split."""
+
+    member: Member
+    split: Split
+    trained: Trained
+
+    @property
+    def calibrated(self) -> np.ndarray:
+        return metrics.softmax(self.trained.val_logits, self.member.temperature)
+
+
+def train(configs: Sequence[TrainConfig], experiment: Experiment) -> Iterator[tuple[int, list[Outcome]]]:
+    """Train every configuration on every split. As soon as one is through, its number and an outcome for each split."""
+    problems = [experiment.problem(split) for split in experiment.splits]
+    total = n_epochs(configs) * len(problems)
+    with tqdm(total=total, desc="train", unit="epoch", leave=False, disable=None) as bar:
+        for members in stacks(configs, problems[0][0]):
+            found: dict[int, list[Outcome]] = {i: [] for i in members}
+            for number, (problem, preprocessing) in enumerate(problems):
+                fold = number + 1 if len(problems) > 1 else None
+                for i, trained in zip(members, fit([configs[i] for i in members], problem, bar.update), strict=True):
+                    found[i].append(outcome(trained, problem, preprocessing, experiment.splits[number], fold))
+            yield from found.items()
+
+
+def outcome(
+    trained: Trained, problem: Problem, preprocessing: Preprocessing, split: Split, fold: int | None
+) -> Outcome:
+    labels = problem.labels[problem.val].cpu().numpy()
+    member = Member(
+        trained.config,
+        trained.head,
+        preprocessing.only(trained.config.head.sides).to("cpu"),
+        trained.widths,
+        temperature=metrics.fit_temperature(trained.val_logits, labels, TEMPERATURES),
+        best_epoch=trained.best_epoch,
+        facts=trained.facts,
+        fold=fold,
+    )
+    return Outcome(member, split, trained)
+
+
+def make_run(outcomes: Sequence[Outcome], experiment: Experiment, config: Mapping[str, Any] | None = None) -> Run:
+    """The ensemble of all outcomes, equally weighted."""
+    members = [o.member for o in outcomes]
+    return Run(
+        experiment.classes,
+        members,
+        needed_caches(members, experiment.source),
+        experiment.splits if len(experiment.splits) > 1 else experiment.splits[0],
+        [0.0] * len(experiment.classes),
+        dict(config or {}),
+    )
+
+
+def needed_caches(members: Sequence[Member], source: Mapping[str, Any]) -> dict[str, Any]:
+    """`source` without the caches that no member reads."""
+    read = {side: {c for m in members for c in m.preprocessing.caches[side]} for side in ("image", "text")}
+    tokens = any("tokens" in key for m in members for key in m.preprocessing.normalizers)
+    kept = {"vtype": "image", "ttype": "text"}
+    kept = {option: [name for name in source[option] if name in read[side]] for option, side in kept.items()}
+    used = {name for names in kept.values() for name in names}
+    fingerprints = {name: f for name, f in source["fingerprints"].items() if name in used}
+    return {**source, **kept, "fingerprints": fingerprints, "tokens": tokens}
+
+
+# -- measuring --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Report:
+    """Figures of a run on its validation rows, each predicted by members that weren't trained on it."""
+
+    ids: list[str]
+    tags: list[str]
+    probabilities: np.ndarray  # (N, C), calibrated
+    figures: dict[str, Any]  # what goes into metrics.json
+    history: list[dict[str, Any]]
+
+
+def measure(outcomes: Sequence[Outcome], experiment: Experiment, run: Run) -> Report:
+    """Validation figures of the ensemble (of each split's members, all splits pooled), mean and standard deviation over
+    the members, and figures on the test part where the split has one."""
+    ids, raw, calibrated = [], [], []
+    for split in experiment.splits:
+        own = [o for o in outcomes if o.split is split]
+        ids += split.val
+        raw.append(np.mean([metrics.softmax(o.trained.val_logits) for o in own], axis=0))
+        calibrated.append(np.mean([o.calibrated for o in own], axis=0))
+    majority = experiment.majority(experiment.splits[0])
+    probabilities = np.concatenate(calibrated)
+    figures = {"val": _figures(experiment, ids, np.concatenate(raw), probabilities, majority)}
+    singles = [metrics.evaluate(experiment.labels(o.split.val), o.calibrated, experiment.classes) for o in outcomes]
+    figures["members"] = {"count": len(outcomes), "mean_std": metrics.mean_std(singles)}
+    test = [split for split in experiment.splits if split.test]
+    if len(test) == len(experiment.splits) == 1:
+        rows = experiment.features.positions(test[0].test)
+        at_home = experiment.features.to("cpu")
+        raw_test = [metrics.softmax(m.logits(at_home))[rows] for m in run.members]
+        calibrated_test = run.probabilities(at_home)[rows]
+        figures["test"] = _figures(experiment, test[0].test, np.mean(raw_test, axis=0), calibrated_test, majority)
+    figures["protocol"] = protocol(experiment)
+    history = [
+        {"fold": o.member.fold or "", "seed": o.member.config.seed, **row}
+        for o in outcomes
+        for row in o.trained.history
+    ]
+    return Report(ids, experiment.tags(ids), probabilities, figures, history)
+
+
+def _figures(
+    experiment: Experiment, ids: Sequence[str], raw: np.ndarray, calibrated: np.ndarray, majority: str
+) -> dict[str, Any]:
+    """`metrics.evaluate` of the calibrated predictions; log-loss and ECE before calibration beside those after."""
+    labels = experiment.labels(ids)
+    figures = metrics.evaluate(labels, calibrated, experiment.classes, majority)
+    after = {f"{name}_calibrated": figures[name] for name in ("log_loss", "ece")}
+    before = {
+        "log_loss": metrics.log_loss(labels, raw),
+        "ece": metrics.expected_calibration_error(labels, raw),
+    }
+    return {**figures, **before, **after}
+
+
+def protocol(experiment: Experiment) -> str:
+    """One line on how the figures came about."""
+    how = experiment.splits[0].how
+    if "files" in how:
+        split = f"split from {', '.join(how['files'])}"
+    elif len(experiment.splits) > 1:
+        split = f"{len(experiment.splits)}-fold cross-validation, stratified, seed {how['seed']}"
+    else:
+        split = f"stratified split, {how['val_ratio']:g} for validation, seed {how['seed']}"
+    together = "" if "files" in how else ", duplicates together" if experiment.group_of else ", duplicates anywhere"
+    return f"{split}{together}; best epoch and temperature chosen on the validation rows"
+
+
+def print_report(report: Report, run: Run) -> None:
+    """The figures as tables, for a terminal."""
+    columns = ["rows", "n", "accuracy", "weighted_f1", "macro_f1", "log_loss", "ece", "ece_calibrated"]
+    rows = []
+    for part in ("val", "test"):
+        if part in report.figures:
+            figures = report.figures[part]
+            rows += [{"rows": part, **figures}, {"rows": "  95 %", "n": "", **_intervals(figures["interval"])}]
+            rows.append({"rows": "  always " + figures["majority"]["class"], **figures["majority"]})
+    members = report.figures["members"]
+    if members["count"] > 1:
+        spread = {name: f"{v['mean']:.3f}±{v['std']:.3f}" for name, v in members["mean_std"].items() if name != "n"}
+        rows.insert(1, {"rows": f"  each of {members['count']}", **spread})
+    print(metrics.format_table(rows, columns))
+    last = report.figures["test" if "test" in report.figures else "val"]
+    per_class = [
+        {"class": name, **figures, **dict(zip(run.classes, confused, strict=True))}
+        for (name, figures), confused in zip(last["per_class"].items(), last["confusion"], strict=True)
+    ]
+    table = [{**row, "predicted:": ""} for row in per_class]
+    print(
+        "\n"
+        + metrics.format_table(table, ["class", "precision", "recall", "f1", "support", "predicted:", *run.classes])
+    )
+    print(f"\nprotocol: {report.figures['protocol']}")
+
+
+def _intervals(interval: Mapping[str, Any]) -> dict[str, str]:
+    return {name: f"{v[0]:.3f}-{v[1]:.3f}" for name, v in interval.items() if isinstance(v, list)}
+
+
+def describe_heads(members: Sequence[Member]) -> str:
+    """One line on what was trained: head, parameters, settings."""
+    config = members[0].config
+    counts = sorted({n_parameters(m.head) for m in members})
+    count = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    return f"head {config.head.head}, D {config.head.D}, ablation {config.head.ablation}: {count} parameters"

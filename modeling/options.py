@@ -1,0 +1,237 @@
+"""The command-line options that the scripts of this stage share, and the studies' recipes. Defaults live in the
+dataclasses they fill; help shows them."""
+
+import sys
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from feats.errors import UsageError
+from modeling import features, runs
+from modeling.heads import ABLATIONS, HEADS, HeadConfig
+from modeling.training import MONITORS, OPTIMIZERS, SCHEDULES, TrainConfig
+
+EXIT_DONE, EXIT_UNUSABLE, EXIT_INTERRUPTED = 0, 2, 130
+
+# What each study trained its heads with; what a study doesn't tell is left at the default. C has no recipe: it tuned
+# its encoders. "neutral" of A counts where there is such a class.
+RECIPES: dict[str, dict[str, Any]] = {
+    "A": {
+        "optimizer": "adamw",
+        "weight_decay": 0.01,
+        "lr": 1e-4,
+        "schedule": "onecycle",
+        "bs": 64,
+        "ep": 10,
+        "patience": 2,
+        "monitor": "weighted_f1",
+        "label_smoothing": 0.1,
+        "class_weights": "neutral=1.2",
+        "val_ratio": 0.1,
+        "test_ratio": 0.1,
+    },
+    "B": {"optimizer": "adamw", "weight_decay": 0.01, "bs": 8, "ep": 10, "val_ratio": 0.1},
+    "D": {"optimizer": "adam", "lr": 1e-4, "bs": 512, "ep": 100, "val_ratio": 0.1, "split_seed": 42},
+    "E": {
+        "optimizer": "adamw",
+        "weight_decay": 0.01,
+        "lr": 1e-5,
+        "bs": 16,
+        "ep": 6,
+        "dropout": 0.5,
+        "patience": 3,
+        "monitor": "macro_f1",
+        "val_ratio": 0.2,
+    },
+}
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but neither None and False nor those that the text tells already."""
+
+    def _get_help_string(self, action: Any) -> str | None:
+        if action.default in (None, False, SUPPRESS) or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def new_parser(doc: str) -> ArgumentParser:
+    return ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+
+
+def add_feature_options(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("features")
+    group.add_argument("--feats", type=Path, default=features.DEFAULT_FOLDER, metavar="DIR", help="folder of caches")
+    group.add_argument("--vtype", nargs="*", default=["clip"], metavar="CACHE", help="caches of the image side")
+    group.add_argument(
+        "--ttype", nargs="*", metavar="CACHE", help="caches of the text side (default: those of --vtype that have one)"
+    )
+    group.add_argument(
+        "--norm",
+        nargs="+",
+        default=["none"],
+        metavar="KIND|CACHE=KIND",
+        help=f"normalisation of each cache: {', '.join(features.NORMS)}",
+    )
+    group.add_argument("--scale", nargs="+", default=[], metavar="CACHE=FACTOR", help="factor behind a normalisation")
+
+
+def add_split_options(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("split")
+    for name, default, text in (
+        ("--val-ratio", 0.1, "share of rows for validation"),
+        ("--test-ratio", 0.0, "share of rows for testing"),
+    ):
+        group.add_argument(name, type=float, default=SUPPRESS, help=f"{text} (default: {default}, or the recipe's)")
+    group.add_argument("--split-seed", type=int, default=SUPPRESS, help="seed of the split (default: 42)")
+    group.add_argument("--folds", type=positive, metavar="K", help="k-fold cross-validation instead of one split")
+    group.add_argument(
+        "--split-file", nargs="+", type=Path, metavar="FILE", help="ids of train, val and test: one file or three"
+    )
+    group.add_argument(
+        "--duplicates",
+        choices=("together", "apart"),
+        default="together",
+        help="pairs with the same picture or text: on one side of a split, or wherever they fall",
+    )
+
+
+def add_run_options(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("output and compute")
+    group.add_argument("--runs", type=Path, default=runs.DEFAULT_FOLDER, metavar="DIR", help="folder of runs")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+
+def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
+    """Options for every field of `TrainConfig` and `HeadConfig`. With `grid` they take several values. Options that
+    weren't typed are absent from the namespace, so that a recipe can tell them from typed ones."""
+    head, train = _defaults(HeadConfig()), _defaults(TrainConfig())
+    several = {"nargs": "+"} if grid else {}
+    group = parser.add_argument_group("head and training")
+    group.add_argument("--recipe", choices=tuple(RECIPES), help="settings of a reference study; typed options win")
+
+    def add(name: str, text: str, **keywords: Any) -> None:
+        default = (head | train)[name]
+        shown = "" if default is None or default is False else f" (default: {default})"
+        option = f"--{name.replace('_', '-')}"
+        group.add_argument(option, default=SUPPRESS, help=text + shown, **keywords)
+
+    add("head", f"one of {', '.join(HEADS)}", **several)
+    add("D", "width of the common space or hidden layer", type=int, **several)
+    add("dropout", "(default: the head's own)", type=float, **several)
+    add("ablation", ", ".join(f"{k} {v}" for k, v in ABLATIONS.items()), type=int, choices=tuple(ABLATIONS), **several)
+    add("image_positions", "coattention: learnable positions of image tokens", action="store_true")
+    add("optimizer", ", ".join(OPTIMIZERS), **several)
+    add("lr", "learning rate, or its peak", type=float, **several)
+    add("weight_decay", "of the optimiser", type=float, **several)
+    add("schedule", ", ".join(SCHEDULES), **several)
+    add("ep", "epochs", type=int, **several)
+    add("bs", "batch size", type=int, **several)
+    add("label_smoothing", "share of the target spread over all classes", type=float, **several)
+    add("class_weights", "none, balanced, sqrt, or NAME=VALUE,NAME=VALUE", **several)
+    add("balanced_sampler", "draw every class equally often", action="store_true")
+    add("monitor", f"what decides the best epoch: {', '.join(MONITORS)}", **several)
+    add("patience", "epochs without a better one before stopping", type=int, **several)
+    add("seed", "of weights, batches and dropout", type=int)
+    add("penalty", "linear: C, kernel: the ridge; chosen by inner folds where not given", type=float, **several)
+    add(
+        "gamma",
+        "kernel: gamma of the RBF times the mean squared distance; chosen by inner folds where not given",
+        type=float,
+        **several,
+    )
+    group.add_argument("--seeds", type=positive, default=1, metavar="N", help="train with N seeds, from --seed up")
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.name != "head" or isinstance(config.head, str)}
+
+
+def config_from(values: Mapping[str, Any]) -> TrainConfig:
+    """A configuration from flat values; the fields of `HeadConfig` and `TrainConfig` that are absent keep defaults."""
+    of_head = {f.name for f in fields(HeadConfig)}
+    of_train = {f.name for f in fields(TrainConfig)} - {"head"}
+    head = HeadConfig(**{name: value for name, value in values.items() if name in of_head})
+    return replace(TrainConfig(head), **{name: value for name, value in values.items() if name in of_train})
+
+
+def fit_to_data(
+    config: TrainConfig, recipe: str | None, classes: Sequence[str], source: Mapping[str, Any]
+) -> TrainConfig:
+    """One-sided where the caches are; without the recipe's class weights for classes the data don't have."""
+    named = {part.partition("=")[0] for part in config.class_weights.split(",")}
+    if recipe and config.class_weights == RECIPES[recipe].get("class_weights") and not named <= set(classes):
+        config = replace(config, class_weights="none")
+    if not source["vtype"] or not source["ttype"]:
+        only = 1 if source["ttype"] else 2
+        if config.head.ablation not in (0, only):
+            raise UsageError(
+                f"ablation {config.head.ablation} leaves nothing of the caches; name one of the other side"
+            )
+        config = replace(config, head=replace(config.head, ablation=only))
+    return config
+
+
+def grid_points(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every combination of the training options that have several values."""
+    of_config = {f.name for config in (HeadConfig, TrainConfig) for f in fields(config)}
+    axes = {name: value for name, value in values.items() if name in of_config and isinstance(value, list)}
+    return [{**values, **dict(zip(axes, point, strict=True))} for point in product(*axes.values())]
+
+
+def with_seeds(config: TrainConfig, n: int) -> list[TrainConfig]:
+    """`n` seeds from the configuration's own up; a closed-form head gives the same for all of them and gets one."""
+    n = n if HEADS[config.head.head].solver == "sgd" else 1
+    return [replace(config, seed=config.seed + k) for k in range(n)]
+
+
+def with_recipe(args: Namespace) -> dict[str, Any]:
+    """The typed options over those of the recipe."""
+    return {**RECIPES.get(args.recipe or "", {}), **vars(args)}
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+positive.__name__ = "positive integer"  # argparse shows it: "invalid positive integer value: '0'"
+
+
+def named_values(items: Sequence[str], option: str) -> dict[str, float]:
+    """{"vader": 0.5} of ["vader=0.5"]. Raises `UsageError` for anything else."""
+    values = {}
+    for item in items:
+        name, _, value = item.partition("=")
+        try:
+            values[name] = float(value)
+        except ValueError:
+            raise UsageError(f"{option} {item}: expected NAME=NUMBER") from None
+    return values
+
+
+def command_line(argv: Sequence[str] | None) -> str:
+    """What the user typed, for the run's records."""
+    return " ".join([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
+
+
+def guarded(work: Callable[[], int], interrupted: str) -> int:
+    """Run a script's work: unusable input ends with one line and status 2, an interruption with `interrupted`, 130."""
+    try:
+        return work()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_UNUSABLE
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is full; use --device cpu, or to train a smaller --bs", file=sys.stderr)
+        return EXIT_UNUSABLE
+    except KeyboardInterrupt:
+        print(f"interrupted: {interrupted}", file=sys.stderr)
+        return EXIT_INTERRUPTED

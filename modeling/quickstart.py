@@ -1,0 +1,99 @@
+"""From nothing to predictions: draw a synthetic sample (or take --data), encode it, compare heads, predict.
+
+Every step is an ordinary command of this project and is printed before it runs. No model hub is needed with the default
+encoders.
+"""
+
+import csv
+import shlex
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from feats.errors import UsageError
+from modeling import options
+from modeling.sweep import best_run
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = Path("data/sample")
+HEADS = ("fusion", "concat", "weighted_sum", "mlp", "linear", "kernel")
+
+
+def build_parser() -> ArgumentParser:
+    parser = options.new_parser(__doc__)
+    parser.add_argument("--data", type=Path, metavar="DIR|FILE", help="your own pairs (default: a synthetic sample)")
+    parser.add_argument("--vtype", nargs="+", default=["efficientnet"], metavar="ENCODER", help="of the image side")
+    parser.add_argument("--ttype", nargs="+", default=["minilm", "vader"], metavar="ENCODER", help="of the text side")
+    parser.add_argument("--head", nargs="+", default=list(HEADS), help="heads to compare")
+    parser.add_argument(
+        "--out", type=Path, default=Path("saved/quickstart"), metavar="DIR", help="where all of it goes"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    return options.guarded(lambda: quickstart(args), "run the same command to go on where it was")
+
+
+def quickstart(args: Namespace) -> int:
+    start = time.perf_counter()
+    feats, runs, data = args.out / "feats", args.out / "runs", args.data or SAMPLE
+    folders = ["--feats", feats, "--runs", runs]
+    if args.data is None:
+        step("draw a small synthetic sample of image-text pairs", "data/make_sample.py", "--out", data)
+    for encoder in dict.fromkeys([*args.vtype, *args.ttype]):
+        script = f"feats/{encoder}_extract_feats.py"
+        if not (ROOT / script).is_file():
+            known = ", ".join(
+                sorted(p.stem.removesuffix("_extract_feats") for p in ROOT.glob("feats/*_extract_feats.py"))
+            )
+            raise UsageError(f"no encoder {encoder!r}; there are {known}")
+        step(f"encode every pair once with {encoder}", script, "--data", data, "--out", feats)
+    caches = ["--vtype", *args.vtype, "--ttype", *args.ttype]
+    grid = ["--head", *args.head, "--norm", "standard", "--lr", "1e-3", "--ep", "60", "--bs", "64", "--seeds", "3"]
+    step("compare heads on the cached features", "modeling/sweep_heads.py", *caches, *folders, *grid)
+    best, predictions = best_run(runs / "sweep"), args.out / "predictions.csv"
+    predicts = (feats / f"{args.vtype[0]}_test.h5").is_file()
+    if predicts:
+        step(
+            "predict the unlabelled pairs with the best of them",
+            *("modeling/inference_head.py", *folders, "--run", best, "--out", predictions),
+        )
+    print(f"\ndone in {time.perf_counter() - start:.0f} s; nothing is encoded or trained twice if you run it again:")
+    print(f"  caches       {feats}/  (look into one: python feats/inspect_feats.py {feats / args.vtype[0]}_train.h5)")
+    print(f"  comparison   {runs / 'sweep' / 'table.md'}")
+    print(f"  best run     {best}")
+    if predicts:
+        print(f"  predictions  {predictions}")
+    if args.data is None:
+        print_score(predictions, data / "test_labels.csv")
+    return options.EXIT_DONE
+
+
+def step(what: str, *command: object) -> None:
+    """Say what comes, print the command as one would type it, run it. Raises `UsageError` when it fails."""
+    print(f"\n# {what}\n$ {shlex.join(['python', *map(str, command)])}", flush=True)
+    script, *arguments = map(str, command)
+    status = subprocess.run([sys.executable, ROOT / script, *arguments], check=False).returncode
+    if status == options.EXIT_INTERRUPTED:
+        raise KeyboardInterrupt
+    if status:
+        raise UsageError(f"that command ended with status {status}; what it says above is what to mend")
+
+
+def print_score(predictions: Path, truth: Path) -> None:
+    """How the predictions of the synthetic sample fare against the labels its generator kept aside."""
+    tables = [dict(csv.reader(path.read_text(encoding="utf-8").splitlines())) for path in (predictions, truth)]
+    predicted, true = tables
+    right = sum(predicted[name] == true[name] for name in true if name != "guid")
+    print(
+        f"of the sample's {len(true) - 1} unlabelled pairs {right} are predicted right (drawn data: only a demonstration)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,356 @@
+"""The run folder: everything a result consists of, whole or not there at all.
+
+`config.json` (everything needed to repeat it), `head.safetensors` (weights and normalisation of every member),
+`split.json` (ids), `metrics.json`, `history.csv`, `predictions_val.csv`. A run is an ensemble of one member or more:
+its probabilities are the weighted mean of its members' calibrated ones.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from feats.errors import UsageError, first_line
+from feats.store import fingerprint_difference
+from modeling.features import FeatureSet
+from modeling.heads import Head, HeadConfig, build_head, n_parameters
+from modeling.inputs import Preprocessing
+from modeling.metrics import softmax
+from modeling.splits import Split
+from modeling.training import TrainConfig, predict_stack
+
+FORMAT_VERSION = 1
+DEFAULT_FOLDER = Path("saved/runs")
+CONFIG, TENSORS, SPLIT, METRICS, HISTORY, PREDICTIONS = (
+    "config.json",
+    "head.safetensors",
+    "split.json",
+    "metrics.json",
+    "history.csv",
+    "predictions_val.csv",
+)
+# What of a cache's fingerprint may differ between training and prediction: other rows, another machine. (The last two
+# follow from the dtype.)
+FREE_TO_DIFFER = ("data", "versions", "dtype", "views", "tokens", "image_dtype", "float32_blocks")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One trained head (one model, on the CPU), with how its features are made and its probabilities calibrated."""
+
+    config: TrainConfig
+    head: Head
+    preprocessing: Preprocessing
+    widths: dict[str, int]
+    temperature: float = 1.0
+    weight: float = 1.0
+    best_epoch: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+    fold: int | None = None  # which fold's split it was trained on, from 1
+
+    def logits(self, features: FeatureSet) -> np.ndarray:
+        """(N, C) float32. `features` lie where the head does; more caches than the member's own do no harm."""
+        inputs = self.preprocessing.apply(features).for_head(self.config.head)
+        return predict_stack(self.head, inputs, torch.arange(len(features), device=inputs.device))[0].cpu().numpy()
+
+    def to(self, device: torch.device | str) -> "Member":
+        return Member(**{**self.__dict__, "head": self.head.to(device), "preprocessing": self.preprocessing.to(device)})
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained classifier. `features` says which caches it reads: folder, vtype, ttype, tokens and `fingerprints`."""
+
+    classes: list[str]
+    members: list[Member]
+    features: dict[str, Any]
+    split: Split | list[Split]
+    # Added to the log of the mean probabilities before the most probable class is taken: (C,), 0 for none.
+    bias: list[float]
+    config: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+    def probabilities(self, features: FeatureSet) -> np.ndarray:
+        """Calibrated class probabilities (N, C) float64 of features joined from the run's caches."""
+        return mix([softmax(m.logits(features), m.temperature) for m in self.members], self.weights, self.bias)
+
+    @property
+    def weights(self) -> list[float]:
+        return [m.weight for m in self.members]
+
+    def to(self, device: torch.device | str) -> "Run":
+        return Run(**{**self.__dict__, "members": [m.to(device) for m in self.members]})
+
+    def check_fingerprints(self, features: FeatureSet, source: str) -> None:
+        """Raise `UsageError` when a cache of `features` was made by another encoder than the run was trained on."""
+        for name, cached in features.fingerprints.items():
+            trained = self.features["fingerprints"].get(name, {})
+            free = FREE_TO_DIFFER if name in self.features["ttype"] else (*FREE_TO_DIFFER, "text_clean")
+            kept = [{k: v for k, v in f.items() if k not in free} for f in (cached, trained)]
+            difference = fingerprint_difference(*kept)
+            if difference:
+                raise UsageError(
+                    f"the cache {name} in {source} isn't what {self.path} was trained on ({difference}); extract it again "
+                    "with the encoder of that run, or train a new head"
+                )
+
+
+def mix(probabilities: Sequence[np.ndarray], weights: Sequence[float], bias: Sequence[float]) -> np.ndarray:
+    """Weighted mean of probabilities (N, C), each class's then multiplied by exp(bias) and rows brought to sum 1."""
+    mean = np.average(np.stack(probabilities), axis=0, weights=weights)
+    if np.any(bias):
+        mean = mean * np.exp(bias)
+        mean = mean / mean.sum(1, keepdims=True)
+    return mean
+
+
+# -- saving -----------------------------------------------------------------------------------------------------
+
+
+def save_run(
+    run: Run,
+    folder: Path | str,
+    name: str,
+    *,
+    metrics: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    predictions: tuple[Sequence[str], Sequence[str], np.ndarray],
+    command: str,
+    exact_name: bool = False,
+) -> Path:
+    """Write `run` as <folder>/<name>, with a number behind it if that is taken (unless `exact_name`: then it is
+    replaced). The folder appears only when it is whole. `predictions`: ids, tags ('' unknown), probabilities (N, C).
+
+    Raises `UsageError` when the folder can't be written.
+    """
+    folder = Path(folder)
+    unfinished = folder / f".{name}.{os.getpid()}.writing"
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        save_file(_tensors(run.members), unfinished / TENSORS)
+        config = _config(run, command, _sha256(unfinished / TENSORS))
+        _write_json(unfinished / CONFIG, config)
+        _write_json(unfinished / METRICS, metrics)
+        splits = run.split if isinstance(run.split, list) else [run.split]
+        if isinstance(run.split, list):
+            _write_json(unfinished / SPLIT, {"folds": [asdict(split) for split in splits]})
+        else:
+            run.split.save(unfinished / SPLIT)
+        _write_history(unfinished / HISTORY, history)
+        write_predictions(unfinished / PREDICTIONS, *predictions, run.classes)
+        path = folder / name
+        if exact_name and path.exists():
+            shutil.rmtree(path)
+        number = 2
+        while path.exists():
+            path, number = folder / f"{name}-{number}", number + 1
+        os.replace(unfinished, path)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UsageError(f"can't write the run {folder / name}: {error.strerror}; give another --runs folder") from None
+    return path
+
+
+def run_name(run: Run, when: float | None = None) -> str:
+    """A name that tells runs apart: time, caches, head, D, ablation, seed."""
+    config = run.members[0].config
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(when))
+    caches = "_".join("+".join(run.features[side]) or "none" for side in ("vtype", "ttype"))
+    parts = [stamp, caches, config.head.head, f"D{config.head.D}", f"a{config.head.ablation}", f"s{config.seed}"]
+    return "_".join(parts) + (f"_x{len(run.members)}" if len(run.members) > 1 else "")
+
+
+def _config(run: Run, command: str, sha256: str) -> dict[str, Any]:
+    members = [
+        {
+            "train": asdict(m.config),
+            "preprocessing": {
+                "caches": m.preprocessing.caches,
+                "scales": m.preprocessing.scales,
+                "kinds": m.preprocessing.kinds,
+            },
+            "widths": m.widths,
+            "temperature": m.temperature,
+            "weight": m.weight,
+            "best_epoch": m.best_epoch,
+            "facts": m.facts,
+            "fold": m.fold,
+            "parameters": n_parameters(m.head),
+        }
+        for m in run.members
+    ]
+    return {
+        "format_version": FORMAT_VERSION,
+        "created": datetime.now(UTC).isoformat(),
+        "command": command,
+        "classes": run.classes,
+        "features": run.features,
+        "split": [s.how for s in run.split] if isinstance(run.split, list) else run.split.how,
+        "bias": list(run.bias),
+        "members": members,
+        "tensors_sha256": sha256,
+        "versions": {"torch": torch.__version__, "numpy": np.__version__},
+        **run.config,
+    }
+
+
+def _tensors(members: Sequence[Member]) -> dict[str, torch.Tensor]:
+    """Every member's tensors by name: "0/head/out.weight" (without the dimension of models), "0/norm/image/clip/mean"."""
+    tensors = {}
+    for k, member in enumerate(members):
+        tensors |= {f"{k}/head/{name}": t[0].cpu().clone() for name, t in member.head.state_dict().items()}
+        tensors |= {f"{k}/norm/{name}": t.cpu().clone() for name, t in member.preprocessing.state().items()}
+    return tensors
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_history(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_tensorboard(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """Event files of every member's history under <path>/tensorboard."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+    for (fold, seed), rows in groupby(history, lambda row: (row["fold"], row["seed"])):
+        with SummaryWriter(path / "tensorboard" / f"{f'fold{fold}_' if fold else ''}seed{seed}") as writer:
+            for row in rows:
+                for name, value in row.items():
+                    if name not in ("fold", "seed", "epoch"):
+                        writer.add_scalar(name, value, row["epoch"])
+
+
+def write_predictions(
+    path: Path, ids: Iterable[str], tags: Iterable[str], probabilities: np.ndarray, classes: Sequence[str]
+) -> None:
+    """CSV of id, tag, pred and a column "p_<class>" for each class: probabilities (N, C)."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["id", "tag", "pred", *(f"p_{name}" for name in classes)])
+        for name, tag, row in zip(ids, tags, probabilities, strict=True):
+            writer.writerow([name, tag, classes[int(row.argmax())], *(f"{p:.6f}" for p in row)])
+
+
+def read_predictions(path: Path) -> tuple[list[str], list[str], np.ndarray]:
+    """Ids, tags and probabilities (N, C) that `write_predictions` wrote."""
+    with path.open(encoding="utf-8", newline="") as file:
+        _, *rows = csv.reader(file)
+    return [r[0] for r in rows], [r[1] for r in rows], np.array([r[3:] for r in rows], np.float64)
+
+
+# -- loading ----------------------------------------------------------------------------------------------------
+
+
+def load_run(path: Path | str) -> Run:
+    """Read a run, strictly: every tensor must be there, of the right shape, and none besides.
+
+    Raises `UsageError` when it is no run, is damaged, or of another format version.
+    """
+    path = Path(path)
+    config = read_config(path)
+    try:
+        if _sha256(path / TENSORS) != config["tensors_sha256"]:
+            raise UsageError(f"{path / TENSORS} is damaged (its checksum isn't the one in {CONFIG}); train again")
+        tensors = load_file(path / TENSORS)
+        members = [_member(k, m, tensors, len(config["classes"])) for k, m in enumerate(config["members"])]
+        split = json.loads((path / SPLIT).read_text(encoding="utf-8"))
+        splits = [Split(**s) for s in split["folds"]] if "folds" in split else Split(**split)
+        run = Run(config["classes"], members, config["features"], splits, config["bias"], config, path)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{path} is damaged ({first_line(error)}); train again") from None
+    if tensors:
+        raise UsageError(
+            f"{path / TENSORS} holds tensors no member has ({', '.join(sorted(tensors)[:3])}); train again"
+        )
+    return run
+
+
+def _member(k: int, saved: dict[str, Any], tensors: dict[str, torch.Tensor], n_classes: int) -> Member:
+    train = dict(saved["train"])
+    config = TrainConfig(**{**train, "head": HeadConfig(**train["head"])})
+    own = {
+        part: {name: tensors.pop(name) for name in list(tensors) if name.startswith(f"{k}/{part}/")}
+        for part in ("head", "norm")
+    }
+    head = build_head(config.head, saved["widths"], n_classes)
+    head.load_state_dict({name.split("/", 2)[2]: t[None] for name, t in own["head"].items()})
+    how = saved["preprocessing"]
+    preprocessing = Preprocessing.from_state(
+        how["caches"],
+        how["scales"],
+        how["kinds"],
+        {name.split("/", 2)[2]: t for name, t in own["norm"].items()},
+    )
+    plain = {name: saved[name] for name in ("widths", "temperature", "weight", "best_epoch", "facts", "fold")}
+    return Member(config, head.eval(), preprocessing, **plain)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's config.json. Raises `UsageError` when it isn't there or isn't that."""
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = ", ".join(p.name for p in list_runs(path.parent)[:5]) or "none"
+        raise UsageError(f"{path} is no run: there is no {CONFIG} in it (runs beside it: {near})") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path / CONFIG} can't be read ({first_line(error)}); train again") from None
+    if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
+        raise UsageError(f"{path / CONFIG} isn't of format version {FORMAT_VERSION}; train again with this version")
+    return config
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """A run's metrics.json. Raises `UsageError` when it can't be read."""
+    try:
+        return json.loads((path / METRICS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path / METRICS} can't be read ({first_line(error)}); train again") from None
+
+
+def list_runs(folder: Path | str) -> list[Path]:
+    """The complete runs in `folder`, newest first. (An unfinished one is a hidden folder.)"""
+    found = []
+    for path in Path(folder).glob("[!.]*/" + CONFIG):
+        try:
+            found.append((read_config(path.parent)["created"], path.parent))
+        except (UsageError, KeyError):
+            continue
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest_run(folder: Path | str) -> Path:
+    """Raises `UsageError` when there is none."""
+    runs = list_runs(folder)
+    if not runs:
+        raise UsageError(
+            f"no complete run in {folder}; train one with: python modeling/train_head.py --vtype clip --D 256"
+        )
+    return runs[0]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

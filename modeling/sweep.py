@@ -1,0 +1,220 @@
+"""A sweep's bookkeeping and its comparison tables."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from feats.errors import UsageError
+from modeling import metrics
+from modeling.experiment import Experiment
+from modeling.heads import ABLATIONS
+from modeling.runs import METRICS, PREDICTIONS, read_config, read_predictions
+from modeling.training import TrainConfig
+
+SHOWN = 20  # configurations of the whole table that a terminal shows
+TABLE = "table.csv"
+FIGURES = ("accuracy", "weighted_f1", "macro_f1")
+
+
+def run_name(config: TrainConfig, experiment: Experiment) -> str:
+    """A name that is the same for the same training: what one can read of it, and a hash of everything else that
+    decides it (settings, split, normalisation, the caches' fingerprints without library versions)."""
+    fingerprints = {
+        name: {k: v for k, v in f.items() if k != "versions"} for name, f in experiment.source["fingerprints"].items()
+    }
+    decides = [
+        asdict(config),
+        [asdict(split) for split in experiment.splits],
+        experiment.norms,
+        experiment.scales,
+        experiment.source["vtype"],
+        experiment.source["ttype"],
+        fingerprints,
+    ]
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
+    head = config.head
+    return f"{head.head}_D{head.D}_a{head.ablation}_lr{config.lr:g}_bs{config.bs}_s{config.seed}_{digest}"
+
+
+def is_finished(path: Path) -> bool:
+    try:
+        read_config(path)
+    except UsageError:
+        return False
+    return (path / METRICS).is_file() and (path / PREDICTIONS).is_file()
+
+
+@dataclass(frozen=True)
+class Tables:
+    """`rows`: one for each configuration (its seeds together), best first."""
+
+    rows: list[dict[str, Any]]
+    columns: list[str]
+    pivots: dict[str, tuple[list[dict[str, Any]], list[str]]]  # title -> rows, columns
+    notes: str
+    best: str  # name of the best configuration's first run
+    by: str
+
+    @property
+    def text(self) -> str:
+        more = len(self.rows) - SHOWN
+        parts = [metrics.format_table(self.rows[:SHOWN], self.columns)]
+        parts[0] += f"\n... and {more} more in table.csv" if more > 0 else ""
+        parts += [f"{title}\n{metrics.format_table(*pivot)}" for title, pivot in self.pivots.items()]
+        return "\n\n".join([*parts, self.notes])
+
+    def write(self, folder: Path) -> None:
+        """table.csv, with every number in full, and table.md."""
+        with (folder / TABLE).open("w", encoding="utf-8", newline="") as file:
+            names = list(dict.fromkeys(name for row in self.rows for name in row if name not in ("mean ± std",)))
+            writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        parts = [metrics.format_table(self.rows, self.columns, markdown=True)]
+        parts += [
+            f"### {title}\n\n{metrics.format_table(*pivot, markdown=True)}" for title, pivot in self.pivots.items()
+        ]
+        (folder / "table.md").write_text("\n\n".join([*parts, self.notes]) + "\n", encoding="utf-8")
+
+
+def best_run(folder: Path) -> Path:
+    """The first run in a sweep's table: the best configuration's. Raises `UsageError` when there is no table."""
+    try:
+        with (folder / TABLE).open(encoding="utf-8", newline="") as file:
+            return folder / next(csv.DictReader(file))["run"]
+    except (OSError, StopIteration, KeyError):
+        raise UsageError(f"no finished sweep in {folder}; make one with python modeling/sweep_heads.py") from None
+
+
+def compare(folder: Path, configs: Sequence[TrainConfig], names: Sequence[str], experiment: Experiment) -> Tables:
+    """Read the runs `names` of `configs` in `folder` back and compare them, seeds of one configuration together, on the
+    same validation rows: mean and standard deviation over seeds, a bootstrap interval over rows, and a paired bootstrap
+    against the best."""
+    of_setting: dict[TrainConfig, list[str]] = {}
+    for config, name in zip(configs, names, strict=True):
+        of_setting.setdefault(replace(config, seed=0), []).append(name)
+    monitor = configs[0].monitor if configs[0].monitor in FIGURES else "accuracy"
+    entries = [_entry(folder, setting, runs) for setting, runs in of_setting.items()]
+    entries.sort(key=lambda e: -e["row"][monitor])
+    best = entries[0]
+    for entry in entries:
+        interval = metrics.paired_row_bootstrap(entry["right"])["interval"]
+        entry["row"]["95 %"] = f"{interval[0]:.3f}-{interval[1]:.3f}"
+        entry["row"] |= {"low": interval[0], "high": interval[1]}
+        if entry is not best:
+            paired = metrics.paired_row_bootstrap(entry["right"], best["right"])
+            entry["row"] |= {"to best": paired["difference"], "p": paired["p"]}
+    rows = [e["row"] for e in entries]
+    given = [{**asdict(setting), **asdict(setting.head)} for setting in of_setting]
+    varying = [
+        name
+        for name in (
+            "D",
+            "dropout",
+            "optimizer",
+            "lr",
+            "weight_decay",
+            "schedule",
+            "bs",
+            "ep",
+            "label_smoothing",
+            "class_weights",
+            "monitor",
+            "patience",
+            "penalty",
+            "gamma",
+        )
+        if len({values[name] for values in given}) > 1
+    ]
+    columns = ["head", "ablation", *varying, "parameters", "seeds", *FIGURES, "±", "95 %", "to best", "p"]
+    labels = experiment.labels(best["ids"])
+    majority = metrics.majority_baseline(labels, experiment.classes, experiment.majority(experiment.splits[0]))
+    baseline = {"head": f"always {majority['class']}", **{name: majority[name] for name in FIGURES}}
+    n_rows = len(labels)
+    notes = (
+        f"{n_rows} validation rows; ± is over seeds, 95 % of the accuracy over rows, p a paired bootstrap against the best "
+        f"on the same rows. The best of {len(rows)} by these very rows is optimistic: confirm it on others."
+    )
+    return Tables([*rows, baseline], columns, _pivots(rows, monitor), notes, best["runs"][0], monitor)
+
+
+def _entry(folder: Path, setting: TrainConfig, runs: Sequence[str]) -> dict[str, Any]:
+    figures, right, ids = [], [], []
+    for name in runs:
+        figures.append(json.loads((folder / name / METRICS).read_text(encoding="utf-8"))["val"])
+        ids, tags, probabilities = read_predictions(folder / name / PREDICTIONS)
+        classes = figures[-1]["classes"]
+        right.append(np.array([classes[k] for k in probabilities.argmax(1)]) == np.array(tags))
+    parameters = read_config(folder / runs[0])["members"][0]["parameters"]
+    summary = metrics.mean_std(figures)
+    flat = {**asdict(setting), **asdict(setting.head.resolved())}
+    row = {
+        **{name: value for name, value in flat.items() if name != "seed"},
+        "ablation": ABLATIONS[setting.head.ablation],
+        **{name: f"{flat[name]:g}" for name in ("lr", "weight_decay")},  # three digits would show 1e-4 as 0.000
+        "parameters": parameters,
+        "seeds": len(runs),
+        **{name: summary[name]["mean"] for name in FIGURES},
+        "±": summary["accuracy"]["std"],
+        "log_loss": summary["log_loss"]["mean"],
+        "run": runs[0],
+    }
+    return {"row": row, "runs": runs, "ids": ids, "right": np.mean(right, axis=0)}
+
+
+def _pivots(rows: Sequence[Mapping[str, Any]], monitor: str) -> dict[str, tuple[list[dict[str, Any]], list[str]]]:
+    """The studies' tables, of what the sweep varies; each cell holds the best of what is left open."""
+
+    def best(where: Callable[[Mapping[str, Any]], bool]) -> Mapping[str, Any] | None:
+        return next((row for row in rows if where(row)), None)  # rows are sorted
+
+    def distinct(name: str) -> list[Any]:
+        return sorted({row[name] for row in rows}, key=float)
+
+    heads = list(dict.fromkeys(row["head"] for row in rows))
+    found = {}
+    if len(heads) > 1:
+        chosen = [best(lambda r, h=h: r["head"] == h) for h in heads]
+        columns = ["head", "ablation", "parameters", *FIGURES, "95 %", "to best", "p"]
+        found[f"by head, each at its best {monitor}"] = (chosen, columns)
+    ablations = [name for name in ABLATIONS.values() if best(lambda r, n=name: r["ablation"] == n)]
+    if len(ablations) > 1:
+        table = [
+            {
+                "head": h,
+                **{
+                    a: _cell(best(lambda r, h=h, a=a: r["head"] == h and r["ablation"] == a), monitor)
+                    for a in ablations
+                },
+            }
+            for h in heads
+        ]
+        found[f"by ablation, {monitor}"] = (table, ["head", *ablations])
+    if len(distinct("D")) > 1 or len(distinct("lr")) > 1:
+        rates = [f"lr {lr}" for lr in distinct("lr")]
+        table = [
+            {
+                "head": h,
+                "D": D,
+                **{
+                    f"lr {lr}": _cell(
+                        best(lambda r, h=h, D=D, lr=lr: (r["head"], r["D"], r["lr"]) == (h, D, lr)), monitor
+                    )
+                    for lr in distinct("lr")
+                },
+            }
+            for h in heads
+            for D in distinct("D")
+        ]
+        found[f"by D and learning rate, {monitor}"] = (table, ["head", "D", *rates])
+    return found
+
+
+def _cell(row: Mapping[str, Any] | None, name: str) -> float | None:
+    return None if row is None else row[name]

@@ -1,0 +1,61 @@
+"""Train a grid of heads, remember what is finished, and compare: options of train_head.py, several values each."""
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+
+from modeling import experiment as ex
+from modeling import options, sweep
+from modeling.runs import save_run
+
+
+def build_parser() -> ArgumentParser:
+    parser = options.new_parser(__doc__)
+    options.add_feature_options(parser)
+    options.add_split_options(parser)
+    options.add_training_options(parser, grid=True)
+    options.add_run_options(parser)
+    parser.add_argument("--name", default="sweep", help="folder of the sweep's runs and tables, inside --runs")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    again = "what is finished is kept, run the same command to go on"
+    return options.guarded(lambda: run_sweep(args, options.command_line(argv)), again)
+
+
+def run_sweep(args: Namespace, command: str) -> int:
+    values = options.with_recipe(args)
+    grid = [options.config_from(point) for point in options.grid_points(values)]
+    experiment = ex.load_experiment(args, values, [config.head.head for config in grid])
+    grid = [options.fit_to_data(config, args.recipe, experiment.classes, experiment.source) for config in grid]
+    configs = [c for config in dict.fromkeys(grid) for c in options.with_seeds(config, args.seeds)]
+    folder = args.runs / args.name
+    names = [sweep.run_name(config, experiment) for config in configs]
+    waiting = [i for i, name in enumerate(names) if not sweep.is_finished(folder / name)]
+    print(f"{len(configs)} trainings, {len(configs) - len(waiting)} of them finished before")
+    for k, outcomes in ex.train([configs[i] for i in waiting], experiment):
+        run = ex.make_run(outcomes, experiment)
+        report = ex.measure(outcomes, experiment, run)
+        save_run(
+            run,
+            folder,
+            names[waiting[k]],
+            metrics=report.figures,
+            history=report.history,
+            predictions=(report.ids, report.tags, report.probabilities),
+            command=command,
+            exact_name=True,
+        )
+    tables = sweep.compare(folder, configs, names, experiment)
+    print(tables.text)
+    tables.write(folder)
+    best = folder / tables.best
+    print(f"{len(configs)} runs, table.csv and table.md -> {folder}")
+    print(f"best by validation {tables.by}: python modeling/inference_head.py --run {best}")
+    return options.EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

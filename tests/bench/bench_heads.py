@@ -1,0 +1,238 @@
+"""Training, sweeping and predicting on cached features: whole processes against a usual training loop, the import of
+torch, the speed of reading, and the machine's matrix-product limit, all in one run.
+
+    python tests/bench/bench_heads.py [--parts train grid predict million] [--rounds 3]
+
+Features are random and shaped as the reference study's: 4000 x (512 + 512), a tenth for validation.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from statistics import median
+
+import h5py
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+N, WIDTH, CLASSES, TRAIN, EPOCHS = 4000, 512, ("negative", "neutral", "positive"), 3600, 100
+GRID = {"--D": [128, 256], "--lr": [2e-5, 1e-4], "--bs": [32, 512], "--ablation": [0, 1, 2]}
+SEEDS = 5
+PARTS = ("train", "grid", "predict", "million")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=1_000_000, help="of the part million")
+    parser.add_argument("--yardstick", nargs=5, metavar=("CACHE", "D", "BS", "ABLATION", "EPOCHS"), help="internal")
+    args = parser.parse_args(argv)
+    if args.yardstick:
+        cache, *numbers = args.yardstick
+        usual_loop(Path(cache), *map(int, numbers))
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        feats = Path(folder) / "feats"
+        make_caches(feats, N)
+        for part in args.parts:
+            print(f"\n== {part}", flush=True)
+            globals()[part](Path(folder), feats, args)
+    return 0
+
+
+# -- the yardstick ----------------------------------------------------------------------------------------------
+
+
+def usual_loop(cache: Path, D: int, bs: int, ablation: int, epochs: int) -> None:
+    """How such heads are usually trained: a Dataset of numpy rows, a DataLoader, one configuration, Adam."""
+    import torch
+    from torch import nn
+    from torch.utils.data import DataLoader, Dataset
+
+    with h5py.File(cache) as file:
+        image, text = file["img_feats"][:].astype(np.float32), file["txt_feats"][:].astype(np.float32)
+        labels = np.array([CLASSES.index(tag.decode()) for tag in file["tag"][:]])
+
+    class Pairs(Dataset):
+        def __init__(self, low: int, high: int):
+            self.low, self.high = low, high
+
+        def __len__(self) -> int:
+            return self.high - self.low
+
+        def __getitem__(self, i: int) -> tuple:
+            return image[self.low + i], text[self.low + i], labels[self.low + i]
+
+    def projection() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(WIDTH, D), nn.BatchNorm1d(D), nn.ReLU(), nn.Dropout(0.3))
+
+    sides = {0: (0, 1), 1: (1,), 2: (0,)}[ablation]
+    projections = nn.ModuleList([projection() for _ in sides])
+    out = nn.Linear(D * len(sides), len(CLASSES))
+    optimizer = torch.optim.Adam([*projections.parameters(), *out.parameters()], lr=1e-4)
+    train = DataLoader(Pairs(0, TRAIN), batch_size=bs, shuffle=True)
+    val = DataLoader(Pairs(TRAIN, N), batch_size=bs)
+    best = 0.0
+    for _ in range(epochs):
+        for module in (projections, out):
+            module.train()
+        for *pair, y in train:
+            logits = out(torch.cat([p(pair[side]) for p, side in zip(projections, sides, strict=True)], 1))
+            loss = nn.functional.cross_entropy(logits, y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        for module in (projections, out):
+            module.eval()
+        right = 0
+        with torch.no_grad():
+            for *pair, y in val:
+                logits = out(torch.cat([p(pair[side]) for p, side in zip(projections, sides, strict=True)], 1))
+                right += int((logits.argmax(1) == y).sum())
+        best = max(best, right / (N - TRAIN))
+    print(f"best validation accuracy {best:.3f}")
+
+
+def seconds(*command: object) -> float:
+    """Wall time of a whole process."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *map(str, command)], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    return time.perf_counter() - start
+
+
+def alternate(rounds: int, **work: Callable[[], float]) -> dict[str, float]:
+    """Median of each, measured in turn so that a noisy machine is noisy for all of them."""
+    found: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, run in work.items():
+            found[name].append(run())
+    return {name: median(times) for name, times in found.items()}
+
+
+def make_caches(folder: Path, rows: int, splits: Sequence[str] = ("train", "test"), width: int = WIDTH) -> None:
+    """A cache "bench" of both sides: random features in which the classes can be told apart, not perfectly."""
+    from feats.store import FeatureStore
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    centres = {side: rng.normal(0, 0.06, (len(CLASSES), width)) for side in ("img_feats", "txt_feats")}
+    for split in splits:
+        count = rows if split == "train" or rows > N else 511
+        labels = rng.choice(len(CLASSES), count, p=[0.3, 0.1, 0.6])
+        tags = [CLASSES[k] if split == "train" else "" for k in labels]
+        ids = [str(i) for i in range(count)]
+        fingerprint = {"encoder": "bench", "data": split}
+        shapes = {"img_feats": (width,), "txt_feats": (width,)}
+        with FeatureStore.create(
+            folder / f"bench_{split}.h5", ids, tags, fingerprint, shapes, block_rows=1024
+        ) as store:
+            for low in range(0, count, 1 << 14):
+                block = np.arange(low, min(low + (1 << 14), count))
+                arrays = {
+                    side: (rng.standard_normal((len(block), width), np.float32) + centres[side][labels[block]]).astype(
+                        np.float16
+                    )
+                    for side in centres
+                }
+                store.write(block, np.ones(len(block), np.uint8), arrays, {})
+            store.finish()
+
+
+def product_limit() -> float:
+    """fp32 FLOP/s of a 2048-cubed matrix product."""
+    import torch
+
+    a = torch.randn(2048, 2048)
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 2 * 2048**3 / median(times)
+
+
+def flops(D: int, ablation: int) -> float:
+    """Multiply-adds times two of one epoch's projections: forward, and gradients of their weights; validation forward."""
+    sides = 2 if ablation == 0 else 1
+    return 2 * sides * WIDTH * D * (2 * TRAIN + N - TRAIN)
+
+
+# -- parts ------------------------------------------------------------------------------------------------------
+
+
+def train(folder: Path, feats: Path, args) -> None:
+    """One training, whole process, against the usual loop."""
+    ours = ("modeling/train_head.py", "--vtype", "bench", "--feats", feats, "--runs", folder / "runs", "--D", 256)
+    loop = (__file__, "--yardstick", feats / "bench_train.h5", 256, 512, 0, EPOCHS)
+    times = alternate(args.rounds, loop=lambda: seconds(*loop), ours=lambda: seconds(*ours))
+    print(
+        f"usual loop {times['loop']:.1f} s, train_head.py {times['ours']:.1f} s: {times['loop'] / times['ours']:.1f} x"
+    )
+
+
+def grid(folder: Path, feats: Path, args) -> None:
+    """The sweep, whole process, against the usual loop one configuration after another. The loop is timed on each shape
+    with few epochs and extrapolated: all of it would take an hour."""
+    few = 4
+    total, start_up = 0.0, seconds(__file__, "--yardstick", feats / "bench_train.h5", 256, 512, 0, 0)
+    for D, bs, ablation in product(GRID["--D"], GRID["--bs"], GRID["--ablation"]):
+        taken = seconds(__file__, "--yardstick", feats / "bench_train.h5", D, bs, ablation, few) - start_up
+        total += len(GRID["--lr"]) * SEEDS * (start_up + taken * EPOCHS / few)
+    options = [item for name, values in GRID.items() for item in (name, *values)]
+    sweep = ["modeling/sweep_heads.py", "--vtype", "bench", "--feats", feats, "--seeds", SEEDS, *options]
+    names = iter(range(args.rounds))
+    ours = median(seconds(*sweep, "--runs", folder / f"grid{next(names)}") for _ in range(args.rounds))
+    work = sum(flops(D, a) * EPOCHS for D, _, _, a in product(*GRID.values())) * SEEDS
+    count = len(list(product(*GRID.values()))) * SEEDS
+    print(
+        f"{count} trainings: usual loop {total:.0f} s (extrapolated), sweep_heads.py {ours:.0f} s: {total / ours:.1f} x"
+    )
+    limit = product_limit()
+    print(f"{work / ours / 1e9:.0f} GFLOP/s of {limit / 1e9:.0f} in a matrix product: {work / ours / limit:.2f} of it")
+
+
+def predict(folder: Path, feats: Path, args) -> None:
+    """inference_head.py on 511 rows, whole process, against importing torch."""
+    seconds("modeling/train_head.py", "--vtype", "bench", "--feats", feats, "--runs", folder / "runs", "--ep", 1)
+    ours = ("modeling/inference_head.py", "--feats", feats, "--runs", folder / "runs", "--out", folder / "out.csv")
+    times = alternate(max(5, args.rounds), torch=lambda: seconds("-c", "import torch"), ours=lambda: seconds(*ours))
+    print(
+        f"import torch {times['torch']:.2f} s, inference_head.py {times['ours']:.2f} s: {times['ours'] / times['torch']:.2f} x"
+    )
+
+
+def million(folder: Path, feats: Path, args) -> None:
+    """Many cached rows: predicting them against reading them, and the memory it takes."""
+    import resource
+
+    big = folder / "big"
+    make_caches(big, args.rows, ["test"])
+    seconds("modeling/train_head.py", "--vtype", "bench", "--feats", feats, "--runs", folder / "runs", "--ep", 1)
+
+    def read() -> float:
+        start = time.perf_counter()
+        with h5py.File(big / "bench_test.h5") as file:
+            for low in range(0, args.rows, 1 << 16):
+                for name in ("img_feats", "txt_feats"):
+                    file[name][low : low + (1 << 16)]
+        return time.perf_counter() - start
+
+    ours = ("modeling/inference_head.py", "--feats", big, "--runs", folder / "runs", "--out", folder / "big.csv")
+    times = alternate(args.rounds, read=read, ours=lambda: seconds(*ours))
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(
+        f"{args.rows:,} rows: read {times['read']:.1f} s, predicted {times['ours']:.1f} s (whole process), "
+        f"{times['ours'] / times['read']:.1f} x; peak memory {peak:.2f} GiB"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
