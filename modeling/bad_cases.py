@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def export(args: Namespace) -> int:
     run = load_run(args.run or newest_run(args.runs))
+    if run.stacking is not None:
+        raise UsageError(f"{run.path} is an ensemble of --auto; name a run of train_head.py or of a sweep with --run")
     train_ids = training_rows(run.split)
     experiment = ex.experiment_of_run(run, args.feats, resolve_device(args.device))
     folds = experiment.folds_of(train_ids, args.folds)

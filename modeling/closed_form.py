@@ -14,7 +14,7 @@ from feats.errors import UsageError
 
 MAX_KERNEL_ROWS = 20_000  # five N x N matrices of 3.2 GB each
 KERNEL_GAMMAS = (0.5, 1.0, 2.0, 4.0)  # divided by the mean squared distance of two rows
-KERNEL_PENALTIES = (0.3, 1.0, 3.0)
+KERNEL_PENALTIES = (0.3, 1.0, 3.0, 10.0)
 CALIBRATION_C = 1.0  # matters on small data only: few rows must not make a sharp calibration
 MAX_ROUNDS = 100  # some five are enough but for separable classes under a weak penalty
 ITERATIONS = 25
@@ -40,6 +40,7 @@ def fit_logistic(
     n_classes: int,
     Cs: Sequence[float],
     row_weights: torch.Tensor | None = None,
+    tolerance: float = TOLERANCE,
 ) -> list[LogisticFit]:
     """Multinomial logistic regression of `targets` (N,) int64 on `x` (N, D), one fit for each of `Cs`, in their order.
 
@@ -49,7 +50,7 @@ def fit_logistic(
     L-BFGS in the coordinates in which the Hessian, its blocks taken as equal, is the identity: standardised features
     of a thousand columns need some forty evaluations where plain L-BFGS needs hundreds. There half the squared
     gradient estimates the distance from the minimum (Boyd and Vandenberghe, Convex Optimization, section 9.5.1); the
-    coordinates are renewed until it is 1e-10 of the objective.
+    coordinates are renewed until it is `tolerance` of the objective.
     Raises `UsageError` for a C that isn't positive and for a class without a row.
     """
     x, weights = _checked(x, targets, n_classes, row_weights)
@@ -61,7 +62,7 @@ def fit_logistic(
     ridge = 2.0 if n_classes == 2 else 1.0
     fits = {}
     for C in sorted(set(Cs)):  # from the strongest penalty: each starts where the last ended
-        weight, bias, objective = _minimise(x, targets, C * weights, ridge, weight, bias)
+        weight, bias, objective = _minimise(x, targets, C * weights, ridge, weight, bias, tolerance)
         fits[C] = LogisticFit(C, weight, bias - centre @ weight, objective)
     return [fits[C] for C in Cs]
 
@@ -73,6 +74,7 @@ def _minimise(
     ridge: float,
     weight: torch.Tensor,
     bias: torch.Tensor,
+    tolerance: float,
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Minimise Σ_i weights_i logloss_i + ridge / 2 ||weight||² from `weight`, `bias`; also gives the minimum."""
     scale = float(weights.sum())
@@ -85,7 +87,7 @@ def _minimise(
         factor = torch.linalg.cholesky(hessian).T
         stretch = curvature.sum().sqrt().clamp_min(1e-6)
         weight, bias, value, excess = _lbfgs(x, targets, weights, ridge, weight, bias, factor, stretch)
-        if excess <= TOLERANCE * value:
+        if excess <= tolerance * value:
             break
     return weight, bias, value * scale
 

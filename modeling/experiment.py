@@ -39,7 +39,7 @@ class Experiment:
     device: torch.device
     source: dict[str, Any]  # which caches: what a run's config says under "features"
 
-    def problem(self, split: Split, rows: Sequence[str] | None = None) -> tuple[Problem, Preprocessing]:
+    def problem(self, split: Split) -> tuple[Problem, Preprocessing]:
         """One split, ready for training, and the preprocessing fitted on its training rows."""
         train, val = (self.features.positions(ids).to(self.device) for ids in (split.train, split.val))
         preprocessing = Preprocessing.fit(self.features, train, self.norms, self.scales)
@@ -169,14 +169,14 @@ def make_splits(
 def named_norms(items: Sequence[str], caches: Sequence[str]) -> dict[str, str]:
     """{"clip": "l2", "vader": "none"} of ["l2", "vader=none"]."""
     norms = dict.fromkeys(caches, "none")
-    for item in items:
+    for item in sorted(items, key=lambda item: "=" in item):  # a named one wins
         name, named, kind = item.rpartition("=")
         if kind not in NORMS or (named and name not in norms):
             raise UsageError(
                 f"--norm {item}: expected one of {', '.join(NORMS)}, or CACHE=KIND with a cache in use "
                 f"({', '.join(norms)})"
             )
-        norms |= {name: kind} if named else dict.fromkeys([c for c in norms if f"{c}=" not in " ".join(items)], kind)
+        norms |= {name: kind} if named else dict.fromkeys(norms, kind)
     return norms
 
 
@@ -235,8 +235,7 @@ def make_run(outcomes: Sequence[Outcome], experiment: Experiment, config: Mappin
         members,
         needed_caches(members, experiment.source),
         experiment.splits if len(experiment.splits) > 1 else experiment.splits[0],
-        [0.0] * len(experiment.classes),
-        dict(config or {}),
+        config=dict(config or {}),
     )
 
 
@@ -268,31 +267,36 @@ class Report:
 def measure(outcomes: Sequence[Outcome], experiment: Experiment, run: Run) -> Report:
     """Validation figures of the ensemble (of each split's members, all splits pooled), mean and standard deviation over
     the members, and figures on the test part where the split has one."""
-    ids, raw, calibrated = [], [], []
+    raw, calibrated = [], []
     for split in experiment.splits:
         own = [o for o in outcomes if o.split is split]
-        ids += split.val
         raw.append(np.mean([metrics.softmax(o.trained.val_logits) for o in own], axis=0))
         calibrated.append(np.mean([o.calibrated for o in own], axis=0))
-    majority = experiment.majority(experiment.splits[0])
-    probabilities = np.concatenate(calibrated)
-    figures = {"val": _figures(experiment, ids, np.concatenate(raw), probabilities, majority)}
+    report = report_of(experiment, run, np.concatenate(calibrated), np.concatenate(raw))
     singles = [metrics.evaluate(experiment.labels(o.split.val), o.calibrated, experiment.classes) for o in outcomes]
-    figures["members"] = {"count": len(outcomes), "mean_std": metrics.mean_std(singles)}
-    test = [split for split in experiment.splits if split.test]
-    if len(test) == len(experiment.splits) == 1:
-        rows = experiment.features.positions(test[0].test)
-        at_home = experiment.features.to("cpu")
-        raw_test = [metrics.softmax(m.logits(at_home))[rows] for m in run.members]
-        calibrated_test = run.probabilities(at_home)[rows]
-        figures["test"] = _figures(experiment, test[0].test, np.mean(raw_test, axis=0), calibrated_test, majority)
-    figures["protocol"] = protocol(experiment)
-    history = [
+    report.figures["members"] = {"count": len(outcomes), "mean_std": metrics.mean_std(singles)}
+    chosen = "best epoch and temperature chosen on the validation rows"
+    report.figures["protocol"] = f"{protocol(experiment)}; {chosen}"
+    report.history.extend(
         {"fold": o.member.fold or "", "seed": o.member.config.seed, **row}
         for o in outcomes
         for row in o.trained.history
-    ]
-    return Report(ids, experiment.tags(ids), probabilities, figures, history)
+    )
+    return report
+
+
+def report_of(experiment: Experiment, run: Run, calibrated: np.ndarray, raw: np.ndarray) -> Report:
+    """Figures of probabilities (n, C) on the validation rows of all splits, and on the test part where there is one."""
+    ids = [i for split in experiment.splits for i in split.val]
+    majority = experiment.majority(experiment.splits[0])
+    figures = {"val": _figures(experiment, ids, raw, calibrated, majority)}
+    if len(experiment.splits) == 1 and experiment.splits[0].test:
+        test = experiment.splits[0].test
+        features, rows = experiment.features.to("cpu"), experiment.features.positions(test)
+        raw_test = np.mean([metrics.softmax(m.logits(features, rows)) for m in run.members], axis=0)
+        figures["test"] = _figures(experiment, test, raw_test, run.probabilities(features, rows), majority)
+    figures["protocol"] = protocol(experiment)
+    return Report(ids, experiment.tags(ids), calibrated, figures, [])
 
 
 def _figures(
@@ -319,7 +323,7 @@ def protocol(experiment: Experiment) -> str:
     else:
         split = f"stratified split, {how['val_ratio']:g} for validation, seed {how['seed']}"
     together = "" if "files" in how else ", duplicates together" if experiment.group_of else ", duplicates anywhere"
-    return f"{split}{together}; best epoch and temperature chosen on the validation rows"
+    return f"{split}{together}"
 
 
 def print_report(report: Report, run: Run) -> None:
@@ -331,7 +335,7 @@ def print_report(report: Report, run: Run) -> None:
             figures = report.figures[part]
             rows += [{"rows": part, **figures}, {"rows": "  95 %", "n": "", **_intervals(figures["interval"])}]
             rows.append({"rows": "  always " + figures["majority"]["class"], **figures["majority"]})
-    members = report.figures["members"]
+    members = report.figures.get("members", {"count": 1})
     if members["count"] > 1:
         spread = {name: f"{v['mean']:.3f}±{v['std']:.3f}" for name, v in members["mean_std"].items() if name != "n"}
         rows.insert(1, {"rows": f"  each of {members['count']}", **spread})

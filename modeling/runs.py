@@ -2,7 +2,7 @@
 
 `config.json` (everything needed to repeat it), `head.safetensors` (weights and normalisation of every member),
 `split.json` (ids), `metrics.json`, `history.csv`, `predictions_val.csv`. A run is an ensemble of one member or more:
-its probabilities are the weighted mean of its members' calibrated ones.
+its probabilities are the mean of its members' calibrated ones, or what a logistic regression makes of their opinions.
 """
 
 import csv
@@ -56,18 +56,39 @@ class Member:
     preprocessing: Preprocessing
     widths: dict[str, int]
     temperature: float = 1.0
-    weight: float = 1.0
+    group: int = 0  # stacking: members of one group (the folds of one head) speak with one voice
     best_epoch: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
     fold: int | None = None  # which fold's split it was trained on, from 1
 
-    def logits(self, features: FeatureSet) -> np.ndarray:
-        """(N, C) float32. `features` lie where the head does; more caches than the member's own do no harm."""
+    def logits(self, features: FeatureSet, rows: torch.Tensor | None = None) -> np.ndarray:
+        """(N, C) float32, of all rows or of `rows` (N,) int64. `features` lie where the head does; more caches than the
+        member's own do no harm."""
         inputs = self.preprocessing.apply(features).for_head(self.config.head)
-        return predict_stack(self.head, inputs, torch.arange(len(features), device=inputs.device))[0].cpu().numpy()
+        rows = torch.arange(len(features), device=inputs.device) if rows is None else rows
+        return predict_stack(self.head, inputs, rows)[0].cpu().numpy()
 
     def to(self, device: torch.device | str) -> "Member":
         return Member(**{**self.__dict__, "head": self.head.to(device), "preprocessing": self.preprocessing.to(device)})
+
+
+@dataclass(frozen=True)
+class Stacking:
+    """Logistic regression on the groups' opinions, fitted on rows they hadn't seen. Wolpert, Stacked Generalization,
+    Neural Networks 1992. `weight` (groups * C, C) and `bias` (C,) float64."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def probabilities(self, opinions: Sequence[np.ndarray]) -> np.ndarray:
+        """(N, C) of each group's opinion (N, C), see `opinion`."""
+        return softmax(np.concatenate(opinions, 1) @ self.weight.numpy() + self.bias.numpy())
+
+
+def opinion(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities less their mean over the classes, (N, C) float64, of logits (N, C)."""
+    logits = np.asarray(logits, np.float64)
+    return logits - logits.mean(1, keepdims=True)
 
 
 @dataclass(frozen=True)
@@ -78,18 +99,18 @@ class Run:
     members: list[Member]
     features: dict[str, Any]
     split: Split | list[Split]
-    # Added to the log of the mean probabilities before the most probable class is taken: (C,), 0 for none.
-    bias: list[float]
+    stacking: Stacking | None = None
     config: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
 
-    def probabilities(self, features: FeatureSet) -> np.ndarray:
-        """Calibrated class probabilities (N, C) float64 of features joined from the run's caches."""
-        return mix([softmax(m.logits(features), m.temperature) for m in self.members], self.weights, self.bias)
-
-    @property
-    def weights(self) -> list[float]:
-        return [m.weight for m in self.members]
+    def probabilities(self, features: FeatureSet, rows: torch.Tensor | None = None) -> np.ndarray:
+        """Calibrated class probabilities (N, C) float64 of features joined from the run's caches, or of `rows` of them."""
+        logits = [m.logits(features, rows) for m in self.members]
+        if self.stacking is None:
+            return np.mean([softmax(z, m.temperature) for z, m in zip(logits, self.members, strict=True)], axis=0)
+        groups = sorted({m.group for m in self.members})
+        of_group = [[opinion(z) for z, m in zip(logits, self.members, strict=True) if m.group == g] for g in groups]
+        return self.stacking.probabilities([np.mean(opinions, axis=0) for opinions in of_group])
 
     def to(self, device: torch.device | str) -> "Run":
         return Run(**{**self.__dict__, "members": [m.to(device) for m in self.members]})
@@ -106,15 +127,6 @@ class Run:
                     f"the cache {name} in {source} isn't what {self.path} was trained on ({difference}); extract it again "
                     "with the encoder of that run, or train a new head"
                 )
-
-
-def mix(probabilities: Sequence[np.ndarray], weights: Sequence[float], bias: Sequence[float]) -> np.ndarray:
-    """Weighted mean of probabilities (N, C), each class's then multiplied by exp(bias) and rows brought to sum 1."""
-    mean = np.average(np.stack(probabilities), axis=0, weights=weights)
-    if np.any(bias):
-        mean = mean * np.exp(bias)
-        mean = mean / mean.sum(1, keepdims=True)
-    return mean
 
 
 # -- saving -----------------------------------------------------------------------------------------------------
@@ -141,7 +153,7 @@ def save_run(
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        save_file(_tensors(run.members), unfinished / TENSORS)
+        save_file(_tensors(run), unfinished / TENSORS)
         config = _config(run, command, _sha256(unfinished / TENSORS))
         _write_json(unfinished / CONFIG, config)
         _write_json(unfinished / METRICS, metrics)
@@ -185,7 +197,7 @@ def _config(run: Run, command: str, sha256: str) -> dict[str, Any]:
             },
             "widths": m.widths,
             "temperature": m.temperature,
-            "weight": m.weight,
+            "group": m.group,
             "best_epoch": m.best_epoch,
             "facts": m.facts,
             "fold": m.fold,
@@ -200,7 +212,7 @@ def _config(run: Run, command: str, sha256: str) -> dict[str, Any]:
         "classes": run.classes,
         "features": run.features,
         "split": [s.how for s in run.split] if isinstance(run.split, list) else run.split.how,
-        "bias": list(run.bias),
+        "stacked": run.stacking is not None,
         "members": members,
         "tensors_sha256": sha256,
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
@@ -208,10 +220,11 @@ def _config(run: Run, command: str, sha256: str) -> dict[str, Any]:
     }
 
 
-def _tensors(members: Sequence[Member]) -> dict[str, torch.Tensor]:
-    """Every member's tensors by name: "0/head/out.weight" (without the dimension of models), "0/norm/image/clip/mean"."""
-    tensors = {}
-    for k, member in enumerate(members):
+def _tensors(run: Run) -> dict[str, torch.Tensor]:
+    """Every member's tensors by name: "0/head/out.weight" (without the dimension of models), "0/norm/image/clip/mean";
+    and "stacking/weight"."""
+    tensors = {} if run.stacking is None else {f"stacking/{k}": t.contiguous() for k, t in vars(run.stacking).items()}
+    for k, member in enumerate(run.members):
         tensors |= {f"{k}/head/{name}": t[0].cpu().clone() for name, t in member.head.state_dict().items()}
         tensors |= {f"{k}/norm/{name}": t.cpu().clone() for name, t in member.preprocessing.state().items()}
     return tensors
@@ -276,7 +289,10 @@ def load_run(path: Path | str) -> Run:
         members = [_member(k, m, tensors, len(config["classes"])) for k, m in enumerate(config["members"])]
         split = json.loads((path / SPLIT).read_text(encoding="utf-8"))
         splits = [Split(**s) for s in split["folds"]] if "folds" in split else Split(**split)
-        run = Run(config["classes"], members, config["features"], splits, config["bias"], config, path)
+        stacking = None
+        if config["stacked"]:
+            stacking = Stacking(tensors.pop("stacking/weight"), tensors.pop("stacking/bias"))
+        run = Run(config["classes"], members, config["features"], splits, stacking, config, path)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, UsageError):
             raise
@@ -304,7 +320,7 @@ def _member(k: int, saved: dict[str, Any], tensors: dict[str, torch.Tensor], n_c
         how["kinds"],
         {name.split("/", 2)[2]: t for name, t in own["norm"].items()},
     )
-    plain = {name: saved[name] for name in ("widths", "temperature", "weight", "best_epoch", "facts", "fold")}
+    plain = {name: saved[name] for name in ("widths", "temperature", "group", "best_epoch", "facts", "fold")}
     return Member(config, head.eval(), preprocessing, **plain)
 
 

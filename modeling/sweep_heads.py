@@ -4,9 +4,10 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
+from modeling import auto, options, sweep
 from modeling import experiment as ex
-from modeling import options, sweep
-from modeling.runs import save_run
+from modeling.metrics import format_table
+from modeling.runs import run_name, save_run
 
 
 def build_parser() -> ArgumentParser:
@@ -15,6 +16,11 @@ def build_parser() -> ArgumentParser:
     options.add_split_options(parser)
     options.add_training_options(parser, grid=True)
     options.add_run_options(parser)
+    parser.add_argument(
+        "--auto",
+        action="store_true",
+        help="search heads, normalisation and regularisation by inner folds and leave a stacked ensemble as a run",
+    )
     parser.add_argument("--name", default="sweep", help="folder of the sweep's runs and tables, inside --runs")
     return parser
 
@@ -22,7 +28,8 @@ def build_parser() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     again = "what is finished is kept, run the same command to go on"
-    return options.guarded(lambda: run_sweep(args, options.command_line(argv)), again)
+    work = run_auto if args.auto else run_sweep
+    return options.guarded(lambda: work(args, options.command_line(argv)), again)
 
 
 def run_sweep(args: Namespace, command: str) -> int:
@@ -54,6 +61,32 @@ def run_sweep(args: Namespace, command: str) -> int:
     best = folder / tables.best
     print(f"{len(configs)} runs, table.csv and table.md -> {folder}")
     print(f"best by validation {tables.by}: python modeling/inference_head.py --run {best}")
+    return options.EXIT_DONE
+
+
+def run_auto(args: Namespace, command: str) -> int:
+    values = options.with_recipe(args)
+    experiment = ex.load_experiment(args, values, values.get("head", []))
+    heads = values.get("head") or auto.default_heads(len(experiment.splits[0].train))
+    grid = [options.config_from(point) for point in options.grid_points({**values, "head": list(heads)})]
+    configs = [options.fit_to_data(config, args.recipe, experiment.classes, experiment.source) for config in grid]
+    run, probabilities, table = auto.auto(experiment, configs)
+    print(format_table(table, list(dict.fromkeys(name for row in table for name in row))))
+    print("log-loss and figures of each candidate on training rows it hadn't seen\n")
+    report = ex.report_of(experiment, run, probabilities, probabilities)
+    report.figures["protocol"] += "; everything chosen by inner folds of the training rows (nested)"
+    report.figures["candidates"] = table
+    ex.print_report(report, run)
+    path = save_run(
+        run,
+        args.runs,
+        run_name(run).replace(f"_{run.members[0].config.head.head}_", "_auto_"),
+        metrics=report.figures,
+        history=[],
+        predictions=(report.ids, report.tags, report.probabilities),
+        command=command,
+    )
+    print(f"ensemble of {len(run.members)} heads -> {path}")
     return options.EXIT_DONE
 
 

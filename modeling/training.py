@@ -27,7 +27,8 @@ from modeling.layers import Noise, attach_noise
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SCHEDULES = ("constant", "cosine", "onecycle")
 MONITORS = ("accuracy", "weighted_f1", "macro_f1", "loss")
-LINEAR_CS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+LINEAR_CS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+SEARCH_TOLERANCE = 1e-4  # of the objective: far below what held-out losses differ by
 EVAL_ROWS = 1 << 14  # rows times models of one evaluation step
 # Parameters of one stack. A CPU's last-level cache should hold them with Adam's moments and the gradient; a GPU wants
 # as much work per kernel launch as it can get.
@@ -95,6 +96,7 @@ class Trained:
     best_epoch: int
     history: list[dict[str, Any]]
     facts: dict[str, Any] = field(default_factory=dict)  # what a closed-form head chose
+    held_out: np.ndarray | None = None  # (len(train), C): a closed-form head's logits of each inner fold without it
 
 
 def fit(
@@ -389,26 +391,35 @@ def _solve_linear(configs: Sequence[TrainConfig], problem: Problem, progress: Ca
         inputs, x, targets = _training_matrix(config, problem)
         n_classes = len(problem.classes)
         weights = class_weights(config.class_weights, problem)[targets]
-        C, facts = config.penalty, {}
-        if C is None:
-            losses = torch.zeros(len(LINEAR_CS), dtype=torch.float64)
-            for fold in problem.folds.unique():
-                rest, held = problem.folds != fold, problem.folds == fold
-                fits = fit_logistic(x[rest], targets[rest], n_classes, LINEAR_CS, weights[rest])
-                logits = [x[held].double() @ f.weight + f.bias for f in fits]
-                losses += torch.stack(
-                    [(F.cross_entropy(z, targets[held], reduction="none") * weights[held]).sum() for z in logits]
-                ).cpu()
-            losses /= float(weights.sum())
-            C = LINEAR_CS[int(losses.argmin())]
-            facts["search"] = [{"C": c, "loss": loss} for c, loss in zip(LINEAR_CS, losses.tolist(), strict=True)]
+        C, held_out, search = _search_penalty(config.penalty, x, targets, weights, n_classes, problem.folds)
         found = fit_logistic(x, targets, n_classes, [C], weights)[0]
         head = build_head(config.head, inputs.widths, n_classes)
         head.load_state_dict({"out.weight": found.weight[None].float(), "out.bias": found.bias[None].float()})
-        facts = {"C": C, "objective": found.objective, **facts}
-        results.append(_solved(config, head, inputs, inputs.widths, problem, facts))
+        facts = {"C": C, "objective": found.objective, "search": search}
+        results.append(_solved(config, head, inputs, inputs.widths, problem, facts, held_out))
         progress(1)
     return results
+
+
+def _search_penalty(
+    C: float | None, x: Tensor, targets: Tensor, weights: Tensor, n_classes: int, folds: Tensor
+) -> tuple[float, Tensor, list[dict[str, float]]]:
+    """The C of least held-out log-loss, tried from the strongest penalty up until it gets worse (weaker ones take
+    longest), or the one given; the held-out logits (n, K) it gives; and what was tried."""
+    search: list[dict[str, float]] = []
+    best = None
+    for tried in LINEAR_CS if C is None else (C,):
+        logits = x.new_zeros(len(x), n_classes, dtype=torch.float64)
+        for fold in folds.unique():
+            rest, held = folds != fold, folds == fold
+            found = fit_logistic(x[rest], targets[rest], n_classes, [tried], weights[rest], SEARCH_TOLERANCE)[0]
+            logits[held] = x[held].double() @ found.weight + found.bias
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        search.append({"C": tried, "loss": float(weights.double() @ losses / weights.sum())})
+        if best is not None and search[-1]["loss"] > search[-2]["loss"]:
+            break
+        best = tried, logits
+    return *best, search
 
 
 def _solve_kernel(configs: Sequence[TrainConfig], problem: Problem, progress: Callable[[int], Any]) -> list[Trained]:
@@ -418,7 +429,7 @@ def _solve_kernel(configs: Sequence[TrainConfig], problem: Problem, progress: Ca
         inputs, x, targets = _training_matrix(config, problem)
         n_classes = len(problem.classes)
         weights = class_weights(config.class_weights, problem)[targets]
-        given = {"widths": config.gamma, "penalties": config.penalty}
+        given = {"gammas": config.gamma, "penalties": config.penalty}
         given = {name: [value] for name, value in given.items() if value is not None}
         found = fit_kernel(x, targets, n_classes, problem.folds, row_weights=weights, **given)
         widths = {**inputs.widths, "support": len(x)}
@@ -426,7 +437,7 @@ def _solve_kernel(configs: Sequence[TrainConfig], problem: Problem, progress: Ca
         state = {"support": x, "dual": found.dual, "bias": found.bias, "gamma": torch.tensor(found.gamma)}
         head.load_state_dict({name: tensor[None] for name, tensor in state.items()})
         facts = {"gamma": found.gamma, "penalty": found.penalty, "search": found.search}
-        results.append(_solved(config, head, inputs, widths, problem, facts))
+        results.append(_solved(config, head, inputs, widths, problem, facts, found.held_out))
         progress(1)
     return results
 
@@ -439,11 +450,26 @@ def _training_matrix(config: TrainConfig, problem: Problem) -> tuple[Inputs, Ten
 
 
 def _solved(
-    config: TrainConfig, head: Head, inputs: Inputs, widths: dict[str, int], problem: Problem, facts: dict[str, Any]
+    config: TrainConfig,
+    head: Head,
+    inputs: Inputs,
+    widths: dict[str, int],
+    problem: Problem,
+    facts: dict[str, Any],
+    held_out: Tensor,
 ) -> Trained:
     logits = predict_stack(head.to(inputs.device), inputs, problem.val)
     figures = {name: float(values[0]) for name, values in _validation(logits, problem.labels[problem.val]).items()}
-    return Trained(config, head.cpu().eval(), widths, logits[0].cpu().numpy(), 1, [{"epoch": 1, **figures}], facts)
+    return Trained(
+        config,
+        head.cpu().eval(),
+        widths,
+        logits[0].cpu().numpy(),
+        1,
+        [{"epoch": 1, **figures}],
+        facts,
+        held_out.cpu().numpy(),
+    )
 
 
 SOLVERS = {"sgd": _train_stack, "logistic": _solve_linear, "kernel": _solve_kernel}
