@@ -14,28 +14,45 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Module):
-    """y = x W + b: (M, B, ..., n_in) -> (M, B, ..., n_out). The weight is (M, n_in, n_out), so that its gradient comes
-    out of the product in the parameter's own layout and isn't copied."""
+    """y = x Wᵀ + b: (M, B, ..., n_in) -> (M, B, ..., n_out). The weight is (M, n_out, n_in)."""
 
     def __init__(self, n_models: int, n_in: int, n_out: int, bias: bool = True):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_models, n_in, n_out))
+        self.weight = nn.Parameter(torch.empty(n_models, n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_models, n_out)) if bias else None
 
     def reset(self, model: int, generator: torch.Generator) -> None:
-        bound = 1 / math.sqrt(self.weight.shape[1])
+        bound = 1 / math.sqrt(self.weight.shape[2])
         self.weight[model].uniform_(-bound, bound, generator=generator)
         if self.bias is not None:
             self.bias[model].uniform_(-bound, bound, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        n_models, n_in, n_out = self.weight.shape
-        x_rows = x.reshape(n_models, -1, n_in)
-        if self.bias is None:
-            y = torch.bmm(x_rows, self.weight)
-        else:
-            y = torch.baddbmm(self.bias[:, None], x_rows, self.weight)
-        return y.view(*x.shape[:-1], n_out)
+        n_models, n_out, n_in = self.weight.shape
+        rows = math.prod(x.shape[1:-1])
+        return _Product.apply(x.reshape(n_models, rows, n_in), self.weight, self.bias).view(*x.shape[:-1], n_out)
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ + b of x (M, B, n_in). The weight's gradient is formed as gᵀ x, in the weight's own layout: torch's own
+    backward pass forms its transpose, which takes up to six times as long for a few classes, and copies it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        if bias is None:
+            return torch.bmm(x, weight.transpose(1, 2))
+        return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_x, _, of_bias = ctx.needs_input_grad
+        return (
+            torch.bmm(grad, weight) if of_x else None,
+            torch.bmm(grad.transpose(1, 2), x),
+            grad.sum(1) if of_bias else None,
+        )
 
 
 class BatchNorm(nn.Module):
@@ -51,19 +68,39 @@ class BatchNorm(nn.Module):
         self.eps, self.momentum = eps, momentum
 
     def forward(self, x: Tensor) -> Tensor:
-        n_models, rows, width = x.shape
-        # One channel for each column of each model: a single kernel, forward and backward.
-        y = F.batch_norm(
-            x.transpose(0, 1).reshape(rows, n_models * width),
-            self.running_mean.view(-1),
-            self.running_var.view(-1),
-            self.weight.view(-1),
-            self.bias.view(-1),
-            self.training and rows > 1,
-            self.momentum,
-            self.eps,
-        )
-        return y.view(rows, n_models, width).transpose(0, 1)
+        rows = x.shape[1]
+        if not self.training or rows == 1:
+            scale = self.weight * (self.running_var + self.eps).rsqrt()
+            return torch.addcmul((self.bias - self.running_mean * scale)[:, None], x, scale[:, None])
+        y, mean, var = _BatchNorm.apply(x, self.weight, self.bias, self.eps)
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(var * (rows / (rows - 1)), self.momentum)
+        return y
+
+
+class _BatchNorm(torch.autograd.Function):
+    """(x - mean) / std * weight + bias over the rows of x (M, B, width); also mean and variance (M, width). torch's
+    kernel wants the models among the channels, which copies x and its gradient, and takes twice as long on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        mean = x.mean(1)
+        centred = x - mean[:, None]
+        var = centred.square().mean(1)
+        rstd = (var + eps).rsqrt()
+        ctx.save_for_backward(centred, rstd, weight)
+        ctx.mark_non_differentiable(mean, var)
+        return torch.addcmul(bias[:, None], centred, (weight * rstd)[:, None]), mean, var
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_: None) -> tuple[Tensor, Tensor, Tensor, None]:
+        centred, rstd, weight = ctx.saved_tensors
+        of_bias = grad.sum(1)
+        of_weight = (grad * centred).sum(1) * rstd
+        rows = grad.shape[1]
+        # Ioffe and Szegedy 2015, section 3, gathered: dx = weight rstd (g - mean(g) - x̂ mean(g x̂)).
+        of_x = torch.addcmul(grad - of_bias[:, None] / rows, centred, (-of_weight * rstd / rows)[:, None])
+        return of_x.mul_((weight * rstd)[:, None]), of_weight, of_bias, None
 
 
 class LayerNorm(nn.Module):
@@ -81,27 +118,37 @@ class LayerNorm(nn.Module):
 
 
 class Noise:
-    """Random bits of M models: one stream for each distinct seed, so that a model draws the same alone and in a stack."""
+    """Random masks of M models: one stream of bits for each distinct seed, so that a model draws the same alone and in
+    a stack. Bits are drawn for many steps at once."""
+
+    ahead = 1 << 18  # elements of one model
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
         distinct = list(dict.fromkeys(seeds))  # in the models' order: without shared seeds, mask m is model m's
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in distinct]
         self.stream = torch.tensor([distinct.index(seed) for seed in seeds], device=device)
         self.shared = len(distinct) < len(seeds)
+        self.bits = torch.empty(len(distinct), 0, dtype=torch.int16, device=device)
+        self.used = 0
+        self.masks: dict[float, Tensor] = {}  # of all bits, by p
 
     def keep_mask(self, shape: Sequence[int], p: float) -> Tensor:
         """1/(1-p) with probability 1-p, else 0, float32 of `shape` (M, ...). p is met to within 2^-17."""
         size = math.prod(shape[1:])
-        device = self.stream.device
+        if self.used + size > self.bits.shape[1]:
+            self._draw(max(size, self.ahead))
+        if p not in self.masks:
+            mask = (self.bits >= round(p * 2**16) - 2**15).to(torch.float32).mul_(1 / (1 - p))
+            self.masks[p] = mask[self.stream] if self.shared else mask
+        low, self.used = self.used, self.used + size
+        return self.masks[p][:, low : self.used].view(*shape)
+
+    def _draw(self, size: int) -> None:
         # 16 random bits for each element, four drawn at once: five times as fast as uniform floats on a CPU.
-        words = torch.empty(len(self.generators), -(-size // 4), dtype=torch.int64, device=device)
+        words = torch.empty(len(self.generators), -(-size // 4), dtype=torch.int64, device=self.bits.device)
         for row, generator in zip(words, self.generators, strict=True):
             row.random_(-(2**63), None, generator=generator)
-        kept = words.view(torch.int16)[:, :size] >= round(p * 2**16) - 2**15
-        mask = kept.to(torch.float32).mul_(1 / (1 - p))
-        if self.shared:
-            mask = mask[self.stream]
-        return mask.view(*shape)
+        self.bits, self.used, self.masks = words.view(torch.int16), 0, {}
 
 
 class Dropout(nn.Module):

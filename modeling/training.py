@@ -160,8 +160,11 @@ def _train_stack(configs: Sequence[TrainConfig], problem: Problem, progress: Cal
     draws = _Draws(configs, problem, inputs)
     steps = math.ceil(len(problem.train) / first.bs)
     optimizer = _StackedAdam(head, configs, first.ep * steps)
-    weights = torch.stack([class_weights(c.class_weights, problem) for c in configs])
-    smoothing = torch.tensor([c.label_smoothing for c in configs], device=device)
+    weights = smoothing = None
+    if any(c.class_weights != "none" for c in configs):
+        weights = torch.stack([class_weights(c.class_weights, problem) for c in configs])
+    if any(c.label_smoothing for c in configs):
+        smoothing = torch.tensor([c.label_smoothing for c in configs], device=device)
     best = _Best(head, configs)
     history: list[list[dict[str, Any]]] = [[] for _ in configs]
     for epoch in range(1, first.ep + 1):
@@ -255,7 +258,8 @@ class _StackedAdam:
 
     def step(self) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * lr_factor(group["schedule"], self.taken, self.steps)
+            if group["schedule"] != "constant":
+                group["lr"] = group["peak"] * lr_factor(group["schedule"], self.taken, self.steps)
         for piece, parameter, part in self.slices:
             piece.grad = parameter.grad[part]
         self.optimizer.step()
@@ -287,14 +291,22 @@ def lr_factor(schedule: str, step: int, steps: int, warmup: float = 0.3) -> floa
     return 1.0
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, smoothing: Tensor) -> Tensor:
+def cross_entropy(
+    logits: Tensor, labels: Tensor, weights: Tensor | None = None, smoothing: Tensor | None = None
+) -> Tensor:
     """Each model's mean loss (M,) of logits (M, B, C) and labels (M, B), with class weights (M, C) and label smoothing
     (M,): as torch's cross_entropy with both, for every model its own."""
     log_p = logits.log_softmax(-1)
-    weights = weights[:, None]
-    true = F.one_hot(labels, logits.shape[-1])
-    target = torch.lerp(true.to(log_p.dtype), torch.full_like(log_p, 1 / logits.shape[-1]), smoothing[:, None, None])
-    return -(target * weights * log_p).sum((1, 2)) / (true * weights).sum((1, 2))
+    of_true = log_p.gather(-1, labels[..., None])[..., 0]
+    if weights is None and smoothing is None:
+        return -of_true.mean(1)
+    weights = torch.ones_like(logits[:, 0]) if weights is None else weights
+    of_row = weights.gather(1, labels)
+    loss = -(of_row * of_true).sum(1)
+    if smoothing is not None:
+        of_all = -(weights[:, None] * log_p).sum((1, 2)) / logits.shape[-1]
+        loss = torch.lerp(loss, of_all, smoothing)
+    return loss / of_row.sum(1)
 
 
 def class_weights(spec: str, problem: Problem) -> Tensor:
@@ -394,7 +406,7 @@ def _solve_linear(configs: Sequence[TrainConfig], problem: Problem, progress: Ca
         C, held_out, search = _search_penalty(config.penalty, x, targets, weights, n_classes, problem.folds)
         found = fit_logistic(x, targets, n_classes, [C], weights)[0]
         head = build_head(config.head, inputs.widths, n_classes)
-        head.load_state_dict({"out.weight": found.weight[None].float(), "out.bias": found.bias[None].float()})
+        head.load_state_dict({"out.weight": found.weight.T[None].float(), "out.bias": found.bias[None].float()})
         facts = {"C": C, "objective": found.objective, "search": search}
         results.append(_solved(config, head, inputs, inputs.widths, problem, facts, held_out))
         progress(1)

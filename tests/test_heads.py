@@ -200,15 +200,15 @@ def attend(layer: nn.Module, query: Tensor, key: Tensor, present: Tensor | None 
     """Model 0's attention by torch's module."""
     reference = nn.MultiheadAttention(query.shape[-1], layer.n_heads, batch_first=True)
     parts = layer.query, layer.key, layer.value
-    reference.in_proj_weight.copy_(torch.cat([part.weight[0].T for part in parts]))
+    reference.in_proj_weight.copy_(torch.cat([part.weight[0] for part in parts]))
     reference.in_proj_bias.copy_(torch.cat([part.bias[0] for part in parts]))
-    reference.out_proj.weight.copy_(layer.out.weight[0].T)
+    reference.out_proj.weight.copy_(layer.out.weight[0])
     reference.out_proj.bias.copy_(layer.out.bias[0])
     return reference(query, key, key, None if present is None else ~present)[0]
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    return x @ layer.weight[0] + layer.bias[0]
+    return x @ layer.weight[0].T + layer.bias[0]
 
 
 @pytest.mark.parametrize("positions", [False, True])
@@ -257,7 +257,7 @@ def test_cross_attention_is_attention_over_two_positions():
     sides = {side: head.project[side](batch.side(side)) for side in ("image", "text")}
     q, k, v = (
         torch.stack(
-            [x[0] @ head.qkv[s].weight[0, :, cut] + head.qkv[s].bias[0, cut] for s, x in sides.items()], 1
+            [x[0] @ head.qkv[s].weight[0, cut].T + head.qkv[s].bias[0, cut] for s, x in sides.items()], 1
         ).unflatten(-1, (8, 2))
         for cut in (slice(0, 16), slice(16, 32), slice(32, 48))
     )

@@ -48,11 +48,11 @@ def give(layer: nn.Module, m: int, reference: nn.Module) -> None:
             give(ours, m, theirs)
     elif isinstance(layer, MultiheadAttention):
         parts = layer.query, layer.key, layer.value
-        reference.in_proj_weight.copy_(torch.cat([part.weight[m].T for part in parts]))
+        reference.in_proj_weight.copy_(torch.cat([part.weight[m] for part in parts]))
         reference.in_proj_bias.copy_(torch.cat([part.bias[m] for part in parts]))
         give(layer.out, m, reference.out_proj)
     else:
-        reference.weight.copy_(layer.weight[m].T if isinstance(layer, Linear) else layer.weight[m])
+        reference.weight.copy_(layer.weight[m])
         if reference.bias is not None:
             reference.bias.copy_(layer.bias[m])
 
@@ -71,7 +71,7 @@ def test_linear(rows: tuple[int, ...], bias: bool):
         expected.square().sum().backward()
         close(y[m], expected)
         close(x.grad[m], own.grad)
-        close(stack.weight.grad[m], reference.weight.grad.T)
+        close(stack.weight.grad[m], reference.weight.grad)
         if bias:
             close(stack.bias.grad[m], reference.bias.grad)
 

@@ -186,10 +186,10 @@ def plain_fusion(
     out = nn.Linear(2 * D, C)
     with torch.no_grad():
         for side in sides:
-            linear[side].weight.copy_(ours.project[side][0].weight[0].T)
+            linear[side].weight.copy_(ours.project[side][0].weight[0])
             if bias:
                 linear[side].bias.zero_()
-        out.weight.copy_(ours.out.weight[0].T)
+        out.weight.copy_(ours.out.weight[0])
         out.bias.copy_(ours.out.bias[0])
     net = nn.ModuleList([linear, norm, out]).double()
 
