@@ -1,0 +1,496 @@
+"""inference_head.py as a user runs it: the submission, votes, figures, raw pairs, and what is refused."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, make_course
+
+from feats import efficientnet_extract_feats, minilm_extract_feats, vader_extract_feats
+from feats.store import DONE, QUARANTINED, FeatureStore
+from modeling import inference_head, metrics, prediction, train_head
+from modeling.features import load_features
+from modeling.runs import list_runs, load_run
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+CLASSES = ["negative", "neutral", "positive"]
+WIDTHS = {"pix": ("img_feats", 6), "words": ("txt_feats", 4)}
+TRAIN = [f"t{i}" for i in range(60)]
+TEST = [f"é{7 * i % 23},{i}" for i in range(23)]  # neither sorted nor free of commas
+
+
+def make_cache(
+    folder: Path,
+    name: str,
+    split: str,
+    ids: Sequence[str],
+    tags: Sequence[str],
+    fingerprint: Mapping[str, object] | None = None,
+    quarantined: Mapping[str, str] = {},
+    broken: Sequence[str] = (),
+) -> Path:
+    """Features around a corner for each class, noisy; those of untagged rows around the origin."""
+    dataset, width = WIDTHS[name]
+    rng = np.random.default_rng(len(ids) + width)
+    corners = np.eye(width) * 3
+    values = np.array([corners[CLASSES.index(tag)] if tag in CLASSES else np.zeros(width) for tag in tags])
+    values = (values + rng.normal(0, 1.5, values.shape)).astype(np.float16)
+    values[[i in broken for i in ids], 1] = np.nan
+    status = np.array([QUARANTINED if i in quarantined else DONE for i in ids], np.uint8)
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}_{split}.h5"
+    made_by = {"encoder": name, "text_clean": "tweet"} | dict(fingerprint or {})
+    with FeatureStore.create(path, ids, tags, made_by, {dataset: (width,)}, overwrite=True) as store:
+        store.write(np.arange(len(ids)), status, {dataset: values}, quarantined)
+        store.finish()
+    return path
+
+
+def tags_of(ids: Sequence[str]) -> list[str]:
+    return [CLASSES[i % 4 % 3] for i in range(len(ids))]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders feats/ (train and test of both caches) and runs/ (first: pix and words; second: words; third: both)."""
+    root = tmp_path_factory.mktemp("trained")
+    for name in WIDTHS:
+        make_cache(root / "feats", name, "train", TRAIN, tags_of(TRAIN))
+        make_cache(root / "feats", name, "test", TEST, [""] * len(TEST))
+    for k, caches in enumerate((["pix", "words"], ["", "words"], ["pix", "words"])):
+        sides = ["--vtype", *filter(None, caches[:1]), "--ttype", caches[1]]
+        options = ["--D", "4", "--ep", "3", "--lr", "0.05", "--val-ratio", "0.2", "--seed", str(k), "--device", "cpu"]
+        command = ["--feats", str(root / "feats"), "--runs", str(root / "runs"), *sides, *options]
+        assert train_head.main(command) == 0
+        (only,) = [path for path in list_runs(root / "runs") if path.name not in ("first", "second", "third")]
+        only.rename(root / "runs" / ("first", "second", "third")[k])
+    return root
+
+
+@pytest.fixture
+def home(trained: Path, tmp_path: Path) -> Path:
+    """A copy of `trained` to spoil."""
+    return Path(shutil.copytree(trained, tmp_path / "home"))
+
+
+def infer(home: Path, *more: str) -> int:
+    folders = ["--feats", str(home / "feats"), "--runs", str(home / "runs")]
+    return inference_head.main([*folders, "--device", "cpu", *more])
+
+
+def submission(path: Path) -> tuple[list[str], list[list[str]]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    return header, rows
+
+
+def refused(capsys: pytest.CaptureFixture, status: int) -> str:
+    """The one line that a refused command prints on stderr."""
+    (line,) = capsys.readouterr().err.splitlines()
+    assert status == 2 and line.startswith("error: ")
+    return line
+
+
+def probabilities(home: Path, run: str, split: str = "test") -> np.ndarray:
+    loaded = load_run(home / "runs" / run)
+    source = loaded.features
+    return loaded.probabilities(load_features(home / "feats", split, source["vtype"], source["ttype"]))
+
+
+# -- the submission ---------------------------------------------------------------------------------------------
+
+
+def test_as_typed_the_newest_run_predicts_the_test_split(home: Path):
+    (home / "saved").mkdir()
+    (home / "feats").rename(home / "saved" / "feats")
+    (home / "runs").rename(home / "saved" / "runs")
+    script = str(ROOT / "modeling" / "inference_head.py")
+    out = subprocess.run([sys.executable, script], cwd=home, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (out.returncode, out.stderr) == (0, "")
+    path = home / "saved" / "runs" / "third" / "submission_test.csv"
+    assert (
+        "run saved/runs/third" in out.stdout and "23 predictions -> saved/runs/third/submission_test.csv" in out.stdout
+    )
+    header, rows = submission(path)
+    assert header == ["guid", "tag"] and [row[0] for row in rows] == TEST
+    for name in CLASSES:
+        count = sum(row[1] == name for row in rows)
+        assert [name, str(count), f"{count / 23:.3f}"] in [line.split() for line in out.stdout.splitlines()]
+
+
+def test_plain_prediction_imports_no_encoder_and_nothing_slow(home: Path):
+    code = (
+        "import sys; from modeling import inference_head as script; assert script.main(sys.argv[1:]) == 0; "
+        "heavy = 'transformers torchvision clip PIL sklearn scipy torch._dynamo pandas matplotlib'.split(); "
+        "print([name for name in [*heavy, 'feats.encoders', 'feats.extract'] if name in sys.modules])"
+    )
+    arguments = ["--feats", str(home / "feats"), "--runs", str(home / "runs"), "--device", "cpu"]
+    out = subprocess.run([sys.executable, "-c", code, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.splitlines()[-1] == "[]"
+
+
+def test_predictions_are_the_run_s_most_probable_classes(home: Path):
+    assert infer(home, "--run", "first", "--proba", "--out", str(home / "new" / "out.csv")) == 0
+    header, rows = submission(home / "new" / "out.csv")
+    assert header == ["guid", "tag", "p_negative", "p_neutral", "p_positive"]
+    written = np.array([row[2:] for row in rows], float)
+    np.testing.assert_allclose(written.sum(1), 1, atol=2e-6)
+    np.testing.assert_allclose(written, probabilities(home, "first"), atol=1e-6)
+    assert [row[1] for row in rows] == [CLASSES[k] for k in written.argmax(1)]
+    assert not list((home / "new").glob(".*"))
+
+
+def test_blocks_change_nothing(home: Path, monkeypatch: pytest.MonkeyPatch):
+    for k, rows in enumerate((4, 1000)):
+        monkeypatch.setattr(prediction, "BLOCK_ROWS", rows)
+        monkeypatch.setattr(prediction, "WRITE_ROWS", rows)
+        assert infer(home, "--proba", "--out", str(home / f"{k}.csv")) == 0
+    (_, few), (_, all_at_once) = submission(home / "0.csv"), submission(home / "1.csv")
+    assert [row[:2] for row in few] == [row[:2] for row in all_at_once]
+    np.testing.assert_allclose(
+        np.array([row[2:] for row in few], float), np.array([row[2:] for row in all_at_once], float), atol=2e-6
+    )
+
+
+def test_the_newest_whole_run_is_taken(home: Path, capsys: pytest.CaptureFixture):
+    third = home / "runs" / "third"
+    shutil.copytree(third, home / "runs" / ".fourth.1.writing")
+    (home / "runs" / "fifth").mkdir()
+    assert infer(home) == 0
+    assert f"run {third}\n" in capsys.readouterr().out
+    config = json.loads((home / "runs" / "second" / "config.json").read_text())
+    config["created"] = "2999" + config["created"][4:]
+    (home / "runs" / "second" / "config.json").write_text(json.dumps(config))
+    assert infer(home) == 0
+    assert f"run {home / 'runs' / 'second'}\n" in capsys.readouterr().out
+
+
+def test_a_run_by_name_or_path(home: Path):
+    assert infer(home, "--run", "first") == 0
+    assert infer(home, "--run", str(home / "runs" / "second")) == 0
+    assert (home / "runs" / "first" / "submission_test.csv").is_file()
+    assert (home / "runs" / "second" / "submission_test.csv").is_file()
+
+
+# -- votes ------------------------------------------------------------------------------------------------------
+
+
+def test_soft_vote_is_the_mean(home: Path):
+    assert infer(home, "--run", "first", "second", "third", "--proba") == 0
+    _, rows = submission(home / "runs" / "submission_test.csv")
+    mean = np.mean([probabilities(home, name) for name in ("first", "second", "third")], axis=0)
+    np.testing.assert_allclose(np.array([row[2:] for row in rows], float), mean, atol=1e-6)
+    assert [row[1] for row in rows] == [CLASSES[k] for k in mean.argmax(1)]
+
+
+def test_majority_vote_takes_the_class_of_most_runs(home: Path):
+    names = ["first", "second", "third"]
+    assert infer(home, "--run", *names, "--vote", "majority", "--proba") == 0
+    _, rows = submission(home / "runs" / "submission_test.csv")
+    single = np.stack([probabilities(home, name).argmax(1) for name in names])
+    counts = np.stack([(single == k).sum(0) for k in range(3)], 1)
+    np.testing.assert_allclose(np.array([row[2:] for row in rows], float), counts / 3, atol=1e-6)
+    for row, count in zip(rows, counts, strict=True):
+        assert row[1] == ("neutral" if count.max() == 1 else CLASSES[count.argmax()])
+
+
+def votes(*said: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """One row's probabilities by each run, as `combine` takes them."""
+    return np.array(said, float)[:, None], np.ones((len(said), 1), bool)
+
+
+@pytest.mark.parametrize(
+    ("said", "tie", "expected"),
+    [
+        ([(0.8, 0.1, 0.1), (0.1, 0.8, 0.1), (0.1, 0.1, 0.8)], 1, 1),  # each another
+        ([(0.9, 0.1, 0.0), (0.1, 0.6, 0.3), (0.0, 0.4, 0.6)], 2, 2),
+        ([(0.9, 0.1, 0.0), (0.1, 0.6, 0.3), (0.0, 0.4, 0.6)], None, 1),  # the highest mean
+        ([(0.6, 0.0, 0.4), (0.2, 0.0, 0.8)], 1, 2),  # nobody voted for the class of ties
+        ([(0.4, 0.3, 0.3), (0.4, 0.3, 0.3), (0.0, 0.0, 1.0)], 2, 0),  # no tie
+    ],
+)
+def test_ties_of_majorities(said: list[Sequence[float]], tie: int | None, expected: int):
+    shares, predicted = prediction.combine(*votes(*said), "majority", tie)
+    assert predicted == [expected] and shares.sum() == pytest.approx(1)
+
+
+def test_runs_of_different_classes_dont_vote(home: Path, capsys: pytest.CaptureFixture):
+    config = json.loads((home / "runs" / "second" / "config.json").read_text())
+    config["classes"][0] = "angry"
+    (home / "runs" / "second" / "config.json").write_text(json.dumps(config))
+    line = refused(capsys, infer(home, "--run", "first", "second"))
+    assert "different classes" in line and "angry" in line
+
+
+def test_classes_are_matched_by_name(home: Path):
+    """A run with its classes in another order votes for the same names."""
+    config = json.loads((home / "runs" / "second" / "config.json").read_text())
+    config["classes"] = ["positive", "negative", "neutral"]
+    (home / "runs" / "second" / "config.json").write_text(json.dumps(config))
+    assert infer(home, "--run", "first", "second", "--proba") == 0
+    _, rows = submission(home / "runs" / "submission_test.csv")
+    mean = (probabilities(home, "first") + probabilities(home, "second")[:, [1, 2, 0]]) / 2
+    np.testing.assert_allclose(np.array([row[2:] for row in rows], float), mean, atol=1e-6)
+
+
+# -- figures ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vote", ["soft", "majority"])
+def test_labelled_rows_give_figures(home: Path, capsys: pytest.CaptureFixture, vote: str):
+    tags = tags_of(TEST)
+    tags[5] = ""
+    for name in WIDTHS:
+        make_cache(home / "feats", name, "test", TEST, tags)
+    assert infer(home, "--run", "third", "--vote", vote) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    known = [row for row, tag in enumerate(tags) if tag]
+    labels = [CLASSES.index(tags[row]) for row in known]
+    figures = metrics.evaluate(labels, probabilities(home, "third")[known], CLASSES, "negative")
+    shown = [f"{figures[name]:.3f}" for name in ("accuracy", "weighted_f1", "macro_f1")]
+    calibration = [f"{figures[name]:.3f}" for name in ("log_loss", "ece")]
+    assert ["test", "22", *shown, *(calibration if vote == "soft" else [])] in lines
+    edges = ["{:.3f}-{:.3f}".format(*figures["interval"][n]) for n in ("accuracy", "weighted_f1", "macro_f1")]
+    assert ["95%", "interval", *edges] in lines
+    always = [f"{figures['majority'][name]:.3f}" for name in ("accuracy", "weighted_f1", "macro_f1")]
+    assert ["always", "negative", *always] in lines
+
+
+def test_tied_votes_count_as_what_they_were_settled_to(home: Path):
+    make_cache(home / "feats", "pix", "test", TEST, tags_of(TEST))
+    make_cache(home / "feats", "words", "test", TEST, tags_of(TEST))
+    runs = prediction.open_runs(home / "runs", ["first", "second"])
+    predictions = prediction.predict(runs, home / "feats", "test", vote="majority", tie="neutral")
+    figures = prediction.evaluate(predictions, "negative")
+    labels = np.array([CLASSES.index(tag) for tag in predictions.rows.tags])
+    assert figures["accuracy"] == (predictions.predicted == labels).mean()
+    assert figures["confusion"] == metrics.confusion_matrix(labels, predictions.predicted, 3).tolist()
+
+
+def test_a_foreign_label_costs_the_figures_not_the_predictions(home: Path, capsys: pytest.CaptureFixture):
+    for name in WIDTHS:
+        make_cache(home / "feats", name, "test", TEST, ["mixed", *tags_of(TEST)[1:]])
+    assert infer(home) == 0
+    out = capsys.readouterr()
+    assert "no figures (labels mixed in the test data" in out.err and "accuracy" not in out.out
+    assert len(submission(home / "runs" / "third" / "submission_test.csv")[1]) == len(TEST)
+
+
+def test_figures_on_training_rows_are_called_so(home: Path, capsys: pytest.CaptureFixture):
+    assert infer(home, "--split", "train") == 0
+    assert "warning: 60 of these rows were trained on or validated with" in capsys.readouterr().err
+    assert (home / "runs" / "third" / "submission_train.csv").is_file()
+
+
+# -- rows without features --------------------------------------------------------------------------------------
+
+
+def test_quarantined_rows_get_the_majority_class_and_are_named(home: Path, capsys: pytest.CaptureFixture):
+    make_cache(home / "feats", "pix", "test", TEST, [""] * 23, quarantined={TEST[4]: "picture is truncated"})
+    assert infer(home, "--proba") == 0
+    err = capsys.readouterr().err.splitlines()
+    assert err == [
+        "warning: 1 of 23 rows have no features and get the most common class, negative:",
+        f"  {TEST[4]}: pix: picture is truncated",
+    ]
+    _, rows = submission(home / "runs" / "third" / "submission_test.csv")
+    assert [row[0] for row in rows] == TEST
+    counts = json.loads((home / "runs" / "third" / "metrics.json").read_text())["val"]["per_class"]
+    shares = [counts[name]["support"] / 12 for name in CLASSES]
+    assert rows[4] == [TEST[4], "negative", *(f"{share:.6f}" for share in shares)]
+    others = [row for row in range(23) if row != 4]
+    expected = probabilities(home, "third")
+    np.testing.assert_allclose(np.array([rows[row][2:] for row in others], float), expected, atol=1e-6)
+
+
+def test_a_row_that_some_runs_can_read_is_left_to_them(home: Path, capsys: pytest.CaptureFixture):
+    make_cache(home / "feats", "pix", "test", TEST, [""] * 23, quarantined={TEST[4]: "picture is truncated"})
+    assert infer(home, "--run", "first", "second", "--proba") == 0
+    err = capsys.readouterr().err.splitlines()
+    assert err[0] == "warning: 1 of 23 rows lack features of some runs and are left to the others:"
+    _, rows = submission(home / "runs" / "submission_test.csv")
+    np.testing.assert_allclose(np.array(rows[4][2:], float), probabilities(home, "second")[4], atol=1e-6)
+
+
+def test_caches_in_another_order_are_joined_by_id(home: Path):
+    assert infer(home, "--run", "second", "--proba", "--out", str(home / "before.csv")) == 0
+    assert infer(home, "--run", "first", "--proba", "--out", str(home / "first.csv")) == 0
+    before = {row[0]: row[1:] for row in submission(home / "before.csv")[1]}
+    first = {row[0]: row[1:] for row in submission(home / "first.csv")[1]}
+    with FeatureStore.open(home / "feats" / "words_test.h5") as store:
+        ids, values = store.ids.tolist()[::-1], store.read("txt_feats")[::-1]
+        fingerprint = store.fingerprint
+    path = home / "feats" / "words_test.h5"
+    with FeatureStore.create(path, ids, [""] * 23, fingerprint, {"txt_feats": (4,)}, overwrite=True) as store:
+        store.write(np.arange(23), np.full(23, DONE), {"txt_feats": values})
+        store.finish()
+    assert infer(home, "--run", "first", "second", "--proba") == 0
+    _, rows = submission(home / "runs" / "submission_test.csv")
+    assert [row[0] for row in rows] == TEST
+    for name, _, *p in rows:
+        mean = (np.array(before[name][1:], float) + np.array(first[name][1:], float)) / 2
+        np.testing.assert_allclose(np.array(p, float), mean, atol=3e-6)
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_of_other_weights_is_refused(home: Path, capsys: pytest.CaptureFixture):
+    make_cache(home / "feats", "words", "test", TEST, [""] * 23, {"weights_sha256": "f00"})
+    line = refused(capsys, infer(home))
+    assert "the cache words" in line and "weights_sha256" in line and "f00" in line
+    assert not (home / "runs" / "third" / "submission_test.csv").exists()
+
+
+def test_text_cleaning_matters_only_to_those_who_read_texts(home: Path, capsys: pytest.CaptureFixture):
+    make_cache(home / "feats", "pix", "test", TEST, [""] * 23, {"text_clean": "none"})
+    assert infer(home) == 0
+    make_cache(home / "feats", "words", "test", TEST, [""] * 23, {"text_clean": "none"})
+    capsys.readouterr()
+    assert "text_clean" in refused(capsys, infer(home))
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "gone"])
+def test_a_damaged_run_is_refused(home: Path, capsys: pytest.CaptureFixture, damage: str):
+    tensors = home / "runs" / "third" / "head.safetensors"
+    content = bytearray(tensors.read_bytes())
+    if damage == "flipped":
+        content[-3] ^= 1
+    tensors.write_bytes(content[:-5] if damage == "truncated" else content)
+    if damage == "gone":
+        tensors.unlink()
+    line = refused(capsys, infer(home))
+    assert "damaged" in line and "train again" in line
+
+
+def test_a_missing_cache_names_the_command_that_makes_it(home: Path, capsys: pytest.CaptureFixture):
+    (home / "feats" / "words_test.h5").unlink()
+    line = refused(capsys, infer(home))
+    assert "words_test.h5" in line and "extract_feats.py --name words" in line
+
+
+def test_values_that_arent_finite_are_refused(home: Path, capsys: pytest.CaptureFixture):
+    make_cache(home / "feats", "words", "test", TEST, [""] * 23, broken=[TEST[2]])
+    line = refused(capsys, infer(home))
+    assert "NaN" in line and TEST[2] in line
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--run", "nope"], "nope is no run.*runs beside it: third"),
+        (["--run", "first", "first"], "names a run twice"),
+        (["--runs", "empty"], "no complete run in empty; train one with: python modeling/train_head.py"),
+        (["--tie", "mixed"], "--tie mixed: no such class; there are negative, neutral, positive"),
+        (["--csv", "a.csv", "--text", "b"], "--csv together with --image or --text"),
+        (["--weights", "words=a.pt"], "--weights is for raw pairs"),
+        (["--text", "b", "--weights", "a.pt", "--run", "second"], "--weights a.pt: expected CACHE=PATH"),
+        (
+            ["--text", "b", "--weights", "pix=a.pt", "--run", "second"],
+            "--weights names pix; the caches in use are words",
+        ),
+        (["--text", "b"], "reads pix; give --image, too"),
+        (["--csv", "nope.csv"], "cannot read nope.csv"),
+        (["--device", "abacus"], "device 'abacus' can't be used"),
+        (["--split", "nope"], "no cache .*pix_nope.h5"),
+    ],
+)
+def test_what_cant_be_done_is_said_in_one_line(
+    trained: Path, capsys: pytest.CaptureFixture, more: list[str], said: str
+):
+    assert re.search(said, refused(capsys, infer(trained, *more)))
+
+
+def test_a_file_that_cant_be_written(home: Path, capsys: pytest.CaptureFixture):
+    (home / "taken").mkdir()
+    assert "give another file with --out" in refused(capsys, infer(home, "--out", str(home / "taken")))
+    assert not list(home.glob(".taken*"))
+
+
+# -- raw pairs --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A course set in set/, its caches by the offline encoders in feats/, and one run in runs/."""
+    root = tmp_path_factory.mktemp("encoded")
+    make_course(root / "set", 24, 6)
+    common = ["--data", str(root / "set"), "--out", str(root / "feats"), "--device", "cpu", "--workers", "0"]
+    assert vader_extract_feats.main(common) == 0
+    assert minilm_extract_feats.main([*common, "--dtype", "fp32"]) == 0
+    assert efficientnet_extract_feats.main([*common, "--dtype", "fp32", "--model", "lite0"]) == 0
+    sides = ["--vtype", "efficientnet", "--ttype", "minilm", "vader", "--norm", "standard"]
+    folders = ["--feats", str(root / "feats"), "--runs", str(root / "runs")]
+    assert train_head.main([*folders, *sides, "--val-ratio", "0.25", "--D", "8", "--ep", "2", "--device", "cpu"]) == 0
+    return root
+
+
+def pair(root: Path, number: int) -> list[str]:
+    text = (root / "set" / "data" / f"{number}.txt").read_text(encoding="utf-8")
+    return ["--image", str(root / "set" / "data" / f"{number}.jpg"), "--text", text]
+
+
+def cached_prediction(root: Path) -> list[list[str]]:
+    assert infer(root, "--proba", "--out", str(root / "cached.csv")) == 0
+    return submission(root / "cached.csv")[1]
+
+
+def test_a_raw_pair_is_predicted_as_when_cached(encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    name, tag, *cached = cached_prediction(encoded)[2]
+    capsys.readouterr()
+    assert infer(encoded, *pair(encoded, int(name)), "--proba", "--out", str(tmp_path / "raw.csv")) == 0
+    ((_, predicted, *p),) = submission(tmp_path / "raw.csv")[1]
+    assert predicted == tag
+    np.testing.assert_allclose(np.array(p, float), np.array(cached, float), atol=1e-3)
+    shown = ", ".join(f"{c} {float(x):.3f}" for c, x in zip(CLASSES, p, strict=True))
+    assert f"\n{predicted} ({shown})\n" in capsys.readouterr().out
+
+
+def test_a_manifest_is_predicted_as_when_cached(encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    cached = cached_prediction(encoded)
+    folder = encoded / "set" / "data"
+    with (tmp_path / "pairs.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "image", "text", "label"])
+        writer.writerows([n, folder / f"{n}.jpg", folder / f"{n}.txt", CLASSES[0]] for n, *_ in cached)
+        writer.writerow(["lost", folder / "lost.jpg", "no picture", CLASSES[1]])
+    capsys.readouterr()
+    assert infer(encoded, "--csv", str(tmp_path / "pairs.csv"), "--proba", "--vote", "soft") == 0
+    out = capsys.readouterr()
+    assert "1 of 7 rows have no features" in out.err and "lost: efficientnet: picture" in out.err
+    assert "accuracy" in out.out and "7 predictions -> " in out.out
+    (run,) = list_runs(encoded / "runs")
+    _, rows = submission(run / "submission_pairs.csv")
+    assert [row[0] for row in rows] == [*(row[0] for row in cached), "lost"]
+    for row, before in zip(rows, cached, strict=False):
+        np.testing.assert_allclose(np.array(row[2:], float), np.array(before[2:], float), atol=1e-3)
+
+
+def test_a_pair_that_cant_be_encoded(encoded: Path, capfd: pytest.CaptureFixture):
+    assert infer(encoded, "--image", str(encoded / "none.jpg"), "--text", "a") == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: no row of the raw data") and "picture file is missing" in error
+
+
+def test_an_encoder_with_other_weights_is_refused(encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    home = Path(shutil.copytree(encoded, tmp_path / "home"))
+    (run,) = list_runs(home / "runs")
+    config = json.loads((run / "config.json").read_text())
+    config["features"]["fingerprints"]["minilm"]["weights_sha256"] = "f00"
+    (run / "config.json").write_text(json.dumps(config))
+    assert infer(home, *pair(home, 24)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "weights_sha256" in error and "f00" in error and "--weights minilm=PATH" in error
+    config["features"]["fingerprints"]["minilm"]["model"] = "other"
+    (run / "config.json").write_text(json.dumps(config))
+    assert infer(home, *pair(home, 24)) == 2
+    assert "unknown model 'other'" in capsys.readouterr().err.splitlines()[-1]
