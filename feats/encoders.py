@@ -135,6 +135,20 @@ ENCODERS: dict[str, EncoderSpec] = {
         text_clean="none",
         auto_dtype="fp32",
     ),
+    "ngrams": EncoderSpec(
+        "feats.ngrams_encoder",
+        "hashed character n-grams (offline), text",
+        "ngrams",
+        options={
+            "columns": {
+                "type": int,
+                "default": 4096,
+                "metavar": "D",
+                "help": "the features' width, into which the n-grams are hashed",
+            }
+        },
+        auto_dtype="fp32",
+    ),
 }
 
 

@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT, make_course
 from PIL import Image
 
-from feats import efficientnet_extract_feats, minilm_extract_feats, vader_extract_feats
+from feats import efficientnet_extract_feats, minilm_extract_feats, ngrams_extract_feats, vader_extract_feats
 from feats.store import DONE, QUARANTINED, FeatureStore
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -36,6 +36,10 @@ def efficientnet(data: Path, out: Path, *more: str) -> int:
 
 def minilm(data: Path, out: Path, *more: str) -> int:
     return minilm_extract_feats.main(["--data", str(data), "--out", str(out), "--dtype", "fp32", *SMALL, *more])
+
+
+def ngrams(data: Path, out: Path, *more: str) -> int:
+    return ngrams_extract_feats.main(["--data", str(data), "--out", str(out), *SMALL, *more])
 
 
 def datasets(path: Path) -> dict[str, np.ndarray]:
@@ -108,7 +112,7 @@ def test_a_second_run_computes_nothing(course: Path, tmp_path: Path, capsys: pyt
         np.testing.assert_array_equal(values, before[name])
 
 
-@pytest.mark.parametrize("script", [efficientnet, minilm])
+@pytest.mark.parametrize("script", [efficientnet, minilm, ngrams])
 def test_workers_change_nothing(script, course: Path, tmp_path: Path):
     script(course, tmp_path / "a", "--splits", "train")
     script(course, tmp_path / "b", "--splits", "train", "--workers", "2")
@@ -151,6 +155,30 @@ def test_corrected_labels_need_no_encoding(course: Path, tmp_path: Path, capsys:
     assert vader(course, tmp_path / "out", "--splits", "train") == 0
     assert "1 labels brought up to date; 0 encoded now" in capsys.readouterr().out
     assert datasets(tmp_path / "out" / "vader_train.h5")["tag"][0] == b"neutral"
+
+
+def test_ngrams_columns_and_texts_without_words(course: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Cleaning may leave nothing of a text: that is a row like others, not one for the quarantine."""
+    (course / "data" / "3.txt").write_text("@somebody http://t.co/abc")
+    assert ngrams(course, tmp_path / "out", "--splits", "train", "--columns", "64", "--strict") == 0
+    with FeatureStore.open(tmp_path / "out" / "ngrams_train.h5") as store:
+        assert store.complete and (store.status == DONE).all()
+        assert (store.fingerprint["columns"], store.fingerprint["text_clean"]) == (64, "tweet")
+        lengths = np.linalg.norm(store.read("txt_feats").astype(np.float32), axis=1)
+    assert lengths.shape == (20,) and lengths[3] == 0
+    np.testing.assert_allclose(np.delete(lengths, 3), 1, atol=1e-3)
+    capsys.readouterr()
+    assert ngrams(course, tmp_path / "out", "--splits", "train") == 2
+    assert "columns: the cache has 64, this run 4096" in capsys.readouterr().err
+    for arguments, message in (
+        (["--columns", "0"], "--columns 0: expected"),
+        (["--weights", "x"], "leave out --weights"),
+        (["--tokens"], "leave out --tokens"),
+        (["--model", "bytes"], "unknown model 'bytes'; there is ngrams"),
+    ):
+        assert ngrams(course, tmp_path / "none", *arguments) == 2
+        assert message in (error := capsys.readouterr().err) and error.count("\n") == 1
+    assert not (tmp_path / "none").exists()
 
 
 def test_quarantine_and_repair(course: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

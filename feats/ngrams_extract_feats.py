@@ -1,0 +1,19 @@
+"""Hash the character n-grams of texts into saved/feats/ngrams_<split>.h5."""
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+
+from feats.extract import extraction_parser, run
+
+
+def build_parser() -> ArgumentParser:
+    return extraction_parser("ngrams", __doc__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run("ngrams", build_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
