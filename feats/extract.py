@@ -23,9 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-# Before torch is loaded: its threads, by default, spin while they wait for one another, and take from the decoding
-# workers the time these need (a tenth of the whole, with two of each on two cores).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+import feats.threads  # noqa: F401  # isort: split
 
 import numpy as np
 import torch

@@ -42,9 +42,14 @@ class Candidate:
 
     @property
     def family(self) -> tuple[str, str]:
-        return self.config.head.head, " + ".join(
-            dict.fromkeys(name for names in self.caches.values() for name in names)
-        )
+        named = [f"{side} {name}" for side, names in self.caches.items() for name in names]
+        return self.config.head.head, " + ".join(named)
+
+
+def most_rows(experiment: Experiment) -> int:
+    """Of the largest search: on the training rows, after folds on all rows."""
+    first = experiment.splits[0]
+    return len(first.train) + (len(first.val) if len(experiment.splits) > 1 else 0)
 
 
 def default_heads(n_rows: int) -> tuple[str, ...]:
@@ -52,9 +57,11 @@ def default_heads(n_rows: int) -> tuple[str, ...]:
 
 
 def candidates(experiment: Experiment, configs: Sequence[TrainConfig]) -> list[Candidate]:
-    """Each configuration on the joined caches, in each normalisation; and the first head on every cache alone."""
+    """Each configuration on the joined caches, in each normalisation; and the first head on every cache alone (a kernel
+    of middling width and penalty: what the stack makes of it hardly depends on them)."""
     features = experiment.features
-    joined = {side: list(getattr(features, side)) for side in DATASETS}
+    sides = configs[0].head.sides
+    joined = {side: list(getattr(features, side)) if side in sides else [] for side in DATASETS}
     found = [
         Candidate(config, joined, norm) for config in configs for norm in HEAD_NORMS.get(config.head.head, OTHER_NORMS)
     ]
@@ -63,7 +70,10 @@ def candidates(experiment: Experiment, configs: Sequence[TrainConfig]) -> list[C
         for side, name in parts:
             only = replace(configs[0].head, ablation=1 if side == "text" else 2)
             caches = {other: [name] if other == side else [] for other in DATASETS}
-            found.append(Candidate(replace(configs[0], head=only), caches, found[0].norm))
+            alone = replace(configs[0], head=only)
+            if only.head == "kernel":
+                alone = replace(alone, gamma=configs[0].gamma or 2.0, penalty=configs[0].penalty or 1.0)
+            found.append(Candidate(alone, caches, found[0].norm))
     return found
 
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import feats.threads  # noqa: F401  # isort: split
+
 import numpy as np
 
 from feats.acceleration import resolve_device
@@ -56,6 +58,7 @@ def export(args: Namespace) -> int:
     wrong = np.flatnonzero((predicted != labels) & (probabilities.max(1) >= args.min_confidence))
     wrong = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")]  # the surest first
     out = args.out or run.path / "bad_cases.csv"
+    out.parent.mkdir(parents=True, exist_ok=True)
     ids = [train_ids[k] for k in wrong]
     write_predictions(out, ids, experiment.tags(ids), probabilities[wrong], run.classes)
     confusion = metrics.confusion_matrix(labels, predicted, len(run.classes))

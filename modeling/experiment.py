@@ -20,7 +20,8 @@ from modeling.inputs import Preprocessing
 from modeling.options import named_values
 from modeling.runs import Member, Run
 from modeling.splits import Split, duplicate_groups, make_folds, make_split, read_split_file
-from modeling.training import Problem, TrainConfig, Trained, fit, n_epochs, stacks
+from modeling.training import Problem, TrainConfig, Trained, n_epochs, stacks
+from modeling.workers import run_jobs
 
 INNER_FOLDS = 5
 TEMPERATURES = (0.1, 10.0)  # a validation set of a few rows can be fitted perfectly, which asks for a temperature of 0
@@ -200,14 +201,21 @@ def train(configs: Sequence[TrainConfig], experiment: Experiment) -> Iterator[tu
     """Train every configuration on every split. As soon as one is through, its number and an outcome for each split."""
     problems = [experiment.problem(split) for split in experiment.splits]
     total = n_epochs(configs) * len(problems)
+    groups = list(stacks(configs, problems[0][0]))
+    jobs = [(members, k) for members in groups for k in range(len(problems))]
+    waiting = {tuple(members): len(problems) for members in groups}
+    found: dict[int, list[Outcome]] = {i: [] for i in range(len(configs))}
     with tqdm(total=total, desc="train", unit="epoch", leave=False, disable=None) as bar:
-        for members in stacks(configs, problems[0][0]):
-            found: dict[int, list[Outcome]] = {i: [] for i in members}
-            for number, (problem, preprocessing) in enumerate(problems):
-                fold = number + 1 if len(problems) > 1 else None
-                for i, trained in zip(members, fit([configs[i] for i in members], problem, bar.update), strict=True):
-                    found[i].append(outcome(trained, problem, preprocessing, experiment.splits[number], fold))
-            yield from found.items()
+        tasks = [([configs[i] for i in members], k) for members, k in jobs]
+        for number, results in run_jobs(tasks, [problem for problem, _ in problems], bar.update):
+            members, k = jobs[number]
+            for i, trained in zip(members, results, strict=True):
+                fold = k + 1 if len(problems) > 1 else None
+                found[i].append(outcome(trained, *problems[k], experiment.splits[k], fold))
+            waiting[tuple(members)] -= 1
+            if not waiting[tuple(members)]:
+                for i in members:
+                    yield i, sorted(found.pop(i), key=lambda o: o.member.fold or 0)
 
 
 def outcome(

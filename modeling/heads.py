@@ -88,6 +88,7 @@ class Head(nn.Module):
     what the head needs.
     """
 
+    study = ""  # the reference study it comes from
     dropout = 0.0  # the study's own
     tokens: tuple[str, ...] = ()  # sides whose token features are needed
     optional_tokens: tuple[str, ...] = ()  # sides whose token features are used where cached
@@ -149,6 +150,7 @@ def _projection(n_models: int, n_in: int, D: int, dropout: float) -> nn.Sequenti
 class Fusion(Head):
     """Study D: per side Linear-BatchNorm-ReLU-Dropout to D, concatenated, linear."""
 
+    study = "D"
     dropout = 0.3
 
     def build(self, config, widths, n_classes, n_models):
@@ -165,6 +167,7 @@ class CrossAttention(Head):
     """Study D: both sides to D, each gives a query, key and value, 8-head attention over the two positions,
     flattened, linear."""
 
+    study = "D"
     dropout = 0.3
 
     def build(self, config, widths, n_classes, n_models):
@@ -199,6 +202,7 @@ def _classifier(n_models: int, n_in: int, D: int, dropout: float, n_classes: int
 class Concat(Head):
     """Study A: the two vectors concatenated, then Linear(D)-LayerNorm-GELU-Dropout-Linear (D was 256)."""
 
+    study = "A"
     dropout = 0.5
 
     def build(self, config, widths, n_classes, n_models):
@@ -212,6 +216,7 @@ class Concat(Head):
 class WeightedSum(Head):
     """Study A: softmax(a) · (image, text) with two learnable scalars a, equal at first; then the classifier."""
 
+    study = "A"
     dropout = 0.5
 
     def build(self, config, widths, n_classes, n_models):
@@ -230,6 +235,8 @@ class WeightedSum(Head):
 
 class AttentionLinear(Head):
     """Study A: image and text as a sequence of two, 8-head self-attention, their mean, one linear layer."""
+
+    study = "A"
 
     def build(self, config, widths, n_classes, n_models):
         self.common = ToCommonWidth(self.sides, config, widths, n_models)
@@ -269,6 +276,7 @@ def _mlp(n_models: int, n_in: int, D: int, dropout: float, n_classes: int) -> nn
 class Early(Head):
     """Study B: concatenated, then an MLP with one hidden layer of D."""
 
+    study = "B"
     dropout = 0.1
 
     def build(self, config, widths, n_classes, n_models):
@@ -281,6 +289,7 @@ class Early(Head):
 class Late(Head):
     """Study B: a classifier for each side, the mean of their logits."""
 
+    study = "B"
     dropout = 0.1
 
     def build(self, config, widths, n_classes, n_models):
@@ -296,6 +305,7 @@ class ClipMatch(Head):
     """Study B: the normalised vectors, their difference, product and cosine, then an MLP. One-sided: the normalised
     vector alone."""
 
+    study = "B"
     dropout = 0.1
 
     def build(self, config, widths, n_classes, n_models):
@@ -316,6 +326,7 @@ class GatedTransformer(Head):
     """Study B's improved attention: three TransformerEncoder layers over the two-token sequence, their mean, plus the
     text vector through a learned gate, LayerNorm, and a deep GELU MLP."""
 
+    study = "B"
     dropout = 0.1
 
     def build(self, config, widths, n_classes, n_models):
@@ -345,6 +356,7 @@ class GatedTransformer(Head):
 class Late512(Head):
     """Study E's late fusion: each side by Linear-ReLU-Dropout to 512, concatenated, linear. D isn't used."""
 
+    study = "E"
     dropout = 0.5
     width = 512
 
@@ -368,6 +380,7 @@ class QueryAttention(Head):
     Over a single key the weights are 1 whatever the query: without image tokens the text has no say, and the figures
     are the image's alone."""
 
+    study = "E"
     dropout = 0.5
     optional_tokens = ("image",)
 
@@ -396,6 +409,7 @@ class CoAttention(Head):
     the four vectors are added, one linear layer. `image_positions` adds learnable positions to the image tokens.
     One-sided: that side's own route."""
 
+    study = "C"
     dropout = 0.1
     tokens = ("image", "text")
 

@@ -1,16 +1,13 @@
 """Predict with trained runs: the rows of a cached split, one raw pair (--image, --text), or a manifest of raw pairs
 (--csv). Writes CSV of guid and tag in the data set's order."""
 
-import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-# Before torch is loaded: its threads, by default, spin while they wait for one another, and take the time from the
-# thread that reads ahead (a million rows on two busy cores: 41 s instead of 18).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+import feats.threads  # noqa: F401  # isort: split
 
 import torch
 

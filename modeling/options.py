@@ -1,6 +1,7 @@
 """The command-line options that the scripts of this stage share, and the studies' recipes. Defaults live in the
 dataclasses they fill; help shows them."""
 
+import shlex
 import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "val_ratio": 0.2,
     },
 }
+OWN = "own"
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter):
@@ -113,7 +115,11 @@ def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
     head, train = _defaults(HeadConfig()), _defaults(TrainConfig())
     several = {"nargs": "+"} if grid else {}
     group = parser.add_argument_group("head and training")
-    group.add_argument("--recipe", choices=tuple(RECIPES), help="settings of a reference study; typed options win")
+    group.add_argument(
+        "--recipe",
+        choices=(*RECIPES, OWN),
+        help=f"settings of a reference study; {OWN}: of the one the head comes from. Typed options win",
+    )
 
     def add(name: str, text: str, **keywords: Any) -> None:
         default = (head | train)[name]
@@ -121,7 +127,7 @@ def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
         option = f"--{name.replace('_', '-')}"
         group.add_argument(option, default=SUPPRESS, help=text + shown, **keywords)
 
-    add("head", f"one of {', '.join(HEADS)}", **several)
+    add("head", f"{'all, or some' if grid else 'one'} of {', '.join(HEADS)}", **several)
     add("D", "width of the common space or hidden layer", type=int, **several)
     add("dropout", "(default: the head's own)", type=float, **several)
     add("ablation", ", ".join(f"{k} {v}" for k, v in ABLATIONS.items()), type=int, choices=tuple(ABLATIONS), **several)
@@ -165,7 +171,8 @@ def fit_to_data(
 ) -> TrainConfig:
     """One-sided where the caches are; without the recipe's class weights for classes the data don't have."""
     named = {part.partition("=")[0] for part in config.class_weights.split(",")}
-    if recipe and config.class_weights == RECIPES[recipe].get("class_weights") and not named <= set(classes):
+    of_recipes = {settings.get("class_weights") for settings in RECIPES.values()}
+    if recipe and config.class_weights in of_recipes and not named <= set(classes):
         config = replace(config, class_weights="none")
     if not source["vtype"] or not source["ttype"]:
         only = 1 if source["ttype"] else 2
@@ -178,10 +185,17 @@ def fit_to_data(
 
 
 def grid_points(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every combination of the training options that have several values."""
+    """Every combination of the training options that have several values. Head `all` is every head that needs no token
+    features; with recipe `own` each head gets its own study's settings, the split aside."""
     of_config = {f.name for config in (HeadConfig, TrainConfig) for f in fields(config)}
     axes = {name: value for name, value in values.items() if name in of_config and isinstance(value, list)}
-    return [{**values, **dict(zip(axes, point, strict=True))} for point in product(*axes.values())]
+    if "all" in axes.get("head", ()):
+        axes["head"] = [name for name, head in HEADS.items() if not head.tokens]
+    points = [{**values, **dict(zip(axes, point, strict=True))} for point in product(*axes.values())]
+    if values.get("recipe") != OWN:
+        return points
+    heads = [HeadConfig(**{"head": point["head"]} if "head" in point else {}).head for point in points]
+    return [{**RECIPES.get(HEADS[head].study, {}), **point} for head, point in zip(heads, points, strict=True)]
 
 
 def with_seeds(config: TrainConfig, n: int) -> list[TrainConfig]:
@@ -219,14 +233,14 @@ def named_values(items: Sequence[str], option: str) -> dict[str, float]:
 
 def command_line(argv: Sequence[str] | None) -> str:
     """What the user typed, for the run's records."""
-    return " ".join([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
+    return shlex.join([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
 
 
 def guarded(work: Callable[[], int], interrupted: str) -> int:
     """Run a script's work: unusable input ends with one line and status 2, an interruption with `interrupted`, 130."""
     try:
         return work()
-    except UsageError as error:
+    except (UsageError, OSError) as error:  # what can't be read or written names its file
         print(f"error: {error}", file=sys.stderr)
         return EXIT_UNUSABLE
     except torch.OutOfMemoryError:

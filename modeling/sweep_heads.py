@@ -4,6 +4,8 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
+import feats.threads  # noqa: F401  # isort: split
+
 from modeling import auto, options, sweep
 from modeling import experiment as ex
 from modeling.metrics import format_table
@@ -67,7 +69,7 @@ def run_sweep(args: Namespace, command: str) -> int:
 def run_auto(args: Namespace, command: str) -> int:
     values = options.with_recipe(args)
     experiment = ex.load_experiment(args, values, values.get("head", []))
-    heads = values.get("head") or auto.default_heads(len(experiment.splits[0].train))
+    heads = values.get("head") or auto.default_heads(auto.most_rows(experiment))
     grid = [options.config_from(point) for point in options.grid_points({**values, "head": list(heads)})]
     configs = [options.fit_to_data(config, args.recipe, experiment.classes, experiment.source) for config in grid]
     run, probabilities, table = auto.auto(experiment, configs)

@@ -4,6 +4,8 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
+import feats.threads  # noqa: F401  # isort: split
+
 from modeling import experiment as ex
 from modeling import options
 from modeling.runs import run_name, save_run, write_tensorboard
@@ -26,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(args: Namespace, command: str) -> int:
     values = options.with_recipe(args)
-    config = options.config_from(values)
+    [point] = options.grid_points(values)
+    config = options.config_from(point)
     experiment = ex.load_experiment(args, values, [config.head.head])
     config = options.fit_to_data(config, args.recipe, experiment.classes, experiment.source)
     configs = options.with_seeds(config, args.seeds)

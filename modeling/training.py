@@ -119,6 +119,11 @@ def n_epochs(configs: Sequence[TrainConfig]) -> int:
     return sum(c.ep if HEADS[c.head.head].solver == "sgd" else 1 for c in configs)
 
 
+def work(configs: Sequence[TrainConfig], problem: Problem) -> float:
+    """About how many floating-point operations `fit` takes: three products of two for each weight and row."""
+    return sum(6.0 * _parameters(c, problem) * len(problem.train) * c.ep for c in configs)
+
+
 def stacks(configs: Sequence[TrainConfig], problem: Problem) -> Iterator[list[int]]:
     """Numbers of the configurations that train together: equal in shape, batches and optimiser, as many as fit."""
 
