@@ -164,7 +164,14 @@ def make_splits(
         ratios = {name: values[name] for name in ("val_ratio", "test_ratio") if name in values}
         splits = [make_split(ids, tags, seed=values.get("split_seed", 42), groups=groups, **ratios)]
     group_of = None if groups is None else dict(zip(ids, groups.tolist(), strict=True))
-    return [split.without(features.left_out) for split in splits], group_of
+    splits = [split.without(features.left_out) for split in splits]
+    for split in splits:
+        for part, rows in (("training", split.train), ("validation", split.val)):
+            if not rows:
+                raise UsageError(
+                    f"every {part} row was left out; extract again what is in quarantine, or split otherwise"
+                )
+    return splits, group_of
 
 
 def named_norms(items: Sequence[str], caches: Sequence[str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from feats.errors import UsageError
 from modeling import options
+from modeling.heads import HeadConfig
 from modeling.sweep import best_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,15 +44,11 @@ def quickstart(args: Namespace) -> int:
     start = time.perf_counter()
     feats, runs, data = args.out / "feats", args.out / "runs", args.data or SAMPLE
     folders = ["--feats", feats, "--runs", runs]
+    check_names(args)
     if args.data is None:
         step("draw a small synthetic sample of image-text pairs", "data/make_sample.py", "--out", data)
     for encoder in dict.fromkeys([*args.vtype, *args.ttype]):
         script = f"feats/{encoder}_extract_feats.py"
-        if not (ROOT / script).is_file():
-            known = ", ".join(
-                sorted(p.stem.removesuffix("_extract_feats") for p in ROOT.glob("feats/*_extract_feats.py"))
-            )
-            raise UsageError(f"no encoder {encoder!r}; there are {known}")
         step(f"encode every pair once with {encoder}", script, "--data", data, "--out", feats)
     caches = ["--vtype", *args.vtype, "--ttype", *args.ttype]
     grid = ["--head", *args.head, "--norm", "standard", "--lr", "1e-3", "--ep", "60", "--bs", "64", "--seeds", "3"]
@@ -72,6 +69,16 @@ def quickstart(args: Namespace) -> int:
     if args.data is None:
         print_score(predictions, data / "test_labels.csv")
     return options.EXIT_DONE
+
+
+def check_names(args: Namespace) -> None:
+    """Raise `UsageError` for encoders and heads that there aren't, before anything is encoded."""
+    known = sorted(p.stem.removesuffix("_extract_feats") for p in ROOT.glob("feats/*_extract_feats.py"))
+    for encoder in (*args.vtype, *args.ttype):
+        if encoder not in known:
+            raise UsageError(f"no encoder {encoder!r}; there are {', '.join(known)}")
+    for head in args.head:
+        HeadConfig(head)
 
 
 def step(what: str, *command: object) -> None:

@@ -164,17 +164,28 @@ def save_run(
             run.split.save(unfinished / SPLIT)
         _write_history(unfinished / HISTORY, history)
         write_predictions(unfinished / PREDICTIONS, *predictions, run.classes)
-        path = folder / name
-        if exact_name and path.exists():
-            shutil.rmtree(path)
-        number = 2
-        while path.exists():
-            path, number = folder / f"{name}-{number}", number + 1
-        os.replace(unfinished, path)
-    except OSError as error:
+        if exact_name:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        return _under_a_free_name(unfinished, folder / name)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UsageError(f"can't write the run {folder / name}: {reason}; give another --runs folder") from None
+    finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise UsageError(f"can't write the run {folder / name}: {error.strerror}; give another --runs folder") from None
-    return path
+
+
+def _under_a_free_name(unfinished: Path, wanted: Path) -> Path:
+    """Move a folder to `wanted`, with a number behind it if that is taken: another process may take it at any moment."""
+    path, number = wanted, 1
+    while True:
+        try:
+            os.replace(unfinished, path)
+            return path
+        except OSError:
+            if not path.exists():
+                raise
+            number += 1
+            path = wanted.with_name(f"{wanted.name}-{number}")
 
 
 def run_name(run: Run, when: float | None = None) -> str:
@@ -293,10 +304,9 @@ def load_run(path: Path | str) -> Run:
         if config["stacked"]:
             stacking = Stacking(tensors.pop("stacking/weight"), tensors.pop("stacking/bias"))
         run = Run(config["classes"], members, config["features"], splits, stacking, config, path)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"{path} is damaged ({first_line(error)}); train again") from None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]  # torch says which tensors don't fit below its first line
+        raise UsageError(f"{path} is damaged ({reason}); train again") from None
     if tensors:
         raise UsageError(
             f"{path / TENSORS} holds tensors no member has ({', '.join(sorted(tensors)[:3])}); train again"

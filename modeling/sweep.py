@@ -24,7 +24,8 @@ FIGURES = ("accuracy", "weighted_f1", "macro_f1")
 
 def run_name(config: TrainConfig, experiment: Experiment) -> str:
     """A name that is the same for the same training: what one can read of it, and a hash of everything else that
-    decides it (settings, split, normalisation, the caches' fingerprints without library versions)."""
+    decides it (settings, split, labels, normalisation, what the caches were made of and by, library versions aside)."""
+    rows = experiment.features.rows
     fingerprints = {
         name: {k: v for k, v in f.items() if k != "versions"} for name, f in experiment.source["fingerprints"].items()
     }
@@ -36,6 +37,8 @@ def run_name(config: TrainConfig, experiment: Experiment) -> str:
         experiment.source["vtype"],
         experiment.source["ttype"],
         fingerprints,
+        rows.tags,
+        hashlib.sha256(rows.img_hash.tobytes() + rows.txt_key.tobytes()).hexdigest(),
     ]
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
     head = config.head

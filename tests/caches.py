@@ -1,0 +1,80 @@
+"""Synthetic caches: what encoders would leave of a data set whose pairs tell their labels, but not surely."""
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from feats.store import DONE, QUARANTINED, FeatureStore
+
+CLASSES = ["negative", "neutral", "positive"]
+WIDTHS = {"clip": (8, 8), "resnet": (12, None), "roberta": (None, 10), "vader": (None, 4)}  # image, text
+TOKENS, TOKEN_WIDTH = 3, 6
+
+
+def make_tags(rows: int) -> list[str]:
+    """Half the rows positive, a third negative, the rest neutral."""
+    return [("positive", "negative", "positive", "neutral", "positive", "negative")[i % 6] for i in range(rows)]
+
+
+def make_cache(
+    folder: Path,
+    name: str,
+    rows: int = 90,
+    *,
+    split: str = "train",
+    tags: Sequence[str] | None = None,
+    seed: int = 0,
+    first_id: int = 0,
+    tokens: bool = False,
+    views: int = 0,
+    quarantined: Collection[int] = (),
+    facts: Mapping[str, np.ndarray] = {},
+    changed: Mapping[str, np.ndarray] = {},
+    fingerprint: Mapping[str, Any] = {},
+) -> Path:
+    """<folder>/<name>_<split>.h5 of `rows` pairs. `changed` replaces whole datasets, `facts` the row hashes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}_{split}.h5"
+    tags = make_tags(rows) if tags is None else list(tags)
+    rows = len(tags)
+    ids = [f"p{first_id + i}" for i in range(rows)]
+    rng = np.random.default_rng([seed, *name.encode(), *split.encode()])
+    widths = dict(zip(("img", "txt"), WIDTHS[name], strict=True))
+    place = np.array([CLASSES.index(tag) if tag in CLASSES else len(tag) % 3 for tag in tags])
+    shapes, arrays, counts = {}, {}, None
+    for side, width in widths.items():
+        if width is None:
+            continue
+        centres = np.random.default_rng([*name.encode(), *side.encode()]).normal(size=(3, width)) * (2 / width**0.5)
+        shapes[f"{side}_feats"] = (width,)
+        arrays[f"{side}_feats"] = x = centres[place] * 1.2 + rng.normal(size=(rows, width))
+        for fact in {"img": ("img_hash",), "txt": ("txt_hash", "txt_key")}[side]:
+            arrays[fact] = np.asarray(facts.get(fact, np.arange(rows) + first_id + 1000), np.uint64)
+        if side == "img" and views:
+            shapes["img_views"] = (views, width)
+            arrays["img_views"] = x[:, None] + 0.2 * rng.normal(size=(rows, views, width))
+        if tokens:
+            centres = rng.normal(size=(3, TOKEN_WIDTH))
+            shapes[f"{side}_tokens"] = (TOKENS, TOKEN_WIDTH) if side == "img" else (TOKEN_WIDTH,)
+            if side == "img":
+                arrays["img_tokens"] = centres[place][:, None] + rng.normal(size=(rows, TOKENS, TOKEN_WIDTH))
+            else:
+                counts = np.arange(rows) % 4 + 1
+                arrays["txt_tokens"] = np.repeat(centres[place], counts, 0) + rng.normal(
+                    size=(counts.sum(), TOKEN_WIDTH)
+                )
+    arrays = {k: v.astype(np.float16) if v.dtype == np.float64 else v for k, v in arrays.items()} | dict(changed)
+    made_by = {"encoder": name, "model": "tiny", "weights_sha256": "0" * 64, "data": {"rows": rows}, "dtype": "fp32"}
+    status = np.array([QUARANTINED if i in quarantined else DONE for i in range(rows)])
+    with FeatureStore.create(path, ids, tags, {**made_by, **fingerprint}, shapes, token_counts=counts) as store:
+        store.write(np.arange(rows), status, arrays, {ids[i]: "picture is truncated" for i in quarantined})
+        store.finish()
+    return path
+
+
+def read(folder: Path, name: str, dataset: str, ids: Sequence[str], split: str = "train") -> np.ndarray:
+    """Features of `ids` in double precision, straight from the cache."""
+    with FeatureStore.open(folder / f"{name}_{split}.h5") as store:
+        return store.read(dataset, list(ids)).astype(np.float64)

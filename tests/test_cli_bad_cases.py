@@ -1,0 +1,156 @@
+"""bad_cases.py as a user runs it: training rows that a head gets wrong when it hasn't seen them."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from caches import CLASSES, make_cache, make_tags, read
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from modeling import bad_cases, sweep_heads, train_head
+from modeling import experiment as ex
+from modeling.runs import load_run, newest_run, read_predictions
+
+SHORT = ["--ep", "4", "--D", "8", "--bs", "16", "--lr", "1e-2"]
+WRONG = ("p0", "p7", "p16", "p33")  # rows whose label is not what their features say
+
+
+@pytest.fixture(scope="module")
+def feats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """90 pairs, four of them with the features of another class, told without doubt."""
+    folder = tmp_path_factory.mktemp("feats")
+    make_cache(folder, "clip")
+    ids = [f"p{i}" for i in range(90)]
+    tags = make_tags(90)
+    changed = {}
+    for name in ("img_feats", "txt_feats"):
+        changed[name] = read(folder, "clip", name, ids).astype(np.float16)
+        centres = {tag: changed[name][[t == tag for t in tags]].mean(0) for tag in CLASSES}
+        for row in map(ids.index, WRONG):
+            other = "positive" if tags[row] == "negative" else "negative"
+            changed[name][row] = 2 * centres[other]
+    (folder / "clip_train.h5").unlink()
+    make_cache(folder, "clip", changed=changed)
+    return folder
+
+
+def train(feats: Path, runs: Path, *argv: str) -> Path:
+    assert train_head.main(["--vtype", "clip", "--feats", str(feats), "--runs", str(runs), *SHORT, *argv]) == 0
+    return newest_run(runs)
+
+
+def export(runs: Path, *argv: str) -> int:
+    return bad_cases.main(["--runs", str(runs), *argv])
+
+
+def split_of(path: Path) -> dict[str, Any]:
+    return json.loads((path / "split.json").read_text(encoding="utf-8"))
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def check(rows: Sequence[dict[str, str]], train: Sequence[str]) -> None:
+    tag_of = dict(zip([f"p{i}" for i in range(90)], make_tags(90), strict=True))
+    assert len({row["id"] for row in rows}) == len(rows)
+    for row in rows:
+        assert row["id"] in train and row["tag"] == tag_of[row["id"]] != row["pred"]
+        assert max(CLASSES, key=lambda name, row=row: float(row[f"p_{name}"])) == row["pred"]
+    confidence = [max(float(row[f"p_{name}"]) for name in CLASSES) for row in rows]
+    assert confidence == sorted(confidence, reverse=True)
+
+
+def test_training_rows_that_are_wrong_the_surest_first(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    older = train(feats, tmp_path, "--seed", "1")
+    path = train(feats, tmp_path, "--val-ratio", "0.2", "--test-ratio", "0.1", "--ep", "30")
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+    capsys.readouterr()
+    assert export(tmp_path) == 0  # of the newest run, with the caches it was trained on
+    out, split = capsys.readouterr().out, split_of(path)
+    rows = rows_of(path / "bad_cases.csv")
+    check(rows, split["train"])
+    planted = [i for i in WRONG if i in split["train"]]
+    assert len(planted) >= 2 and set(planted) <= {row["id"] for row in rows}
+    assert f"{len(rows)} of {len(split['train'])} training rows wrong in 5-fold" in out and f"-> {path}" in out
+    counts = [line.split()[1:] for line in out.splitlines() if line.split()[0] in CLASSES]
+    confusion = np.array(counts, int)
+    assert confusion.sum() == len(split["train"]) and confusion.sum() - np.trace(confusion) == len(rows)
+    assert {p.name: p.read_bytes() for p in path.iterdir() if p.name != "bad_cases.csv"} == before
+    assert not (older / "bad_cases.csv").exists()
+
+
+def test_every_misclassified_row_is_there(feats: Path, tmp_path: Path):
+    """scikit-learn's logistic regression, out of the same folds."""
+    argv = ["--head", "linear", "--penalty", "0.1", "--norm", "standard", "--val-ratio", "0.2"]
+    path = train(feats, tmp_path, *argv)
+    assert export(tmp_path, "--run", str(path), "--folds", "3", "--out", str(tmp_path / "new" / "bad.csv")) == 0
+    rows = rows_of(tmp_path / "new" / "bad.csv")
+    experiment = ex.experiment_of_run(load_run(path), None, "cpu")
+    folds = experiment.folds_of(split_of(path)["train"], 3)
+    tag_of = dict(zip([f"p{i}" for i in range(90)], make_tags(90), strict=True))
+
+    def matrix(ids: Sequence[str], like: Sequence[str]) -> np.ndarray:
+        of_side = [[read(feats, "clip", f"{side}_feats", names) for names in (ids, like)] for side in ("img", "txt")]
+        return np.concatenate([StandardScaler().fit(rest).transform(x) for x, rest in of_side], 1)
+
+    wrong = {}
+    for fold in folds:
+        model = LogisticRegression(C=0.1, tol=1e-8, max_iter=5000)
+        model.fit(matrix(fold.train, fold.train), [tag_of[i] for i in fold.train])
+        predicted = model.predict(matrix(fold.val, fold.train))
+        wrong |= {i: p for i, p in zip(fold.val, predicted, strict=True) if p != tag_of[i]}
+    assert {row["id"]: row["pred"] for row in rows} == wrong and len(wrong) > 2
+
+
+def test_only_those_as_sure_as_asked(feats: Path, tmp_path: Path):
+    path = train(feats, tmp_path, "--head", "linear", "--penalty", "0.1")
+    export(tmp_path)
+    every = read_predictions(path / "bad_cases.csv")
+    export(tmp_path, "--min-confidence", "0.7", "--out", str(tmp_path / "sure.csv"))
+    sure = read_predictions(tmp_path / "sure.csv")
+    wanted = [i for i, row in zip(every[0], every[2], strict=True) if row.max() >= 0.7]
+    assert sure[0] == wanted and 0 < len(wanted) < len(every[0])
+    export(tmp_path, "--min-confidence", "1.1", "--out", str(tmp_path / "none.csv"))
+    assert rows_of(tmp_path / "none.csv") == []
+
+
+def test_of_a_sweeps_run_and_of_several_seeds(feats: Path, tmp_path: Path):
+    grid = ["--head", "mlp", "--D", "8", "--ep", "4", "--lr", "1e-2"]
+    assert sweep_heads.main(["--vtype", "clip", "--feats", str(feats), "--runs", str(tmp_path), *grid]) == 0
+    (path,) = (p.parent for p in (tmp_path / "sweep").glob("*/config.json"))
+    seeds = train(feats, tmp_path, "--seeds", "2", "--ablation", "1")
+    for run in (path, seeds):
+        assert export(tmp_path, "--run", str(run)) == 0
+        check(rows_of(run / "bad_cases.csv"), split_of(run)["train"])
+
+
+def test_what_has_no_training_rows_of_its_own_is_refused(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    def refused(*argv: str) -> str:
+        capsys.readouterr()
+        assert export(tmp_path, *argv) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        return error
+
+    assert "no complete run" in refused()
+    folds = train(feats, tmp_path, "--folds", "2")
+    assert "cross-validation" in refused("--run", str(folds)) and "--val-ratio" in refused()
+    given = ["--vtype", "clip", "--feats", str(feats), "--runs", str(tmp_path), "--auto", "--head", "kernel"]
+    assert sweep_heads.main([*given, "--gamma", "1", "--penalty", "1"]) == 0
+    assert "ensemble of --auto" in refused()
+    assert not list(tmp_path.glob("*/bad_cases.csv"))
+    assert "is no run" in refused("--run", str(tmp_path / "typo"))
+    path = train(feats, tmp_path)
+    assert "no cache" in refused("--feats", str(tmp_path / "elsewhere"))
+    assert str(tmp_path) in refused("--out", str(tmp_path))  # a folder
+    make_cache(tmp_path / "other", "clip", fingerprint={"weights_sha256": "1" * 64})
+    assert "isn't what" in refused("--feats", str(tmp_path / "other"), "--run", str(path))
+    make_cache(tmp_path / "fewer", "clip", 60)
+    assert "not among the 60" in refused("--feats", str(tmp_path / "fewer"))

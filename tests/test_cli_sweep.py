@@ -1,0 +1,482 @@
+"""sweep_heads.py as a user runs it: grids, going on after an interruption, comparison tables, the automatic search."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sklearn.metrics as reference
+from caches import CLASSES, make_cache, make_tags
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from feats.errors import UsageError
+from feats.store import FeatureStore
+from modeling import auto, closed_form, options, sweep_heads, train_head
+from modeling import experiment as ex
+from modeling.features import load_features
+from modeling.metrics import paired_row_bootstrap
+from modeling.runs import load_run, newest_run, read_predictions
+from modeling.sweep import best_run
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+SHORT = ["--ep", "2", "--bs", "32", "--val-ratio", "0.3"]
+GRID = ["--head", "fusion", "mlp", "--D", "4", "8", "--lr", "1e-3", "1e-2", "--seeds", "2", *SHORT]
+
+
+@pytest.fixture(scope="module")
+def feats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("feats")
+    make_cache(folder, "clip")
+    make_cache(folder, "vader")
+    return folder
+
+
+def sweep(feats: Path, runs: Path, *argv: str) -> int:
+    given = ["--vtype", "clip"] if "--vtype" not in argv else []
+    return sweep_heads.main([*given, "--feats", str(feats), "--runs", str(runs), *argv])
+
+
+@pytest.fixture(scope="module")
+def swept(feats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished sweep of GRID."""
+    runs = tmp_path_factory.mktemp("runs")
+    assert sweep(feats, runs, *GRID) == 0
+    return runs / "sweep"
+
+
+def content(path: Path, name: str) -> Any:
+    return json.loads((path / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def settings(path: Path) -> dict[str, Any]:
+    train = content(path, "config")["members"][0]["train"]
+    return {**train, **train["head"]}
+
+
+def runs_in(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("[!.]*/config.json"))
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "table.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.glob("*/*")}
+
+
+# -- grids ------------------------------------------------------------------------------------------------------
+
+
+def test_every_point_of_the_grid_is_trained_once(swept: Path):
+    points = [(s["head"], s["D"], s["lr"], s["seed"]) for s in map(settings, runs_in(swept))]
+    wanted = [(h, D, lr, s) for h in ("fusion", "mlp") for D in (4, 8) for lr in (1e-3, 1e-2) for s in (42, 43)]
+    assert sorted(points) == sorted(wanted)
+    assert not [path for path in swept.iterdir() if path.name.startswith(".")]
+
+
+def test_finished_configurations_are_not_trained_again(feats: Path, swept: Path, capsys: pytest.CaptureFixture):
+    before, tables = times(swept), [(swept / name).read_bytes() for name in ("table.csv", "table.md")]
+    capsys.readouterr()
+    assert sweep(feats, swept.parent, *GRID) == 0
+    out = capsys.readouterr().out
+    assert "16 trainings, 16 of them finished before" in out and f"16 runs, table.csv and table.md -> {swept}" in out
+    assert times(swept) == before
+    assert [(swept / name).read_bytes() for name in ("table.csv", "table.md")] == tables
+
+
+def test_a_larger_grid_trains_what_is_new(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    sweep(feats, tmp_path, "--head", "fusion", "--D", "4", "4", *SHORT)  # twice the same is once
+    before = times(tmp_path / "sweep")
+    sweep(feats, tmp_path, "--head", "fusion", "linear", "--D", "4", "--seeds", "3", "--penalty", "0.1", *SHORT)
+    out = capsys.readouterr().out
+    assert "1 trainings, 0 of them finished before" in out
+    assert "4 trainings, 0 of them" in out  # --penalty is part of a configuration; linear has no seeds
+    sweep(feats, tmp_path, "--head", "fusion", "linear", "--D", "4", "--seeds", "2", "--penalty", "0.1", *SHORT)
+    assert "3 trainings, 3 of them finished before" in capsys.readouterr().out
+    sweep(feats, tmp_path, "--head", "fusion", "--D", "4", "--seeds", "2", *SHORT)
+    assert "2 trainings, 1 of them finished before" in capsys.readouterr().out
+    assert before.items() <= times(tmp_path / "sweep").items()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ["--split-seed", "1"],
+        ["--norm", "l2"],
+        ["--scale", "clip=2"],
+        ["--vtype", "clip", "--ttype", "vader"],
+        ["--duplicates", "apart", "--split-seed", "2"],
+        ["--class-weights", "balanced"],
+        ["--dropout", "0.2"],
+    ],
+    ids=" ".join,
+)
+def test_what_decides_a_training_is_in_its_name(
+    other: list[str], feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    base = ["--head", "fusion", "--D", "4", *SHORT]
+    sweep(feats, tmp_path, *base), capsys.readouterr()
+    assert sweep(feats, tmp_path, *base, *other) == 0
+    assert "1 trainings, 0 of them finished before" in capsys.readouterr().out
+    assert len(runs_in(tmp_path / "sweep")) == 2
+
+
+def test_corrected_data_are_trained_on_anew(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """The same ids, split and encoder; labels corrected, or pictures and texts encoded again."""
+    ids = [f"p{i}" for i in range(90)]
+    (tmp_path / "split.json").write_text(json.dumps({"train": ids[:60], "val": ids[60:]}))
+    command = ["--head", "fusion", "--D", "4", "--ep", "2", "--split-file", str(tmp_path / "split.json")]
+    path = make_cache(tmp_path / "feats", "clip")
+    sweep(tmp_path / "feats", tmp_path, *command)
+    path.touch()
+    capsys.readouterr()
+    sweep(tmp_path / "feats", tmp_path, *command)
+    assert "1 of them finished before" in capsys.readouterr().out
+    tags = make_tags(90)
+    tags[60] = "neutral"
+    with FeatureStore.append(path) as store:
+        assert store.update_tags(tags) == 1
+    sweep(tmp_path / "feats", tmp_path, *command)
+    assert "0 of them finished before" in capsys.readouterr().out
+    path.unlink()
+    make_cache(tmp_path / "feats", "clip", tags=tags, seed=1, facts={"img_hash": np.arange(90) + 5000})
+    sweep(tmp_path / "feats", tmp_path, *command)
+    assert "0 of them finished before" in capsys.readouterr().out
+
+
+def test_a_run_of_a_sweep_is_that_of_train_head(feats: Path, swept: Path, tmp_path: Path):
+    features = load_features(feats, "train", ["clip"], ["clip"])
+    for path in runs_in(swept)[::3]:
+        s = settings(path)
+        argv = ["--head", s["head"], "--D", str(s["D"]), "--lr", str(s["lr"]), "--seed", str(s["seed"]), *SHORT]
+        argv += ["--vtype", "clip", "--feats", str(feats), "--runs", str(tmp_path)]
+        assert train_head.main(argv) == 0
+        one, other = load_run(path), load_run(newest_run(tmp_path))
+        assert one.members[0].config == other.members[0].config and one.split == other.split
+        np.testing.assert_allclose(one.members[0].logits(features), other.members[0].logits(features), atol=1e-4)
+        assert content(path, "metrics")["val"]["accuracy"] == content(other.path, "metrics")["val"]["accuracy"]
+
+
+# -- interruptions ----------------------------------------------------------------------------------------------
+
+LONG = ["--head", "fusion", "--D", *map(str, range(4, 11)), "--ep", "60", "--bs", "16", "--val-ratio", "0.3"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(feats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    assert sweep(feats, runs, *LONG) == 0
+    return runs / "sweep"
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_sweep_goes_on(
+    how: signal.Signals, feats: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    folder = tmp_path / "sweep"
+    script = [sys.executable, str(ROOT / "modeling" / "sweep_heads.py"), "--vtype", "clip"]
+    command = [*script, "--feats", str(feats), "--runs", str(tmp_path), *LONG]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        limit = time.monotonic() + 60
+        while len(runs_in(folder)) < 2 and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.01)
+        process.send_signal(how)
+        error = process.stderr.read().decode()
+    done = len(runs_in(folder))
+    assert 2 <= done < 7  # it was in the middle
+    if how == signal.SIGINT:
+        assert process.returncode == 130 and "Traceback" not in error
+        assert error.endswith("interrupted: what is finished is kept, run the same command to go on\n")
+    else:
+        assert process.returncode == -signal.SIGKILL
+    before = times(folder)
+    with pytest.raises(UsageError, match="no finished sweep in .*sweep_heads.py"):
+        best_run(folder)
+    assert sweep(feats, tmp_path, *LONG) == 0
+    assert f"7 trainings, {done} of them finished before" in capsys.readouterr().out
+    finished = {path: at for path, at in before.items() if "writing" not in path}
+    assert finished.items() <= times(folder).items() and len(runs_in(folder)) == 7
+    for name in ("table.csv", "table.md"):
+        assert (folder / name).read_text() == (uninterrupted / name).read_text()
+
+
+def test_half_a_run_is_trained_again(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    command = ["--head", "fusion", "mlp", "--D", "4", *SHORT]
+    sweep(feats, tmp_path, *command)
+    one, other = runs_in(tmp_path / "sweep")
+    (one / "predictions_val.csv").unlink()
+    (other / "config.json").write_text("{")
+    capsys.readouterr()
+    assert sweep(feats, tmp_path, *command) == 0
+    assert "2 trainings, 0 of them finished before" in capsys.readouterr().out
+    assert runs_in(tmp_path / "sweep") == [one, other] and load_run(one) and load_run(other)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------
+
+
+def rows_right(folder: Path, row: dict[str, str]) -> np.ndarray:
+    """Whether each run of a table's row gets each validation row right, (seeds, n), from the runs themselves."""
+    right = []
+    for path in runs_in(folder):
+        s = settings(path)
+        if (s["head"], s["D"], s["lr"]) == (row["head"], int(row["D"]), float(row["lr"])):
+            with (path / "predictions_val.csv").open() as file:
+                right.append([r["pred"] == r["tag"] for r in csv.DictReader(file)])
+    return np.array(right, np.float64)
+
+
+def numpy_bootstrap(x: np.ndarray, resamples: int = 20_000) -> tuple[np.ndarray, float]:
+    """Percentile interval of the mean, and twice the share of resampled means on the other side of 0."""
+    drawn = np.concatenate(
+        [x[np.random.default_rng(k).integers(0, len(x), (2000, len(x)))].mean(1) for k in range(resamples // 2000)]
+    )
+    return np.percentile(drawn, [2.5, 97.5]), min(1.0, 2 * min((drawn <= 0).mean(), (drawn >= 0).mean()))
+
+
+def test_the_table_says_what_the_runs_say(swept: Path):
+    *rows, always = table(swept)
+    assert len(rows) == 8 and [float(r["accuracy"]) for r in rows] == sorted(float(r["accuracy"]) for r in rows)[::-1]
+    best = rows_right(swept, rows[0])
+    for row in rows:
+        right = rows_right(swept, row)
+        assert right.shape == (2, 27) and row["seeds"] == "2"
+        assert float(row["accuracy"]) == pytest.approx(right.mean())
+        assert float(row["±"]) == pytest.approx(np.std(right.mean(1), ddof=1), abs=1e-12)
+        interval, _ = numpy_bootstrap(right.mean(0))
+        np.testing.assert_allclose([float(row["low"]), float(row["high"])], interval, atol=0.025)
+        assert row["95 %"] == f"{float(row['low']):.3f}-{float(row['high']):.3f}"
+        if row is rows[0]:
+            assert row["to best"] == row["p"] == ""
+        else:
+            difference = right.mean(0) - best.mean(0)
+            assert float(row["to best"]) == pytest.approx(difference.mean(), abs=1e-12)
+            assert float(row["p"]) == pytest.approx(numpy_bootstrap(difference)[1], abs=0.04)
+        first = swept / row["run"]
+        assert settings(first)["seed"] == 42
+        assert int(row["parameters"]) == sum(
+            t.numel() for name, t in load_file(first / "head.safetensors").items() if "running" not in name
+        )
+    f1 = []
+    for path in runs_in(swept):
+        s = settings(path)
+        if (s["head"], s["D"], s["lr"]) == (rows[0]["head"], int(rows[0]["D"]), float(rows[0]["lr"])):
+            _, tags, probabilities = read_predictions(path / "predictions_val.csv")
+            predicted = [CLASSES[k] for k in probabilities.argmax(1)]
+            f1.append([reference.f1_score(tags, predicted, average=a, zero_division=0) for a in ("macro", "weighted")])
+    assert (float(rows[0]["macro_f1"]), float(rows[0]["weighted_f1"])) == pytest.approx(tuple(np.mean(f1, 0)))
+    assert always["head"] == "always positive" and float(always["accuracy"]) == pytest.approx(14 / 27)
+
+
+def test_a_bootstrap_of_rows_is_numpys():
+    rng = np.random.default_rng(0)
+    for shift in (0.0, 0.1, 0.7):
+        first = rng.integers(0, 4, 200) / 3
+        second = np.where(rng.random(200) < 0.7, first, np.clip(rng.integers(0, 4, 200) / 3 - shift, 0, 1))
+        found = paired_row_bootstrap(first, second, resamples=20_000)
+        interval, p = numpy_bootstrap(first - second)
+        assert found["difference"] == pytest.approx((first - second).mean())
+        np.testing.assert_allclose(found["interval"], interval, atol=0.003)
+        assert found["p"] == pytest.approx(p, abs=0.01)
+    assert found["p"] < 0.05
+    assert paired_row_bootstrap(first, first)["p"] == 1
+
+
+def test_the_markdown_holds_the_same_tables(swept: Path):
+    text = (swept / "table.md").read_text(encoding="utf-8")
+    blocks = [b.splitlines() for b in text.split("\n\n") if b.startswith("|")]
+    parsed = []
+    for header, rule, *lines in blocks:
+        assert set(rule) <= set("|-: ")
+        names = [cell.strip() for cell in header.strip("|").split("|")]
+        parsed.append([dict(zip(names, map(str.strip, line.strip("|").split("|")), strict=True)) for line in lines])
+    rows = table(swept)
+    assert len(parsed[0]) == len(rows) == 9
+    for shown, row in zip(parsed[0], rows, strict=True):
+        assert shown["head"] == row["head"] and shown["accuracy"] == f"{float(row['accuracy']):.3f}"
+        assert {"D", "lr"} <= set(shown) and "bs" not in shown  # what varies
+    titles = re.findall("^### (.*)", text, re.MULTILINE)
+    assert titles == ["by head, each at its best accuracy", "by D and learning rate, accuracy"]
+    by_head, by_rate = parsed[1:]
+    for line in by_head:
+        assert line["accuracy"] == next(f"{float(r['accuracy']):.3f}" for r in rows if r["head"] == line["head"])
+    accuracy = {(r["head"], r["D"], f"lr {r['lr']}"): f"{float(r['accuracy']):.3f}" for r in rows}
+    assert len(by_rate) == 4
+    for line in by_rate:
+        for rate in ("lr 0.001", "lr 0.01"):
+            assert line[rate] == accuracy[line["head"], line["D"], rate]
+
+
+def test_ablations_are_tabled(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    command = ["--head", "fusion", "linear", "--penalty", "0.1", "--D", "4", "--ablation", "0", "1", "2", *SHORT]
+    assert sweep(feats, tmp_path, *command, "--monitor", "macro_f1") == 0
+    out = capsys.readouterr().out
+    rows = table(tmp_path / "sweep")[:-1]
+    assert {(r["head"], r["ablation"]) for r in rows} == {
+        (h, a) for h in ("fusion", "linear") for a in ("both", "text only", "image only")
+    }
+    assert "by ablation, macro_f1" in out
+    best = rows[0]
+    assert float(best["macro_f1"]) == max(float(r["macro_f1"]) for r in rows)
+    assert best_run(tmp_path / "sweep") == tmp_path / "sweep" / best["run"]
+    assert (
+        f"best by validation macro_f1: python modeling/inference_head.py --run {tmp_path / 'sweep' / best['run']}"
+        in out
+    )
+
+
+def test_folds_are_compared_on_all_rows(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert sweep(feats, tmp_path, "--head", "fusion", "mlp", "--D", "4", "--ep", "2", "--folds", "3") == 0
+    assert "2 trainings" in (out := capsys.readouterr().out) and "90 validation rows" in out
+    for row in table(tmp_path / "sweep")[:-1]:
+        with (tmp_path / "sweep" / row["run"] / "predictions_val.csv").open() as file:
+            right = [r["pred"] == r["tag"] for r in csv.DictReader(file)]
+        assert len(right) == 90 and float(row["accuracy"]) == pytest.approx(np.mean(right))
+
+
+def test_unusable_sweeps(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "file").write_text("x")
+    for argv, told in (
+        (["--head", "fusion", "fusoin"], "did you mean fusion"),
+        (["--lr", "1e-3", "0"], "expected lr > 0"),
+        (["--runs", str(tmp_path / "file"), "--ep", "1"], "give another --runs folder"),
+        (["--vtype", "clap"], "no cache .*clap_train.h5.*Did you mean clip"),
+    ):
+        assert sweep(feats, tmp_path / "runs", *argv) == 2
+        error = capsys.readouterr().err
+        assert re.search(told, error) and error.startswith("error: ") and error.count("\n") == 1
+    sweep(feats, tmp_path, "--head", "fusion", "--D", "4", *SHORT)
+    (tmp_path / "sweep" / "table.md").unlink()
+    (tmp_path / "sweep" / "table.md").mkdir()
+    capsys.readouterr()
+    assert sweep(feats, tmp_path, "--head", "fusion", "--D", "4", *SHORT) == 2
+    assert "table.md" in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+# -- the automatic search ---------------------------------------------------------------------------------------
+
+
+def searched(feats: Path, runs: Path, *argv: str) -> Path:
+    assert sweep(feats, runs, "--auto", *argv) == 0
+    return newest_run(runs)
+
+
+def test_auto_leaves_a_run_that_beats_guessing(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    path = searched(feats, tmp_path, "--vtype", "clip", "--ttype", "vader", "--val-ratio", "0.3")
+    out = capsys.readouterr().out
+    assert "_clip_vader_auto_" in path.name and f"-> {path}" in out
+    run, figures = load_run(path), content(path, "metrics")
+    val = figures["val"]
+    assert val["n"] == 27 and val["accuracy"] > val["majority"]["accuracy"] + 0.1
+    assert "nested" in figures["protocol"]
+    # The run, loaded, predicts the validation rows as reported; the figures are scikit-learn's.
+    features = load_features(feats, "train", ["clip"], ["vader"])
+    ids, tags, probabilities = read_predictions(path / "predictions_val.csv")
+    assert ids == content(path, "split")["val"]
+    np.testing.assert_allclose(run.probabilities(features, features.positions(ids)), probabilities, atol=1e-5)
+    y = [CLASSES.index(tag) for tag in tags]
+    assert val["accuracy"] == pytest.approx(reference.accuracy_score(y, probabilities.argmax(1)))
+    assert val["macro_f1"] == pytest.approx(reference.f1_score(y, probabilities.argmax(1), average="macro"))
+    assert val["log_loss"] == pytest.approx(-np.log(probabilities[np.arange(27), y]).mean(), abs=1e-4)
+    # Each cache alone competes beside the joined ones; the best of each family is stacked.
+    candidates = figures["candidates"]
+    families = {(c["head"], c["caches"]) for c in candidates}
+    both = "image clip + text vader"
+    assert families == {("kernel", both), ("linear", both), ("kernel", "image clip"), ("kernel", "text vader")}
+    for family in families:
+        of_family = [c for c in candidates if (c["head"], c["caches"]) == family]
+        best = min(of_family, key=lambda c: c["log_loss"])
+        assert [c["stacked"] for c in of_family] == ["yes" if c is best else "" for c in of_family]
+        assert all(0 < c["log_loss"] < 2 and 0 < c["accuracy"] <= 1 for c in of_family)
+    assert len({m.group for m in run.members}) == len(families)
+    assert all(c["caches"] in out for c in candidates)
+
+
+def test_auto_stacks_the_sides_of_one_cache(feats: Path, tmp_path: Path):
+    path = searched(feats, tmp_path, "--vtype", "clip", "--head", "kernel")
+    stacked = {c["caches"] for c in content(path, "metrics")["candidates"] if c["stacked"]}
+    assert stacked == {"image clip + text clip", "image clip", "text clip"}
+    assert sorted(m.config.head.ablation for m in load_run(path).members) == [0, 1, 2]
+
+
+def test_auto_keeps_to_the_side_it_is_told(feats: Path, tmp_path: Path):
+    argv = ["--vtype", "clip", "--ttype", "clip", "vader", "--ablation", "1", "--head", "kernel"]
+    path = searched(feats, tmp_path, *argv)
+    run = load_run(path)
+    assert run.features["vtype"] == [] and {m.config.head.ablation for m in run.members} == {1}
+    stacked = {c["caches"] for c in content(path, "metrics")["candidates"] if c["stacked"]}
+    assert stacked == {"text clip + text vader", "text clip", "text vader"}
+
+
+def test_the_held_out_figures_of_a_candidate_are_held_out(feats: Path, tmp_path: Path):
+    """Features without any information: held out, a kernel that can learn the training rows by heart does no better
+    than guessing."""
+    noise = np.random.default_rng(0).normal(size=(90, 8)).astype(np.float16)
+    make_cache(tmp_path / "feats", "clip", changed={"img_feats": noise, "txt_feats": noise})
+    path = searched(tmp_path / "feats", tmp_path / "runs", "--vtype", "clip", "--head", "kernel")
+    guessing = reference.log_loss(make_tags(90), np.tile([1 / 3, 1 / 6, 1 / 2], (90, 1)))
+    for candidate in content(path, "metrics")["candidates"]:
+        assert candidate["log_loss"] > guessing - 0.1 and candidate["accuracy"] < 0.7
+
+
+def test_auto_with_folds_is_nested(feats: Path, tmp_path: Path):
+    """Other labels for the rows of one fold: that fold's predictions don't change, as no member of its search, nor the
+    stacking, saw them; the other folds' do."""
+    argv = ["--feats", str(feats), "--vtype", "clip", "--ttype", "vader", "--folds", "3", "--ep", "2"]
+    argv += ["--bs", "16", "--gamma", "1", "--penalty", "1"]
+    args = train_head.build_parser().parse_args(argv)
+    experiment = ex.load_experiment(args, vars(args), [])
+    configs = [options.config_from({**vars(args), "head": head, "D": 4}) for head in ("kernel", "mlp")]
+    run, before, _ = auto.auto(experiment, configs)
+    held = set(experiment.splits[1].val)
+    rows = experiment.features.rows
+    tags = [
+        CLASSES[(CLASSES.index(tag) + 1) % 3] if i in held else tag for i, tag in zip(rows.ids, rows.tags, strict=True)
+    ]
+    flipped = replace(experiment, features=replace(experiment.features, rows=replace(rows, tags=tags)))
+    _, after, _ = auto.auto(flipped, configs)
+    sizes = np.cumsum([len(split.val) for split in experiment.splits])[:-1]
+    (one, two, three), (other_one, other_two, other_three) = np.split(before, sizes), np.split(after, sizes)
+    np.testing.assert_array_equal(two, other_two)
+    assert np.abs(one - other_one).max() > 0.05 and np.abs(three - other_three).max() > 0.05
+    # The run itself has learned from all rows.
+    assert all(m.head.support.shape[1] == 90 for m in run.members if m.config.head.head == "kernel")
+    path = searched(feats, tmp_path, *argv[2:], "--head", "kernel", "mlp", "--D", "4")
+    ids, tags, probabilities = read_predictions(path / "predictions_val.csv")
+    assert ids == [i for split in experiment.splits for i in split.val]
+    np.testing.assert_allclose(probabilities, before, atol=1e-4)
+    figures = content(path, "metrics")["val"]
+    assert figures["accuracy"] == np.mean([CLASSES[k] == t for k, t in zip(probabilities.argmax(1), tags, strict=True)])
+
+
+def test_too_many_rows_for_a_kernel(tmp_path: Path, capsys: pytest.CaptureFixture):
+    make_cache(tmp_path / "feats", "vader", 22_600)
+    argv = ["--vtype", "--ttype", "vader", "--auto", "--head", "kernel"]
+    assert sweep(tmp_path / "feats", tmp_path / "runs", *argv) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search("error: 203[0-9]+ training rows, expected at most 20000.*linear or mlp", error)
+    assert not (tmp_path / "runs").exists()
+    assert auto.default_heads(20_000) == ("kernel", "linear") and auto.default_heads(20_001) == ("linear", "mlp")
+
+
+def test_without_a_kernel_where_any_of_the_searches_has_too_many_rows(
+    feats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With folds the last search is on all rows."""
+    for module in (auto, closed_form):
+        monkeypatch.setattr(module, "MAX_KERNEL_ROWS", 70)
+    for argv, heads in ((["--val-ratio", "0.3"], {"kernel", "linear"}), (["--folds", "3"], {"linear", "mlp"})):
+        path = searched(feats, tmp_path, "--vtype", "--ttype", "vader", *argv, "--penalty", "0.3", *SHORT[:2])
+        assert {c["head"] for c in content(path, "metrics")["candidates"]} == heads

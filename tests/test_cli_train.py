@@ -1,0 +1,537 @@
+"""train_head.py as a user runs it: defaults, options, what lies in the run, and one clear line when it can't."""
+
+import csv
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sklearn.metrics as reference
+import torch
+from caches import CLASSES, make_cache, make_tags, read
+from conftest import ROOT
+from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler, normalize
+
+from modeling import train_head
+from modeling.features import load_features
+from modeling.heads import HEADS
+from modeling.metrics import softmax
+from modeling.options import RECIPES
+from modeling.runs import load_run, newest_run, read_predictions
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+SHORT = ["--ep", "3", "--D", "8", "--bs", "32", "--lr", "1e-2"]
+
+
+@pytest.fixture(scope="module")
+def feats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four caches of the same 90 pairs; clip has tokens."""
+    folder = tmp_path_factory.mktemp("feats")
+    make_cache(folder, "clip", tokens=True)
+    for name in ("resnet", "roberta", "vader"):
+        make_cache(folder, name)
+    return folder
+
+
+def train(feats: Path, runs: Path, *argv: str) -> Path:
+    """The run that the command leaves."""
+    before = set(runs.glob("*"))
+    given = ["--vtype", "clip"] if "--vtype" not in argv else []
+    assert train_head.main([*given, "--feats", str(feats), "--runs", str(runs), *SHORT, *argv]) == 0
+    (path,) = set(runs.glob("*")) - before
+    return path
+
+
+def content(path: Path, name: str) -> Any:
+    return json.loads((path / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def trained_with(path: Path) -> dict[str, Any]:
+    settings = content(path, "config")["members"][0]["train"]
+    return {**settings, **settings["head"]}
+
+
+# -- the documented command -------------------------------------------------------------------------------------
+
+
+def test_the_documented_command(tmp_path: Path):
+    """`python modeling/train_head.py --vtype clip --D 256`, everything else by default."""
+    make_cache(tmp_path / "saved" / "feats", "clip")
+    command = [sys.executable, str(ROOT / "modeling" / "train_head.py"), "--vtype", "clip", "--D", "256"]
+    out = subprocess.run(
+        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert out.returncode == 0, out.stderr
+    (path,) = (tmp_path / "saved" / "runs").iterdir()
+    assert out.stdout.rstrip().endswith(f"run of 1 head -> saved/runs/{path.name}")
+    assert path.name.endswith("_clip_clip_fusion_D256_a0_s42") and newest_run(path.parent) == path
+    assert "Traceback" not in out.stderr and "Warning" not in out.stderr
+    settings = trained_with(path)
+    given = {"head": "fusion", "D": 256, "optimizer": "adam", "lr": 1e-4, "bs": 512, "ep": 100, "seed": 42}
+    assert {name: settings[name] for name in given} == given
+    config = content(path, "config")
+    assert config["command"] == "train_head.py --vtype clip --D 256"
+    assert config["split"] == {"val_ratio": 0.1, "test_ratio": 0.0, "seed": 42, "duplicates_together": True}
+    metrics = content(path, "metrics")["val"]
+    assert metrics["n"] == 9 and f"{metrics['accuracy']:.3f}" in out.stdout
+    assert "always positive" in out.stdout and "95 %" in out.stdout and "protocol: stratified split" in out.stdout
+    assert metrics["accuracy"] > metrics["majority"]["accuracy"]
+
+
+def test_the_help_shows_defaults_and_every_head():
+    text = " ".join(train_head.build_parser().format_help().split())
+    for words in ("(default: fusion)", "(default: 256)", "(default: 0.0001)", "(default: saved/feats)", *HEADS):
+        assert words in text
+
+
+# -- what lies in a run -----------------------------------------------------------------------------------------
+
+
+def check_figures(figures: dict[str, Any], tags: list[str], probabilities: np.ndarray) -> None:
+    """scikit-learn's figures of the predictions."""
+    y = np.array([CLASSES.index(tag) for tag in tags])
+    predicted = probabilities.argmax(1)
+    assert figures["n"] == len(y) and figures["classes"] == CLASSES
+    assert figures["accuracy"] == pytest.approx(reference.accuracy_score(y, predicted))
+    for kind in ("macro", "weighted"):
+        values = reference.precision_recall_fscore_support(y, predicted, labels=range(3), average=kind, zero_division=0)
+        for name, value in zip(("precision", "recall", "f1"), values, strict=False):
+            assert figures[f"{kind}_{name}"] == pytest.approx(value)
+    assert figures["confusion"] == reference.confusion_matrix(y, predicted, labels=range(3)).tolist()
+    loss = reference.log_loss(y, probabilities / probabilities.sum(1, keepdims=True), labels=range(3))
+    assert figures["log_loss_calibrated"] == pytest.approx(loss, abs=1e-4)
+    low, high = figures["interval"]["accuracy"]
+    assert low <= figures["accuracy"] <= high
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_head_leaves_a_run_that_predicts_what_it_reports(name: str, feats: Path, tmp_path: Path):
+    path = train(feats, tmp_path, "--head", name, "--val-ratio", "0.3")
+    assert trained_with(path)["head"] == name and f"_clip_clip_{name}_D8_a0_s42" in path.name
+    ids, tags, probabilities = read_predictions(path / "predictions_val.csv")
+    split = content(path, "split")
+    assert ids == split["val"] and len(ids) == 27 and len(split["train"]) == 63
+    tag_of = dict(zip([f"p{i}" for i in range(90)], make_tags(90), strict=True))
+    assert tags == [tag_of[i] for i in ids]
+    check_figures(content(path, "metrics")["val"], tags, probabilities)
+    run = load_run(path)
+    assert run.features["tokens"] == bool(HEADS[name].tokens or HEADS[name].optional_tokens)
+    features = load_features(feats, "train", ["clip"], ["clip"], tokens=run.features["tokens"])
+    found = run.probabilities(features, features.positions(ids))
+    np.testing.assert_allclose(found, probabilities, atol=1e-5)
+    with (path / "history.csv").open() as file:
+        epochs = [int(row["epoch"]) for row in csv.DictReader(file)]
+    assert epochs == ([1, 2, 3] if HEADS[name].solver == "sgd" else [1])
+
+
+def test_the_saved_epoch_is_the_best_one(feats: Path, tmp_path: Path):
+    path = train(feats, tmp_path, "--val-ratio", "0.3", "--ep", "12", "--lr", "0.1", "--monitor", "loss")
+    with (path / "history.csv").open() as file:
+        losses = [float(row["val_loss"]) for row in csv.DictReader(file)]
+    best = int(np.argmin(losses)) + 1
+    assert 1 < best < 12 and content(path, "config")["members"][0]["best_epoch"] == best
+    run = load_run(path)
+    features = load_features(feats, "train", ["clip"], ["clip"])
+    logits = run.members[0].logits(features, features.positions(run.split.val))
+    y = torch.tensor([CLASSES.index(tag) for tag in (read_predictions(path / "predictions_val.csv")[1])])
+    assert torch.nn.functional.cross_entropy(torch.from_numpy(logits), y).item() == pytest.approx(
+        losses[best - 1], 1e-5
+    )
+    assert content(path, "metrics")["val"]["log_loss"] == pytest.approx(losses[best - 1], 1e-5)
+
+
+def test_a_test_part_is_predicted_by_the_finished_run(feats: Path, tmp_path: Path):
+    path = train(feats, tmp_path, "--val-ratio", "0.2", "--test-ratio", "0.3", "--seeds", "2")
+    split, figures = content(path, "split"), content(path, "metrics")["test"]
+    assert [len(split[part]) for part in ("train", "val", "test")] == [45, 18, 27]
+    features = load_features(feats, "train", ["clip"], ["clip"])
+    probabilities = load_run(path).probabilities(features, features.positions(split["test"]))
+    tag_of = dict(zip(features.ids, features.tags, strict=True))
+    check_figures(figures, [tag_of[i] for i in split["test"]], probabilities)
+    assert figures["log_loss"] != figures["log_loss_calibrated"]
+
+
+def test_the_same_command_gives_the_same_bytes(feats: Path, tmp_path: Path):
+    for argv in (["--norm", "standard", "--seeds", "2"], ["--head", "kernel"], ["--folds", "2", "--dropout", "0.5"]):
+        one, other = train(feats, tmp_path, *argv), train(feats, tmp_path, *argv)
+        for name in ("head.safetensors", "split.json", "metrics.json", "history.csv", "predictions_val.csv"):
+            assert (one / name).read_bytes() == (other / name).read_bytes(), (argv, name)
+    first = train(feats, tmp_path / "my runs")
+    _, *argv = shlex.split(content(first, "config")["command"])
+    assert train_head.main(argv) == 0  # as config.json tells it
+    second = newest_run(first.parent)
+    assert second != first and (second / "head.safetensors").read_bytes() == (first / "head.safetensors").read_bytes()
+    second = train(feats, tmp_path, "--seed", "43")
+    assert (first / "head.safetensors").read_bytes() != (second / "head.safetensors").read_bytes()
+
+
+def test_tensorboard_shows_the_history(feats: Path, tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path = train(feats, tmp_path, "--tensorboard", "--folds", "2", "--seeds", "2", "--schedule", "cosine")
+    with (path / "history.csv").open() as file:
+        history = list(csv.DictReader(file))
+    assert len(history) == 12
+    folders = {f"fold{fold}_seed{seed}" for fold in (1, 2) for seed in (42, 43)}
+    assert {p.name for p in (path / "tensorboard").iterdir()} == folders
+    for name in folders:
+        events = EventAccumulator(str(path / "tensorboard" / name)).Reload()
+        rows = [row for row in history if f"fold{row['fold']}_seed{row['seed']}" == name]
+        assert set(events.Tags()["scalars"]) == {"lr", "train_loss", "val_loss", "accuracy", "weighted_f1", "macro_f1"}
+        for scalar in events.Tags()["scalars"]:
+            found = [(event.step, event.value) for event in events.Scalars(scalar)]
+            assert found == [(int(r["epoch"]), pytest.approx(float(r[scalar]), rel=1e-6)) for r in rows]
+    assert not (train(feats, tmp_path) / "tensorboard").exists()
+
+
+# -- splits -----------------------------------------------------------------------------------------------------
+
+
+def test_the_split_is_the_same_for_every_head_and_pair_of_caches(feats: Path, tmp_path: Path):
+    choices = [
+        ["--head", "mlp"],
+        ["--head", "kernel"],
+        ["--vtype", "resnet", "--ttype", "roberta", "vader"],
+        ["--vtype", "resnet", "clip", "--ablation", "2"],
+        ["--vtype", "--ttype", "vader", "--seed", "7", "--norm", "l2"],
+    ]
+    paths = [train(feats, tmp_path, *argv) for argv in choices]
+    assert len({(path / "split.json").read_bytes() for path in paths}) == 1
+    assert len({tuple(read_predictions(path / "predictions_val.csv")[0]) for path in paths}) == 1
+    other = train(feats, tmp_path, "--split-seed", "1")
+    assert content(other, "split")["val"] != content(paths[0], "split")["val"]
+
+
+def test_a_cache_with_quarantined_rows_keeps_the_others_in_place(feats: Path, tmp_path: Path):
+    whole = content(train(feats, tmp_path / "runs"), "split")
+    gone = {whole["train"][3], whole["train"][40], whole["val"][2]}
+    make_cache(tmp_path / "feats", "clip", quarantined=[int(i[1:]) for i in gone])
+    split = content(train(tmp_path / "feats", tmp_path / "runs"), "split")
+    for part in ("train", "val"):
+        assert split[part] == [i for i in whole[part] if i not in gone]
+
+
+def test_folds_predict_every_row_by_a_member_that_has_not_seen_it(feats: Path, tmp_path: Path):
+    path = train(feats, tmp_path, "--folds", "3", "--seeds", "2")
+    folds = content(path, "split")["folds"]
+    features = load_features(feats, "train", ["clip"], ["clip"])
+    assert sorted(i for fold in folds for i in fold["val"]) == sorted(features.ids)
+    run = load_run(path)
+    assert [(m.fold, m.config.seed) for m in run.members] == [(f, s) for s in (42, 43) for f in (1, 2, 3)] or [
+        (m.fold, m.config.seed) for m in run.members
+    ] == [(f, s) for f in (1, 2, 3) for s in (42, 43)]
+    ids, tags, probabilities = read_predictions(path / "predictions_val.csv")
+    assert ids == [i for fold in folds for i in fold["val"]]
+    found = dict(zip(ids, probabilities, strict=True))
+    for number, fold in enumerate(folds, 1):
+        assert not set(fold["train"]) & set(fold["val"])
+        rows = features.positions(fold["val"])
+        own = [m for m in run.members if m.fold == number]
+        mean = np.mean([softmax(m.logits(features, rows), m.temperature) for m in own], axis=0)
+        np.testing.assert_allclose([found[i] for i in fold["val"]], mean, atol=1e-5)
+    figures = content(path, "metrics")
+    check_figures(figures["val"], tags, probabilities)
+    assert figures["members"]["count"] == 6 and "3-fold cross-validation" in figures["protocol"]
+
+
+def test_split_files(feats: Path, tmp_path: Path):
+    ids = [f"p{i}" for i in range(90)]
+    parts = {"train": ids[:50], "val": ids[50:70], "test": ids[70:84]}
+    (tmp_path / "split.json").write_text(json.dumps(parts))
+    one = train(feats, tmp_path / "runs", "--split-file", str(tmp_path / "split.json"))
+    saved = content(one, "split")
+    assert {part: saved[part] for part in parts} == {part: sorted(names) for part, names in parts.items()}
+    assert content(one, "metrics")["test"]["n"] == 14
+    assert "split from split.json" in content(one, "metrics")["protocol"]
+    # A run's own split file gives the same split; so do three lists of ids.
+    again = train(feats, tmp_path / "runs", "--split-file", str(one / "split.json"))
+    assert (again / "head.safetensors").read_bytes() == (one / "head.safetensors").read_bytes()
+    for part, names in parts.items():
+        (tmp_path / f"{part}.txt").write_text("\n".join(names) + "\n")
+    lists = train(feats, tmp_path / "runs", "--split-file", *(str(tmp_path / f"{part}.txt") for part in parts))
+    assert (lists / "predictions_val.csv").read_bytes() == (one / "predictions_val.csv").read_bytes()
+
+
+def test_duplicates_stay_together_unless_told(tmp_path: Path):
+    pairs = np.arange(120) // 2 + 1  # p0 and p1 share a picture, p2 and p3, ...
+    tags = [("positive", "negative")[i // 2 % 2] for i in range(120)]
+    make_cache(tmp_path / "feats", "clip", tags=tags, facts={"img_hash": pairs})
+
+    def torn(path: Path) -> int:
+        val = {int(i[1:]) for i in content(path, "split")["val"]}
+        return sum((i in val) != (i + 1 in val) for i in range(0, 120, 2))
+
+    argv = ["--val-ratio", "0.25"]
+    together, apart = (
+        train(tmp_path / "feats", tmp_path / "runs", *argv, "--duplicates", how) for how in ("together", "apart")
+    )
+    assert torn(together) == 0 and torn(apart) > 5
+    assert "duplicates together" in content(together, "metrics")["protocol"]
+    assert "duplicates anywhere" in content(apart, "metrics")["protocol"]
+    folds = content(train(tmp_path / "feats", tmp_path / "runs", "--folds", "3"), "split")["folds"]
+    for fold in folds:
+        assert all((f"p{i}" in fold["val"]) == (f"p{i + 1}" in fold["val"]) for i in range(0, 120, 2))
+
+
+# -- what is trained --------------------------------------------------------------------------------------------
+
+
+def test_ablation_reads_one_side_only(feats: Path, tmp_path: Path):
+    for ablation, sides, widths in (("1", ([], ["clip", "vader"]), {"text": 12}), ("2", (["clip"], []), {"image": 8})):
+        path = train(feats, tmp_path, "--ttype", "clip", "vader", "--ablation", ablation, "--norm", "standard")
+        config = content(path, "config")
+        assert (config["features"]["vtype"], config["features"]["ttype"]) == sides
+        assert set(config["features"]["fingerprints"]) == set(sides[0] + sides[1])
+        features = load_features(feats, "train", *sides)  # the other side isn't needed to predict
+        assert load_run(path).probabilities(features).shape == (90, 3)
+        (member,) = config["members"]
+        assert {side: member["widths"][side] for side in widths} == widths
+
+
+def test_one_sided_caches_need_no_ablation(feats: Path, tmp_path: Path):
+    text = train(feats, tmp_path, "--vtype", "--ttype", "roberta")
+    image = train(feats, tmp_path, "--vtype", "resnet")
+    assert [trained_with(path)["ablation"] for path in (text, image)] == [1, 2]
+    assert "_none_roberta_" in text.name and "_resnet_none_" in image.name
+
+
+def test_normalisation_and_scale_of_each_cache(feats: Path, tmp_path: Path):
+    """scikit-learn's pipeline on the same caches."""
+    argv = ["--vtype", "clip", "--ttype", "roberta", "vader", "--head", "linear", "--penalty", "0.3"]
+    argv += ["--norm", "standard", "roberta=l2", "vader=none", "--scale", "vader=3", "clip=0.5"]
+    path = train(feats, tmp_path, *argv, "--val-ratio", "0.3")
+    run = load_run(path)
+    kinds = {"image/clip": "standard", "text/roberta": "l2", "text/vader": "none"}
+    assert run.members[0].preprocessing.kinds == kinds
+
+    def matrix(ids: list[str]) -> np.ndarray:
+        clip, roberta, vader = (
+            read(feats, name, f"{side}_feats", ids)
+            for name, side in (("clip", "img"), ("roberta", "txt"), ("vader", "txt"))
+        )
+        return np.concatenate([0.5 * scaler.transform(clip), normalize(roberta), 3 * vader], 1)
+
+    scaler = StandardScaler().fit(read(feats, "clip", "img_feats", run.split.train))
+    tensors = load_file(path / "head.safetensors")
+    np.testing.assert_allclose(tensors["0/norm/image/clip/mean"], scaler.mean_, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(tensors["0/norm/image/clip/std"], scaler.scale_, rtol=1e-5)
+    tag_of = dict(zip([f"p{i}" for i in range(90)], make_tags(90), strict=True))
+    model = LogisticRegression(C=0.3, tol=1e-8, max_iter=5000)
+    model.fit(matrix(run.split.train), [tag_of[i] for i in run.split.train])
+    features = load_features(feats, "train", ["clip"], ["roberta", "vader"])
+    logits = run.members[0].logits(features, features.positions(run.split.val))
+    np.testing.assert_allclose(softmax(logits), model.predict_proba(matrix(run.split.val)), atol=1e-4)
+
+
+def test_validation_rows_do_not_touch_what_is_learned(feats: Path, tmp_path: Path):
+    argv = ["--head", "kernel", "--norm", "standard", "--val-ratio", "0.3"]
+    one = train(feats, tmp_path / "runs", *argv)
+    held = [int(i[1:]) for i in content(one, "split")["val"]]
+    ids = [f"p{i}" for i in range(90)]
+    changed = {name: read(feats, "clip", name, ids).astype(np.float16) for name in ("img_feats", "txt_feats")}
+    for values in changed.values():
+        values[held] = 100 - 7 * values[held]
+    make_cache(tmp_path / "feats", "clip", changed=changed)
+    other = train(tmp_path / "feats", tmp_path / "runs", *argv)
+    assert content(one, "split") == content(other, "split")
+    assert (one / "head.safetensors").read_bytes() == (other / "head.safetensors").read_bytes()
+    assert (one / "predictions_val.csv").read_bytes() != (other / "predictions_val.csv").read_bytes()
+    changed["img_feats"][int(content(one, "split")["train"][0][1:])] += 1  # a training row does
+    make_cache(tmp_path / "more", "clip", changed=changed)
+    third = train(tmp_path / "more", tmp_path / "runs", *argv)
+    assert (one / "head.safetensors").read_bytes() != (third / "head.safetensors").read_bytes()
+
+
+def test_seeds_make_an_ensemble_of_single_trainings(feats: Path, tmp_path: Path):
+    path = train(feats, tmp_path, "--seeds", "3", "--seed", "5", "--val-ratio", "0.3")
+    assert path.name.endswith("_s5_x3")
+    run = load_run(path)
+    assert [m.config.seed for m in run.members] == [5, 6, 7]
+    alone = load_run(train(feats, tmp_path, "--seed", "6", "--val-ratio", "0.3"))
+    features = load_features(feats, "train", ["clip"], ["clip"])
+    logits = [m.logits(features) for m in run.members]
+    np.testing.assert_allclose(logits[1], alone.members[0].logits(features), atol=1e-4)
+    assert np.abs(logits[0] - logits[1]).max() > 0.01
+    mean = np.mean([softmax(z, m.temperature) for z, m in zip(logits, run.members, strict=True)], axis=0)
+    ids, tags, probabilities = read_predictions(path / "predictions_val.csv")
+    np.testing.assert_allclose(probabilities, mean[features.positions(ids)], atol=1e-5)
+    members = content(path, "metrics")["members"]
+    rows = features.positions(ids)
+    right = [np.mean([CLASSES[k] == tag for k, tag in zip(z[rows].argmax(1), tags, strict=True)]) for z in logits]
+    assert members["count"] == 3 and members["mean_std"]["accuracy"]["mean"] == pytest.approx(np.mean(right))
+    assert members["mean_std"]["accuracy"]["std"] == pytest.approx(np.std(right, ddof=1))
+    # A head without randomness is trained once.
+    assert len(load_run(train(feats, tmp_path, "--seeds", "3", "--head", "linear")).members) == 1
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_fill_in_what_was_not_typed(recipe: str, feats: Path, tmp_path: Path):
+    argv = ["--vtype", "clip", "--feats", str(feats), "--runs", str(tmp_path), "--ep", "2", "--D", "8"]
+    assert train_head.main([*argv, "--recipe", recipe]) == 0
+    path = newest_run(tmp_path)
+    expected = {**RECIPES[recipe], "ep": 2}
+    settings = trained_with(path)
+    how = content(path, "config")["split"]
+    for name, value in expected.items():
+        assert value == how.get(name.removeprefix("split_"), settings.get(name)), name
+    assert train_head.main([*argv, "--recipe", recipe, "--lr", "0.5", "--val-ratio", "0.3", "--bs", "7"]) == 0
+    path = newest_run(tmp_path)
+    assert (trained_with(path)["lr"], trained_with(path)["bs"]) == (0.5, 7)
+    assert trained_with(path)["optimizer"] == RECIPES[recipe]["optimizer"]
+    assert content(path, "config")["split"]["val_ratio"] == 0.3
+
+
+def test_recipe_a_on_data_without_a_neutral_class(tmp_path: Path):
+    make_cache(tmp_path / "feats", "clip", tags=["happy", "sad"] * 40)
+    path = train(tmp_path / "feats", tmp_path / "runs", "--recipe", "A")
+    assert trained_with(path)["class_weights"] == "none"
+
+
+def test_class_weights_move_predictions(feats: Path, tmp_path: Path):
+    def predicted(*argv: str) -> dict[str, int]:
+        path = train(feats, tmp_path, "--head", "linear", "--penalty", "0.01", "--val-ratio", "0.3", *argv)
+        found = read_predictions(path / "predictions_val.csv")[2].argmax(1)
+        return {name: int((found == k).sum()) for k, name in enumerate(CLASSES)}
+
+    plain, heavy = predicted(), predicted("--class-weights", "neutral=20,positive=0.1")
+    balanced = predicted("--class-weights", "balanced")
+    assert heavy["neutral"] > balanced["neutral"] >= plain["neutral"] and heavy["positive"] < plain["positive"]
+
+
+# -- what can't work --------------------------------------------------------------------------------------------
+
+
+def refused(capsys: pytest.CaptureFixture, feats: Path, runs: Path, *argv: str) -> str:
+    """The one line on stderr; nothing is left behind."""
+    before = sorted(runs.rglob("*")) if runs.exists() else []
+    given = ["--vtype", "clip"] if "--vtype" not in argv else []
+    capsys.readouterr()
+    status = train_head.main([*given, "--feats", str(feats), "--runs", str(runs), *SHORT, *argv])
+    error = capsys.readouterr().err
+    assert status == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    assert (sorted(runs.rglob("*")) if runs.exists() else []) == before
+    return error
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--D", "0"], "D=0.*1 or more"),
+        (["--lr", "0"], "lr 0.*lr > 0"),
+        (["--lr=-1e-3"], "expected lr > 0"),
+        (["--lr", "nan"], "expected lr > 0"),
+        (["--weight-decay", "-1"], "decay >= 0"),
+        (["--ep", "0"], "--ep 0: expected 1 or more"),
+        (["--bs", "0"], "--bs 0: expected 1 or more"),
+        (["--patience", "0"], "--patience 0"),
+        (["--dropout", "1"], "dropout 1"),
+        (["--label-smoothing", "1"], "label smoothing 1"),
+        (["--head", "fusoin"], "unknown head 'fusoin'; did you mean fusion"),
+        (["--optimizer", "sgd"], "unknown optimizer 'sgd'; there are adam, adamw"),
+        (["--schedule", "step"], "unknown schedule 'step'"),
+        (["--monitor", "auc"], "unknown monitor 'auc'"),
+        (["--norm", "l3"], "--norm l3: expected one of none, l2, standard"),
+        (["--norm", "resnet=l2"], "--norm resnet=l2.*clip"),
+        (["--scale", "clip"], "--scale clip: expected NAME=NUMBER"),
+        (["--scale", "vader=2"], "--scale names vader"),
+        (["--class-weights", "happy=2"], "'happy' is no class .there are negative, neutral, positive"),
+        (["--class-weights", "positive=much"], "'much' of positive is no number"),
+        (["--class-weights", "positive=0"], "above 0"),
+        (["--val-ratio", "0.01"], "val split.*too small to hold 3 classes"),
+        (["--val-ratio", "1.5"], "val ratio 1.5"),
+        (["--folds", "1"], "at least 2"),
+        (["--folds", "40"], "too rare.*fewer --folds"),
+        (["--split-file", "nowhere.json"], "can't read the split file nowhere.json"),
+        (["--lr", "1e30"], "loss of fusion became (nan|inf).*smaller --lr"),
+        (["--device", "abacus"], "device 'abacus' can't be used"),
+        (["--vtype", "clip", "clip"], "names clip twice"),
+        (["--vtype", "roberta"], "roberta_train.h5 has no image side.*clip, resnet"),
+        (["--vtype", "--ttype"], "no cache was named"),
+        (["--vtype", "resnet", "--ablation", "1"], "ablation 1 leaves nothing"),
+        (["--vtype", "resnet", "--head", "coattention"], "needs image tokens.*--tokens"),
+        (["--vtype", "clipp"], "no cache .*clipp_train.h5.*Did you mean clip"),
+        (["--head", "linear", "--penalty", "0"], "C 0: expected numbers above 0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_that_do_not_fit(
+    argv: list[str], told: str, feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    assert re.search(told, refused(capsys, feats, tmp_path, *argv))
+
+
+def test_numbers_that_are_none_end_with_status_2(feats: Path, capsys: pytest.CaptureFixture):
+    for argv in (
+        ["--D", "many"],
+        ["--folds", "0"],
+        ["--seeds", "-1"],
+        ["--ablation", "3"],
+        ["--recipe", "C"],
+        ["--hea"],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            train_head.main(["--feats", str(feats), *argv])
+        assert ended.value.code == 2 and argv[0] in capsys.readouterr().err
+
+
+def test_a_missing_cache_names_the_command_that_makes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert train_head.main(["--vtype", "clip", "--D", "256"]) == 2
+    out = capsys.readouterr()
+    assert out.out == "" and out.err.count("\n") == 1
+    assert "no cache saved/feats/clip_train.h5; make it with: python feats/clip_extract_feats.py (" in out.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_that_do_not_fit(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    runs = tmp_path / "runs"
+    make_cache(tmp_path / "one", "clip", tags=["happy"] * 30)
+    assert "all 30 rows are 'happy'" in refused(capsys, tmp_path / "one", runs)
+    make_cache(tmp_path / "none", "clip", tags=[""] * 30)
+    assert "none of the rows has a label" in refused(capsys, tmp_path / "none", runs)
+    values = np.ones((90, 8), np.float16)
+    values[[4, 60], 2] = np.nan, np.inf
+    make_cache(tmp_path / "nan", "clip", changed={"img_feats": values})
+    assert "img_feats holds NaN or infinite values (2 rows: p4, p60)" in refused(capsys, tmp_path / "nan", runs)
+    make_cache(tmp_path / "two", "clip")
+    make_cache(tmp_path / "two", "roberta", 60)
+    error = refused(capsys, tmp_path / "two", runs, "--ttype", "roberta")
+    assert "clip_train.h5 and roberta_train.h5 are of different data: 90 and 60 rows" in error
+    make_cache(tmp_path / "two", "resnet", facts={"img_hash": np.arange(90) + 5})
+    assert "made from different pictures" in refused(capsys, tmp_path / "two", runs, "--vtype", "clip", "resnet")
+    ids = [f"p{i}" for i in range(90)]
+    (tmp_path / "split.json").write_text(json.dumps({"train": ids[:70], "val": ids[70:]}))
+    make_cache(tmp_path / "gone", "clip", quarantined=range(70, 90))
+    error = refused(capsys, tmp_path / "gone", runs, "--split-file", str(tmp_path / "split.json"))
+    assert "every validation row was left out" in error and "quarantine" in error
+    path = make_cache(tmp_path / "torn", "clip")
+    path.write_bytes(path.read_bytes()[:-4000])
+    assert "clip_train.h5" in refused(capsys, tmp_path / "torn", runs)
+
+
+def test_a_runs_folder_that_cannot_be_written(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "file").write_text("kept")
+    for runs in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert "give another --runs folder" in refused(capsys, feats, runs)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_interrupted_training_leaves_nothing(
+    feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    def ctrl_c(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_head, "save_run", ctrl_c)
+    assert train_head.main(["--vtype", "clip", "--feats", str(feats), "--runs", str(tmp_path), *SHORT]) == 130
+    assert capsys.readouterr().err.endswith("interrupted: nothing was saved\n") and not list(tmp_path.iterdir())

@@ -1,0 +1,86 @@
+"""quickstart.py as a user runs it: from pictures and texts to predictions, and nothing done twice."""
+
+import csv
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import LABELS, ROOT, make_course
+
+from modeling import quickstart
+from modeling.runs import load_run
+
+FAST = ["--ttype", "vader", "--head", "linear"]
+
+
+def printed_commands(out: str) -> list[list[str]]:
+    return [shlex.split(line[2:]) for line in out.splitlines() if line.startswith("$ ")]
+
+
+def test_from_pairs_to_predictions_and_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    make_course(tmp_path / "my set", 36, 5)
+    argv = ["--data", "my set", "--out", "out", *FAST]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert quickstart.main(argv) == 0
+    first = capfd.readouterr().out
+    commands = printed_commands(first)
+    scripts = [command[1] for command in commands]
+    encoders = [f"feats/{name}_extract_feats.py" for name in ("efficientnet", "vader")]
+    assert scripts == [*encoders, "modeling/sweep_heads.py", "modeling/inference_head.py"]
+    assert all(command[0] == "python" and (ROOT / command[1]).is_file() for command in commands)
+    assert commands[0][2:] == ["--data", "my set", "--out", "out/feats"]
+    # What it says is there is there.
+    out = tmp_path / "out"
+    caches = {f"{name}_{split}.h5" for name in ("efficientnet", "vader") for split in ("train", "test")}
+    assert {path.name for path in (out / "feats").glob("*.h5")} == caches
+    best = re.search("best run +(.*)", first)[1]
+    assert load_run(tmp_path / best).members[0].config.head.head == "linear"
+    assert (tmp_path / re.search("comparison +(.*)", first)[1]).read_text().startswith("| head")
+    with (out / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["guid"] for row in rows] == [str(i) for i in range(36, 41)]
+    assert {row["tag"] for row in rows} <= set(LABELS)
+    # Again: the same commands, nothing encoded, nothing trained.
+    kept = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / best).iterdir()}
+    predicted = (out / "predictions.csv").read_bytes()
+    assert quickstart.main(argv) == 0
+    again = capfd.readouterr().out
+    assert printed_commands(again) == commands
+    assert again.count("36 rows done; 0 quarantined") == 2 and again.count(" 0 encoded now") == 4
+    assert "1 trainings, 1 of them finished before" in again
+    assert kept == {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in kept}
+    assert (out / "predictions.csv").read_bytes() == predicted
+
+
+def refused(capfd: pytest.CaptureFixture, *argv: str) -> tuple[str, str]:
+    assert quickstart.main(list(argv)) == 2
+    found = capfd.readouterr()
+    assert "Traceback" not in found.err
+    return found.out, found.err
+
+
+def test_what_cannot_work_stops_at_once(tmp_path: Path, capfd: pytest.CaptureFixture):
+    for argv, told in (
+        (["--ttype", "vader", "clop"], "error: no encoder 'clop'; there are clip, efficientnet,"),
+        (["--head", "fusion", "liner"], "error: unknown head 'liner'; did you mean linear"),
+    ):
+        out, error = refused(capfd, "--data", str(tmp_path), "--out", str(tmp_path / "out"), *argv)
+        assert error.startswith(told) and error.count("\n") == 1
+        assert not printed_commands(out)  # nothing was begun
+    out, error = refused(capfd, "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"))
+    (command,) = printed_commands(out)  # it isn't tried any further
+    assert command[:2] == ["python", "feats/efficientnet_extract_feats.py"]
+    own, last = error.splitlines()
+    assert own.startswith("error: ") and "nowhere" in own
+    assert last == "error: that command ended with status 2; what it says above is what to mend"
+
+
+def test_score_of_the_synthetic_sample(tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "truth.csv").write_text("guid,tag\n1,a\n2,b\n3,c\n")
+    (tmp_path / "predictions.csv").write_text("guid,tag\n3,c\n1,b\n2,b\n")
+    quickstart.print_score(tmp_path / "predictions.csv", tmp_path / "truth.csv")
+    assert capsys.readouterr().out.startswith("of the sample's 3 unlabelled pairs 2 are predicted right")

@@ -1,0 +1,492 @@
+"""Run folders: what is saved comes back bit for bit, what is damaged is refused, and no folder is half a run."""
+
+import csv
+import hashlib
+import json
+import multiprocessing
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from caches import make_cache
+from safetensors.torch import load_file, save_file
+
+from feats.errors import UsageError
+from modeling import auto, options, runs, train_head
+from modeling import experiment as ex
+from modeling.features import FeatureSet, load_features
+from modeling.heads import HEADS
+from modeling.metrics import softmax
+from modeling.runs import Run, list_runs, load_run, newest_run, read_predictions, run_name, save_run, write_predictions
+
+SHORT = ["--ep", "2", "--D", "8", "--bs", "16"]
+
+
+@pytest.fixture(scope="module")
+def feats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("feats")
+    make_cache(folder, "clip", 60, tokens=True)
+    make_cache(folder, "vader", 60)
+    return folder
+
+
+def trained(feats: Path, *argv: str) -> tuple[Run, FeatureSet, ex.Report]:
+    """What train_head.py has in hand before it saves."""
+    args = train_head.build_parser().parse_args(["--feats", str(feats), "--vtype", "clip", *SHORT, *argv])
+    config = options.config_from(vars(args))
+    experiment = ex.load_experiment(args, vars(args), [config.head.head])
+    (outcomes,) = [o for _, o in ex.train([config], experiment)]
+    run = ex.make_run(outcomes, experiment)
+    return run, experiment.features, ex.measure(outcomes, experiment, run)
+
+
+def save(run: Run, report: ex.Report, folder: Path, name: str = "run", **options: Any) -> Path:
+    predictions = (report.ids, report.tags, report.probabilities)
+    given = {"metrics": report.figures, "history": report.history, "predictions": predictions, "command": "a test"}
+    return save_run(run, folder, name, **{**given, **options})
+
+
+@pytest.fixture(scope="module")
+def made(feats: Path) -> tuple[Run, FeatureSet, ex.Report]:
+    return trained(feats, "--ttype", "clip", "vader", "--norm", "standard", "vader=l2")
+
+
+@pytest.fixture
+def saved(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path) -> Path:
+    return save(made[0], made[2], tmp_path)
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    (line,) = str(error.value).splitlines()
+    return line
+
+
+# -- round trips ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_head_comes_back_bit_for_bit(name: str, feats: Path, tmp_path: Path):
+    run, features, report = trained(feats, "--head", name, "--norm", "standard", "--scale", "clip=0.5")
+    back = load_run(save(run, report, tmp_path))
+    assert [m.config for m in back.members] == [m.config for m in run.members] and back.classes == run.classes
+    assert (back.split, back.features) == (run.split, run.features) and back.stacking is None
+    for member, other in zip(run.members, back.members, strict=True):
+        logits = member.logits(features)
+        assert np.array_equal(other.logits(features), logits) and np.abs(logits).max() > 0
+        assert (member.temperature, member.best_epoch, member.facts) == (
+            other.temperature,
+            other.best_epoch,
+            other.facts,
+        )
+        assert not other.head.training
+    assert np.array_equal(back.probabilities(features), run.probabilities(features))
+    rows = torch.tensor([5, 2, 40])
+    np.testing.assert_allclose(back.probabilities(features, rows), run.probabilities(features)[rows], atol=1e-6)
+    # The validation rows' probabilities are those of the report.
+    val = back.probabilities(features, features.positions(run.split.val))
+    np.testing.assert_allclose(val, report.probabilities, atol=1e-5)
+
+
+def test_folds_come_back(feats: Path, tmp_path: Path):
+    run, features, report = trained(feats, "--folds", "3")
+    back = load_run(save(run, report, tmp_path))
+    assert back.split == run.split and len(back.split) == 3 and [m.fold for m in back.members] == [1, 2, 3]
+    mean = np.mean([softmax(m.logits(features) / m.temperature) for m in back.members], axis=0)
+    np.testing.assert_allclose(back.probabilities(features), mean, atol=1e-12)
+
+
+def test_a_stacked_ensemble_comes_back(feats: Path, tmp_path: Path):
+    argv = ["--feats", str(feats), "--vtype", "clip", "--ttype", "vader", *SHORT]
+    args = train_head.build_parser().parse_args(argv)
+    experiment = ex.load_experiment(args, vars(args), [])
+    configs = [options.config_from({**vars(args), "head": head}) for head in ("kernel", "linear", "mlp")]
+    run, probabilities, _ = auto.auto(experiment, configs)
+    report = ex.report_of(experiment, run, probabilities, probabilities)
+    back = load_run(save(run, report, tmp_path))
+    features = experiment.features
+    found = back.probabilities(features)
+    assert np.array_equal(found, run.probabilities(features)) and len({m.group for m in back.members}) > 2
+    # Stacking by hand: softmax(weight * centred logits + bias), the folds of a head averaged first.
+    tensors = load_file(back.path / runs.TENSORS)
+    groups: dict[int, list[np.ndarray]] = {}
+    for member in back.members:
+        z = member.logits(features).astype(np.float64)
+        groups.setdefault(member.group, []).append(z - z.mean(1, keepdims=True))
+    joined = np.concatenate([np.mean(groups[g], axis=0) for g in sorted(groups)], 1)
+    logits = joined @ tensors["stacking/weight"].numpy() + tensors["stacking/bias"].numpy()
+    np.testing.assert_allclose(found, softmax(logits), atol=1e-12)
+
+
+def test_the_folder_is_readable_without_this_program(saved: Path, made: tuple[Run, FeatureSet, ex.Report]):
+    run, features, report = made
+    assert {p.name for p in saved.iterdir()} == {
+        "config.json",
+        "head.safetensors",
+        "split.json",
+        "metrics.json",
+        "history.csv",
+        "predictions_val.csv",
+    }
+    config = json.loads((saved / "config.json").read_text(encoding="utf-8"))
+    assert config["classes"] == ["negative", "neutral", "positive"] and config["command"] == "a test"
+    assert set(config["features"]["fingerprints"]) == {"clip", "vader"}
+    assert config["members"][0]["widths"] == {"image": 8, "text": 12}
+    split = json.loads((saved / "split.json").read_text(encoding="utf-8"))
+    assert sorted(split["train"] + split["val"]) == sorted(features.ids)
+    tensors = load_file(saved / "head.safetensors")
+    np.testing.assert_array_equal(
+        tensors["0/norm/image/clip/mean"], run.members[0].preprocessing.state()["image/clip/mean"]
+    )
+    assert "0/norm/text/vader/mean" not in tensors and "0/head/out.weight" in tensors
+    with (saved / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["seed"], r["epoch"]) for r in rows] == [("42", "1"), ("42", "2")]
+    assert float(rows[1]["train_loss"]) == report.history[1]["train_loss"]
+
+
+def test_predictions_are_read_as_written(tmp_path: Path):
+    ids = ["1", 'a "quoted", id', "zwei\nZeilen", "мир 😀", ""]
+    tags = ["b,c", "", "a", "ü", 'd"']
+    classes = ["a", "b,c", "ü", 'd"']
+    probabilities = softmax(np.random.default_rng(0).normal(size=(5, 4)) * 3)
+    write_predictions(tmp_path / "p.csv", ids, tags, probabilities, classes)
+    found_ids, found_tags, found = read_predictions(tmp_path / "p.csv")
+    assert (found_ids, found_tags) == (ids, tags)
+    np.testing.assert_allclose(found, probabilities, atol=5.1e-7, rtol=0)
+    with (tmp_path / "p.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["id", "tag", "pred", "p_a", "p_b,c", "p_ü", 'p_d"']
+    assert [row["pred"] for row in rows] == [classes[k] for k in probabilities.argmax(1)]
+
+
+# -- damage -----------------------------------------------------------------------------------------------------
+
+
+def rewrite(saved: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Other tensors, with a checksum that fits: only strictness can tell."""
+    tensors = load_file(saved / "head.safetensors")
+    change(tensors)
+    save_file(tensors, saved / "head.safetensors")
+    config = json.loads((saved / "config.json").read_text(encoding="utf-8"))
+    config["tensors_sha256"] = hashlib.sha256((saved / "head.safetensors").read_bytes()).hexdigest()
+    (saved / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def test_the_rewriting_itself_does_no_harm(saved: Path, made: tuple[Run, FeatureSet, ex.Report]):
+    rewrite(saved, lambda tensors: None)
+    assert np.array_equal(load_run(saved).probabilities(made[1]), made[0].probabilities(made[1]))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda t: t.pop("0/head/out.weight"), "run is damaged .*Missing key.*out.weight"),
+        (lambda t: t.pop("0/norm/image/clip/std"), "normalisation 'standard'"),
+        (lambda t: t.update({"0/head/extra": torch.ones(2)}), "run is damaged .*Unexpected key.*extra"),
+        (lambda t: t.update({"0/norm/text/vader/mean": torch.ones(4)}), "normalisation 'l2'"),
+        (lambda t: t.update({"0/norm/image/resnet/mean": torch.ones(4)}), "resnet"),
+        (lambda t: t.update({"1/head/out.bias": torch.ones(3)}), "no member has .1/head/out.bias"),
+        (lambda t: t.update({"stacking/bias": torch.ones(3)}), "no member has .stacking/bias"),
+        (lambda t: t.update({"0/head/out.bias": torch.ones(4)}), "run is damaged .*size mismatch for out.bias"),
+    ],
+)
+def test_tensors_must_be_those_of_the_head(saved: Path, change: Callable, told: str):
+    rewrite(saved, change)
+    with pytest.raises(UsageError, match=told) as error:
+        load_run(saved)
+    assert str(saved) in one_line(error) or "damaged" in one_line(error)
+
+
+@pytest.mark.parametrize("place", [0, 9, 0.5, 0.999])
+def test_a_flipped_bit_is_found(saved: Path, place: float):
+    path = saved / "head.safetensors"
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content)) if isinstance(place, float) else place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="head.safetensors is damaged .*train again") as error:
+        load_run(saved)
+    one_line(error)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_truncated_file_is_found(saved: Path, share: float):
+    path = saved / "head.safetensors"
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(UsageError, match="head.safetensors is damaged"):
+        load_run(saved)
+
+
+@pytest.mark.parametrize("name", ["config.json", "head.safetensors", "split.json"])
+@pytest.mark.parametrize("how", ["missing", "empty", "a folder"])
+def test_every_file_is_needed(saved: Path, name: str, how: str):
+    (saved / name).unlink()
+    if how == "empty":
+        (saved / name).write_bytes(b"")
+    if how == "a folder":
+        (saved / name).mkdir()
+    with pytest.raises(UsageError, match="train again|is no run: there is no config.json") as error:
+        load_run(saved)
+    assert str(saved) in one_line(error)
+
+
+def without(*path: str | int) -> Callable[[Any], None]:
+    def change(config: Any) -> None:
+        *way, last = path
+        for key in way:
+            config = config[key]
+        del config[last]
+
+    return change
+
+
+def having(value: Any, *path: str | int) -> Callable[[Any], None]:
+    def change(config: Any) -> None:
+        *way, last = path
+        for key in way:
+            config = config[key]
+        config[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        having(2, "format_version"),
+        without("format_version"),
+        without("members"),
+        without("classes"),
+        without("features"),
+        without("tensors_sha256"),
+        without("stacked"),
+        having(True, "stacked"),
+        having([], "members"),
+        having("text", "members"),
+        having({"a": 1}, "members"),
+        having(["a", "b"], "classes"),
+        without("members", 0, "temperature"),
+        without("members", 0, "train", "head"),
+        having("brain", "members", 0, "train", "head", "head"),
+        having(1, "members", 0, "train", "surprise"),
+        having(16, "members", 0, "train", "head", "D"),
+        having({}, "members", 0, "widths"),
+        having(9, "members", 0, "widths", "image"),
+        having("l2", "members", 0, "preprocessing", "kinds", "image/clip"),
+        having([], "members", 0, "preprocessing", "kinds"),
+        without("members", 0, "preprocessing"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(saved: Path, change: Callable):
+    path = saved / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    change(config)
+    path.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UsageError) as error:
+        load_run(saved)
+    assert one_line(error)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe{}", b'{"format_version": 1}'])
+def test_a_config_that_is_none_is_refused(saved: Path, content: bytes):
+    (saved / "config.json").write_bytes(content)
+    with pytest.raises(UsageError, match="train again") as error:
+        load_run(saved)
+    assert str(saved) in one_line(error)
+
+
+def test_what_is_no_run_names_those_beside_it(saved: Path):
+    with pytest.raises(UsageError, match="typo is no run.*beside it: run"):
+        load_run(saved.parent / "typo")
+    with pytest.raises(UsageError, match="beside it: none"):
+        load_run(saved.parent / "nowhere" / "typo")
+
+
+# -- names, and which is the newest -----------------------------------------------------------------------------
+
+
+def test_names_never_collide(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+    run, _, report = made
+    (tmp_path / "run-3").write_text("a file of that name")
+    paths = [save(replace(run, config={"number": i}), report, tmp_path) for i in range(4)]
+    assert [p.name for p in paths] == ["run", "run-2", "run-4", "run-5"]
+    assert [load_run(p).config["number"] for p in paths] == [0, 1, 2, 3]
+    again = save(replace(run, config={"number": 9}), report, tmp_path, exact_name=True)
+    assert again == paths[0] and load_run(again).config["number"] == 9
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_processes_that_save_at_once_each_keep_their_run(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+    run, _, report = made
+
+    def work(number: int) -> None:
+        for i in range(6):
+            save(replace(run, config={"number": 10 * number + i}), report, tmp_path)
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=work, args=(number,)) for number in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [p.exitcode for p in processes] == [0] * 4
+    found = sorted(load_run(p).config["number"] for p in list_runs(tmp_path))
+    assert found == sorted(10 * number + i for number in range(4) for i in range(6))
+    assert len(list(tmp_path.iterdir())) == 24
+
+
+def test_names_tell_runs_apart(made: tuple[Run, FeatureSet, ex.Report]):
+    run, _, _ = made
+    (member,) = run.members
+
+    def with_config(**changes: Any) -> Run:
+        head = {name: changes.pop(name) for name in ("head", "D", "ablation") if name in changes}
+        config = replace(member.config, head=replace(member.config.head, **head), **changes)
+        return replace(run, members=[replace(member, config=config)])
+
+    others = [with_config(**c) for c in ({"head": "late"}, {"D": 9}, {"ablation": 1}, {"seed": 7})]
+    others += [replace(run, features={**run.features, "ttype": ["vader"]}), replace(run, members=[member] * 3)]
+    assert len({run_name(each, 0) for each in [run, *others]}) == 7
+    assert run_name(run, 0) != run_name(run, 1) and run_name(run, 0) == run_name(run, 0.4)
+    assert run_name(run, 0).endswith("_clip_clip+vader_fusion_D8_a0_s42")
+
+
+def test_the_newest_is_the_last_created_and_whole(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+    run, _, report = made
+    with pytest.raises(UsageError, match="no complete run in .*train_head.py --vtype clip --D 256"):
+        newest_run(tmp_path)
+    with pytest.raises(UsageError, match="no complete run"):
+        newest_run(tmp_path / "nowhere")
+    paths = [save(run, report, tmp_path, name) for name in ("z", "m", "a")]
+    assert list_runs(tmp_path) == paths[::-1] and newest_run(tmp_path) == paths[2]
+    os.utime(paths[0] / "config.json")  # touched, not created
+    assert newest_run(tmp_path) == paths[2]
+    hidden = save(run, report, tmp_path, ".y.1234.writing")  # as a killed process leaves it
+    assert (hidden / "config.json").is_file() and newest_run(tmp_path) == paths[2]
+    (paths[2] / "config.json").write_text("{")
+    assert newest_run(tmp_path) == paths[1]
+    (tmp_path / "sweep").mkdir()
+    save(run, report, tmp_path / "sweep", "later")
+    assert list_runs(tmp_path) == [paths[1], paths[0]]
+
+
+# -- half a run -------------------------------------------------------------------------------------------------
+
+
+def in_a_child(work: Callable[[], Any]) -> int:
+    """Exit code of a forked process that does `work`."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+@pytest.mark.parametrize("kill", ["after the tensors", "in the predictions"])
+def test_a_killed_save_leaves_no_run(kill: str, made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+    run, _, report = made
+    ids = len(report.ids)
+
+    def fatal() -> Iterator[str]:
+        yield from report.ids[: ids // 2]
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    class Fatal(dict):
+        def items(self):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def work() -> None:
+        if kill == "in the predictions":
+            save(run, report, tmp_path, predictions=(fatal(), report.tags, report.probabilities))
+        else:
+            save(run, report, tmp_path, metrics=Fatal(a=1))
+
+    assert in_a_child(work) == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".") and (left / "head.safetensors").is_file()
+    assert list_runs(tmp_path) == []
+    assert load_run(save(run, report, tmp_path)).path.name == "run"
+
+
+@pytest.mark.parametrize("limit", [0, 300, 10_000])
+def test_a_full_disk_is_one_clear_line(limit: int, made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+    run, _, report = made
+    size = sum(t.numel() * t.element_size() for t in runs._tensors(run).values())
+    assert 300 < size < 10_000  # so that tensors don't fit in the first two, and what comes after not in the third
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        metrics = {"figures": list(range(10_000))}
+        with pytest.raises(
+            UsageError, match="can't write the run .*run: .*File too large.*; give another --runs"
+        ) as error:
+            save(run, report, tmp_path, metrics=metrics)
+        one_line(error)
+
+    assert in_a_child(work) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_predictions_that_do_not_fit_leave_nothing(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+    run, _, report = made
+    with pytest.raises(ValueError, match="shorter"):
+        save(run, report, tmp_path, predictions=(report.ids, report.tags[:-1], report.probabilities))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("where", ["file", "file/below"])
+def test_a_folder_that_is_a_file(where: str, made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(UsageError, match="can't write the run .*give another --runs folder") as error:
+        save(made[0], made[2], tmp_path / where)
+    assert one_line(error) and (tmp_path / "file").read_text() == "kept"
+
+
+# -- fingerprints -----------------------------------------------------------------------------------------------
+
+
+def features_made_by(folder: Path, **fingerprint: Any) -> FeatureSet:
+    made_by = {"weights_sha256": "0" * 64, "pooling": "eot", "versions": {"torch": "2"}, **fingerprint}
+    make_cache(folder, "clip", 60, fingerprint=made_by)
+    make_cache(folder, "resnet", 60, fingerprint=made_by)
+    return load_features(folder, "train", ["clip", "resnet"], ["clip"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "refused"),
+    [
+        ({"weights_sha256": "1" * 64}, True),
+        ({"model": "large"}, True),
+        ({"pooling": "mean"}, True),
+        ({"text_clean": "tweet"}, True),
+        ({"surprise": 1}, True),
+        ({"data": {"rows": 5, "ids_sha256": "x"}}, False),
+        ({"versions": {"torch": "9"}}, False),
+        ({"dtype": "fp16", "views": 4, "tokens": True}, False),
+    ],
+)
+def test_features_of_another_encoder_are_refused(changed: dict[str, Any], refused: bool, tmp_path: Path):
+    features_made_by(tmp_path / "a")
+    run, _, report = trained(tmp_path / "a", "--vtype", "clip", "resnet")
+    run = load_run(save(run, report, tmp_path))
+    other = features_made_by(tmp_path / "b", **changed)
+    if refused:
+        with pytest.raises(UsageError, match=f"the cache clip in here isn't what .*{next(iter(changed))}") as error:
+            run.check_fingerprints(other, "here")
+        value = changed.get("weights_sha256") or str(next(iter(changed.values())))
+        assert value in one_line(error) and str(run.path) in one_line(error)
+    else:
+        run.check_fingerprints(other, "here")
+
+
+def test_text_cleaning_does_not_matter_to_pictures(tmp_path: Path):
+    make_cache(tmp_path / "a", "clip", 60, fingerprint={"text_clean": "none"})
+    run, _, report = trained(tmp_path / "a", "--ablation", "2")
+    run = load_run(save(run, report, tmp_path))
+    make_cache(tmp_path / "b", "clip", 60, fingerprint={"text_clean": "tweet"})
+    run.check_fingerprints(load_features(tmp_path / "b", "train", ["clip"], []), "b")
