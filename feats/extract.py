@@ -23,7 +23,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import feats.threads  # noqa: F401  # isort: split
+import feats.threads  # noqa: F401
+
+# isort: split
 
 import numpy as np
 import torch

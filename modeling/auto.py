@@ -133,13 +133,13 @@ def _fit(experiment: Experiment, split: Split, candidate: Candidate) -> tuple[li
     )
     part = replace(experiment, features=features, **_preparation(candidate, features))
     if HEADS[candidate.config.head.head].solver != "sgd":
-        problem, preprocessing = part.problem(split)
+        problem, preprocessing = part.problem(split, [candidate.config.head.head])
         trained = fit([candidate.config], problem)[0]
         return [_member(trained, preprocessing)], trained.held_out
     members, held_out = [], np.zeros((len(split.train), len(experiment.classes)))
     row_of = {name: row for row, name in enumerate(split.train)}
     for fold in experiment.folds_of(split.train, 5):
-        problem, preprocessing = part.problem(fold)
+        problem, preprocessing = part.problem(fold, [candidate.config.head.head])
         trained = fit([candidate.config], problem)[0]
         held_out[[row_of[name] for name in fold.val]] = trained.val_logits
         members.append(_member(trained, preprocessing))
@@ -147,7 +147,7 @@ def _fit(experiment: Experiment, split: Split, candidate: Candidate) -> tuple[li
 
 
 def _member(trained: Any, preprocessing: Preprocessing) -> Member:
-    own = preprocessing.only(trained.config.head.sides).to("cpu")
+    own = preprocessing.for_head(trained.config.head).to("cpu")
     return Member(trained.config, trained.head, own, trained.widths, best_epoch=trained.best_epoch, facts=trained.facts)
 
 

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import feats.threads  # noqa: F401  # isort: split
+import feats.threads  # noqa: F401
+
+# isort: split
 
 import numpy as np
 

@@ -1,7 +1,7 @@
 """What lies between the options and a saved run: load, split, train, measure. Scripts compose these steps."""
 
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,13 @@ class Experiment:
     device: torch.device
     source: dict[str, Any]  # which caches: what a run's config says under "features"
 
-    def problem(self, split: Split) -> tuple[Problem, Preprocessing]:
-        """One split, ready for training, and the preprocessing fitted on its training rows."""
+    def problem(self, split: Split, heads: Iterable[str]) -> tuple[Problem, Preprocessing]:
+        """One split, ready for training `heads` on it, and the preprocessing fitted on its training rows."""
         train, val = (self.features.positions(ids).to(self.device) for ids in (split.train, split.val))
         preprocessing = Preprocessing.fit(self.features, train, self.norms, self.scales)
         labels = self.features.targets(self.classes).to(self.device)
-        folds = self.inner_folds(split.train).to(self.device)
+        closed_form = any(HEADS[head].solver != "sgd" for head in heads)
+        folds = self.inner_folds(split.train).to(self.device) if closed_form else None
         return Problem(preprocessing.apply(self.features), labels, train, val, self.classes, folds), preprocessing
 
     def inner_folds(self, ids: Sequence[str], seed: int = 0) -> torch.Tensor:
@@ -206,7 +207,8 @@ class Outcome:
 
 def train(configs: Sequence[TrainConfig], experiment: Experiment) -> Iterator[tuple[int, list[Outcome]]]:
     """Train every configuration on every split. As soon as one is through, its number and an outcome for each split."""
-    problems = [experiment.problem(split) for split in experiment.splits]
+    heads = {config.head.head for config in configs}
+    problems = [experiment.problem(split, heads) for split in experiment.splits]
     total = n_epochs(configs) * len(problems)
     groups = list(stacks(configs, problems[0][0]))
     jobs = [(members, k) for members in groups for k in range(len(problems))]
@@ -232,7 +234,7 @@ def outcome(
     member = Member(
         trained.config,
         trained.head,
-        preprocessing.only(trained.config.head.sides).to("cpu"),
+        preprocessing.for_head(trained.config.head).to("cpu"),
         trained.widths,
         temperature=metrics.fit_temperature(trained.val_logits, labels, TEMPERATURES),
         best_epoch=trained.best_epoch,

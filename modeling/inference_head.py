@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import feats.threads  # noqa: F401  # isort: split
+import feats.threads  # noqa: F401
+
+# isort: split
 
 import torch
 

@@ -127,15 +127,23 @@ class Preprocessing:
             {key: n for key, n in self.normalizers.items() if key.startswith(tuple(sides))},
         )
 
+    def for_head(self, config: HeadConfig) -> "Preprocessing":
+        """Of what a head reads: its sides, and token features only if it uses them."""
+        spec, kept = HEADS[config.head], self.only(config.sides)
+        unread = {TOKENS[side] for side in DATASETS if side not in (*spec.tokens, *spec.optional_tokens)}
+        return replace(
+            kept, normalizers={key: n for key, n in kept.normalizers.items() if key.split("/")[0] not in unread}
+        )
+
     def apply(self, features: FeatureSet) -> Inputs:
-        """The features as heads read them, float32. More caches than the own ones do no harm."""
+        """The features as heads read them, float32. More caches or token features than the own ones do no harm."""
         joined: dict[str, Tensor | Ragged | None] = {}
         for side, names in self.caches.items():
             parts = [self._apply(side, name, getattr(features, side)[name]) for name in names]
             joined[side] = torch.cat(parts, -1) if parts else None
             for name in names:
                 x = getattr(features, TOKENS[side]).get(name)
-                if x is not None:
+                if x is not None and f"{TOKENS[side]}/{name}" in self.normalizers:
                     values = self._apply(TOKENS[side], name, x.values if isinstance(x, Ragged) else x)
                     joined[TOKENS[side]] = replace(x, values=values) if isinstance(x, Ragged) else values
         if any(name in features.views for name in self.caches["image"]):

@@ -68,39 +68,19 @@ class BatchNorm(nn.Module):
         self.eps, self.momentum = eps, momentum
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.shape[1]
-        if not self.training or rows == 1:
-            scale = self.weight * (self.running_var + self.eps).rsqrt()
-            return torch.addcmul((self.bias - self.running_mean * scale)[:, None], x, scale[:, None])
-        y, mean, var = _BatchNorm.apply(x, self.weight, self.bias, self.eps)
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(var * (rows / (rows - 1)), self.momentum)
-        return y
-
-
-class _BatchNorm(torch.autograd.Function):
-    """(x - mean) / std * weight + bias over the rows of x (M, B, width); also mean and variance (M, width). torch's
-    kernel wants the models among the channels, which copies x and its gradient, and takes twice as long on a CPU."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        mean = x.mean(1)
-        centred = x - mean[:, None]
-        var = centred.square().mean(1)
-        rstd = (var + eps).rsqrt()
-        ctx.save_for_backward(centred, rstd, weight)
-        ctx.mark_non_differentiable(mean, var)
-        return torch.addcmul(bias[:, None], centred, (weight * rstd)[:, None]), mean, var
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, *_: None) -> tuple[Tensor, Tensor, Tensor, None]:
-        centred, rstd, weight = ctx.saved_tensors
-        of_bias = grad.sum(1)
-        of_weight = (grad * centred).sum(1) * rstd
-        rows = grad.shape[1]
-        # Ioffe and Szegedy 2015, section 3, gathered: dx = weight rstd (g - mean(g) - x̂ mean(g x̂)).
-        of_x = torch.addcmul(grad - of_bias[:, None] / rows, centred, (-of_weight * rstd / rows)[:, None])
-        return of_x.mul_((weight * rstd)[:, None]), of_weight, of_bias, None
+        n_models, rows, width = x.shape
+        # One channel for each column of each model: a single kernel, forward and backward.
+        y = F.batch_norm(
+            x.transpose(0, 1).reshape(rows, n_models * width),
+            self.running_mean.view(-1),
+            self.running_var.view(-1),
+            self.weight.view(-1),
+            self.bias.view(-1),
+            self.training and rows > 1,
+            self.momentum,
+            self.eps,
+        )
+        return y.view(rows, n_models, width).transpose(0, 1)
 
 
 class LayerNorm(nn.Module):

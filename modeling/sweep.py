@@ -75,7 +75,7 @@ class Tables:
     def write(self, folder: Path) -> None:
         """table.csv, with every number in full, and table.md."""
         with (folder / TABLE).open("w", encoding="utf-8", newline="") as file:
-            names = list(dict.fromkeys(name for row in self.rows for name in row if name not in ("mean ± std",)))
+            names = list(dict.fromkeys(name for row in self.rows for name in row))
             writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)

@@ -4,7 +4,9 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
-import feats.threads  # noqa: F401  # isort: split
+import feats.threads  # noqa: F401
+
+# isort: split
 
 from modeling import experiment as ex
 from modeling import options

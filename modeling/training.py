@@ -66,6 +66,12 @@ class TrainConfig:
             raise UsageError(f"lr {self.lr:g}, weight decay {self.weight_decay:g}: expected lr > 0 and decay >= 0")
         if not 0 <= self.label_smoothing < 1:
             raise UsageError(f"label smoothing {self.label_smoothing:g}: expected 0 <= smoothing < 1")
+        for name in ("penalty", "gamma"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"--{name} {value:g}: expected a number above 0")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed {self.seed}: expected 0 to 2^63 - 1")
         if self.patience is not None and self.patience < 1:
             raise UsageError(f"--patience {self.patience}: expected 1 or more epochs")
 

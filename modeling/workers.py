@@ -8,7 +8,6 @@ import os
 import pickle
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
 from threading import Thread
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import multiprocessing
 from modeling.training import Problem, TrainConfig, Trained, fit, work
 
 LEAST_WORK = 4e12  # floating-point operations for which starting processes pays: some 20 s of one core
-LARGEST_COPY = 1 << 29  # bytes of problems that every process may hold for itself
+LARGEST_COPY = 1 << 29  # bytes of features that every process may hold for itself
 
 Job = tuple[Sequence[TrainConfig], int]  # configurations of one stack, and the number of their problem
 
@@ -28,9 +27,10 @@ def run_jobs(
 ) -> Iterator[tuple[int, list[Trained]]]:
     """Each job's number and result, in any order. `progress` is told epochs as in `training.fit`."""
     count = min(len(jobs), _cores())
-    total = sum(work(configs, problems[k]) for configs, k in jobs)
     on_cpu = problems[0].inputs.device.type == "cpu"
-    if not on_cpu or count < 2 or total < LEAST_WORK or sum(map(_size, problems)) > LARGEST_COPY:
+    pays = on_cpu and count > 1 and sum(work(configs, problems[k]) for configs, k in jobs) >= LEAST_WORK
+    copy = pickle.dumps(list(problems)) if pays else b""
+    if not 0 < len(copy) <= LARGEST_COPY:
         for number, (configs, k) in enumerate(jobs):
             yield number, fit(configs, problems[k], progress)
         return
@@ -41,7 +41,7 @@ def run_jobs(
     listener.start()
     heaviest_first = sorted(range(len(jobs)), key=lambda j: -work(jobs[j][0], problems[jobs[j][1]]))
     tasks = [pickle.dumps((number, *jobs[number])) for number in heaviest_first]
-    with spawn.Pool(count, _start, (pickle.dumps(list(problems)), reports)) as pool:
+    with spawn.Pool(count, _start, (copy, reports)) as pool:
         for result in pool.imap_unordered(_do, tasks):
             yield pickle.loads(result)
     reports.put(None)
@@ -69,9 +69,3 @@ def _do(task: bytes) -> bytes:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _size(problem: Problem) -> int:
-    values = [getattr(problem.inputs, f.name) for f in fields(problem.inputs)]
-    tensors = [getattr(value, "values", value) for value in values if value is not None]
-    return sum(t.numel() * t.element_size() for t in tensors)

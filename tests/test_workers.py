@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+import torch
+
+from modeling import workers
+from modeling.heads import HeadConfig
+from modeling.inputs import Inputs
+from modeling.training import Problem, TrainConfig, fit, n_epochs
+
+N = 60
+
+
+@pytest.fixture
+def problem() -> Problem:
+    generator = torch.Generator().manual_seed(0)
+    inputs = Inputs(image=torch.randn(N, 5, generator=generator), text=torch.randn(N, 7, generator=generator))
+    labels = (inputs.image[:, 0] + inputs.text[:, 0] > 0).long()
+    return Problem(inputs, labels, torch.arange(40), torch.arange(40, N), ["no", "yes"], torch.arange(40) % 4)
+
+
+def jobs_of(problems: list[Problem]) -> list[tuple[list[TrainConfig], int]]:
+    heads = ("fusion", "concat", "linear")
+    return [
+        ([TrainConfig(HeadConfig(head, 4), ep=3, bs=16, lr=0.01, seed=s) for s in (1, 2)], k)
+        for head in heads
+        for k in range(len(problems))
+    ]
+
+
+def test_processes_give_what_this_one_gives(problem: Problem, monkeypatch: pytest.MonkeyPatch):
+    problems = [
+        problem,
+        Problem(problem.inputs, problem.labels, problem.train[5:], problem.val, problem.classes, problem.folds[5:]),
+    ]
+    jobs = jobs_of(problems)
+    monkeypatch.setattr(workers, "LEAST_WORK", 0)
+    monkeypatch.setattr(workers, "_cores", lambda: 2)
+    told: list[int] = []
+    found = dict(workers.run_jobs(jobs, problems, told.append))
+    assert sorted(found) == list(range(len(jobs)))
+    assert sum(told) == sum(n_epochs(configs) for configs, _ in jobs)
+    for number, (configs, k) in enumerate(jobs):
+        for here, there in zip(fit(configs, problems[k]), found[number], strict=True):
+            assert (here.config, here.best_epoch) == (there.config, there.best_epoch)
+            np.testing.assert_allclose(there.val_logits, here.val_logits, atol=1e-5)
+
+
+def test_no_processes_for_little_work(problem: Problem, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(workers, "_do", None)  # a process would fail
+    assert len(dict(workers.run_jobs(jobs_of([problem]), [problem], lambda epochs: None))) == 3
+
+
+def test_no_processes_for_data_too_large_to_copy(problem: Problem, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(workers, "LEAST_WORK", 0)
+    monkeypatch.setattr(workers, "LARGEST_COPY", 1000)
+    monkeypatch.setattr(workers, "_do", None)
+    assert len(dict(workers.run_jobs(jobs_of([problem]), [problem], lambda epochs: None))) == 3
+
+
+def test_an_error_in_a_process_reaches_the_user(problem: Problem, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(workers, "LEAST_WORK", 0)
+    monkeypatch.setattr(workers, "_cores", lambda: 2)
+    bad = [TrainConfig(HeadConfig("fusion", 4), ep=30, bs=16, lr=1e30)]
+    with pytest.raises(Exception, match="smaller --lr"):
+        dict(workers.run_jobs([(bad, 0), *jobs_of([problem])], [problem], lambda epochs: None))
