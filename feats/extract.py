@@ -13,7 +13,7 @@ import platform
 import signal
 import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from feats import store as st
 from feats.acceleration import DTYPES, compiled, compiling_pays, dtype_name, resolve_device, resolve_dtype
+from feats.arguments import EXIT_DONE, EXIT_INTERRUPTED, EXIT_QUARANTINE, EXIT_UNUSABLE, HelpFormatter, positive
 from feats.encoders import ENCODERS, Encoder, ImageSide, TextSide, load_encoder
 from feats.errors import UsageError
 from feats.images import AUGMENTATION
@@ -40,8 +41,6 @@ from feats.preparation import Images, Job, Preparation, Texts, blank_pixels, pic
 from feats.records import LAYOUTS, DataSet, Record, read_dataset
 from feats.store import DONE, QUARANTINED, CacheError, FeatureStore
 from feats.text import CLEAN_LEVELS, clean
-
-EXIT_DONE, EXIT_UNUSABLE, EXIT_QUARANTINE, EXIT_INTERRUPTED = 0, 2, 3, 130
 
 BLOCK_BATCHES = 8  # batches per block: sorting by length wants many texts, losing little on a kill wants few
 VERSIONS = ("torch", "torchvision", "transformers", "clip-anytorch", "pillow", "ftfy", "h5py", "numpy")
@@ -55,7 +54,7 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
     spec = ENCODERS[name]
     parser = ArgumentParser(
         description=description,
-        formatter_class=_Help,
+        formatter_class=HelpFormatter,
         epilog="Exit status: 0 done; 2 unusable arguments or input; 3 done with rows in quarantine under --strict; "
         "130 interrupted (the cache is intact: run the same command to go on).",
     )
@@ -63,7 +62,7 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
     data.add_argument("--data", type=Path, default=Path("data"), metavar="DIR|FILE", help="the image-text pairs")
     data.add_argument("--layout", choices=tuple(LAYOUTS), help="how they lie on disk (default: detected)")
     data.add_argument("--splits", nargs="+", metavar="SPLIT", help="only these splits (default: all there are)")
-    data.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows of each split")
+    data.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each split")
     cache = parser.add_argument_group("cache")
     cache.add_argument("--out", type=Path, default=Path("saved/feats"), metavar="DIR", help="the folder of caches")
     cache.add_argument("--name", default=name, help="the cache's name: <name>_<split>.h5, --vtype/--ttype later")
@@ -74,14 +73,14 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
     encoder.add_argument("--weights", metavar="PATH", help="a local file or folder (default: see the README)")
     encoder.add_argument("--tokens", action="store_true", help="also cache token and patch level features")
     encoder.add_argument("--text-clean", choices=CLEAN_LEVELS, default=spec.text_clean, help="cleaning level of texts")
-    encoder.add_argument("--views", type=_positive, metavar="K", help="also cache K augmented views of each picture")
+    encoder.add_argument("--views", type=positive, metavar="K", help="also cache K augmented views of each picture")
     encoder.add_argument("--views-seed", type=int, default=0, metavar="SEED", help="seed of the augmentation")
     for option, keywords in spec.options.items():
         encoder.add_argument(f"--{option}", **keywords)
     compute = parser.add_argument_group("compute")
     compute.add_argument(
         "--batch-size",
-        type=_positive,
+        type=positive,
         metavar="B",
         help="(default: 256 on a GPU; on a CPU 64, or 16 for convolutional nets)",
     )
@@ -98,25 +97,8 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
     return parser
 
 
-class _Help(ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: Any) -> str | None:
-        if action.default is None or action.default is False or "(default" in (action.help or ""):
-            return action.help
-        return super()._get_help_string(action)
-
-
 def _default_shown(text: str, default: str | None) -> str:
     return f"{text} (default: {default})" if default else text
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-_positive.__name__ = "positive integer"  # argparse shows it: "invalid positive integer value: '0'"
 
 
 def run(name: str, args: Namespace) -> int:

@@ -17,6 +17,7 @@ import feats.threads  # noqa: F401
 import numpy as np
 
 from feats.acceleration import resolve_device
+from feats.arguments import EXIT_DONE, positive
 from feats.errors import UsageError
 from modeling import experiment as ex
 from modeling import metrics, options
@@ -29,7 +30,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--feats", type=Path, help="folder of caches (default: the run's)")
     parser.add_argument("--runs", type=Path, default=DEFAULT_FOLDER, metavar="DIR", help="folder of runs")
     parser.add_argument("--run", type=Path, help="the run (default: the newest)")
-    parser.add_argument("--folds", type=options.positive, default=5, metavar="K", help="folds of the training rows")
+    parser.add_argument("--folds", type=positive, default=5, metavar="K", help="folds of the training rows")
     parser.add_argument("--min-confidence", type=float, default=0.0, metavar="P", help="only rows as surely wrong")
     parser.add_argument("--out", type=Path, metavar="FILE", help="(default: bad_cases.csv in the run's folder)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -73,7 +74,7 @@ def export(args: Namespace) -> int:
         f"{len(wrong)} of {len(train_ids)} training rows wrong in {len(folds)}-fold out-of-fold predictions, the surest "
         f"first -> {out}"
     )
-    return options.EXIT_DONE
+    return EXIT_DONE
 
 
 def training_rows(split: Split | list[Split]) -> list[str]:

@@ -14,6 +14,7 @@ import feats.threads  # noqa: F401
 import torch
 
 from feats.acceleration import resolve_device
+from feats.arguments import EXIT_DONE
 from feats.errors import UsageError
 from modeling import features, options
 from modeling import prediction as pr
@@ -86,7 +87,7 @@ def predict(args: Namespace) -> int:
         out = args.out or (runs[0].path if len(runs) == 1 else args.runs) / f"submission_{name}.csv"
         pr.write_submission(out, predictions, args.proba)
         print(f"{len(predictions)} predictions -> {out}")
-    return options.EXIT_DONE
+    return EXIT_DONE
 
 
 def predict_raw(args: Namespace, runs: Sequence[Run], device: torch.device) -> pr.Predictions:

@@ -3,7 +3,7 @@ dataclasses they fill; help shows them."""
 
 import shlex
 import sys
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import product
@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 
+from feats.arguments import EXIT_INTERRUPTED, EXIT_UNUSABLE, HelpFormatter, positive
 from feats.errors import UsageError
 from modeling import features, runs
 from modeling.heads import ABLATIONS, HEADS, HeadConfig
 from modeling.training import MONITORS, OPTIMIZERS, SCHEDULES, TrainConfig
-
-EXIT_DONE, EXIT_UNUSABLE, EXIT_INTERRUPTED = 0, 2, 130
 
 # What each study trained its heads with; what a study doesn't tell is left at the default. C has no recipe: it tuned
 # its encoders. "neutral" of A counts where there is such a class.
@@ -51,15 +50,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 OWN = "own"
-
-
-class HelpFormatter(ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but neither None and False nor those that the text tells already."""
-
-    def _get_help_string(self, action: Any) -> str | None:
-        if action.default in (None, False, SUPPRESS) or "(default" in (action.help or ""):
-            return action.help
-        return super()._get_help_string(action)
 
 
 def new_parser(doc: str) -> ArgumentParser:
@@ -207,16 +197,6 @@ def with_seeds(config: TrainConfig, n: int) -> list[TrainConfig]:
 def with_recipe(args: Namespace) -> dict[str, Any]:
     """The typed options over those of the recipe."""
     return {**RECIPES.get(args.recipe or "", {}), **vars(args)}
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-positive.__name__ = "positive integer"  # argparse shows it: "invalid positive integer value: '0'"
 
 
 def named_values(items: Sequence[str], option: str) -> dict[str, float]:

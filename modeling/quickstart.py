@@ -13,6 +13,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from feats.arguments import EXIT_DONE, EXIT_INTERRUPTED
 from feats.errors import UsageError
 from modeling import options
 from modeling.heads import HeadConfig
@@ -68,7 +69,7 @@ def quickstart(args: Namespace) -> int:
         print(f"  predictions  {predictions}")
     if args.data is None:
         print_score(predictions, data / "test_labels.csv")
-    return options.EXIT_DONE
+    return EXIT_DONE
 
 
 def check_names(args: Namespace) -> None:
@@ -86,7 +87,7 @@ def step(what: str, *command: object) -> None:
     print(f"\n# {what}\n$ {shlex.join(['python', *map(str, command)])}", flush=True)
     script, *arguments = map(str, command)
     status = subprocess.run([sys.executable, ROOT / script, *arguments], check=False).returncode
-    if status == options.EXIT_INTERRUPTED:
+    if status == EXIT_INTERRUPTED:
         raise KeyboardInterrupt
     if status:
         raise UsageError(f"that command ended with status {status}; what it says above is what to mend")

@@ -8,6 +8,7 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
+from feats.arguments import EXIT_DONE
 from modeling import auto, options, sweep
 from modeling import experiment as ex
 from modeling.metrics import format_table
@@ -65,7 +66,7 @@ def run_sweep(args: Namespace, command: str) -> int:
     best = folder / tables.best
     print(f"{len(configs)} runs, table.csv and table.md -> {folder}")
     print(f"best by validation {tables.by}: python modeling/inference_head.py --run {best}")
-    return options.EXIT_DONE
+    return EXIT_DONE
 
 
 def run_auto(args: Namespace, command: str) -> int:
@@ -91,7 +92,7 @@ def run_auto(args: Namespace, command: str) -> int:
         command=command,
     )
     print(f"ensemble of {len(run.members)} heads -> {path}")
-    return options.EXIT_DONE
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
+from feats.arguments import EXIT_DONE
 from modeling import experiment as ex
 from modeling import options
 from modeling.runs import run_name, save_run, write_tensorboard
@@ -52,7 +53,7 @@ def train(args: Namespace, command: str) -> int:
     if args.tensorboard:
         write_tensorboard(path, report.history)
     print(f"run of {len(run.members)} head{'s' if len(run.members) > 1 else ''} -> {path}")
-    return options.EXIT_DONE
+    return EXIT_DONE
 
 
 if __name__ == "__main__":
