@@ -60,20 +60,25 @@ def candidates(experiment: Experiment, configs: Sequence[TrainConfig]) -> list[C
     """Each configuration on the joined caches, in each normalisation; and the first head on every cache alone (a kernel
     of middling width and penalty: what the stack makes of it hardly depends on them)."""
     features = experiment.features
-    sides = configs[0].head.sides
-    joined = {side: list(getattr(features, side)) if side in sides else [] for side in DATASETS}
+
+    def caches_of(config: TrainConfig) -> dict[str, list[str]]:
+        return {side: list(getattr(features, side)) if side in config.head.sides else [] for side in DATASETS}
+
     found = [
-        Candidate(config, joined, norm) for config in configs for norm in HEAD_NORMS.get(config.head.head, OTHER_NORMS)
+        Candidate(config, caches_of(config), norm)
+        for config in configs
+        for norm in HEAD_NORMS.get(config.head.head, OTHER_NORMS)
     ]
-    parts = [(side, name) for side in DATASETS for name in joined[side]]
-    if len(parts) > 1 and not HEADS[configs[0].head.head].tokens:
+    first = configs[0]
+    parts = [(side, name) for side, names in caches_of(first).items() for name in names]
+    if len(parts) > 1 and not HEADS[first.head.head].tokens:
         for side, name in parts:
-            only = replace(configs[0].head, ablation=1 if side == "text" else 2)
             caches = {other: [name] if other == side else [] for other in DATASETS}
-            alone = replace(configs[0], head=only)
-            if only.head == "kernel":
-                alone = replace(alone, gamma=configs[0].gamma or 2.0, penalty=configs[0].penalty or 1.0)
-            found.append(Candidate(alone, caches, found[0].norm))
+            alone = replace(first, head=replace(first.head, ablation=1 if side == "text" else 2))
+            if first.head.head == "kernel":
+                alone = replace(alone, gamma=first.gamma or 2.0, penalty=first.penalty or 1.0)
+            if caches not in [other.caches for other in found]:
+                found.append(Candidate(alone, caches, found[0].norm))
     return found
 
 

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,11 @@ def make_splits(
     if args.duplicates == "together" and (dataset.img_hash.any() or dataset.txt_key.any()):
         groups = duplicate_groups(dataset.img_hash[labelled], dataset.txt_key[labelled])
     if args.split_file:
-        splits = [read_split_file(args.split_file, dataset.ids, dataset.tags)]
+        split = read_split_file(args.split_file, dataset.ids, dataset.tags)
+        known = set(ids)
+        splits = [
+            replace(split, test=[i for i in split.test if i in known])
+        ]  # without a label there is nothing to test
     elif args.folds:
         splits = make_folds(ids, tags, args.folds, values.get("split_seed", 42), groups)
     else:

@@ -2,7 +2,7 @@
 side. The statistics belong to a run, hence `Preprocessing` is fitted once, on training rows, and saved with it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,12 @@ class Inputs:
     def device(self) -> torch.device:
         there = next(x for x in (self.image, self.text, self.image_tokens, self.text_tokens) if x is not None)
         return there.device if isinstance(there, Tensor) else there.values.device
+
+    @property
+    def n_bytes(self) -> int:
+        values = [getattr(self, f.name) for f in fields(self)]
+        tensors = [x.values if isinstance(x, Ragged) else x for x in values if x is not None]
+        return sum(x.numel() * x.element_size() for x in tensors)
 
     def for_head(self, config: HeadConfig) -> "Inputs":
         """Without what the head doesn't read: it needn't be gathered. Raises `UsageError` when what it needs isn't

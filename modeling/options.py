@@ -108,7 +108,7 @@ def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
     group.add_argument(
         "--recipe",
         choices=(*RECIPES, OWN),
-        help=f"settings of a reference study; {OWN}: of the one the head comes from. Typed options win",
+        help=f"settings of a reference study; {OWN}: of the one the head comes from, the split aside. Typed options win",
     )
 
     def add(name: str, text: str, **keywords: Any) -> None:
@@ -213,7 +213,7 @@ def named_values(items: Sequence[str], option: str) -> dict[str, float]:
 
 def command_line(argv: Sequence[str] | None) -> str:
     """What the user typed, for the run's records."""
-    return shlex.join([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
+    return shlex.join(["python", sys.argv[0], *(sys.argv[1:] if argv is None else argv)])
 
 
 def guarded(work: Callable[[], int], interrupted: str) -> int:

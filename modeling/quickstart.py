@@ -52,7 +52,7 @@ def quickstart(args: Namespace) -> int:
         script = f"feats/{encoder}_extract_feats.py"
         step(f"encode every pair once with {encoder}", script, "--data", data, "--out", feats)
     caches = ["--vtype", *args.vtype, "--ttype", *args.ttype]
-    grid = ["--head", *args.head, "--norm", "standard", "--lr", "1e-3", "--ep", "60", "--bs", "64", "--seeds", "3"]
+    grid = ["--head", *args.head, "--norm", "standard", "--lr", "1e-3", "--ep", "60", "--bs", "64", "--folds", "5"]
     step("compare heads on the cached features", "modeling/sweep_heads.py", *caches, *folders, *grid)
     best, predictions = best_run(runs / "sweep"), args.out / "predictions.csv"
     predicts = (feats / f"{args.vtype[0]}_test.h5").is_file()

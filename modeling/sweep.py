@@ -38,6 +38,7 @@ def run_name(config: TrainConfig, experiment: Experiment) -> str:
         experiment.source["ttype"],
         fingerprints,
         rows.tags,
+        experiment.group_of is not None,
         hashlib.sha256(rows.img_hash.tobytes() + rows.txt_key.tobytes()).hexdigest(),
     ]
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]

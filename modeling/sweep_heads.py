@@ -32,9 +32,10 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if args.auto:
+        return options.guarded(lambda: run_auto(args, options.command_line(argv)), "nothing was saved")
     again = "what is finished is kept, run the same command to go on"
-    work = run_auto if args.auto else run_sweep
-    return options.guarded(lambda: work(args, options.command_line(argv)), again)
+    return options.guarded(lambda: run_sweep(args, options.command_line(argv)), again)
 
 
 def run_sweep(args: Namespace, command: str) -> int:
@@ -71,9 +72,11 @@ def run_sweep(args: Namespace, command: str) -> int:
 
 def run_auto(args: Namespace, command: str) -> int:
     values = options.with_recipe(args)
-    experiment = ex.load_experiment(args, values, values.get("head", []))
-    heads = values.get("head") or auto.default_heads(auto.most_rows(experiment))
-    grid = [options.config_from(point) for point in options.grid_points({**values, "head": list(heads)})]
+    typed = options.grid_points(values) if "head" in values else []
+    experiment = ex.load_experiment(args, values, [options.config_from(point).head.head for point in typed])
+    heads = auto.default_heads(auto.most_rows(experiment))
+    points = typed or options.grid_points({**values, "head": list(heads)})
+    grid = [options.config_from(point) for point in points]
     configs = [options.fit_to_data(config, args.recipe, experiment.classes, experiment.source) for config in grid]
     run, probabilities, table = auto.auto(experiment, configs)
     print(format_table(table, list(dict.fromkeys(name for row in table for name in row))))

@@ -78,7 +78,7 @@ def test_the_documented_command(tmp_path: Path):
     given = {"head": "fusion", "D": 256, "optimizer": "adam", "lr": 1e-4, "bs": 512, "ep": 100, "seed": 42}
     assert {name: settings[name] for name in given} == given
     config = content(path, "config")
-    assert config["command"] == "train_head.py --vtype clip --D 256"
+    assert config["command"].split()[0] == "python" and config["command"].endswith("train_head.py --vtype clip --D 256")
     assert config["split"] == {"val_ratio": 0.1, "test_ratio": 0.0, "seed": 42, "duplicates_together": True}
     metrics = content(path, "metrics")["val"]
     assert metrics["n"] == 9 and f"{metrics['accuracy']:.3f}" in out.stdout
@@ -165,7 +165,7 @@ def test_the_same_command_gives_the_same_bytes(feats: Path, tmp_path: Path):
         for name in ("head.safetensors", "split.json", "metrics.json", "history.csv", "predictions_val.csv"):
             assert (one / name).read_bytes() == (other / name).read_bytes(), (argv, name)
     first = train(feats, tmp_path / "my runs")
-    _, *argv = shlex.split(content(first, "config")["command"])
+    _, _, *argv = shlex.split(content(first, "config")["command"])
     assert train_head.main(argv) == 0  # as config.json tells it
     second = newest_run(first.parent)
     assert second != first and (second / "head.safetensors").read_bytes() == (first / "head.safetensors").read_bytes()

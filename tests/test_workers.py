@@ -1,7 +1,12 @@
+import multiprocessing
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
 
+from feats.errors import UsageError
 from modeling import workers
 from modeling.heads import HeadConfig
 from modeling.inputs import Inputs
@@ -63,3 +68,18 @@ def test_an_error_in_a_process_reaches_the_user(problem: Problem, monkeypatch: p
     bad = [TrainConfig(HeadConfig("fusion", 4), ep=30, bs=16, lr=1e30)]
     with pytest.raises(Exception, match="smaller --lr"):
         dict(workers.run_jobs([(bad, 0), *jobs_of([problem])], [problem], lambda epochs: None))
+
+
+def test_a_killed_process_ends_the_work_with_one_line(problem: Problem, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(workers, "LEAST_WORK", 0)
+    monkeypatch.setattr(workers, "_cores", lambda: 2)
+    long = [TrainConfig(HeadConfig("fusion", 4), ep=100_000, bs=8)]
+    killed: list[int] = []
+
+    def kill(epochs: int) -> None:
+        if not killed:
+            killed.append(multiprocessing.active_children()[0].pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+    with pytest.raises(UsageError, match="a training process was killed"):
+        dict(workers.run_jobs([(long, 0), (long, 0)], [problem], kill))
