@@ -25,7 +25,7 @@ from modeling.training import TrainConfig, fit
 
 HEAD_NORMS = {"kernel": ("l2", "standard"), "linear": ("standard",)}
 OTHER_NORMS = ("standard",)  # of heads trained by gradient descent
-KERNEL_HEADS, LARGE_HEADS = ("kernel", "linear"), ("linear", "mlp")  # by default; without kernels for many rows
+LINEAR_COLUMNS = 2048  # logistic regression to its optimum takes time with the cube of the columns
 # A cache of a few columns holds scores, not an embedding: rows of length 1 would make it as loud as the others. Its
 # share in squared distances is a tenth of theirs.
 FEW_COLUMNS, FEW_COLUMNS_SCALE = 16, 0.1**0.5
@@ -52,8 +52,11 @@ def most_rows(experiment: Experiment) -> int:
     return len(first.train) + (len(first.val) if len(experiment.splits) > 1 else 0)
 
 
-def default_heads(n_rows: int) -> tuple[str, ...]:
-    return KERNEL_HEADS if n_rows <= MAX_KERNEL_ROWS else LARGE_HEADS
+def default_heads(n_rows: int, n_columns: int) -> tuple[str, ...]:
+    """What is searched unless heads are named: what is exact, as long as that is affordable."""
+    if n_rows > MAX_KERNEL_ROWS:
+        return ("linear", "mlp") if n_columns <= LINEAR_COLUMNS else ("mlp",)
+    return ("kernel", "linear") if n_columns <= LINEAR_COLUMNS else ("kernel",)
 
 
 def candidates(experiment: Experiment, configs: Sequence[TrainConfig]) -> list[Candidate]:

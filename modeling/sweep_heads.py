@@ -74,7 +74,8 @@ def run_auto(args: Namespace, command: str) -> int:
     values = options.with_recipe(args)
     typed = options.grid_points(values) if "head" in values else []
     experiment = ex.load_experiment(args, values, [options.config_from(point).head.head for point in typed])
-    heads = auto.default_heads(auto.most_rows(experiment))
+    n_columns = sum(width for of_side in experiment.features.widths.values() for width in of_side.values())
+    heads = auto.default_heads(auto.most_rows(experiment), n_columns)
     points = typed or options.grid_points({**values, "head": list(heads)})
     grid = [options.config_from(point) for point in points]
     configs = [options.fit_to_data(config, args.recipe, experiment.classes, experiment.source) for config in grid]

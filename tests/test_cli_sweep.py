@@ -468,7 +468,8 @@ def test_too_many_rows_for_a_kernel(tmp_path: Path, capsys: pytest.CaptureFixtur
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.search("error: 203[0-9]+ training rows, expected at most 20000.*linear or mlp", error)
     assert not (tmp_path / "runs").exists()
-    assert auto.default_heads(20_000) == ("kernel", "linear") and auto.default_heads(20_001) == ("linear", "mlp")
+    assert auto.default_heads(20_000, 2048) == ("kernel", "linear") and auto.default_heads(20_000, 2049) == ("kernel",)
+    assert auto.default_heads(20_001, 2048) == ("linear", "mlp") and auto.default_heads(20_001, 2049) == ("mlp",)
 
 
 def test_without_a_kernel_where_any_of_the_searches_has_too_many_rows(
