@@ -171,7 +171,8 @@ def test_a_run_of_a_sweep_is_that_of_train_head(feats: Path, swept: Path, tmp_pa
 
 # -- interruptions ----------------------------------------------------------------------------------------------
 
-LONG = ["--head", "fusion", "--D", *map(str, range(4, 11)), "--ep", "60", "--bs", "16", "--val-ratio", "0.3"]
+COUNT = 14
+LONG = ["--head", "fusion", "--D", *map(str, range(4, 4 + COUNT)), "--ep", "150", "--bs", "16", "--val-ratio", "0.3"]
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +196,7 @@ def test_an_interrupted_sweep_goes_on(
         process.send_signal(how)
         error = process.stderr.read().decode()
     done = len(runs_in(folder))
-    assert 2 <= done < 7  # it was in the middle
+    assert 2 <= done < COUNT  # it was in the middle
     if how == signal.SIGINT:
         assert process.returncode == 130 and "Traceback" not in error
         assert error.endswith("interrupted: what is finished is kept, run the same command to go on\n")
@@ -205,9 +206,9 @@ def test_an_interrupted_sweep_goes_on(
     with pytest.raises(UsageError, match="no finished sweep in .*sweep_heads.py"):
         best_run(folder)
     assert sweep(feats, tmp_path, *LONG) == 0
-    assert f"7 trainings, {done} of them finished before" in capsys.readouterr().out
+    assert f"{COUNT} trainings, {done} of them finished before" in capsys.readouterr().out
     finished = {path: at for path, at in before.items() if "writing" not in path}
-    assert finished.items() <= times(folder).items() and len(runs_in(folder)) == 7
+    assert finished.items() <= times(folder).items() and len(runs_in(folder)) == COUNT
     for name in ("table.csv", "table.md"):
         assert (folder / name).read_text() == (uninterrupted / name).read_text()
 

@@ -458,7 +458,7 @@ def refused(capsys: pytest.CaptureFixture, feats: Path, runs: Path, *argv: str) 
         (["--vtype", "resnet", "--ablation", "1"], "ablation 1 leaves nothing"),
         (["--vtype", "resnet", "--head", "coattention"], "needs image tokens.*--tokens"),
         (["--vtype", "clipp"], "no cache .*clipp_train.h5.*Did you mean clip"),
-        (["--head", "linear", "--penalty", "0"], "C 0: expected numbers above 0"),
+        (["--head", "linear", "--penalty", "0"], "--penalty 0: expected a number above 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -118,7 +118,7 @@ def test_many_shapes_at_once_in_the_order_asked(monkeypatch: pytest.MonkeyPatch)
         HeadConfig("late", D=8, ablation=1),
         HeadConfig("late", D=6),
     ]
-    configs = [TrainConfig(heads[i % 4], lr=1e-2 / (1 + i), ep=2, bs=16, seed=-i) for i in range(12)]
+    configs = [TrainConfig(heads[i % 4], lr=1e-2 / (1 + i), ep=2, bs=16, seed=20 - i) for i in range(12)]
     told = []
     found = fit(configs, problem, told.append)
     assert [trained.config for trained in found] == configs
