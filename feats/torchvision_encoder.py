@@ -128,7 +128,8 @@ def load_strictly(network: nn.Module, path: Path, model: str) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        # torch's own words about what it refuses to unpickle fill a screen
+        # torch's own words about what it refuses to unpickle fill a screen. (The message only tells users how such a
+        # file is written; loading above is weights_only.)
         raise UsageError(
             f"{path} can't be read as a state dict ({type(error).__name__}); "
             "expected .safetensors, or .pth/.pt as torch.save(model.state_dict()) writes it"

@@ -102,6 +102,7 @@ class Head(nn.Module):
         self.build(config, widths, n_classes, n_models)
 
     def build(self, config: HeadConfig, widths: dict[str, int], n_classes: int, n_models: int) -> None:
+        """Make the layers; every head defines its own."""
         raise NotImplementedError
 
     def joined(self, batch: Batch) -> Tensor:

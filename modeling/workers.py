@@ -42,14 +42,15 @@ def run_jobs(
     reports = spawn.SimpleQueue()
     listener = Thread(target=_listen, args=(reports, progress), daemon=True)
     listener.start()
-    # Bytes rather than tensors: torch would send those through shared memory, of which containers have little.
+    # Bytes rather than tensors: torch would send those through shared memory, of which containers have little. Pickled
+    # bytes pass only between this process and its own children, through pipes: nothing unpickled here was ever a file.
     executor = ProcessPoolExecutor(count, spawn, _start, (pickle.dumps(list(problems)), reports))
     try:
         heaviest_first = sorted(range(len(jobs)), key=lambda j: -work(jobs[j][0], problems[jobs[j][1]]))
         with _deaf_to_interrupts():
             tasks = [executor.submit(_do, pickle.dumps((number, *jobs[number]))) for number in heaviest_first]
         for task in as_completed(tasks):
-            yield pickle.loads(task.result())
+            yield pickle.loads(task.result())  # from an own child
         reports.put(None)
         listener.join()
     except BrokenProcessPool:
@@ -88,11 +89,11 @@ _state: dict[str, Any] = {}  # of a worker process
 def _start(problems: bytes, reports: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
     torch.set_num_threads(1)
-    _state.update(problems=pickle.loads(problems), progress=reports.put)
+    _state.update(problems=pickle.loads(problems), progress=reports.put)  # from the parent
 
 
 def _do(task: bytes) -> bytes:
-    number, configs, k = pickle.loads(task)
+    number, configs, k = pickle.loads(task)  # from the parent
     return pickle.dumps((number, fit(configs, _state["problems"][k], _state["progress"])))
 
 
