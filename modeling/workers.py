@@ -7,11 +7,11 @@ process is free to get on. On a GPU, for few or short jobs, and for data too lar
 import os
 import pickle
 import signal
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from threading import Thread, current_thread, main_thread
+from multiprocessing.connection import Connection, wait
+from threading import current_thread, main_thread
 from typing import Any
 
 import torch
@@ -30,39 +30,58 @@ Job = tuple[Sequence[TrainConfig], int]  # configurations of one stack, and the 
 def run_jobs(
     jobs: Sequence[Job], problems: Sequence[Problem], progress: Callable[[int], Any]
 ) -> Iterator[tuple[int, list[Trained]]]:
-    """Each job's number and result, in any order. `progress` is told epochs as in `training.fit`."""
+    """Each job's number and result, in any order. `progress` is told epochs as in `training.fit`.
+
+    Raises what `fit` raises in any process, and `UsageError` when a process is killed.
+    """
     count = min(len(jobs), _cores(), MOST_WORKERS)
     on_cpu = problems[0].inputs.device.type == "cpu"
-    least = sum(work(configs, problems[k]) for configs, k in jobs) >= LEAST_WORK
-    if not (on_cpu and least and count > 1 and sum(problem.inputs.n_bytes for problem in problems) <= LARGEST_COPY):
+    enough = sum(work(configs, problems[k]) for configs, k in jobs) >= LEAST_WORK
+    if not (on_cpu and enough and count > 1 and sum(problem.inputs.n_bytes for problem in problems) <= LARGEST_COPY):
         for number, (configs, k) in enumerate(jobs):
             yield number, fit(configs, problems[k], progress)
         return
-    spawn = multiprocessing.get_context("spawn")
-    reports = spawn.SimpleQueue()
-    listener = Thread(target=_listen, args=(reports, progress), daemon=True)
-    listener.start()
-    # Bytes rather than tensors: torch would send those through shared memory, of which containers have little. Pickled
-    # bytes pass only between this process and its own children, through pipes: nothing unpickled here was ever a file.
-    executor = ProcessPoolExecutor(count, spawn, _start, (pickle.dumps(list(problems)), reports))
+    lightest_first = sorted(range(len(jobs)), key=lambda j: work(jobs[j][0], problems[jobs[j][1]]))
+    waiting = [(number, *jobs[number]) for number in lightest_first]  # taken from the end: the long ones start early
+    processes: list[Any] = []
     try:
-        heaviest_first = sorted(range(len(jobs)), key=lambda j: -work(jobs[j][0], problems[jobs[j][1]]))
-        with _deaf_to_interrupts():
-            tasks = [executor.submit(_do, pickle.dumps((number, *jobs[number]))) for number in heaviest_first]
-        for task in as_completed(tasks):
-            yield pickle.loads(task.result())  # from an own child
-        reports.put(None)
-        listener.join()
-    except BrokenProcessPool:
+        busy = [_start(processes) for _ in range(count)]
+        for worker in busy:
+            _send(worker, list(problems))
+            _send(worker, waiting.pop())
+        while busy:
+            for worker in wait(busy):
+                kind, value = _receive(worker)
+                if kind == "error":
+                    raise value
+                if kind == "epochs":
+                    progress(value)
+                    continue
+                if waiting:
+                    _send(worker, waiting.pop())
+                else:
+                    busy.remove(worker)
+                yield value
+    except (EOFError, ConnectionError):
         raise UsageError(
             "a training process was killed, for want of memory as a rule; what was finished is kept where the command "
             "keeps it, run it again with fewer processes beside it"
         ) from None
     finally:
-        # Reached early by an error or an interruption: what runs is of no use to anybody.
-        for process in list((executor._processes or {}).values()):
+        for process in processes:
             process.terminate()
-        executor.shutdown(wait=False, cancel_futures=True)
+            process.join()
+
+
+def _start(processes: list[Any]) -> Connection:
+    """Add a process to `processes`; returns the connection to it, which ends when the process does."""
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    processes.append(spawn.Process(target=_serve, args=(there,), daemon=True))
+    with _deaf_to_interrupts():
+        processes[-1].start()
+    there.close()
+    return here
 
 
 @contextmanager
@@ -78,23 +97,34 @@ def _deaf_to_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _listen(reports: Any, progress: Callable[[int], Any]) -> None:
-    while (epochs := reports.get()) is not None:
-        progress(epochs)
-
-
-_state: dict[str, Any] = {}  # of a worker process
-
-
-def _start(problems: bytes, reports: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
+def _serve(parent: Connection) -> None:
+    """What a process does: receive the problems, then train job after job until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    _state.update(problems=pickle.loads(problems), progress=reports.put)  # from the parent
+    try:
+        problems = _receive(parent)
+        while True:
+            number, configs, k = _receive(parent)
+            try:
+                trained = fit(configs, problems[k], lambda epochs: _send(parent, ("epochs", epochs)))
+                _send(parent, ("done", (number, trained)))
+            except (EOFError, ConnectionError):
+                raise
+            except Exception as error:
+                error.add_note(traceback.format_exc())  # a traceback doesn't travel
+                _send(parent, ("error", error))
+    except (EOFError, ConnectionError):
+        return  # the parent has all it wants, or was killed
 
 
-def _do(task: bytes) -> bytes:
-    number, configs, k = pickle.loads(task)  # from the parent
-    return pickle.dumps((number, fit(configs, _state["problems"][k], _state["progress"])))
+def _send(to: Connection, message: Any) -> None:
+    # Bytes rather than tensors: torch would send those through shared memory, of which containers have little. Only
+    # this process and its own children hold the pipe: nothing unpickled from it was ever a file.
+    to.send_bytes(pickle.dumps(message))
+
+
+def _receive(sender: Connection) -> Any:
+    return pickle.loads(sender.recv_bytes())  # from the own parent or child
 
 
 def _cores() -> int:

@@ -51,14 +51,14 @@ def test_processes_give_what_this_one_gives(problem: Problem, monkeypatch: pytes
 
 
 def test_no_processes_for_little_work(problem: Problem, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(workers, "_do", None)  # a process would fail
+    monkeypatch.setattr(workers, "_start", None)  # starting a process would fail
     assert len(dict(workers.run_jobs(jobs_of([problem]), [problem], lambda epochs: None))) == 3
 
 
 def test_no_processes_for_data_too_large_to_copy(problem: Problem, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(workers, "LEAST_WORK", 0)
     monkeypatch.setattr(workers, "LARGEST_COPY", 1000)
-    monkeypatch.setattr(workers, "_do", None)
+    monkeypatch.setattr(workers, "_start", None)
     assert len(dict(workers.run_jobs(jobs_of([problem]), [problem], lambda epochs: None))) == 3
 
 
