@@ -58,12 +58,17 @@ def fit_logistic(
         raise UsageError(f"C {', '.join(f'{C:g}' for C in Cs) or '(none)'}: expected numbers above 0")
     centre = weights @ x / weights.sum()  # takes the bias out of the weights' way
     x = x - centre
+    basis = None
+    if x.shape[1] > len(x):  # the minimum is a combination of the rows: look for it in a basis of these
+        basis, coordinates = torch.linalg.qr(x.T)
+        x = coordinates.T
     weight, bias = x.new_zeros(x.shape[1], n_classes), x.new_zeros(n_classes)
     ridge = 2.0 if n_classes == 2 else 1.0
     fits = {}
     for C in sorted(set(Cs)):  # from the strongest penalty: each starts where the last ended
         weight, bias, objective = _minimise(x, targets, C * weights, ridge, weight, bias, tolerance)
-        fits[C] = LogisticFit(C, weight, bias - centre @ weight, objective)
+        of_columns = weight if basis is None else basis @ weight
+        fits[C] = LogisticFit(C, of_columns, bias - centre @ of_columns, objective)
     return [fits[C] for C in Cs]
 
 

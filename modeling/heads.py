@@ -161,7 +161,7 @@ class Fusion(Head):
         self.out = Linear(n_models, config.D * len(self.sides), n_classes)
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.out(torch.cat([self.project[side](batch.side(side)) for side in self.sides], -1))
+        return self.out(*(self.project[side](batch.side(side)) for side in self.sides))
 
 
 class CrossAttention(Head):
@@ -371,7 +371,7 @@ class Late512(Head):
         self.out = Linear(n_models, self.width * len(self.sides), n_classes)
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.out(torch.cat([self.project[side](batch.side(side)) for side in self.sides], -1))
+        return self.out(*(self.project[side](batch.side(side)) for side in self.sides))
 
 
 class QueryAttention(Head):

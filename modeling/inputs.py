@@ -40,6 +40,10 @@ class Inputs:
         there = next(x for x in (self.image, self.text, self.image_tokens, self.text_tokens) if x is not None)
         return there.device if isinstance(there, Tensor) else there.values.device
 
+    def __len__(self) -> int:
+        there = [x for x in (self.image, self.text, self.image_tokens) if x is not None]
+        return len(there[0]) if there else len(self.text_tokens.offsets) - 1
+
     @property
     def n_bytes(self) -> int:
         values = [getattr(self, f.name) for f in fields(self)]
@@ -57,28 +61,23 @@ class Inputs:
             read.add("image_views")
         return Inputs(**{name: getattr(self, name) for name in read})
 
-    def batch(self, rows: Tensor, views: Tensor | None = None) -> Batch:
-        """Rows (M, B) int64 as a batch. `views` (N,) or (M, N) int64 says which view of each picture to take, 0 the
-        picture itself."""
-        image = _rows_of(self.image, rows)
+    def batch(self, rows: Tensor | None = None, views: Tensor | None = None) -> Batch:
+        """Rows (M, B) int64 as a batch; without, all rows for one model, dense features uncopied. `views` (N,) or (M, N)
+        int64 says which view of each picture to take, 0 the picture itself."""
+        image, text, image_tokens = (_rows_of(x, rows) for x in (self.image, self.text, self.image_tokens))
         if image is not None and views is not None:
             chosen = (views[rows] if views.dim() == 1 else views.gather(1, rows))[..., None]
             other = self.image_views[rows, (chosen[..., 0] - 1).clamp(min=0)]
             image = torch.where(chosen > 0, other, image)
         text_tokens = mask = None
         if self.text_tokens is not None:
+            rows = torch.arange(len(self), device=self.device)[None] if rows is None else rows
             text_tokens, mask = self.text_tokens.padded(rows.reshape(-1))
             if not mask.shape[1]:  # texts without a single token: as if one among them had some
                 text_tokens, mask = F.pad(text_tokens, (0, 0, 0, 1)), F.pad(mask, (0, 1))
             text_tokens = text_tokens.view(*rows.shape, *text_tokens.shape[1:])
             mask = mask.view(*rows.shape, -1)
-        return Batch(
-            image=image,
-            text=_rows_of(self.text, rows),
-            image_tokens=_rows_of(self.image_tokens, rows),
-            text_tokens=text_tokens,
-            text_mask=mask,
-        )
+        return Batch(image, text, image_tokens, text_tokens, mask)
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ class Preprocessing:
         joined: dict[str, Tensor | Ragged | None] = {}
         for side, names in self.caches.items():
             parts = [self._apply(side, name, getattr(features, side)[name]) for name in names]
-            joined[side] = torch.cat(parts, -1) if parts else None
+            joined[side] = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)) if parts else None
             for name in names:
                 x = getattr(features, TOKENS[side]).get(name)
                 if x is not None and f"{TOKENS[side]}/{name}" in self.normalizers:
@@ -199,9 +198,11 @@ class Preprocessing:
         return cls(caches, scales, {key: Normalizer.from_state(kind, parts[key]) for key, kind in kinds.items()})
 
 
-def _rows_of(x: Tensor | None, rows: Tensor) -> Tensor | None:
-    """x[rows], (M, B, ...), faster."""
-    return None if x is None else x.index_select(0, rows.reshape(-1)).view(*rows.shape, *x.shape[1:])
+def _rows_of(x: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    """x[rows], (M, B, ...), faster; all of them, (1, N, ...), where `rows` is None."""
+    if x is None or rows is None:
+        return x if x is None else x[None]
+    return x.index_select(0, rows.reshape(-1)).view(*rows.shape, *x.shape[1:])
 
 
 def _flat(tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ + b: (M, B, ..., n_in) -> (M, B, ..., n_out). The weight is (M, n_out, n_in)."""
+    """y = x Wᵀ + b: (M, B, ..., n_in) -> (M, B, ..., n_out). The weight is (M, n_out, n_in).
+
+    Several x are what one of their widths together would give, without putting them side by side. `product_dtype` is
+    set by `set_product_dtype`."""
+
+    product_dtype = torch.float32
 
     def __init__(self, n_models: int, n_in: int, n_out: int, bias: bool = True):
         super().__init__()
@@ -27,32 +32,54 @@ class Linear(nn.Module):
         if self.bias is not None:
             self.bias[model].uniform_(-bound, bound, generator=generator)
 
-    def forward(self, x: Tensor) -> Tensor:
-        n_models, n_out, n_in = self.weight.shape
-        rows = math.prod(x.shape[1:-1])
-        return _Product.apply(x.reshape(n_models, rows, n_in), self.weight, self.bias).view(*x.shape[:-1], n_out)
+    def forward(self, *parts: Tensor) -> Tensor:
+        n_models, n_out, _ = self.weight.shape
+        few = n_out < LEAST_WIDTH or not self.training
+        dtype = torch.float32 if few else self.product_dtype
+        pieces = self.weight.split([x.shape[-1] for x in parts], 2) if len(parts) > 1 else [self.weight]
+        y, bias = None, self.bias
+        for x, weight in zip(parts, pieces, strict=True):
+            product = _Product.apply(x.reshape(n_models, -1, x.shape[-1]), weight, bias, dtype)
+            y, bias = product if y is None else y + product, None
+        return y.view(*parts[0].shape[:-1], n_out)
+
+
+LEAST_WIDTH = 32  # outputs for which a product in low precision is any faster
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ + b of x (M, B, n_in). The weight's gradient is formed as gᵀ x, in the weight's own layout: torch's own
-    backward pass forms its transpose, which takes up to six times as long for a few classes, and copies it."""
+    """x Wᵀ + b of x (M, B, n_in), multiplied in `dtype`, added up and returned in float32. The weight's gradient is
+    formed as gᵀ x, in the weight's own layout: torch's own backward pass forms its transpose, which takes up to six
+    times as long for a few classes, and copies it."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        x, weight = x.to(dtype), weight.to(dtype)
         ctx.save_for_backward(x, weight)
         if bias is None:
-            return torch.bmm(x, weight.transpose(1, 2))
-        return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+            return torch.bmm(x, weight.transpose(1, 2)).float()
+        if dtype == torch.float32:
+            return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+        return torch.bmm(x, weight.transpose(1, 2)).float().add_(bias[:, None])
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        of_x, _, of_bias = ctx.needs_input_grad
+        of_x, _, of_bias, _ = ctx.needs_input_grad
+        g = grad.to(x.dtype, memory_format=torch.contiguous_format)
         return (
-            torch.bmm(grad, weight) if of_x else None,
-            torch.bmm(grad.transpose(1, 2), x),
+            torch.bmm(g, weight).float() if of_x else None,
+            torch.bmm(g.transpose(1, 2), x).float(),
             grad.sum(1) if of_bias else None,
+            None,
         )
+
+
+def set_product_dtype(stack: nn.Module, dtype: torch.dtype) -> None:
+    """Multiply in `dtype` while training: the weights, the sums and everything else stay float32."""
+    for layer in stack.modules():
+        if isinstance(layer, Linear):
+            layer.product_dtype = dtype
 
 
 class BatchNorm(nn.Module):
@@ -118,7 +145,9 @@ class Noise:
         if self.used + size > self.bits.shape[1]:
             self._draw(max(size, self.ahead))
         if p not in self.masks:
-            mask = (self.bits >= round(p * 2**16) - 2**15).to(torch.float32).mul_(1 / (1 - p))
+            least = round(p * 2**16) - 2**15
+            # bits >= least as 0 and 1; by comparing, it would take four times as long on a CPU
+            mask = self.bits.clamp(least - 1, least).float().sub_(least - 1).mul_(1 / (1 - p))
             self.masks[p] = mask[self.stream] if self.shared else mask
         low, self.used = self.used, self.used + size
         return self.masks[p][:, low : self.used].view(*shape)

@@ -22,9 +22,10 @@ from modeling import metrics
 from modeling.closed_form import fit_kernel, fit_logistic
 from modeling.heads import HEADS, Head, HeadConfig, build_head
 from modeling.inputs import Inputs
-from modeling.layers import Noise, attach_noise
+from modeling.layers import Noise, attach_noise, set_product_dtype
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SCHEDULES = ("constant", "cosine", "onecycle")
 MONITORS = ("accuracy", "weighted_f1", "macro_f1", "loss")
 LINEAR_CS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -51,12 +52,14 @@ class TrainConfig:
     balanced_sampler: bool = False
     monitor: str = "accuracy"
     patience: int | None = None  # epochs without a better `monitor`; None: train them all
+    precision: str = "fp32"  # of the products in training; bf16: twice as fast where the processor has it
     seed: int = 42
     penalty: float | None = None  # linear: C; kernel: the ridge. None: chosen by inner folds
     gamma: float | None = None  # kernel: gamma times the rows' mean squared distance. None: chosen by inner folds
 
     def __post_init__(self) -> None:
-        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("monitor", MONITORS)):
+        of_names = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "monitor": MONITORS, "precision": PRECISIONS}
+        for name, known in of_names.items():
             if getattr(self, name) not in known:
                 raise UsageError(f"unknown {name} {getattr(self, name)!r}; there are {', '.join(known)}")
         for name in ("ep", "bs"):
@@ -93,7 +96,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Trained:
-    """One trained configuration: the head of its best epoch (one model, on the CPU, in evaluation mode)."""
+    """One trained configuration: the head of its best epoch (one model, on the CPU, in evaluation mode).
+
+    `failure` says why a training ended early whose loss was no longer finite; such a head is of no use."""
 
     config: TrainConfig
     head: Head
@@ -103,6 +108,7 @@ class Trained:
     history: list[dict[str, Any]]
     facts: dict[str, Any] = field(default_factory=dict)  # what a closed-form head chose
     held_out: np.ndarray | None = None  # (len(train), C): a closed-form head's logits of each inner fold without it
+    failure: str | None = None
 
 
 def fit(
@@ -110,8 +116,9 @@ def fit(
 ) -> list[Trained]:
     """Train every configuration on one problem; results in the order of `configs`.
 
-    `progress` is told epochs as they are done, `n_epochs(configs)` in all. Raises `UsageError` for features that lack
-    what a head needs, unknown classes in class weights, and a loss that is no longer finite.
+    `progress` is told epochs as they are done, `n_epochs(configs)` in all. A diverging training ends alone: see
+    `Trained.failure`. Raises `UsageError` for features that lack what a head needs and unknown classes in class
+    weights.
     """
     results: dict[int, Trained] = {}
     for members in stacks(configs, problem):
@@ -135,7 +142,7 @@ def stacks(configs: Sequence[TrainConfig], problem: Problem) -> Iterator[list[in
 
     def shape(i: int) -> tuple:
         c = configs[i]
-        return repr(c.head.resolved()), c.optimizer, c.ep, c.bs, c.balanced_sampler
+        return repr(c.head.resolved()), c.optimizer, c.ep, c.bs, c.balanced_sampler, c.precision
 
     limit = STACK_PARAMETERS.get(problem.inputs.device.type, STACK_PARAMETERS["cuda"])
     for _, alike in groupby(sorted(range(len(configs)), key=lambda i: (shape(i), hyperparameters(configs[i]))), shape):
@@ -167,6 +174,7 @@ def _train_stack(configs: Sequence[TrainConfig], problem: Problem, progress: Cal
     first, device, n_classes = configs[0], problem.inputs.device, len(problem.classes)
     inputs = problem.inputs.for_head(first.head)
     head = build_head(first.head, inputs.widths, n_classes, [c.seed for c in configs], device)
+    set_product_dtype(head, PRECISIONS[first.precision])
     attach_noise(head, Noise([_stream(c.seed, "dropout") for c in configs], device))
     draws = _Draws(configs, problem, inputs)
     steps = math.ceil(len(problem.train) / first.bs)
@@ -197,12 +205,14 @@ def _train_stack(configs: Sequence[TrainConfig], problem: Problem, progress: Cal
             if best.stopped[m]:
                 continue
             row = {name: float(values[m]) for name, values in figures.items()}
-            for kind in ("train_loss", "val_loss"):
-                if not math.isfinite(row[kind]):
-                    raise UsageError(
-                        f"the loss of {config.head.head} became {row[kind]} in epoch {epoch} (lr {config.lr:g}); use a "
-                        "smaller --lr, or --norm l2 or standard"
-                    )
+            diverged = [row[kind] for kind in ("train_loss", "val_loss") if not math.isfinite(row[kind])]
+            if diverged:
+                best.fail(
+                    m,
+                    f"the loss of {config.head.head} became {diverged[0]} in epoch {epoch} (lr {config.lr:g}); use a "
+                    "smaller --lr, or --norm l2 or standard",
+                )
+                continue
             history[m].append({"epoch": epoch, "lr": optimizer.last_lr(m), **row})
         best.update(epoch, figures, head, val_logits)
         progress(len(configs))
@@ -210,7 +220,8 @@ def _train_stack(configs: Sequence[TrainConfig], problem: Problem, progress: Cal
             progress(len(configs) * (first.ep - epoch))
             break
     return [
-        Trained(c, *best.model(m, inputs.widths, n_classes), best.epoch[m], history[m]) for m, c in enumerate(configs)
+        Trained(c, *best.model(m, inputs.widths, n_classes), best.epoch[m], history[m], failure=best.failure[m])
+        for m, c in enumerate(configs)
     ]
 
 
@@ -331,14 +342,16 @@ def class_weights(spec: str, problem: Problem) -> Tensor:
     if spec in ("balanced", "sqrt"):
         weights = counts.sum() / (len(counts) * counts.clamp(min=1))  # a class without rows isn't weighed infinite
         return weights if spec == "balanced" else weights.sqrt()
-    weights = torch.ones_like(counts)
-    for part in spec.split(","):
-        name, _, value = part.partition("=")
+    weights, rest, more = torch.ones_like(counts), spec, ","
+    while more:
+        # A name may hold commas and equals signs: the longest class that fits is meant.
+        name = max((c for c in problem.classes if rest.startswith(f"{c}=")), key=len, default=rest.partition("=")[0])
         if name not in problem.classes:
             raise UsageError(
                 f"class weights {spec!r}: {name!r} is no class (there are {', '.join(problem.classes)}); expected none, "
                 "balanced, sqrt or name=value"
             )
+        value, more, rest = rest[len(name) + 1 :].partition(",")
         try:
             weights[problem.classes.index(name)] = float(value)
         except ValueError:
@@ -356,6 +369,7 @@ class _Best:
         self.epoch = [0] * len(configs)
         self.score = [-math.inf] * len(configs)
         self.stopped = [False] * len(configs)
+        self.failure: list[str | None] = [None] * len(configs)
         self.state = {name: tensor.detach().clone() for name, tensor in head.state_dict().items()}
         self.logits: Tensor | None = None
 
@@ -378,6 +392,9 @@ class _Best:
                 for m in better:
                     kept[m].copy_(tensor[m])
 
+    def fail(self, m: int, reason: str) -> None:
+        self.stopped[m], self.failure[m] = True, reason
+
     def model(self, m: int, widths: dict[str, int], n_classes: int) -> tuple[Head, dict[str, int], np.ndarray]:
         """Model m as a head of its own, its widths, and its validation logits."""
         head = build_head(self.configs[m].head, widths, n_classes)
@@ -386,11 +403,14 @@ class _Best:
 
 
 @torch.inference_mode()
-def predict_stack(head: Head, inputs: Inputs, rows: Tensor) -> Tensor:
-    """Logits (M, len(rows), C) of every model, float32."""
+def predict_stack(head: Head, inputs: Inputs, rows: Tensor | None = None) -> Tensor:
+    """Logits (M, n, C) of every model, float32, for `rows` (n,) int64 or all."""
     head.eval()
-    blocks = rows.split(max(1, EVAL_ROWS // head.n_models))
-    return torch.cat([head(inputs.batch(block[None]).expand(head.n_models)) for block in blocks], 1)
+    at_once = max(1, EVAL_ROWS // head.n_models)
+    if rows is None and len(inputs) <= at_once:
+        return head(inputs.batch().expand(head.n_models))
+    rows = torch.arange(len(inputs), device=inputs.device) if rows is None else rows
+    return torch.cat([head(inputs.batch(block[None]).expand(head.n_models)) for block in rows.split(at_once)], 1)
 
 
 def _validation(logits: Tensor, labels: Tensor) -> dict[str, np.ndarray]:

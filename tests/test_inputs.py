@@ -224,6 +224,17 @@ def test_a_batch_has_each_model_s_rows():
         assert not batch.text_tokens[m, b, LENGTHS[row] :].any()
 
 
+@pytest.mark.parametrize("sides", [("image", "text", "image_tokens", "text_tokens"), ("image",), ("text_tokens",)])
+def test_a_batch_of_all_rows(sides: tuple[str, ...]):
+    values = {"image": normal(N, 3), "text": normal(N, 2, seed=1), "image_tokens": normal(N, 2, 3, seed=2)}
+    inputs = Inputs(**{side: (values | {"text_tokens": ragged()})[side] for side in sides})
+    assert len(inputs) == N
+    every, named = inputs.batch(), inputs.batch(torch.arange(N)[None])
+    for name in ("image", "text", "image_tokens", "text_tokens", "text_mask"):
+        one, other = getattr(every, name), getattr(named, name)
+        assert (one is None and other is None) or torch.equal(one, other), name
+
+
 def test_a_batch_takes_the_chosen_view():
     inputs = everything()
     chosen = torch.arange(2 * N).view(2, N) % 3

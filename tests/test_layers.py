@@ -16,6 +16,7 @@ from modeling.layers import (
     TransformerEncoderLayer,
     attach_noise,
     initialise,
+    set_product_dtype,
 )
 
 SEEDS = [5, 3, 8]  # neither sorted nor equal
@@ -55,6 +56,39 @@ def give(layer: nn.Module, m: int, reference: nn.Module) -> None:
         reference.weight.copy_(layer.weight[m])
         if reference.bias is not None:
             reference.bias.copy_(layer.bias[m])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_of_parts_is_linear_of_them_side_by_side(bias: bool):
+    layer = shake(Linear(3, 9, 4, bias))
+    parts = [normal(3, 5, width, seed=width).requires_grad_() for width in (2, 3, 4)]
+    joined = torch.cat([part.detach() for part in parts], -1).requires_grad_()
+    close(layer(*parts), layer(joined))
+    grad = normal(3, 5, 4, seed=1)
+    of_parts = torch.autograd.grad(layer(*parts), [*parts, *layer.parameters()], grad)
+    of_joined = torch.autograd.grad(layer(joined), [joined, *layer.parameters()], grad)
+    close(torch.cat(of_parts[:3], -1), of_joined[0])
+    for found, expected in zip(of_parts[3:], of_joined[1:], strict=True):
+        close(found, expected)
+
+
+def test_bf16_products_are_those_of_rounded_factors_and_only_in_training():
+    layer, x, grad = shake(Linear(3, 24, 40)), normal(3, 7, 24), normal(3, 7, 40, seed=2)
+    x.requires_grad_()
+    exact = layer(x)
+    set_product_dtype(nn.Sequential(layer), torch.bfloat16)
+    rounded, weight = x.detach().bfloat16().double(), layer.weight.detach().bfloat16().double()
+    y = layer(x)
+    assert y.dtype == torch.float32 and not torch.equal(y, exact)
+    close_to_rounding = {"rtol": 2**-7, "atol": 2**-7}  # of results handed over in bf16, sums of up to 40
+    torch.testing.assert_close(y.double(), rounded @ weight.mT + layer.bias[:, None].double(), **close_to_rounding)
+    of_x, of_weight, of_bias = torch.autograd.grad(y, [x, layer.weight, layer.bias], grad)
+    assert of_x.dtype == of_weight.dtype == torch.float32
+    g = grad.bfloat16().double()
+    torch.testing.assert_close(of_x.double(), g @ weight, rtol=2**-7, atol=2**-5)
+    torch.testing.assert_close(of_weight.double(), g.mT @ rounded, rtol=2**-7, atol=2**-5)
+    close(of_bias, grad.sum(1))
+    assert torch.equal(layer.eval()(x), exact)
 
 
 @pytest.mark.parametrize("bias", [True, False])

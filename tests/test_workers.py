@@ -65,8 +65,8 @@ def test_no_processes_for_data_too_large_to_copy(problem: Problem, monkeypatch: 
 def test_an_error_in_a_process_reaches_the_user(problem: Problem, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(workers, "LEAST_WORK", 0)
     monkeypatch.setattr(workers, "_cores", lambda: 2)
-    bad = [TrainConfig(HeadConfig("fusion", 4), ep=30, bs=16, lr=1e30)]
-    with pytest.raises(Exception, match="smaller --lr"):
+    bad = [TrainConfig(HeadConfig("fusion", 4), ep=3, bs=16, class_weights="maybe=2")]
+    with pytest.raises(UsageError, match="'maybe' is no class"):
         dict(workers.run_jobs([(bad, 0), *jobs_of([problem])], [problem], lambda epochs: None))
 
 

@@ -12,6 +12,7 @@ import tempfile
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -25,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 N, WIDTH, CLASSES, TRAIN, EPOCHS = 4000, 512, ("negative", "neutral", "positive"), 3600, 100
 GRID = {"--D": [128, 256], "--lr": [2e-5, 1e-4], "--bs": [32, 512], "--ablation": [0, 1, 2]}
 SEEDS = 5
+PRECISIONS = ("fp32", "bf16")
 PARTS = ("train", "grid", "predict", "million")
 
 
@@ -146,11 +148,11 @@ def make_caches(folder: Path, rows: int, splits: Sequence[str] = ("train", "test
             store.finish()
 
 
-def product_limit() -> float:
-    """fp32 FLOP/s of a 2048-cubed matrix product."""
+def product_limit(precision: str) -> float:
+    """FLOP/s of a 2048-cubed matrix product in "fp32" or "bf16"."""
     import torch
 
-    a = torch.randn(2048, 2048)
+    a = torch.randn(2048, 2048, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     times = []
     for _ in range(7):
         start = time.perf_counter()
@@ -169,13 +171,22 @@ def flops(D: int, ablation: int) -> float:
 
 
 def train(folder: Path, feats: Path, args) -> None:
-    """One training, whole process, against the usual loop."""
+    """One training, whole process, against the usual loop; and what no such process can do without."""
     ours = ("modeling/train_head.py", "--vtype", "bench", "--feats", feats, "--runs", folder / "runs", "--D", 256)
     loop = (__file__, "--yardstick", feats / "bench_train.h5", 256, 512, 0, EPOCHS)
-    times = alternate(args.rounds, loop=lambda: seconds(*loop), ours=lambda: seconds(*ours))
-    print(
-        f"usual loop {times['loop']:.1f} s, train_head.py {times['ours']:.1f} s: {times['loop'] / times['ours']:.1f} x"
+    times = alternate(
+        args.rounds,
+        loop=lambda: seconds(*loop),
+        **{precision: partial(seconds, *ours, "--precision", precision) for precision in PRECISIONS},
+        torch=lambda: seconds("-c", "import torch"),
     )
+    print(f"usual loop {times['loop']:.1f} s, of which importing torch {times['torch']:.1f} s")
+    for precision in PRECISIONS:
+        bare = times["torch"] + flops(256, 0) * EPOCHS / product_limit(precision)
+        print(
+            f"train_head.py {precision} {times[precision]:.1f} s: {times['loop'] / times[precision]:.1f} x; importing "
+            f"torch and the products at the limit take {bare:.1f} s: {times['loop'] / bare:.1f} x"
+        )
 
 
 def grid(folder: Path, feats: Path, args) -> None:
@@ -188,15 +199,19 @@ def grid(folder: Path, feats: Path, args) -> None:
         total += len(GRID["--lr"]) * SEEDS * (start_up + taken * EPOCHS / few)
     options = [item for name, values in GRID.items() for item in (name, *values)]
     sweep = ["modeling/sweep_heads.py", "--vtype", "bench", "--feats", feats, "--seeds", SEEDS, *options]
-    names = iter(range(args.rounds))
-    ours = median(seconds(*sweep, "--runs", folder / f"grid{next(names)}") for _ in range(args.rounds))
     work = sum(flops(D, a) * EPOCHS for D, _, _, a in product(*GRID.values())) * SEEDS
     count = len(list(product(*GRID.values()))) * SEEDS
-    print(
-        f"{count} trainings: usual loop {total:.0f} s (extrapolated), sweep_heads.py {ours:.0f} s: {total / ours:.1f} x"
-    )
-    limit = product_limit()
-    print(f"{work / ours / 1e9:.0f} GFLOP/s of {limit / 1e9:.0f} in a matrix product: {work / ours / limit:.2f} of it")
+    print(f"{count} trainings: usual loop {total:.0f} s (extrapolated)")
+    for precision in PRECISIONS:
+        taken = [
+            seconds(*sweep, "--precision", precision, "--runs", folder / f"{precision}{round_}")
+            for round_ in range(args.rounds)
+        ]
+        ours, limit = median(taken), product_limit(precision)
+        print(
+            f"sweep_heads.py {precision} {ours:.0f} s: {total / ours:.1f} x; {work / ours / 1e9:.0f} GFLOP/s of "
+            f"{limit / 1e9:.0f} in a matrix product: {work / ours / limit:.2f} of it"
+        )
 
 
 def predict(folder: Path, feats: Path, args) -> None:
