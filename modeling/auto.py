@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from feats.errors import UsageError
 from modeling import metrics
 from modeling.closed_form import MAX_KERNEL_ROWS, fit_logistic
 from modeling.experiment import Experiment, needed_caches
@@ -21,7 +22,7 @@ from modeling.heads import HEADS
 from modeling.inputs import Preprocessing
 from modeling.runs import Member, Run, Stacking, opinion
 from modeling.splits import Split
-from modeling.training import TrainConfig, fit
+from modeling.training import Problem, TrainConfig, Trained, fit
 
 HEAD_NORMS = {"kernel": ("l2", "standard"), "linear": ("standard",)}
 OTHER_NORMS = ("standard",)  # of heads trained by gradient descent
@@ -142,19 +143,26 @@ def _fit(experiment: Experiment, split: Split, candidate: Candidate) -> tuple[li
     part = replace(experiment, features=features, **_preparation(candidate, features))
     if HEADS[candidate.config.head.head].solver != "sgd":
         problem, preprocessing = part.problem(split, [candidate.config.head.head])
-        trained = fit([candidate.config], problem)[0]
+        trained = _trained(candidate.config, problem)
         return [_member(trained, preprocessing)], trained.held_out
     members, held_out = [], np.zeros((len(split.train), len(experiment.classes)))
     row_of = {name: row for row, name in enumerate(split.train)}
     for fold in experiment.folds_of(split.train, 5):
         problem, preprocessing = part.problem(fold, [candidate.config.head.head])
-        trained = fit([candidate.config], problem)[0]
+        trained = _trained(candidate.config, problem)
         held_out[[row_of[name] for name in fold.val]] = trained.val_logits
         members.append(_member(trained, preprocessing))
     return members, held_out
 
 
-def _member(trained: Any, preprocessing: Preprocessing) -> Member:
+def _trained(config: TrainConfig, problem: Problem) -> Trained:
+    [trained] = fit([config], problem)
+    if trained.failure:
+        raise UsageError(trained.failure)
+    return trained
+
+
+def _member(trained: Trained, preprocessing: Preprocessing) -> Member:
     own = preprocessing.for_head(trained.config.head).to("cpu")
     return Member(trained.config, trained.head, own, trained.widths, best_epoch=trained.best_epoch, facts=trained.facts)
 

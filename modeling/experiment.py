@@ -14,14 +14,14 @@ from feats.acceleration import resolve_device
 from feats.errors import UsageError
 from feats.store import FeatureStore
 from modeling import metrics
-from modeling.features import NORMS, FeatureSet, load_features
+from modeling.features import NORMS, FeatureSet, load_features, with_known_duplicates
 from modeling.heads import HEADS, n_parameters
 from modeling.inputs import Preprocessing
-from modeling.options import named_values
+from modeling.options import named_values, reads
 from modeling.runs import Member, Run
 from modeling.splits import Split, duplicate_groups, make_folds, make_split, read_split_file
 from modeling.training import Problem, TrainConfig, Trained, n_epochs, stacks
-from modeling.workers import run_jobs
+from modeling.workers import LARGEST_COPY, run_jobs
 
 INNER_FOLDS = 5
 TEMPERATURES = (0.1, 10.0)  # a validation set of a few rows can be fitted perfectly, which asks for a temperature of 0
@@ -45,7 +45,12 @@ class Experiment:
         train, val = (self.features.positions(ids).to(self.device) for ids in (split.train, split.val))
         preprocessing = Preprocessing.fit(self.features, train, self.norms, self.scales)
         labels = self.features.targets(self.classes).to(self.device)
-        closed_form = any(HEADS[head].solver != "sgd" for head in heads)
+        closed_form = sorted(head for head in heads if HEADS[head].solver != "sgd")
+        if closed_form and (lacking := set(self.classes) - set(self.tags(split.train))):
+            raise UsageError(
+                f"class {min(lacking)!r} has no training row, and {', '.join(closed_form)} can't learn it; move some there, "
+                "extract again what is in quarantine, or leave that class out"
+            )
         folds = self.inner_folds(split.train).to(self.device) if closed_form else None
         return Problem(preprocessing.apply(self.features), labels, train, val, self.classes, folds), preprocessing
 
@@ -57,14 +62,25 @@ class Experiment:
         return torch.tensor([fold_of[i] for i in ids])
 
     def folds_of(self, ids: Sequence[str], k: int, seed: int = 0) -> list[Split]:
+        """`k` folds of training rows, or as many as the rarest class allows. Raises `UsageError` when it allows none."""
         tags = self.tags(ids)
         groups = None if self.group_of is None else [self.group_of[i] for i in ids]
-        for fewer in range(k, 2, -1):
+        for fewer in range(max(k, 2), 1, -1):
             try:
                 return make_folds(ids, tags, fewer, seed, groups)
-            except UsageError:
-                continue
-        return make_folds(ids, tags, 2, seed, groups)
+            except UsageError as error:
+                refusal = error
+        distinct = {name: set() for name in tags}
+        for name, group in zip(tags, ids if groups is None else groups, strict=True):
+            distinct[name].add(group)
+        name = min(distinct, key=lambda name: (len(distinct[name]), name))
+        if len(distinct[name]) > 1:
+            raise refusal
+        raise UsageError(
+            f"class {name!r} has {tags.count(name)} training row{'s' if tags.count(name) > 1 else ''}, expected at least "
+            "2 that are no duplicates: folds of the training rows hold some out and learn from the others; add rows of "
+            "it, leave it out, or do without such folds (of the heads only linear and kernel need them)"
+        )
 
     def tags(self, ids: Sequence[str]) -> list[str]:
         return [self.features.tags[row] for row in self.features.positions(ids).tolist()]
@@ -73,10 +89,15 @@ class Experiment:
         """(len(ids),) int64, positions in `classes`."""
         return np.array([self.classes.index(tag) for tag in self.tags(ids)], np.int64)
 
+    def class_counts(self, ids: Iterable[str]) -> dict[str, int]:
+        """How many of the rows are of each class."""
+        counts = np.bincount(self.labels(list(ids)), minlength=len(self.classes))
+        return dict(zip(self.classes, counts.tolist(), strict=True))
+
     def majority(self, split: Split) -> str:
         """The most common class of the split's training rows."""
-        counts = np.bincount(self.labels(split.train), minlength=len(self.classes))
-        return self.classes[int(counts.argmax())]
+        counts = self.class_counts(split.train)
+        return max(counts, key=counts.__getitem__)
 
 
 # -- loading and splitting --------------------------------------------------------------------------------------
@@ -97,6 +118,10 @@ def load_experiment(args: Namespace, values: Mapping[str, Any], heads: Sequence[
         for side in HEADS[head].tokens:
             features.require_tokens(side)
     print(features.describe())
+    if args.duplicates == "together":
+        features, told_by = with_known_duplicates(features, args.feats)
+        if told_by:
+            print(f"duplicates are also told by {', '.join(told_by)}")
     source = {"folder": str(args.feats), "vtype": vtypes, "ttype": ttypes, "fingerprints": features.fingerprints}
     splits, group_of = make_splits(features, args, values)
     return Experiment(
@@ -104,27 +129,33 @@ def load_experiment(args: Namespace, values: Mapping[str, Any], heads: Sequence[
         features.classes,
         splits,
         group_of,
-        named_norms(args.norm, [*vtypes, *ttypes]),
-        named_values(args.scale, "--scale"),
+        named_norms(args.norm or ["none"], [*vtypes, *ttypes]),
+        named_values(args.scale or [], "--scale"),
         device,
         source,
     )
 
 
 def experiment_of_run(run: Run, folder: Path | None, device: torch.device) -> Experiment:
-    """The experiment a saved run came from, for training its configuration again on other parts of its rows."""
+    """The experiment a saved run came from, for training its configuration again on other parts of its rows. `folder`
+    of caches: the run's own where it is None. Raises `UsageError` when they aren't those the run was trained on."""
     source = run.features
-    folder = folder or Path(source["folder"])
+    folder = run.feature_folder(folder)
     features = load_features(folder, "train", source["vtype"], source["ttype"], tokens=source["tokens"])
-    run.check_fingerprints(features, str(folder))
+    run.check_fingerprints(features, str(folder), same_rows=True)
+    features, _ = with_known_duplicates(features, folder)
     first = run.members[0].preprocessing
     dataset = features.dataset
-    groups = duplicate_groups(dataset.img_hash, dataset.txt_key)
+    splits = [run.split] if isinstance(run.split, Split) else run.split
+    group_of = None
+    if splits[0].how.get("duplicates_together", True):
+        groups = duplicate_groups(dataset.img_hash, dataset.txt_key)
+        group_of = dict(zip(dataset.ids, groups.tolist(), strict=True))
     return Experiment(
         features.to(device),
         run.classes,
-        [run.split] if isinstance(run.split, Split) else run.split,
-        dict(zip(dataset.ids, groups.tolist(), strict=True)),
+        splits,
+        group_of,
         {key.split("/")[1]: kind for key, kind in first.kinds.items()},
         first.scales,
         device,
@@ -158,11 +189,9 @@ def make_splits(
     if args.duplicates == "together" and (dataset.img_hash.any() or dataset.txt_key.any()):
         groups = duplicate_groups(dataset.img_hash[labelled], dataset.txt_key[labelled])
     if args.split_file:
-        split = read_split_file(args.split_file, dataset.ids, dataset.tags)
-        known = set(ids)
-        splits = [
-            replace(split, test=[i for i in split.test if i in known])
-        ]  # without a label there is nothing to test
+        splits = read_split_file(args.split_file, dataset.ids, dataset.tags)
+        known = set(ids)  # without a label there is nothing to test
+        splits = [replace(split, test=[i for i in split.test if i in known]) for split in splits]
     elif args.folds:
         splits = make_folds(ids, tags, args.folds, values.get("split_seed", 42), groups)
     else:
@@ -182,6 +211,12 @@ def make_splits(
 def named_norms(items: Sequence[str], caches: Sequence[str]) -> dict[str, str]:
     """{"clip": "l2", "vader": "none"} of ["l2", "vader=none"]."""
     norms = dict.fromkeys(caches, "none")
+    targets = [item.rpartition("=")[0] for item in items]
+    if len(set(targets)) < len(targets):
+        raise UsageError(
+            f"--norm {' '.join(items)}: expected one KIND for all caches, and at most one CACHE=KIND for each; run the "
+            "command once for each kind to compare them"
+        )
     for item in sorted(items, key=lambda item: "=" in item):  # a named one wins
         name, named, kind = item.rpartition("=")
         if kind not in NORMS or (named and name not in norms):
@@ -209,26 +244,46 @@ class Outcome:
         return metrics.softmax(self.trained.val_logits, self.member.temperature)
 
 
-def train(configs: Sequence[TrainConfig], experiment: Experiment) -> Iterator[tuple[int, list[Outcome]]]:
-    """Train every configuration on every split. As soon as one is through, its number and an outcome for each split."""
-    heads = {config.head.head for config in configs}
-    problems = [experiment.problem(split, heads) for split in experiment.splits]
-    total = n_epochs(configs) * len(problems)
-    groups = list(stacks(configs, problems[0][0]))
-    jobs = [(members, k) for members in groups for k in range(len(problems))]
-    waiting = {tuple(members): len(problems) for members in groups}
+def train(
+    configs: Sequence[TrainConfig], experiment: Experiment, failed: dict[int, str] | None = None
+) -> Iterator[tuple[int, list[Outcome]]]:
+    """Train every configuration on every split. As soon as one is through, its number and an outcome for each split.
+
+    Numbers and reasons of those that diverge go into `failed`; without it the first raises `UsageError`.
+    """
+    if not configs:
+        return
+    splits = experiment.splits
+    problems = {0: experiment.problem(splits[0], {config.head.head for config in configs})}
+    first = problems[0][0]
+    groups = list(stacks(configs, first))
+    jobs = [(members, k) for members in groups for k in range(len(splits))]
+    # Every split has features of its own. Where they are too large to lie side by side they are made for one job at a
+    # time, which costs a fraction of an epoch.
+    side_by_side = len(splits) == 1 or first.inputs.n_bytes * len(splits) <= LARGEST_COPY
+    batches = [jobs] if side_by_side else [[job] for job in jobs]
+    del first
     found: dict[int, list[Outcome]] = {i: [] for i in range(len(configs))}
-    with tqdm(total=total, desc="train", unit="epoch", leave=False, disable=None) as bar:
-        tasks = [([configs[i] for i in members], k) for members, k in jobs]
-        for number, results in run_jobs(tasks, [problem for problem, _ in problems], bar.update):
-            members, k = jobs[number]
-            for i, trained in zip(members, results, strict=True):
-                fold = k + 1 if len(problems) > 1 else None
-                found[i].append(outcome(trained, *problems[k], experiment.splits[k], fold))
-            waiting[tuple(members)] -= 1
-            if not waiting[tuple(members)]:
+    with tqdm(total=n_epochs(configs) * len(splits), desc="train", unit="epoch", leave=False, disable=None) as bar:
+        for batch in batches:
+            wanted = sorted({k for _, k in batch})
+            heads = {configs[i].head.head for members, _ in batch for i in members}
+            problems = {k: problem for k, problem in problems.items() if k in wanted}
+            problems |= {k: experiment.problem(splits[k], heads) for k in wanted if k not in problems}
+            tasks = [([configs[i] for i in members], wanted.index(k)) for members, k in batch]
+            for number, results in run_jobs(tasks, [problems[k][0] for k in wanted], bar.update):
+                members, k = batch[number]
+                for i, trained in zip(members, results, strict=True):
+                    if trained.failure:
+                        if failed is None:
+                            raise UsageError(trained.failure)
+                        failed.setdefault(i, trained.failure)
+                        continue
+                    fold = k + 1 if len(splits) > 1 else None
+                    found[i].append(outcome(trained, *problems[k], splits[k], fold))
                 for i in members:
-                    yield i, sorted(found.pop(i), key=lambda o: o.member.fold or 0)
+                    if len(found.get(i, ())) == len(splits):
+                        yield i, sorted(found.pop(i), key=lambda o: o.member.fold or 0)
 
 
 def outcome(
@@ -317,6 +372,7 @@ def report_of(experiment: Experiment, run: Run, calibrated: np.ndarray, raw: np.
         raw_test = np.mean([metrics.softmax(m.logits(features, rows)) for m in run.members], axis=0)
         figures["test"] = _figures(experiment, test, raw_test, run.probabilities(features, rows), majority)
     figures["protocol"] = protocol(experiment)
+    figures["training_rows"] = experiment.class_counts({i for split in experiment.splits for i in split.train})
     return Report(ids, experiment.tags(ids), calibrated, figures, [])
 
 
@@ -338,7 +394,8 @@ def protocol(experiment: Experiment) -> str:
     """One line on how the figures came about."""
     how = experiment.splits[0].how
     if "files" in how:
-        split = f"split from {', '.join(how['files'])}"
+        folds = f"{len(experiment.splits)} folds" if len(experiment.splits) > 1 else "split"
+        split = f"{folds} from {', '.join(how['files'])}"
     elif len(experiment.splits) > 1:
         split = f"{len(experiment.splits)}-fold cross-validation, stratified, seed {how['seed']}"
     else:
@@ -353,9 +410,7 @@ def print_report(report: Report, run: Run) -> None:
     rows = []
     for part in ("val", "test"):
         if part in report.figures:
-            figures = report.figures[part]
-            rows += [{"rows": part, **figures}, {"rows": "  95 %", "n": "", **_intervals(figures["interval"])}]
-            rows.append({"rows": "  always " + figures["majority"]["class"], **figures["majority"]})
+            rows += metrics.figure_rows(report.figures[part], part)
     members = report.figures.get("members", {"count": 1})
     if members["count"] > 1:
         spread = {name: f"{v['mean']:.3f}±{v['std']:.3f}" for name, v in members["mean_std"].items() if name != "n"}
@@ -374,13 +429,10 @@ def print_report(report: Report, run: Run) -> None:
     print(f"\nprotocol: {report.figures['protocol']}")
 
 
-def _intervals(interval: Mapping[str, Any]) -> dict[str, str]:
-    return {name: f"{v[0]:.3f}-{v[1]:.3f}" for name, v in interval.items() if isinstance(v, list)}
-
-
 def describe_heads(members: Sequence[Member]) -> str:
     """One line on what was trained: head, parameters, settings."""
     config = members[0].config
     counts = sorted({n_parameters(m.head) for m in members})
     count = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
-    return f"head {config.head.head}, D {config.head.D}, ablation {config.head.ablation}: {count} parameters"
+    width = f", D {config.head.D}" if "D" in reads(config.head.head) else ""
+    return f"head {config.head.head}{width}, ablation {config.head.ablation}: {count} parameters"

@@ -197,6 +197,34 @@ def iter_features(
             yield join.read(join.kept[low : low + block_rows], views, tokens)
 
 
+def with_known_duplicates(features: FeatureSet, folder: Path | str) -> tuple[FeatureSet, list[str]]:
+    """The same features, their `dataset` with what other caches in `folder` know of its pictures and texts; and which
+    caches told something.
+
+    A text cache alone can't tell which pictures are the same: its split would be another than that of both sides. Only
+    complete caches of the same rows are asked, none that contradicts what is known.
+    """
+    known = {"img_hash": features.dataset.img_hash, "txt_key": features.dataset.txt_key}
+    told_by = []
+    for path in sorted(Path(folder).glob(f"*_{features.split}.h5")):
+        if all(values.all() for values in known.values()):
+            break
+        try:
+            with FeatureStore.open(path) as store:
+                if not store.complete or store.ids.tolist() != features.dataset.ids:
+                    continue
+                tags, others = store.tags.tolist(), {fact: store.facts(fact) for fact in known}
+        except UsageError:  # a foreign or damaged file has nothing to tell
+            continue
+        same_tags = all(a == b or not a or not b for a, b in zip(tags, features.dataset.tags, strict=True))
+        if not same_tags or any(((known[f] != others[f]) & (known[f] != 0) & (others[f] != 0)).any() for f in known):
+            continue
+        if any(((known[f] == 0) & (others[f] != 0)).any() for f in known):
+            told_by.append(path.name)
+            known = {fact: np.where(values == 0, others[fact], values) for fact, values in known.items()}
+    return replace(features, dataset=replace(features.dataset, **known)), told_by
+
+
 @dataclass(frozen=True)
 class _Join:
     split: str

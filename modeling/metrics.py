@@ -268,6 +268,18 @@ def mean_std(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float 
 # -- tables -----------------------------------------------------------------------------------------------------
 
 
+def figure_rows(figures: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """Figures of `evaluate` as rows for `format_table` whose column "rows" says what they are: the figures under
+    `name`, their intervals, and the majority baseline."""
+    interval, majority = figures["interval"], figures["majority"]
+    edges = {key: "{:.3f}-{:.3f}".format(*interval[key]) for key in AVERAGES}
+    return [
+        {"rows": name, **figures},
+        {"rows": f"  {100 * interval['level']:g} %", **edges},
+        {"rows": f"  always {majority['class']}", **majority},
+    ]
+
+
 def format_table(
     rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, markdown: bool = False, digits: int = 3
 ) -> str:

@@ -16,7 +16,7 @@ from feats.arguments import EXIT_INTERRUPTED, EXIT_UNUSABLE, HelpFormatter, posi
 from feats.errors import UsageError
 from modeling import features, runs
 from modeling.heads import ABLATIONS, HEADS, HeadConfig
-from modeling.training import MONITORS, OPTIMIZERS, SCHEDULES, TrainConfig
+from modeling.training import MONITORS, OPTIMIZERS, PRECISIONS, SCHEDULES, TrainConfig
 
 # What each study trained its heads with; what a study doesn't tell is left at the default. C has no recipe: it tuned
 # its encoders. "neutral" of A counts where there is such a class.
@@ -50,6 +50,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 OWN = "own"
+# What heads don't read of what the others of their kind do.
+UNREAD = {"late_512": {"D"}, "query_attention": {"D"}, "attention_linear": {"dropout"}}
+READ_IN_CLOSED_FORM = {"logistic": {"class_weights", "penalty"}, "kernel": {"class_weights", "penalty", "gamma"}}
 
 
 def new_parser(doc: str) -> ArgumentParser:
@@ -66,11 +69,10 @@ def add_feature_options(parser: ArgumentParser) -> None:
     group.add_argument(
         "--norm",
         nargs="+",
-        default=["none"],
         metavar="KIND|CACHE=KIND",
-        help=f"normalisation of each cache: {', '.join(features.NORMS)}",
+        help=f"normalisation of each cache: {', '.join(features.NORMS)} (default: none)",
     )
-    group.add_argument("--scale", nargs="+", default=[], metavar="CACHE=FACTOR", help="factor behind a normalisation")
+    group.add_argument("--scale", nargs="+", metavar="CACHE=FACTOR", help="factor behind a normalisation")
 
 
 def add_split_options(parser: ArgumentParser) -> None:
@@ -83,7 +85,11 @@ def add_split_options(parser: ArgumentParser) -> None:
     group.add_argument("--split-seed", type=int, default=SUPPRESS, help="seed of the split (default: 42)")
     group.add_argument("--folds", type=positive, metavar="K", help="k-fold cross-validation instead of one split")
     group.add_argument(
-        "--split-file", nargs="+", type=Path, metavar="FILE", help="ids of train, val and test: one file or three"
+        "--split-file",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="ids of train, val and test: one file, e.g. a run's split.json, or three",
     )
     group.add_argument(
         "--duplicates",
@@ -102,7 +108,7 @@ def add_run_options(parser: ArgumentParser) -> None:
 def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
     """Options for every field of `TrainConfig` and `HeadConfig`. With `grid` they take several values. Options that
     weren't typed are absent from the namespace, so that a recipe can tell them from typed ones."""
-    head, train = _defaults(HeadConfig()), _defaults(TrainConfig())
+    defaults = flat(TrainConfig())
     several = {"nargs": "+"} if grid else {}
     group = parser.add_argument_group("head and training")
     group.add_argument(
@@ -112,10 +118,9 @@ def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
     )
 
     def add(name: str, text: str, **keywords: Any) -> None:
-        default = (head | train)[name]
+        default = defaults[name]
         shown = "" if default is None or default is False else f" (default: {default})"
-        option = f"--{name.replace('_', '-')}"
-        group.add_argument(option, default=SUPPRESS, help=text + shown, **keywords)
+        group.add_argument(_typed(name), default=SUPPRESS, help=text + shown, **keywords)
 
     add("head", f"{'all, or some' if grid else 'one'} of {', '.join(HEADS)}", **several)
     add("D", "width of the common space or hidden layer", type=int, **several)
@@ -133,6 +138,7 @@ def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
     add("balanced_sampler", "draw every class equally often", action="store_true")
     add("monitor", f"what decides the best epoch: {', '.join(MONITORS)}", **several)
     add("patience", "epochs without a better one before stopping", type=int, **several)
+    add("precision", "of the products in training: " + ", ".join(PRECISIONS), **several)
     add("seed", "of weights, batches and dropout", type=int)
     add("penalty", "linear: C, kernel: the ridge; chosen by inner folds where not given", type=float, **several)
     add(
@@ -141,11 +147,7 @@ def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
         type=float,
         **several,
     )
-    group.add_argument("--seeds", type=positive, default=1, metavar="N", help="train with N seeds, from --seed up")
-
-
-def _defaults(config: Any) -> dict[str, Any]:
-    return {f.name: getattr(config, f.name) for f in fields(config) if f.name != "head" or isinstance(config.head, str)}
+    group.add_argument("--seeds", type=positive, metavar="N", help="train with N seeds, from --seed up (default: 1)")
 
 
 def config_from(values: Mapping[str, Any]) -> TrainConfig:
@@ -177,7 +179,7 @@ def fit_to_data(
 def grid_points(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every combination of the training options that have several values. Head `all` is every head that needs no token
     features; with recipe `own` each head gets its own study's settings, the split aside."""
-    of_config = {f.name for config in (HeadConfig, TrainConfig) for f in fields(config)}
+    of_config = flat(TrainConfig())
     axes = {name: value for name, value in values.items() if name in of_config and isinstance(value, list)}
     if "all" in axes.get("head", ()):
         axes["head"] = [name for name, head in HEADS.items() if not head.tokens]
@@ -188,22 +190,88 @@ def grid_points(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**RECIPES.get(HEADS[head].study, {}), **point} for head, point in zip(heads, points, strict=True)]
 
 
-def with_seeds(config: TrainConfig, n: int) -> list[TrainConfig]:
-    """`n` seeds from the configuration's own up; a closed-form head gives the same for all of them and gets one."""
-    n = n if HEADS[config.head.head].solver == "sgd" else 1
+def with_seeds(config: TrainConfig, n: int | None) -> list[TrainConfig]:
+    """`n` seeds (one unless given) from the configuration's own up; a closed-form head gives the same for all of them
+    and gets one."""
+    n = n or 1 if HEADS[config.head.head].solver == "sgd" else 1
     return [replace(config, seed=config.seed + k) for k in range(n)]
 
 
 def with_recipe(args: Namespace) -> dict[str, Any]:
-    """The typed options over those of the recipe."""
+    """The typed options over those of the recipe. Raises `UsageError` for two typed ones that both make the split."""
+    for option, others in (
+        ("split_file", ("folds", "val_ratio", "test_ratio", "split_seed")),
+        ("folds", ("val_ratio", "test_ratio")),
+    ):
+        idle = [_typed(name) for name in others if getattr(args, name, None) is not None]
+        if getattr(args, option) and idle:
+            raise UsageError(
+                f"{_typed(option)} leaves no use for {', '.join(idle)}: both say how to split; give one or the other"
+            )
     return {**RECIPES.get(args.recipe or "", {}), **vars(args)}
+
+
+# -- what heads read --------------------------------------------------------------------------------------------
+
+
+def reads(head: str) -> set[str]:
+    """The fields of `HeadConfig` and `TrainConfig` that decide what becomes of a head."""
+    solver = HEADS[head].solver
+    if solver != "sgd":
+        return {"head", "ablation"} | READ_IN_CLOSED_FORM[solver]
+    idle = {"penalty", "gamma"} | UNREAD.get(head, set()) | (set() if head == "coattention" else {"image_positions"})
+    return set(flat(TrainConfig())) - idle
+
+
+def as_read(config: TrainConfig) -> TrainConfig:
+    """The same training with what its head doesn't read at the defaults: so that equal trainings are equal."""
+    read = reads(config.head.head)
+    return config_from({name: value for name, value in flat(config).items() if name in read})
+
+
+def flat(config: TrainConfig) -> dict[str, Any]:
+    """The fields of a configuration and of its head by name, as `config_from` takes them."""
+    return {**vars(config.head), **{name: value for name, value in vars(config).items() if name != "head"}}
+
+
+def unread(args: Namespace, heads: Sequence[str]) -> list[str]:
+    """The typed options of `add_training_options` that nothing reads when `heads` are trained, as one types them."""
+    read = set().union(*map(reads, heads))
+    idle = [name for name in vars(args) if name in flat(TrainConfig()) and name not in read]
+    if args.seeds and not any(HEADS[head].solver == "sgd" for head in heads):
+        idle.append("seeds")
+    if args.recipe:
+        recipes = [args.recipe] if args.recipe != OWN else [HEADS[head].study for head in heads]
+        settings = set().union(*(RECIPES.get(recipe, {}) for recipe in recipes))
+        alone = args.recipe == OWN or args.folds or args.split_file  # what makes the split without the recipe's ratios
+        if not settings & (read if alone else read | {"val_ratio"}):
+            idle.append("recipe")
+    return [_typed(name) for name in idle]
+
+
+def print_unread(args: Namespace, heads: Sequence[str], besides: Sequence[str] = ()) -> None:
+    """Say which typed options do nothing for any of `heads`; `besides`: those that the caller reads."""
+    idle = [option for option in unread(args, heads) if option not in besides]
+    if idle:
+        print(
+            f"note: {', '.join(idle)} {'does' if len(idle) == 1 else 'do'} nothing for {', '.join(dict.fromkeys(heads))}"
+        )
+
+
+def _typed(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+# -- small parts ------------------------------------------------------------------------------------------------
 
 
 def named_values(items: Sequence[str], option: str) -> dict[str, float]:
     """{"vader": 0.5} of ["vader=0.5"]. Raises `UsageError` for anything else."""
     values = {}
     for item in items:
-        name, _, value = item.partition("=")
+        name, _, value = item.rpartition("=")
+        if name in values:
+            raise UsageError(f"{option} names {name} twice; give one value")
         try:
             values[name] = float(value)
         except ValueError:

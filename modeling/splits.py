@@ -12,7 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +42,28 @@ class Split:
 
     def save(self, path: Path | str) -> None:
         """Write as JSON; `load_split` and `read_split_file` read it. The file appears only when it is whole."""
-        path = Path(path)
-        unfinished = path.with_name(path.name + ".writing")
-        unfinished.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        _write(Path(path), vars(self))
+
+
+def save_folds(splits: Sequence[Split], path: Path | str) -> None:
+    """Write several splits of the same rows as one JSON, as `Split.save` writes one."""
+    _write(Path(path), {"folds": [vars(split) for split in splits]})
 
 
 def load_split(path: Path | str) -> Split:
     """Read what `Split.save` wrote. Raises `UsageError` when it is missing or isn't that."""
     path = Path(path)
-    parts = _read_json(path)
+    (parts,) = _read_json(path)
     _check_disjoint(parts, str(path))
     how = json.loads(path.read_text(encoding="utf-8")).get("how", {})
     return Split(*(parts.get(part, []) for part in PARTS), how=how)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    unfinished = path.with_name(path.name + ".writing")
+    # On one line: with an indent Python's encoder takes seven times as long, a second for a million ids.
+    unfinished.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 # -- making splits ----------------------------------------------------------------------------------------------
@@ -246,26 +255,42 @@ def _check_every_class_in(
 # -- splits from files ------------------------------------------------------------------------------------------
 
 
-def read_split_file(paths: Path | str | Sequence[Path | str], ids: Sequence[str], labels: Sequence[str]) -> Split:
-    """A split from one file or three.
+def read_split_file(paths: Path | str | Sequence[Path | str], ids: Sequence[str], labels: Sequence[str]) -> list[Split]:
+    """The split in one file or three; several only from a file of folds.
 
-    One JSON: `{"train": [ids], "val": [ids], "test": [ids]}`, also a run's split.json. One CSV: columns `id` (or
-    `guid`) and `split`. Two or three text files: one id per line (what follows a comma is ignored), for the part in
-    the file's name (`val.txt`, `my_train_ids.csv`), or, where no name tells, for train, val, test in that order.
+    One JSON: `{"train": [ids], "val": [ids], "test": [ids]}`, also a run's split.json, or `{"folds": [...]}` of such,
+    as a run with folds leaves. One CSV: columns `id` (or `guid`) and `split`. Two or three text files: one id per line
+    (what follows a comma is ignored), for the part in the file's name (`val.txt`, `my_train_ids.csv`), or, where no
+    name tells, for train, val, test in that order.
     Ids of `ids` that no part names stay unused. `labels` (N,) of `ids`, '' where unknown.
     Raises `UsageError` for unreadable files, unknown ids, ids named twice, an empty train or val part, rows without
-    a label in them, one class only, and a class that train or val lacks.
+    a label in them, one class only, a class that train or val lacks, and folds with a test part or that validate a row
+    twice.
     """
     paths = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
     source = ", ".join(map(str, paths))
     if len(paths) == 1:
-        parts = _read_json(paths[0]) if paths[0].suffix.lower() == ".json" else _read_csv(paths[0])
+        found = _read_json(paths[0]) if paths[0].suffix.lower() == ".json" else [_read_csv(paths[0])]
     elif len(paths) in (2, 3):
-        parts = {part: _read_lines(path) for part, path in zip(_parts_of_files(paths), paths, strict=True)}
+        found = [{part: _read_lines(path) for part, path in zip(_parts_of_files(paths), paths, strict=True)}]
     else:
         raise UsageError(f"{len(paths)} split files; give one (JSON or CSV), or three lists of ids: train, val, test")
-    _check_disjoint(parts, source)
     label_of = dict(zip(ids, labels, strict=True))
+    names = [source] if len(found) == 1 else [f"{source}, fold {k} of {len(found)}" for k in range(1, len(found) + 1)]
+    for parts, name in zip(found, names, strict=True):
+        _check_parts(parts, label_of, name)
+    if len(found) > 1:
+        twice = [i for i, n in Counter(i for parts in found for i in parts["val"]).items() if n > 1]
+        if twice:
+            raise UsageError(f"{source}: {_few(twice, 'id')} in the val part of several folds; keep one")
+        if any(parts.get("test") for parts in found):
+            raise UsageError(f"{source}: folds with a test part; name train and val only, every row is tested as val")
+    how = {"files": [path.name for path in paths]}
+    return [Split(*(sorted(parts.get(part, [])) for part in PARTS), how=how) for parts in found]
+
+
+def _check_parts(parts: dict[str, list[str]], label_of: dict[str, str], source: str) -> None:
+    _check_disjoint(parts, source)
     unknown = [i for members in parts.values() for i in members if i not in label_of]
     if unknown:
         raise UsageError(f"{source}: {_few(unknown, 'id')} not among the {len(label_of)} rows of the data set")
@@ -281,7 +306,6 @@ def read_split_file(paths: Path | str | Sequence[Path | str], ids: Sequence[str]
         missing = sorted(have[other] - have[part])
         if missing:
             raise UsageError(f"{source}: {part} holds no row of class {', '.join(missing)}; move some there")
-    return Split(*(sorted(parts.get(part, [])) for part in PARTS), how={"files": [path.name for path in paths]})
 
 
 def _parts_of_files(paths: Sequence[Path]) -> list[str]:
@@ -300,11 +324,19 @@ def _parts_of_files(paths: Sequence[Path]) -> list[str]:
     return [parts.pop() for parts in told]
 
 
-def _read_json(path: Path) -> dict[str, list[str]]:
+def _read_json(path: Path) -> list[dict[str, list[str]]]:
+    """The parts of one split, or of each fold."""
     try:
         content = json.loads(_read(path))
     except json.JSONDecodeError as error:
         raise UsageError(f"{path} is not JSON ({error}); expected {_FORM}") from None
+    folds = content["folds"] if isinstance(content, dict) and set(content) == {"folds"} else [content]
+    if not isinstance(folds, list) or not folds:
+        raise UsageError(f'{path} names no folds; expected {_FORM}, or {{"folds": [...]}} of such')
+    return [_parts_of(fold, path) for fold in folds]
+
+
+def _parts_of(content: Any, path: Path) -> dict[str, list[str]]:
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}, expected {_FORM}")
     parts = {ALIASES.get(part, part): members for part, members in content.items() if part != "how"}

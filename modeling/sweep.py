@@ -14,6 +14,7 @@ from feats.errors import UsageError
 from modeling import metrics
 from modeling.experiment import Experiment
 from modeling.heads import ABLATIONS
+from modeling.options import flat, reads
 from modeling.runs import METRICS, PREDICTIONS, read_config, read_predictions
 from modeling.training import TrainConfig
 
@@ -22,16 +23,15 @@ TABLE = "table.csv"
 FIGURES = ("accuracy", "weighted_f1", "macro_f1")
 
 
-def run_name(config: TrainConfig, experiment: Experiment) -> str:
-    """A name that is the same for the same training: what one can read of it, and a hash of everything else that
-    decides it (settings, split, labels, normalisation, what the caches were made of and by, library versions aside)."""
+def data_digest(experiment: Experiment) -> str:
+    """A hash of all that decides a training beside its configuration: split, labels, normalisation, what the caches
+    were made of and by, library versions aside."""
     rows = experiment.features.rows
     fingerprints = {
         name: {k: v for k, v in f.items() if k != "versions"} for name, f in experiment.source["fingerprints"].items()
     }
     decides = [
-        asdict(config),
-        [asdict(split) for split in experiment.splits],
+        [vars(split) for split in experiment.splits],
         experiment.norms,
         experiment.scales,
         experiment.source["vtype"],
@@ -41,9 +41,21 @@ def run_name(config: TrainConfig, experiment: Experiment) -> str:
         experiment.group_of is not None,
         hashlib.sha256(rows.img_hash.tobytes() + rows.txt_key.tobytes()).hexdigest(),
     ]
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
-    head = config.head
-    return f"{head.head}_D{head.D}_a{head.ablation}_lr{config.lr:g}_bs{config.bs}_s{config.seed}_{digest}"
+    return _digest(decides)
+
+
+def run_name(config: TrainConfig, data: str) -> str:
+    """A name that is the same for the same training: what one can read of it, and a hash of everything that decides
+    it; `data` is the `data_digest`."""
+    head, read = config.head, reads(config.head.head)
+    shown = {"D": f"D{head.D}", "ablation": f"a{head.ablation}", "lr": f"lr{config.lr:g}", "bs": f"bs{config.bs}"}
+    shown["seed"] = f"s{config.seed}"
+    parts = [text for name, text in shown.items() if name in read]
+    return "_".join([head.head, *parts, _digest([asdict(config), data])[:10]])
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def is_finished(path: Path) -> bool:
@@ -96,14 +108,28 @@ def best_run(folder: Path) -> Path:
         raise UsageError(f"no finished sweep in {folder}; make one with python modeling/sweep_heads.py") from None
 
 
-def compare(folder: Path, configs: Sequence[TrainConfig], names: Sequence[str], experiment: Experiment) -> Tables:
+def compare(
+    folder: Path,
+    configs: Sequence[TrainConfig],
+    names: Sequence[str],
+    experiment: Experiment,
+    monitor: str,
+    diverged: Mapping[str, str],
+) -> Tables:
     """Read the runs `names` of `configs` in `folder` back and compare them, seeds of one configuration together, on the
     same validation rows: mean and standard deviation over seeds, a bootstrap interval over rows, and a paired bootstrap
-    against the best."""
+    against the best by `monitor` (by accuracy, where that is the loss).
+
+    A configuration of which a seed `diverged` (why, by name) is left out with all its seeds, since the others would
+    flatter it. Raises `UsageError` when none is left."""
     of_setting: dict[TrainConfig, list[str]] = {}
     for config, name in zip(configs, names, strict=True):
         of_setting.setdefault(replace(config, seed=0), []).append(name)
-    monitor = configs[0].monitor if configs[0].monitor in FIGURES else "accuracy"
+    lost = {setting for setting, runs in of_setting.items() if diverged.keys() & set(runs)}
+    of_setting = {setting: runs for setting, runs in of_setting.items() if setting not in lost}
+    if not of_setting:
+        raise UsageError(f"every configuration diverged; {next(iter(diverged.values()))}")
+    monitor = monitor if monitor in FIGURES else "accuracy"
     entries = [_entry(folder, setting, runs) for setting, runs in of_setting.items()]
     entries.sort(key=lambda e: -e["row"][monitor])
     best = entries[0]
@@ -115,27 +141,8 @@ def compare(folder: Path, configs: Sequence[TrainConfig], names: Sequence[str], 
             paired = metrics.paired_row_bootstrap(entry["right"], best["right"])
             entry["row"] |= {"to best": paired["difference"], "p": paired["p"]}
     rows = [e["row"] for e in entries]
-    given = [{**asdict(setting), **asdict(setting.head)} for setting in of_setting]
-    varying = [
-        name
-        for name in (
-            "D",
-            "dropout",
-            "optimizer",
-            "lr",
-            "weight_decay",
-            "schedule",
-            "bs",
-            "ep",
-            "label_smoothing",
-            "class_weights",
-            "monitor",
-            "patience",
-            "penalty",
-            "gamma",
-        )
-        if len({values[name] for values in given}) > 1
-    ]
+    given = [{k: v for k, v in flat(c).items() if k in reads(c.head.head) - {"head", "ablation"}} for c in of_setting]
+    varying = [name for name in flat(configs[0]) if len({g[name] for g in given if name in g}) > 1]
     columns = ["head", "ablation", *varying, "parameters", "seeds", *FIGURES, "±", "95 %", "to best", "p"]
     labels = experiment.labels(best["ids"])
     majority = metrics.majority_baseline(labels, experiment.classes, experiment.majority(experiment.splits[0]))
@@ -145,6 +152,9 @@ def compare(folder: Path, configs: Sequence[TrainConfig], names: Sequence[str], 
         f"{n_rows} validation rows; ± is over seeds, 95 % of the accuracy over rows, p a paired bootstrap against the best "
         f"on the same rows. The best of {len(rows)} by these very rows is optimistic: confirm it on others."
     )
+    if lost:
+        notes += f"\nLeft out for diverging ({len(lost)} of {len(lost) + len(rows)}):"
+        notes += "".join(f"\n- {name}: {reason}" for name, reason in diverged.items())
     return Tables([*rows, baseline], columns, _pivots(rows, monitor), notes, best["runs"][0], monitor)
 
 
@@ -157,11 +167,12 @@ def _entry(folder: Path, setting: TrainConfig, runs: Sequence[str]) -> dict[str,
         right.append(np.array([classes[k] for k in probabilities.argmax(1)]) == np.array(tags))
     parameters = read_config(folder / runs[0])["members"][0]["parameters"]
     summary = metrics.mean_std(figures)
-    flat = {**asdict(setting), **asdict(setting.head.resolved())}
+    values = flat(replace(setting, head=setting.head.resolved()))
+    values |= {name: f"{values[name]:g}" for name in ("lr", "weight_decay")}  # three digits would show 1e-4 as 0.000
+    read = reads(setting.head.head)
     row = {
-        **{name: value for name, value in flat.items() if name != "seed"},
+        **{name: value if name in read else None for name, value in values.items() if name != "seed"},
         "ablation": ABLATIONS[setting.head.ablation],
-        **{name: f"{flat[name]:g}" for name in ("lr", "weight_decay")},  # three digits would show 1e-4 as 0.000
         "parameters": parameters,
         "seeds": len(runs),
         **{name: summary[name]["mean"] for name in FIGURES},
@@ -178,8 +189,8 @@ def _pivots(rows: Sequence[Mapping[str, Any]], monitor: str) -> dict[str, tuple[
     def best(where: Callable[[Mapping[str, Any]], bool]) -> Mapping[str, Any] | None:
         return next((row for row in rows if where(row)), None)  # rows are sorted
 
-    def distinct(name: str) -> list[Any]:
-        return sorted({row[name] for row in rows}, key=float)
+    def distinct(name: str, of: Sequence[Mapping[str, Any]] = rows) -> list[Any]:
+        return sorted({row[name] for row in of} - {None}, key=float)
 
     heads = list(dict.fromkeys(row["head"] for row in rows))
     found = {}
@@ -200,22 +211,20 @@ def _pivots(rows: Sequence[Mapping[str, Any]], monitor: str) -> dict[str, tuple[
             for h in heads
         ]
         found[f"by ablation, {monitor}"] = (table, ["head", *ablations])
+    trained = [row for row in rows if row["lr"] is not None]
     if len(distinct("D")) > 1 or len(distinct("lr")) > 1:
-        rates = [f"lr {lr}" for lr in distinct("lr")]
-        table = [
-            {
-                "head": h,
-                "D": D,
-                **{
-                    f"lr {lr}": _cell(
-                        best(lambda r, h=h, D=D, lr=lr: (r["head"], r["D"], r["lr"]) == (h, D, lr)), monitor
-                    )
-                    for lr in distinct("lr")
-                },
+        rates = {f"lr {lr}": lr for lr in distinct("lr")}
+
+        def line(h: str, D: int | None) -> dict[str, Any]:
+            cells = {
+                rate: _cell(best(lambda r, lr=lr: (r["head"], r["D"], r["lr"]) == (h, D, lr)), monitor)
+                for rate, lr in rates.items()
             }
-            for h in heads
-            for D in distinct("D")
-        ]
+            return {"head": h, "D": D, **cells}
+
+        table = []
+        for h in dict.fromkeys(row["head"] for row in trained):
+            table += [line(h, D) for D in distinct("D", [row for row in trained if row["head"] == h]) or [None]]
         found[f"by D and learning rate, {monitor}"] = (table, ["head", "D", *rates])
     return found
 

@@ -9,10 +9,14 @@ import feats.threads  # noqa: F401
 # isort: split
 
 from feats.arguments import EXIT_DONE
+from feats.errors import UsageError
 from modeling import auto, options, sweep
 from modeling import experiment as ex
 from modeling.metrics import format_table
 from modeling.runs import run_name, save_run
+from modeling.training import TrainConfig
+
+NAME = "sweep"
 
 
 def build_parser() -> ArgumentParser:
@@ -26,7 +30,7 @@ def build_parser() -> ArgumentParser:
         action="store_true",
         help="search heads, normalisation and regularisation by inner folds and leave a stacked ensemble as a run",
     )
-    parser.add_argument("--name", default="sweep", help="folder of the sweep's runs and tables, inside --runs")
+    parser.add_argument("--name", help=f"folder of the sweep's runs and tables, inside --runs (default: {NAME})")
     return parser
 
 
@@ -41,14 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_sweep(args: Namespace, command: str) -> int:
     values = options.with_recipe(args)
     grid = [options.config_from(point) for point in options.grid_points(values)]
-    experiment = ex.load_experiment(args, values, [config.head.head for config in grid])
-    grid = [options.fit_to_data(config, args.recipe, experiment.classes, experiment.source) for config in grid]
-    configs = [c for config in dict.fromkeys(grid) for c in options.with_seeds(config, args.seeds)]
-    folder = args.runs / args.name
-    names = [sweep.run_name(config, experiment) for config in configs]
+    heads = [config.head.head for config in grid]
+    options.print_unread(args, heads, besides=["--monitor"])
+    experiment = ex.load_experiment(args, values, heads)
+    configs = [c for config in distinct(grid, args, experiment) for c in options.with_seeds(config, args.seeds)]
+    folder = args.runs / (args.name or NAME)
+    data = sweep.data_digest(experiment)
+    names = [sweep.run_name(config, data) for config in configs]
     waiting = [i for i, name in enumerate(names) if not sweep.is_finished(folder / name)]
     print(f"{len(configs)} trainings, {len(configs) - len(waiting)} of them finished before")
-    for k, outcomes in ex.train([configs[i] for i in waiting], experiment):
+    failed: dict[int, str] = {}
+    for k, outcomes in ex.train([configs[i] for i in waiting], experiment, failed):
         run = ex.make_run(outcomes, experiment)
         report = ex.measure(outcomes, experiment, run)
         save_run(
@@ -61,7 +68,8 @@ def run_sweep(args: Namespace, command: str) -> int:
             command=command,
             exact_name=True,
         )
-    tables = sweep.compare(folder, configs, names, experiment)
+    diverged = {names[waiting[k]]: reason for k, reason in failed.items()}
+    tables = sweep.compare(folder, configs, names, experiment, grid[0].monitor, diverged)
     print(tables.text)
     tables.write(folder)
     best = folder / tables.best
@@ -70,15 +78,34 @@ def run_sweep(args: Namespace, command: str) -> int:
     return EXIT_DONE
 
 
+def distinct(grid: Sequence[TrainConfig], args: Namespace, experiment: ex.Experiment) -> list[TrainConfig]:
+    """The trainings of a grid on these data. A head that doesn't read what varies is trained once."""
+    fitted = [options.fit_to_data(config, args.recipe, experiment.classes, experiment.source) for config in grid]
+    return list(dict.fromkeys(map(options.as_read, fitted)))
+
+
 def run_auto(args: Namespace, command: str) -> int:
     values = options.with_recipe(args)
+    chosen = [f"--{name}" for name in ("norm", "scale", "seeds", "name") if getattr(args, name)]
+    if chosen:
+        raise UsageError(
+            f"--auto with {', '.join(chosen)}: it chooses normalisation and scales by itself, trains one seed and leaves "
+            "a run beside the sweeps; leave these out, or compare heads without --auto"
+        )
     typed = options.grid_points(values) if "head" in values else []
     experiment = ex.load_experiment(args, values, [options.config_from(point).head.head for point in typed])
     n_columns = sum(width for of_side in experiment.features.widths.values() for width in of_side.values())
     heads = auto.default_heads(auto.most_rows(experiment), n_columns)
     points = typed or options.grid_points({**values, "head": list(heads)})
     grid = [options.config_from(point) for point in points]
-    configs = [options.fit_to_data(config, args.recipe, experiment.classes, experiment.source) for config in grid]
+    heads = list(dict.fromkeys(config.head.head for config in grid))
+    idle = options.unread(args, heads)
+    if idle:
+        raise UsageError(
+            f"--auto with {', '.join(idle)}: does nothing for the heads it searches ({', '.join(heads)}); leave it out, or "
+            "name heads that read it with --head"
+        )
+    configs = distinct(grid, args, experiment)
     run, probabilities, table = auto.auto(experiment, configs)
     print(format_table(table, list(dict.fromkeys(name for row in table for name in row))))
     print("log-loss and figures of each candidate on training rows it hadn't seen\n")

@@ -33,6 +33,7 @@ def train(args: Namespace, command: str) -> int:
     values = options.with_recipe(args)
     [point] = options.grid_points(values)
     config = options.config_from(point)
+    options.print_unread(args, [config.head.head])
     experiment = ex.load_experiment(args, values, [config.head.head])
     config = options.fit_to_data(config, args.recipe, experiment.classes, experiment.source)
     configs = options.with_seeds(config, args.seeds)

@@ -1,6 +1,7 @@
 """sweep_heads.py as a user runs it: grids, going on after an interruption, comparison tables, the automatic search."""
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from feats.errors import UsageError
 from feats.store import FeatureStore
 from modeling import auto, closed_form, options, sweep_heads, train_head
 from modeling import experiment as ex
+from modeling import sweep as sweep_module
 from modeling.features import load_features
 from modeling.metrics import paired_row_bootstrap
 from modeling.runs import load_run, newest_run, read_predictions
@@ -102,12 +105,55 @@ def test_a_larger_grid_trains_what_is_new(feats: Path, tmp_path: Path, capsys: p
     sweep(feats, tmp_path, "--head", "fusion", "linear", "--D", "4", "--seeds", "3", "--penalty", "0.1", *SHORT)
     out = capsys.readouterr().out
     assert "1 trainings, 0 of them finished before" in out
-    assert "4 trainings, 0 of them" in out  # --penalty is part of a configuration; linear has no seeds
+    assert "4 trainings, 1 of them" in out  # fusion doesn't read --penalty; linear has no seeds
     sweep(feats, tmp_path, "--head", "fusion", "linear", "--D", "4", "--seeds", "2", "--penalty", "0.1", *SHORT)
     assert "3 trainings, 3 of them finished before" in capsys.readouterr().out
     sweep(feats, tmp_path, "--head", "fusion", "--D", "4", "--seeds", "2", *SHORT)
-    assert "2 trainings, 1 of them finished before" in capsys.readouterr().out
+    assert "2 trainings, 2 of them finished before" in capsys.readouterr().out
     assert before.items() <= times(tmp_path / "sweep").items()
+
+
+def test_a_head_is_trained_once_whatever_varies_that_it_does_not_read(
+    feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    grid = ["--head", "linear", "fusion", "late_512", "kernel", "--D", "4", "8", "--lr", "1e-3", "1e-2"]
+    grid += ["--penalty", "0.1", "--gamma", "1", "--seeds", "2", *SHORT]
+    assert sweep(feats, tmp_path, *grid, "--monitor", "macro_f1") == 0
+    out = capsys.readouterr().out
+    assert "14 trainings, 0 of them" in out and "note:" not in out  # fusion 8, late_512 4, linear and kernel 1 each
+    assert len(runs_in(tmp_path / "sweep")) == 14
+    rows = table(tmp_path / "sweep")[:-1]
+    assert [float(r["macro_f1"]) for r in rows] == sorted((float(r["macro_f1"]) for r in rows), reverse=True)
+    cells = {(r["head"], r["D"], r["lr"], r["bs"], r["penalty"], r["gamma"], r["seeds"]) for r in rows}
+    assert cells == {
+        ("linear", "", "", "", "0.1", "", "1"),
+        ("kernel", "", "", "", "0.1", "1.0", "1"),
+        *(("fusion", D, lr, "32", "", "", "2") for D in "48" for lr in ("0.001", "0.01")),
+        *(("late_512", "", lr, "32", "", "", "2") for lr in ("0.001", "0.01")),
+    }
+    # Where D and learning rate are compared stand the heads that have one.
+    by_rate = out.split("by D and learning rate, macro_f1\n")[1].split("\n\n")[0].splitlines()[2:]
+    assert sorted(line.split()[0] for line in by_rate) == ["fusion", "fusion", "late_512"]
+    assert not any("_D" in r["run"] or "_lr" in r["run"] for r in rows if r["head"] in ("linear", "kernel"))
+    # Another value of what isn't read is no new training; the other way round it is.
+    assert sweep(feats, tmp_path, "--head", "linear", "--D", "16", "--penalty", "0.1", *SHORT) == 0
+    out = capsys.readouterr().out
+    assert "1 trainings, 1 of them finished before" in out and "note: --D, --ep, --bs do nothing for linear" in out
+    assert sweep(feats, tmp_path, "--head", "linear", "--D", "16", "--penalty", "0.2", *SHORT) == 0
+    assert "1 trainings, 0 of them finished before" in capsys.readouterr().out
+
+
+def test_the_ids_are_hashed_once_for_all_configurations(feats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hashed = []
+
+    def sha256(data: bytes) -> Any:
+        hashed.append(data)
+        return hashlib.sha256(data)
+
+    monkeypatch.setattr(sweep_module, "hashlib", SimpleNamespace(sha256=sha256))
+    argv = ["--head", "fusion", "--D", "4", "5", "6", "7", "--ep", "1", "--val-ratio", "0.3"]
+    assert sweep(feats, tmp_path, *argv) == 0
+    assert sum(b'"p17"' in data for data in hashed) == 1 and len(hashed) >= 5
 
 
 @pytest.mark.parametrize(
@@ -347,6 +393,20 @@ def test_folds_are_compared_on_all_rows(feats: Path, tmp_path: Path, capsys: pyt
         assert len(right) == 90 and float(row["accuracy"]) == pytest.approx(np.mean(right))
 
 
+def test_a_diverging_configuration_does_not_end_the_others(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    argv = ("--head", "late", "--D", "4", "--lr", "1e-3", "1e30", "--seeds", "2", *SHORT)
+    for finished in (0, 2):  # what diverged is tried again
+        assert sweep(feats, tmp_path, *argv) == 0
+        out = capsys.readouterr().out
+        assert f"4 trainings, {finished} of them finished before" in out
+        assert "Left out for diverging (1 of 2):" in out and "the loss of late became" in out
+        assert {settings(path)["lr"] for path in runs_in(tmp_path / "sweep")} == {1e-3}
+        assert [row["head"] for row in table(tmp_path / "sweep")] == ["late", "always positive"]
+    assert sweep(feats, tmp_path / "other", "--head", "late", "--D", "4", "--lr", "1e30", *SHORT) == 2
+    error = capsys.readouterr().err
+    assert re.search("every configuration diverged; .*smaller --lr", error) and error.count("\n") == 1
+
+
 def test_unusable_sweeps(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "file").write_text("x")
     for argv, told in (
@@ -410,6 +470,39 @@ def test_auto_stacks_the_sides_of_one_cache(feats: Path, tmp_path: Path):
     stacked = {c["caches"] for c in content(path, "metrics")["candidates"] if c["stacked"]}
     assert stacked == {"image clip + text clip", "image clip", "text clip"}
     assert sorted(m.config.head.ablation for m in load_run(path).members) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--norm", "none"], "--auto with --norm: it chooses normalisation"),
+        (["--scale", "clip=2", "--seeds", "1"], "--auto with --scale, --seeds: "),
+        (["--name", "sweep"], "--auto with --name: "),
+        (
+            ["--D", "8", "--lr", "1e-3"],
+            "--auto with --D, --lr: does nothing for the heads it searches .kernel, linear.",
+        ),
+        (["--head", "linear", "--gamma", "1"], "--auto with --gamma: .*.linear.*; leave it out"),
+        (["--head", "mlp", "--penalty", "1"], "--auto with --penalty: .*name heads that read it"),
+        (["--recipe", "own"], "--auto with --recipe: "),
+        (["--recipe", "B", "--folds", "3"], "--auto with --recipe: "),
+        (["--folds", "3", "--val-ratio", "0.2"], "--folds leaves no use for --val-ratio"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_auto_does_not_use_is_refused(
+    argv: list[str], told: str, feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    assert sweep(feats, tmp_path / "runs", "--auto", *argv) == 2
+    error = capsys.readouterr().err
+    assert re.match(f"error: {told}", error) and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_auto_with_what_it_reads(feats: Path, tmp_path: Path):
+    argv = ["--head", "kernel", "--ablation", "1", "--gamma", "1", "--penalty", "1", "--recipe", "A"]
+    run = load_run(searched(feats, tmp_path, *argv))
+    assert run.split.how["test_ratio"] == 0.1 and {m.config.class_weights for m in run.members} == {"neutral=1.2"}
 
 
 def test_auto_keeps_to_the_side_it_is_told(feats: Path, tmp_path: Path):
@@ -480,5 +573,5 @@ def test_without_a_kernel_where_any_of_the_searches_has_too_many_rows(
     for module in (auto, closed_form):
         monkeypatch.setattr(module, "MAX_KERNEL_ROWS", 70)
     for argv, heads in ((["--val-ratio", "0.3"], {"kernel", "linear"}), (["--folds", "3"], {"linear", "mlp"})):
-        path = searched(feats, tmp_path, "--vtype", "--ttype", "vader", *argv, "--penalty", "0.3", *SHORT[:2])
+        path = searched(feats, tmp_path, "--vtype", "--ttype", "vader", *argv, "--penalty", "0.3")
         assert {c["head"] for c in content(path, "metrics")["candidates"]} == heads

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler, normalize
 
+from modeling import experiment as ex
 from modeling import train_head
 from modeling.features import load_features
 from modeling.heads import HEADS
 from modeling.metrics import softmax
-from modeling.options import RECIPES
+from modeling.options import RECIPES, reads
 from modeling.runs import load_run, newest_run, read_predictions
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -260,6 +262,52 @@ def test_split_files(feats: Path, tmp_path: Path):
     assert (lists / "predictions_val.csv").read_bytes() == (one / "predictions_val.csv").read_bytes()
 
 
+def test_the_split_of_a_run_with_folds_can_be_used_again(feats: Path, tmp_path: Path):
+    one = train(feats, tmp_path, "--folds", "3", "--split-seed", "7")
+    again = train(feats, tmp_path, "--split-file", str(one / "split.json"))
+    for name in ("head.safetensors", "predictions_val.csv"):
+        assert (again / name).read_bytes() == (one / name).read_bytes()
+    folds = [content(path, "split")["folds"] for path in (one, again)]
+    assert [[fold[part] for part in ("train", "val")] for fold in folds[0]] == [
+        [fold[part] for part in ("train", "val")] for fold in folds[1]
+    ]
+    assert content(again, "metrics")["protocol"].startswith("3 folds from split.json")
+
+
+def test_caches_of_one_side_are_split_as_both_sides_where_the_other_side_is_cached(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    pairs = np.arange(120) // 2 + 1  # p0 and p1 share a picture, p2 and p3, ...; p1 and p2 a text, p7 and p8, ...
+    texts = np.arange(120) + 1000
+    facts = {"img_hash": pairs, "txt_key": np.where(np.arange(120) % 6 == 2, texts - 1, texts)}
+    tags = [("positive", "negative")[i // 12 % 2] for i in range(120)]
+    for name in ("resnet", "roberta", "vader"):
+        make_cache(tmp_path / "feats", name, tags=tags, facts=facts)
+    argv = ["--val-ratio", "0.3"]
+    both = train(tmp_path / "feats", tmp_path / "runs", "--vtype", "resnet", "--ttype", "roberta", *argv)
+    assert "also told" not in capsys.readouterr().out
+    for caches in (["--vtype", "--ttype", "vader"], ["--vtype", "--ttype", "roberta", "vader"], ["--vtype", "resnet"]):
+        alone = train(tmp_path / "feats", tmp_path / "runs", *caches, *argv)
+        told_by = "roberta_train.h5" if "resnet" in caches else "resnet_train.h5"
+        assert f"duplicates are also told by {told_by}\n" in capsys.readouterr().out
+        assert (alone / "split.json").read_bytes() == (both / "split.json").read_bytes()
+    # Not by a cache of other rows, other labels or other texts.
+    (tmp_path / "feats" / "resnet_train.h5").unlink()
+    alone = train(tmp_path / "feats", tmp_path / "runs", "--vtype", "--ttype", "vader", *argv)
+    other_text = {**facts, "txt_key": facts["txt_key"] + 7}
+    for name, changes in (
+        ("resnet", {"tags": tags[:100], "facts": {"img_hash": pairs[:100]}}),
+        ("resnet", {"tags": tags[::-1], "facts": facts}),
+        ("clip", {"tags": tags, "facts": other_text}),
+    ):
+        path = make_cache(tmp_path / "feats", name, **changes)
+        capsys.readouterr()
+        again = train(tmp_path / "feats", tmp_path / "runs", "--vtype", "--ttype", "vader", *argv)
+        assert "also told" not in capsys.readouterr().out
+        assert (again / "split.json").read_bytes() == (alone / "split.json").read_bytes()
+        path.unlink()
+
+
 def test_duplicates_stay_together_unless_told(tmp_path: Path):
     pairs = np.arange(120) // 2 + 1  # p0 and p1 share a picture, p2 and p3, ...
     tags = [("positive", "negative")[i // 2 % 2] for i in range(120)]
@@ -279,6 +327,28 @@ def test_duplicates_stay_together_unless_told(tmp_path: Path):
     folds = content(train(tmp_path / "feats", tmp_path / "runs", "--folds", "3"), "split")["folds"]
     for fold in folds:
         assert all((f"p{i}" in fold["val"]) == (f"p{i + 1}" in fold["val"]) for i in range(0, 120, 2))
+
+
+def test_the_features_of_large_folds_do_not_lie_side_by_side(
+    feats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One at a time where they are large: the same figures, a fraction of the memory."""
+    argv = ["--folds", "4", "--head", "fusion", "--seeds", "2"]
+    together = train(feats, tmp_path, *argv)
+    make, alive, most = ex.Experiment.problem, weakref.WeakSet(), []
+
+    def counted(*args: Any) -> Any:
+        made = make(*args)
+        alive.add(made[0].inputs.image)
+        most.append(len(alive))
+        return made
+
+    monkeypatch.setattr(ex.Experiment, "problem", counted)
+    monkeypatch.setattr(ex, "LARGEST_COPY", 0)
+    alone = train(feats, tmp_path, *argv)
+    assert len(most) >= 4 and max(most) == 1
+    for name in ("head.safetensors", "metrics.json", "predictions_val.csv"):
+        assert (alone / name).read_bytes() == (together / name).read_bytes()
 
 
 # -- what is trained --------------------------------------------------------------------------------------------
@@ -372,6 +442,25 @@ def test_seeds_make_an_ensemble_of_single_trainings(feats: Path, tmp_path: Path)
     assert len(load_run(train(feats, tmp_path, "--seeds", "3", "--head", "linear")).members) == 1
 
 
+@pytest.mark.parametrize("name", HEADS)
+def test_what_a_head_reads_decides_what_becomes_of_it(
+    name: str, feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """... and nothing else: comparing runs that differ in nothing but what isn't read."""
+    caches = ["--vtype", "clip"] if name == "coattention" else ["--vtype", "resnet", "--ttype", "clip"]
+    base = train(feats, tmp_path, "--head", name, *caches, "--dropout", "0.2", "--gamma", "2", "--penalty", "2")
+    idle = [option for option in ("D", "dropout", "penalty", "gamma") if option not in reads(name)]
+    note = next((line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")), "")
+    assert set(re.findall("--([a-z]+)", note, re.IGNORECASE)) >= set(idle) and note.endswith(name if idle else "")
+    options = [["--D", "16"], ["--dropout", "0.6"], ["--penalty", "0.1"], ["--gamma", "0.5"], ["--image-positions"]]
+    options += [["--lr", "0.5"], ["--seed", "3"], ["--label-smoothing", "0.3"], ["--class-weights", "neutral=5"]]
+    for option in options:
+        settings = ["--dropout", "0.2", "--gamma", "2", "--penalty", "2", *option]
+        other = train(feats, tmp_path, "--head", name, *caches, *settings)
+        same = (base / "head.safetensors").read_bytes() == (other / "head.safetensors").read_bytes()
+        assert same == (option[0].lstrip("-").replace("-", "_") not in reads(name)), option
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_fill_in_what_was_not_typed(recipe: str, feats: Path, tmp_path: Path):
     argv = ["--vtype", "clip", "--feats", str(feats), "--runs", str(tmp_path), "--ep", "2", "--D", "8"]
@@ -440,6 +529,9 @@ def refused(capsys: pytest.CaptureFixture, feats: Path, runs: Path, *argv: str) 
         (["--monitor", "auc"], "unknown monitor 'auc'"),
         (["--norm", "l3"], "--norm l3: expected one of none, l2, standard"),
         (["--norm", "resnet=l2"], "--norm resnet=l2.*clip"),
+        (["--norm", "l2", "standard"], "--norm l2 standard: expected one KIND.*once for each kind"),
+        (["--norm", "clip=l2", "clip=none"], "expected one KIND for all caches, and at most one CACHE=KIND for each"),
+        (["--scale", "clip=1", "clip=2"], "--scale names clip twice"),
         (["--scale", "clip"], "--scale clip: expected NAME=NUMBER"),
         (["--scale", "vader=2"], "--scale names vader"),
         (["--class-weights", "happy=2"], "'happy' is no class .there are negative, neutral, positive"),
@@ -447,6 +539,16 @@ def refused(capsys: pytest.CaptureFixture, feats: Path, runs: Path, *argv: str) 
         (["--class-weights", "positive=0"], "above 0"),
         (["--val-ratio", "0.01"], "val split.*too small to hold 3 classes"),
         (["--val-ratio", "1.5"], "val ratio 1.5"),
+        (["--folds", "3", "--val-ratio", "0.1"], "--folds leaves no use for --val-ratio: .*give one or the other"),
+        (
+            ["--folds", "3", "--test-ratio", "0.1", "--recipe", "A"],
+            "--folds leaves no use for --test-ratio: ",
+        ),
+        (
+            ["--split-file", "x.json", "--folds", "3", "--split-seed", "1"],
+            "--split-file leaves no use for --folds, --split-seed: ",
+        ),
+        (["--split-file", "x.json", "--val-ratio", "0.2"], "--split-file leaves no use for --val-ratio"),
         (["--folds", "1"], "at least 2"),
         (["--folds", "40"], "too rare.*fewer --folds"),
         (["--split-file", "nowhere.json"], "can't read the split file nowhere.json"),
@@ -517,6 +619,31 @@ def test_data_that_do_not_fit(feats: Path, tmp_path: Path, capsys: pytest.Captur
     path = make_cache(tmp_path / "torn", "clip")
     path.write_bytes(path.read_bytes()[:-4000])
     assert "clip_train.h5" in refused(capsys, tmp_path / "torn", runs)
+
+
+def test_classes_too_rare_for_inner_folds(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    ids, tags = [f"p{i}" for i in range(90)], make_tags(90)
+    tags[40] = tags[60] = "rare"
+    make_cache(tmp_path / "feats", "clip", tags=tags)
+    (tmp_path / "split.json").write_text(json.dumps({"train": ids[:60], "val": ids[60:]}))
+    argv = ["--split-file", str(tmp_path / "split.json")]
+    for head in ("linear", "kernel"):
+        error = refused(capsys, tmp_path / "feats", tmp_path / "runs", "--head", head, *argv)
+        assert "class 'rare' has 1 training row, expected at least 2 that are no duplicates" in error
+        assert "--val-ratio" not in error and "--folds" not in error
+    train(tmp_path / "feats", tmp_path / "runs", "--head", "fusion", *argv)  # needs no inner folds
+    # Two rows of one text are one; two that are no duplicates will do.
+    tags[41] = "rare"
+    facts = {"txt_key": np.where(np.isin(np.arange(90), (40, 41)), 5, np.arange(90) + 1000)}
+    make_cache(tmp_path / "same", "clip", tags=tags, facts=facts)
+    error = refused(capsys, tmp_path / "same", tmp_path / "runs", "--head", "linear", *argv)
+    assert "class 'rare' has 2 training rows, expected at least 2 that are no duplicates" in error
+    make_cache(tmp_path / "two", "clip", tags=tags)
+    train(tmp_path / "two", tmp_path / "runs", "--head", "linear", *argv)
+    # A class whose training rows are all in quarantine.
+    make_cache(tmp_path / "gone", "clip", tags=tags, quarantined=[40, 41])
+    error = refused(capsys, tmp_path / "gone", tmp_path / "runs", "--head", "kernel", *argv)
+    assert "class 'rare' has no training row, and kernel can't learn it" in error and "quarantine" in error
 
 
 def test_a_runs_folder_that_cannot_be_written(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

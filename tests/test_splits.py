@@ -11,7 +11,16 @@ from scipy.sparse.csgraph import connected_components
 
 from feats.errors import UsageError
 from feats.images import hash64
-from modeling.splits import EMPTY_TEXT_KEY, Split, duplicate_groups, load_split, make_folds, make_split, read_split_file
+from modeling.splits import (
+    EMPTY_TEXT_KEY,
+    Split,
+    duplicate_groups,
+    load_split,
+    make_folds,
+    make_split,
+    read_split_file,
+    save_folds,
+)
 
 COUNTS = {"positive": 2388, "negative": 1193, "neutral": 419}  # MVSA-Single's
 RNG = np.random.default_rng(0)
@@ -193,11 +202,24 @@ def test_save_and_load(tmp_path: Path):
     split = make_split(IDS, LABELS, groups=GROUPS)
     split.save(tmp_path / "split.json")
     assert load_split(tmp_path / "split.json") == split
-    again = read_split_file(tmp_path / "split.json", IDS, LABELS)
+    (again,) = read_split_file(tmp_path / "split.json", IDS, LABELS)
     assert (again.train, again.val, again.test) == (split.train, split.val, split.test)
     assert [path.name for path in tmp_path.iterdir()] == ["split.json"]
+    # Short, and quick to write: each run of a sweep holds one, of as many ids as there are rows.
+    text = (tmp_path / "split.json").read_text()
+    assert text.count("\n") == 1 and len(text) < sum(len(i) for i in IDS) + 4 * len(IDS) + 200
     with pytest.raises(UsageError, match="can't read the split file .*none.json: No such file"):
         load_split(tmp_path / "none.json")
+
+
+def test_folds_come_back_from_their_file(tmp_path: Path):
+    folds = make_folds(IDS, LABELS, 3, groups=GROUPS)
+    save_folds(folds, tmp_path / "split.json")
+    again = read_split_file(tmp_path / "split.json", IDS, LABELS)
+    assert [(s.train, s.val, s.test) for s in again] == [(s.train, s.val, []) for s in folds]
+    save_folds(folds[1:2], tmp_path / "split.json")  # one of them is an ordinary split
+    (again,) = read_split_file(tmp_path / "split.json", IDS, LABELS)
+    assert (again.train, again.val) == (folds[1].train, folds[1].val)
 
 
 def write(folder: Path, files: dict[str, str]) -> list[Path]:
@@ -219,7 +241,7 @@ def write(folder: Path, files: dict[str, str]) -> list[Path]:
     ids=["json", "json of a run", "csv", "csv, other names", "three, by position", "three, by name"],
 )
 def test_split_files(tmp_path: Path, files: dict[str, str]):
-    split = read_split_file(write(tmp_path, files), FILE_IDS, FILE_LABELS)
+    (split,) = read_split_file(write(tmp_path, files), FILE_IDS, FILE_LABELS)
     assert (split.train, split.val, split.test) == (WANTED.train, WANTED.val, WANTED.test)
     assert split.how == {"files": list(files)}
 
@@ -242,6 +264,25 @@ def test_split_files(tmp_path: Path, files: dict[str, str]):
         ({"s.json": "{"}, "is not JSON"),
         ({"s.json": '{"train": ["a"], "holdout": ["b"]}'}, "holds holdout, expected"),
         ({"s.json": '{"train": "a", "val": ["b"]}'}, "parts that are no lists, expected"),
+        ({"s.json": '{"folds": []}'}, "s.json names no folds; expected"),
+        ({"s.json": '{"folds": ["a"]}'}, "holds a str, expected"),
+        (
+            {"s.json": '{"folds": [{"train": ["a", "b"], "val": ["c", "d"]}, {"train": ["c"], "val": ["a", "b"]}]}'},
+            "s.json, fold 2 of 2: train holds no row of class y",
+        ),
+        (
+            {
+                "s.json": '{"folds": [{"train": ["a", "b"], "val": ["c", "d"]}, {"train": ["f", "a"], "val": ["c", "b"]}]}'
+            },
+            r"s.json: 1 id \(c\) in the val part of several folds",
+        ),
+        (
+            {
+                "s.json": '{"folds": [{"train": ["a", "b"], "val": ["c", "d"]}, '
+                '{"train": ["c", "d"], "val": ["a", "b"], "test": ["e"]}]}'
+            },
+            "s.json: folds with a test part",
+        ),
         ({"s.csv": "a,train\nb,val\n"}, "has columns a, train; expected id and split"),
         ({"s.csv": "id,split\na,train\nb,held\n"}, "line 3: split 'held'; expected train, val or test"),
         ({"train.txt": "a", "x.txt": "b", "y.txt": "c"}, "can't tell which of train.txt, x.txt, y.txt"),
