@@ -21,19 +21,19 @@ from feats.arguments import EXIT_DONE, positive
 from feats.errors import UsageError
 from modeling import experiment as ex
 from modeling import metrics, options
-from modeling.runs import DEFAULT_FOLDER, load_run, newest_run, write_predictions
+from modeling.prediction import open_runs
+from modeling.runs import Run, write_predictions
 from modeling.splits import Split
 
 
 def build_parser() -> ArgumentParser:
     parser = options.new_parser(__doc__)
-    parser.add_argument("--feats", type=Path, help="folder of caches (default: the run's)")
-    parser.add_argument("--runs", type=Path, default=DEFAULT_FOLDER, metavar="DIR", help="folder of runs")
-    parser.add_argument("--run", type=Path, help="the run (default: the newest)")
+    parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
+    parser.add_argument("--run", metavar="RUN", help="a path, or a name in --runs (default: the newest)")
     parser.add_argument("--folds", type=positive, default=5, metavar="K", help="folds of the training rows")
     parser.add_argument("--min-confidence", type=float, default=0.0, metavar="P", help="only rows as surely wrong")
     parser.add_argument("--out", type=Path, metavar="FILE", help="(default: bad_cases.csv in the run's folder)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    options.add_run_options(parser)
     return parser
 
 
@@ -43,20 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(args: Namespace) -> int:
-    run = load_run(args.run or newest_run(args.runs))
-    if run.stacking is not None:
-        raise UsageError(f"{run.path} is an ensemble of --auto; name a run of train_head.py or of a sweep with --run")
-    train_ids = training_rows(run.split)
+    [run] = open_runs(args.runs, [args.run] if args.run else None)
+    split = single_split(run)
     experiment = ex.experiment_of_run(run, args.feats, resolve_device(args.device))
-    folds = experiment.folds_of(train_ids, args.folds)
-    experiment = replace(experiment, splits=folds)
-    seen = dict.fromkeys(m.config for m in run.members)  # members of other folds have the same configuration
-    found = {split_id: [] for split in folds for split_id in split.val}
-    for _, outcomes in ex.train(list(seen), experiment):
-        for outcome in outcomes:
-            for name, row in zip(outcome.split.val, outcome.calibrated, strict=True):
-                found[name].append(row)
-    probabilities = np.array([np.mean(found[name], axis=0) for name in train_ids])
+    train_ids = labelled(split.train, experiment, run.feature_folder(args.feats))
+    folds = unseen_folds(train_ids, args.folds, experiment, len(split.val) / len(split.train + split.val))
+    probabilities = out_of_fold(run, replace(experiment, splits=folds), train_ids)
     labels, predicted = experiment.labels(train_ids), probabilities.argmax(1)
     wrong = np.flatnonzero((predicted != labels) & (probabilities.max(1) >= args.min_confidence))
     wrong = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")]  # the surest first
@@ -77,13 +69,55 @@ def export(args: Namespace) -> int:
     return EXIT_DONE
 
 
-def training_rows(split: Split | list[Split]) -> list[str]:
-    """The rows a run was trained on. Raises `UsageError` for a run of folds, whose every row is validation once."""
-    if isinstance(split, list):
+def single_split(run: Run) -> Split:
+    """The run's split. Raises `UsageError` for a run whose parts aren't one configuration trained on one split."""
+    remedy = "train with modeling/train_head.py, with --val-ratio, and name that run with --run"
+    if run.stacking is not None:
         raise UsageError(
-            "this run is a cross-validation: each of its rows is validation in some fold; train one with --val-ratio"
+            f"{run.path} is an ensemble of --auto, whose parts were chosen on all of its training rows: none is unseen; "
+            f"{remedy}"
         )
-    return split.train
+    if isinstance(run.split, list):
+        raise UsageError(f"{run.path} is a cross-validation: each of its rows is validation in some fold; {remedy}")
+    return run.split
+
+
+def labelled(ids: Sequence[str], experiment: ex.Experiment, folder: Path) -> list[str]:
+    """The ids that have a label in the caches; a warning counts the others. Raises `UsageError` when there are none."""
+    kept = [name for name, tag in zip(ids, experiment.tags(ids), strict=True) if tag]
+    if not kept:
+        raise UsageError(
+            f"none of the run's {len(ids)} training rows has a label in the caches in {folder} any more; extract again from "
+            "the labelled data, or name other caches with --feats"
+        )
+    if len(kept) < len(ids):
+        lost = len(ids) - len(kept)
+        print(f"warning: {lost} of {len(ids)} training rows have no label any more: left out", file=sys.stderr)
+    return kept
+
+
+def unseen_folds(ids: Sequence[str], k: int, experiment: ex.Experiment, val_ratio: float) -> list[Split]:
+    """k splits: each row in the test part of exactly one. The validation part, which chooses epoch and temperature, is
+    about `val_ratio` of the other rows: a fold that did the choosing would not be unseen."""
+    folds = []
+    for fold in experiment.folds_of(ids, k):
+        inner = experiment.folds_of(fold.train, max(2, round(1 / val_ratio)))[0]
+        folds.append(replace(inner, test=fold.val))
+    return folds
+
+
+def out_of_fold(run: Run, experiment: ex.Experiment, ids: Sequence[str]) -> np.ndarray:
+    """Probabilities (len(ids), C) of `ids`, each by the run's configurations trained on the split that has it in its
+    test part."""
+    configs = list(dict.fromkeys(member.config for member in run.members))
+    trained = [outcomes for _, outcomes in ex.train(configs, experiment)]
+    row_of = {name: row for row, name in enumerate(ids)}
+    probabilities = np.empty((len(ids), len(run.classes)))
+    for split, outcomes in zip(experiment.splits, zip(*trained, strict=True), strict=True):
+        of_fold = replace(run, members=[outcome.member for outcome in outcomes])
+        rows = experiment.features.positions(split.test)
+        probabilities[[row_of[name] for name in split.test]] = of_fold.probabilities(experiment.features, rows)
+    return probabilities
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from feats.acceleration import resolve_device
 from feats.arguments import EXIT_DONE
 from feats.errors import UsageError
-from modeling import features, options
+from modeling import options
 from modeling import prediction as pr
 from modeling.runs import Run
 
@@ -26,7 +26,9 @@ SHOWN = 50  # left out rows named on stderr
 def build_parser() -> ArgumentParser:
     parser = options.new_parser(__doc__)
     cached = parser.add_argument_group("cached rows")
-    cached.add_argument("--feats", type=Path, default=features.DEFAULT_FOLDER, metavar="DIR", help="folder of caches")
+    cached.add_argument(
+        "--feats", type=Path, metavar="DIR", help="folder of caches (default: of each run, the one it was trained from)"
+    )
     cached.add_argument("--split", default="test", help="which caches: <name>_<split>.h5")
     raw = parser.add_argument_group("raw pairs, encoded as the run's caches were")
     raw.add_argument("--image", type=Path, metavar="FILE", help="one pair's picture")

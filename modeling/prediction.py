@@ -3,7 +3,7 @@ memory. And what comes of them: the submission file, the figures."""
 
 import csv
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,6 @@ VOTES = ("soft", "majority")
 TIE = "neutral"
 BLOCK_ROWS = 1 << 11  # temporaries of more than some ten megabytes get fresh pages each time, at several times the cost
 WRITE_ROWS = 1 << 16
-
-Caches = tuple[tuple[str, ...], tuple[str, ...], bool]  # image side, text side, whether tokens are read
 
 
 @dataclass(frozen=True)
@@ -70,14 +68,14 @@ def open_runs(folder: Path, names: Sequence[str] | None) -> list[Run]:
 
 
 def class_shares(run: Run) -> tuple[str, np.ndarray]:
-    """The most common class of a run's training rows, and each class's share (C,) of its validation rows.
+    """The most common class of a run's training rows (of all folds), and each class's share (C,) of them.
 
     Raises `UsageError` when the run's metrics don't tell.
     """
     try:
-        figures = read_metrics(run.path)["val"]
-        counts = np.array([figures["per_class"][name]["support"] for name in run.classes], np.float64)
-        return figures["majority"]["class"], counts / counts.sum()
+        counted = read_metrics(run.path)["training_rows"]
+        counts = np.array([counted[name] for name in run.classes], np.float64)
+        return run.classes[int(counts.argmax())], counts / counts.sum()
     except (KeyError, TypeError):
         raise UsageError(f"the metrics of {run.path} don't tell how common the classes are; train again") from None
 
@@ -87,34 +85,35 @@ def class_shares(run: Run) -> tuple[str, np.ndarray]:
 
 def predict(
     runs: Sequence[Run],
-    folder: Path,
+    folder: Path | None,
     split: str,
     *,
     vote: str = "soft",
     tie: str | None = None,
     device: torch.device | str = "cpu",
 ) -> Predictions:
-    """What `runs` say of the caches `<folder>/<cache>_<split>.h5` of the kinds they were trained on.
+    """What `runs` say of the caches `<folder>/<cache>_<split>.h5` of the kinds they were trained on; without `folder` in
+    the one that each was trained from.
 
     Every row gets a prediction: one with features for some of the runs only is left to these; one without any gets
     the most common training class of the first run, with that run's class shares as probabilities. For `tie` (default:
     neutral, where that is a class) see `combine`. Raises `UsageError` for an unknown `tie`, caches that another encoder
-    made than a run's, and whatever keeps `features.load_features` from loading.
+    made than a run's, runs whose folders hold different data, and whatever keeps `features.load_features` from loading.
     """
     classes = runs[0].classes
     if tie is not None and tie not in classes:
         raise UsageError(f"--tie {tie}: no such class; there are {', '.join(classes)}")
     tie = tie or (TIE if TIE in classes else None)
-    by_caches: dict[Caches, list[int]] = {}
+    by_source: dict[_Source, list[int]] = {}
     for k, run in enumerate(runs):
-        by_caches.setdefault(_caches(run), []).append(k)
-    common = _joined_rows(folder, split, list(by_caches)) if len(by_caches) > 1 else None
-    judged = [_judge([runs[k] for k in ks], caches, folder, split, device) for caches, ks in by_caches.items()]
+        by_source.setdefault(_source(run, folder), []).append(k)
+    common = _joined_rows(split, list(by_source)) if len(by_source) > 1 else None
+    judged = [_judge([runs[k] for k in ks], source, split, device) for source, ks in by_source.items()]
     rows = common or judged[0].rows
     votes = np.zeros((len(runs), len(rows.ids), len(classes)))
     seen = np.zeros((len(runs), len(rows.ids)), bool)
     reasons: dict[str, str] = {}
-    for ks, part in zip(by_caches.values(), judged, strict=True):
+    for ks, part in zip(by_source.values(), judged, strict=True):
         at = _positions([i for i in part.rows.ids if i not in part.left_out], rows.ids)
         for k, probabilities in zip(ks, part.probabilities, strict=True):
             votes[k, at] = probabilities[:, [runs[k].classes.index(name) for name in classes]]
@@ -150,6 +149,16 @@ def combine(votes: np.ndarray, seen: np.ndarray, vote: str, tie: int | None) -> 
 
 
 @dataclass(frozen=True)
+class _Source:
+    """Where a run's features are: runs of one source share every block that is read."""
+
+    folder: Path
+    vtypes: tuple[str, ...]
+    ttypes: tuple[str, ...]
+    tokens: bool
+
+
+@dataclass(frozen=True)
 class _Judged:
     """What runs that read the same caches say: (runs, n, C) of the n rows of `rows` that aren't left out."""
 
@@ -158,15 +167,17 @@ class _Judged:
     probabilities: np.ndarray
 
 
-def _judge(runs: Sequence[Run], caches: Caches, folder: Path, split: str, device: torch.device | str) -> _Judged:
-    vtypes, ttypes, tokens = caches
+def _judge(runs: Sequence[Run], source: _Source, split: str, device: torch.device | str) -> _Judged:
     moved = [run.to(device) for run in runs]
+    blocks = iter_features(
+        source.folder, split, source.vtypes, source.ttypes, block_rows=BLOCK_ROWS, tokens=source.tokens
+    )
     done = 0
-    for block in _read_ahead(iter_features(folder, split, vtypes, ttypes, block_rows=BLOCK_ROWS, tokens=tokens)):
+    for block in _read_ahead(blocks):
         if not done:
             for run in runs:
-                run.check_fingerprints(block, str(folder))
-                _check_tokens(run, block, folder)
+                run.check_fingerprints(block, str(source.folder))
+                _check_tokens(run, block, source.folder)
             rows, left_out = block.dataset, block.left_out
             # All at once: small arrays kept from every block would sit in the gaps that blocks leave, and memory grow.
             probabilities = np.empty((len(runs), len(rows.ids) - len(left_out), len(run.classes)))
@@ -180,14 +191,41 @@ def _judge(runs: Sequence[Run], caches: Caches, folder: Path, split: str, device
     return _Judged(rows, left_out, probabilities)
 
 
-def _caches(run: Run) -> Caches:
-    return tuple(run.features["vtype"]), tuple(run.features["ttype"]), bool(run.features["tokens"])
+def _source(run: Run, folder: Path | None) -> _Source:
+    caches = run.features
+    return _Source(run.feature_folder(folder), tuple(caches["vtype"]), tuple(caches["ttype"]), bool(caches["tokens"]))
 
 
-def _joined_rows(folder: Path, split: str, groups: Sequence[Caches]) -> Rows:
+def _joined_rows(split: str, sources: Sequence[_Source]) -> Rows:
     """All rows of the data set that all caches must be of."""
-    vtypes, ttypes = (list(dict.fromkeys(name for caches in groups for name in caches[side])) for side in (0, 1))
-    return next(iter_features(folder, split, vtypes, ttypes, block_rows=1)).dataset
+    of_folder = {}
+    for folder in dict.fromkeys(source.folder for source in sources):
+        here = [source for source in sources if source.folder == folder]
+        sides = ([name for source in here for name in getattr(source, side)] for side in ("vtypes", "ttypes"))
+        vtypes, ttypes = (list(dict.fromkeys(names)) for names in sides)
+        of_folder[folder] = next(iter_features(folder, split, vtypes, ttypes, block_rows=1)).dataset
+    return _same_rows(split, of_folder)
+
+
+def _same_rows(split: str, of_folder: Mapping[Path, Rows]) -> Rows:
+    """The rows that every folder holds, in the first one's order. Raises `UsageError` for folders of different data."""
+    (first, rows), *others = of_folder.items()
+    for folder, other in others:
+        common = len(set(rows.ids) & set(other.ids))
+        found = f"{len(rows.ids)} and {len(other.ids)} rows, {common} in common"
+        if common == len(rows.ids) == len(other.ids):
+            at = _positions(rows.ids, other.ids)
+            pairs = [(rows.img_hash, other.img_hash[at], 0)]
+            pairs += [(np.array(rows.tags, object), np.array(other.tags, object)[at], "")]
+            pictures, labels = (int(((a != b) & (a != no) & (b != no)).sum()) for a, b, no in pairs)
+            if not pictures and not labels:
+                continue
+            found = f"the same ids, but {pictures} other pictures and {labels} other labels"
+        raise UsageError(
+            f"the {split} caches in {first} and {folder} are of different data ({found}), and runs vote on the same rows; "
+            "name one folder that has the caches of all runs with --feats"
+        )
+    return rows
 
 
 def _check_tokens(run: Run, features: FeatureSet, folder: Path) -> None:
@@ -281,11 +319,7 @@ def evaluate(predictions: Predictions, majority: str) -> dict[str, Any]:
 def figures_table(figures: dict[str, Any], name: str, calibrated: bool) -> str:
     """Figures of `evaluate` with their 95 % intervals and the majority baseline; log-loss and ECE if `calibrated`."""
     columns = ["rows", "n", *metrics.AVERAGES, *(["log_loss", "ece"] if calibrated else [])]
-    interval = figures["interval"]
-    edges = {key: "{:.3f}-{:.3f}".format(*interval[key]) for key in metrics.AVERAGES}
-    rows = [{"rows": name, **figures}, {"rows": f"  {interval['level']:.0%} interval", **edges}]
-    rows.append({"rows": "  always " + figures["majority"]["class"], **figures["majority"]})
-    return metrics.format_table(rows, columns)
+    return metrics.format_table(metrics.figure_rows(figures, name), columns)
 
 
 def known_rows(runs: Sequence[Run], predictions: Predictions) -> int:

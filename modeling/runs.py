@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
@@ -20,16 +21,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from feats.errors import UsageError, first_line
 from feats.store import fingerprint_difference
-from modeling.features import FeatureSet
+from modeling.features import FeatureSet, Ragged
 from modeling.heads import Head, HeadConfig, build_head, n_parameters
 from modeling.inputs import Preprocessing
 from modeling.metrics import softmax
-from modeling.splits import Split
+from modeling.splits import Split, save_folds
 from modeling.training import TrainConfig, predict_stack
 
 FORMAT_VERSION = 1
@@ -45,6 +47,7 @@ CONFIG, TENSORS, SPLIT, METRICS, HISTORY, PREDICTIONS = (
 # What of a cache's fingerprint may differ between training and prediction: other rows, another machine. (The last two
 # follow from the dtype.)
 FREE_TO_DIFFER = ("data", "versions", "dtype", "views", "tokens", "image_dtype", "float32_blocks")
+FLOAT64_DEVICES = ("cpu", "cuda")  # others (mps, some xpu) refuse double precision, or emulate it
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,41 @@ class Member:
     fold: int | None = None  # which fold's split it was trained on, from 1
 
     def logits(self, features: FeatureSet, rows: torch.Tensor | None = None) -> np.ndarray:
-        """(N, C) float32, of all rows or of `rows` (N,) int64. `features` lie where the head does; more caches than the
-        member's own do no harm."""
-        inputs = self.preprocessing.apply(features).for_head(self.config.head)
-        rows = torch.arange(len(features), device=inputs.device) if rows is None else rows
-        return predict_stack(self.head, inputs, rows)[0].cpu().numpy()
+        """(N, C) float32, of all rows or of `rows` (N,) int64. More caches than the member's own do no harm, nor do
+        features on another device than the head."""
+        own = self._own(features, rows).to(next(self.head.parameters()).device)
+        inputs = self.preprocessing.apply(own).for_head(self.config.head)
+        return predict_stack(self.head, inputs)[0].cpu().numpy()
+
+    def _own(self, features: FeatureSet, rows: torch.Tensor | None) -> FeatureSet:
+        """The tensors `logits` reads: of the member's caches and of `rows` only, without augmented views."""
+        sides = {"image": ("image", "image_tokens"), "text": ("text", "text_tokens")}
+        tensors = {
+            name: {cache: _take(x, rows) for cache, x in getattr(features, name).items() if cache in caches}
+            for side, caches in self.preprocessing.caches.items()
+            for name in sides[side]
+        }
+        return replace(features, views={}, **tensors)
 
     def to(self, device: torch.device | str) -> "Member":
-        return Member(**{**self.__dict__, "head": self.head.to(device), "preprocessing": self.preprocessing.to(device)})
+        """On `device`; on the CPU where the head computes in double precision and the device may not."""
+        double = any(tensor.dtype == torch.float64 for tensor in self.head.state_dict().values())
+        if double and torch.device(device).type not in FLOAT64_DEVICES:
+            device = "cpu"
+        return replace(self, head=self.head.to(device), preprocessing=self.preprocessing.to(device))
+
+
+def _take(x: torch.Tensor | Ragged, rows: torch.Tensor | None) -> torch.Tensor | Ragged:
+    """Some rows of features, or all of them uncopied."""
+    if rows is None:
+        return x
+    if not isinstance(x, Ragged):
+        return x[rows.to(x.device)]
+    rows = rows.to(x.offsets.device)
+    lengths = x.offsets.diff()[rows]
+    offsets = F.pad(lengths.cumsum(0), (1, 0))
+    place = torch.arange(int(offsets[-1]), device=rows.device)
+    return Ragged(x.values[place + (x.offsets[rows] - offsets[:-1]).repeat_interleave(lengths)], offsets)
 
 
 @dataclass(frozen=True)
@@ -113,12 +143,29 @@ class Run:
         return self.stacking.probabilities([np.mean(opinions, axis=0) for opinions in of_group])
 
     def to(self, device: torch.device | str) -> "Run":
-        return Run(**{**self.__dict__, "members": [m.to(device) for m in self.members]})
+        return replace(self, members=[m.to(device) for m in self.members])
 
-    def check_fingerprints(self, features: FeatureSet, source: str) -> None:
-        """Raise `UsageError` when a cache of `features` was made by another encoder than the run was trained on."""
+    def feature_folder(self, given: Path | None = None) -> Path:
+        """`given`, or else the folder of the caches the run was trained on. Raises `UsageError` when that is gone."""
+        folder = Path(self.features["folder"]) if given is None else given
+        if given is None and not folder.is_dir():
+            raise UsageError(
+                f"{self.path} was trained on caches in {folder}, and there is no such folder (now, or as seen from here); "
+                "name the folder of caches with --feats"
+            )
+        return folder
+
+    def check_fingerprints(self, features: FeatureSet, source: str, same_rows: bool = False) -> None:
+        """Raise `UsageError` when a cache of `features` was made by another encoder than the run was trained on, or,
+        with `same_rows`, holds the rows of another data set."""
         for name, cached in features.fingerprints.items():
             trained = self.features["fingerprints"].get(name, {})
+            if same_rows and cached.get("data") != trained.get("data"):
+                raise UsageError(
+                    f"the cache {name} in {source} holds other rows than {self.path} was trained on ("
+                    f"{fingerprint_difference(*({'data': f.get('data')} for f in (cached, trained)))}); name the folder of "
+                    "that run's caches with --feats, or train again on these"
+                )
             free = FREE_TO_DIFFER if name in self.features["ttype"] else (*FREE_TO_DIFFER, "text_clean")
             kept = [{k: v for k, v in f.items() if k not in free} for f in (cached, trained)]
             difference = fingerprint_difference(*kept)
@@ -149,17 +196,17 @@ def save_run(
     Raises `UsageError` when the folder can't be written.
     """
     folder = Path(folder)
-    unfinished = folder / f".{name}.{os.getpid()}.writing"
+    unfinished = folder / f".{name}.{socket.gethostname()}.{os.getpid()}.writing"
     try:
+        _remove_leftovers(folder)
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         save_file(_tensors(run), unfinished / TENSORS)
         config = _config(run, command, _sha256(unfinished / TENSORS))
         _write_json(unfinished / CONFIG, config)
         _write_json(unfinished / METRICS, metrics)
-        splits = run.split if isinstance(run.split, list) else [run.split]
         if isinstance(run.split, list):
-            _write_json(unfinished / SPLIT, {"folds": [asdict(split) for split in splits]})
+            save_folds(run.split, unfinished / SPLIT)
         else:
             run.split.save(unfinished / SPLIT)
         _write_history(unfinished / HISTORY, history)
@@ -172,6 +219,27 @@ def save_run(
         raise UsageError(f"can't write the run {folder / name}: {reason}; give another --runs folder") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left unfinished: of this machine's only, another's may be alive and share the
+    folder."""
+    for path in folder.glob(".*.writing"):
+        _, _, written_by = path.stem.rpartition(f".{socket.gethostname()}.")
+        if written_by.isdigit() and not _is_alive(int(written_by)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name != "posix":
+        return True  # elsewhere signal 0 isn't harmless
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass  # another user's process, or no number of one
+    return True
 
 
 def _under_a_free_name(unfinished: Path, wanted: Path) -> Path:

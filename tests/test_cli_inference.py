@@ -7,9 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from conftest import ROOT, make_course
@@ -99,6 +101,12 @@ def refused(capsys: pytest.CaptureFixture, status: int) -> str:
     return line
 
 
+def edit_config(run: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    config = json.loads((run / "config.json").read_text())
+    edit(config)
+    (run / "config.json").write_text(json.dumps(config))
+
+
 def probabilities(home: Path, run: str, split: str = "test") -> np.ndarray:
     loaded = load_run(home / "runs" / run)
     source = loaded.features
@@ -112,6 +120,7 @@ def test_as_typed_the_newest_run_predicts_the_test_split(home: Path):
     (home / "saved").mkdir()
     (home / "feats").rename(home / "saved" / "feats")
     (home / "runs").rename(home / "saved" / "runs")
+    edit_config(home / "saved" / "runs" / "third", lambda config: config["features"].update(folder="saved/feats"))
     script = str(ROOT / "modeling" / "inference_head.py")
     out = subprocess.run([sys.executable, script], cwd=home, env=ENVIRONMENT, capture_output=True, text=True)
     assert (out.returncode, out.stderr) == (0, "")
@@ -179,6 +188,57 @@ def test_a_run_by_name_or_path(home: Path):
     assert infer(home, "--run", str(home / "runs" / "second")) == 0
     assert (home / "runs" / "first" / "submission_test.csv").is_file()
     assert (home / "runs" / "second" / "submission_test.csv").is_file()
+
+
+# -- which caches -----------------------------------------------------------------------------------------------
+
+
+def infer_as_trained(home: Path, folders: Mapping[str, Path], *more: str) -> int:
+    """Without --feats, the runs having been trained on caches in `folders`."""
+    for name, folder in folders.items():
+        edit_config(home / "runs" / name, lambda config, folder=folder: config["features"].update(folder=str(folder)))
+    return inference_head.main(["--runs", str(home / "runs"), "--device", "cpu", "--run", *folders, *more])
+
+
+def test_the_caches_are_those_of_the_run(home: Path, monkeypatch: pytest.MonkeyPatch):
+    expected = probabilities(home, "third")
+    (home / "feats").rename(home / "elsewhere")
+    (home / "saved").mkdir()
+    make_cache(
+        home / "saved" / "feats", "pix", "test", TEST[:5], [""] * 5
+    )  # of another data set, where most caches are
+    monkeypatch.chdir(home)
+    assert infer_as_trained(home, {"third": home / "elsewhere"}, "--proba") == 0
+    _, rows = submission(home / "runs" / "third" / "submission_test.csv")
+    np.testing.assert_allclose(np.array([row[2:] for row in rows], float), expected, atol=1e-6)
+
+
+def test_each_of_several_runs_reads_its_own_caches(home: Path, capsys: pytest.CaptureFixture):
+    (home / "other").mkdir()
+    make_cache(home / "other" / "feats", "words", "test", TEST, tags_of(TEST))
+    folders = {"first": home / "feats", "second": home / "other" / "feats"}
+    assert infer_as_trained(home, folders, "--proba") == 0
+    _, rows = submission(home / "runs" / "submission_test.csv")
+    assert [row[0] for row in rows] == TEST
+    second = load_run(home / "runs" / "second").probabilities(load_features(folders["second"], "test", [], ["words"]))
+    assert np.abs(second - probabilities(home, "second")).max() > 0.1
+    mean = (probabilities(home, "first") + second) / 2
+    np.testing.assert_allclose(np.array([row[2:] for row in rows], float), mean, atol=1e-6)
+    make_cache(home / "feats", "pix", "test", TEST, tags_of(TEST))
+    for ids, tags, told in (
+        (TEST[:20], [""] * 20, "23 and 20 rows, 20 in common"),
+        (TEST, tags_of(TEST)[::-1], "the same ids, but 0 other pictures and [1-9][0-9]* other labels"),
+    ):
+        make_cache(folders["second"], "words", "test", ids, tags)
+        line = refused(capsys, infer_as_trained(home, folders))
+        assert re.search(told, line) and "of different data" in line and "--feats" in line
+        assert all(str(folder) in line for folder in folders.values())
+
+
+def test_a_run_whose_caches_are_gone_says_so(home: Path, capsys: pytest.CaptureFixture):
+    line = refused(capsys, infer_as_trained(home, {"third": home / "gone"}))
+    assert str(home / "gone") in line and "no such folder" in line and "--feats" in line
+    assert infer(home) == 0
 
 
 # -- votes ------------------------------------------------------------------------------------------------------
@@ -260,7 +320,7 @@ def test_labelled_rows_give_figures(home: Path, capsys: pytest.CaptureFixture, v
     calibration = [f"{figures[name]:.3f}" for name in ("log_loss", "ece")]
     assert ["test", "22", *shown, *(calibration if vote == "soft" else [])] in lines
     edges = ["{:.3f}-{:.3f}".format(*figures["interval"][n]) for n in ("accuracy", "weighted_f1", "macro_f1")]
-    assert ["95%", "interval", *edges] in lines
+    assert ["95", "%", *edges] in lines
     always = [f"{figures['majority'][name]:.3f}" for name in ("accuracy", "weighted_f1", "macro_f1")]
     assert ["always", "negative", *always] in lines
 
@@ -285,6 +345,28 @@ def test_a_foreign_label_costs_the_figures_not_the_predictions(home: Path, capsy
     assert len(submission(home / "runs" / "third" / "submission_test.csv")[1]) == len(TEST)
 
 
+def blank_tags(path: Path, *rows: int) -> None:
+    with h5py.File(path, "r+") as file:
+        file["tag"][list(rows)] = [b""] * len(rows)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_labels_that_are_gone_are_unknown(home: Path, capsys: pytest.CaptureFixture, split: str):
+    ids = {"train": TRAIN, "test": TEST}[split]
+    for name in WIDTHS:
+        make_cache(home / "feats", name, split, ids, tags_of(ids))
+        blank_tags(home / "feats" / f"{name}_{split}.h5", 2, 3, 7)
+    assert infer(home, "--split", split) == 0
+    shown = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    assert [split, str(len(ids) - 3)] in shown
+    for name in WIDTHS:
+        blank_tags(home / "feats" / f"{name}_{split}.h5", *range(len(ids)))
+    assert infer(home, "--split", split) == 0
+    out = capsys.readouterr()
+    assert "accuracy" not in out.out and out.err == ""
+    assert len(submission(home / "runs" / "third" / f"submission_{split}.csv")[1]) == len(ids)
+
+
 def test_figures_on_training_rows_are_called_so(home: Path, capsys: pytest.CaptureFixture):
     assert infer(home, "--split", "train") == 0
     assert "warning: 60 of these rows were trained on or validated with" in capsys.readouterr().err
@@ -296,6 +378,8 @@ def test_figures_on_training_rows_are_called_so(home: Path, capsys: pytest.Captu
 
 def test_quarantined_rows_get_the_majority_class_and_are_named(home: Path, capsys: pytest.CaptureFixture):
     make_cache(home / "feats", "pix", "test", TEST, [""] * 23, quarantined={TEST[4]: "picture is truncated"})
+    for name in WIDTHS:
+        (home / "feats" / f"{name}_train.h5").unlink()  # the run knows its classes
     assert infer(home, "--proba") == 0
     err = capsys.readouterr().err.splitlines()
     assert err == [
@@ -304,8 +388,9 @@ def test_quarantined_rows_get_the_majority_class_and_are_named(home: Path, capsy
     ]
     _, rows = submission(home / "runs" / "third" / "submission_test.csv")
     assert [row[0] for row in rows] == TEST
-    counts = json.loads((home / "runs" / "third" / "metrics.json").read_text())["val"]["per_class"]
-    shares = [counts[name]["support"] / 12 for name in CLASSES]
+    of_training = json.loads((home / "runs" / "third" / "split.json").read_text())["train"]
+    tags = [tag for name, tag in zip(TRAIN, tags_of(TRAIN), strict=True) if name in of_training]
+    shares = [tags.count(name) / 48 for name in CLASSES]
     assert rows[4] == [TEST[4], "negative", *(f"{share:.6f}" for share in shares)]
     others = [row for row in range(23) if row != 4]
     expected = probabilities(home, "third")

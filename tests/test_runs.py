@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from feats.errors import UsageError
 from modeling import auto, options, runs, train_head
 from modeling import experiment as ex
-from modeling.features import FeatureSet, load_features
+from modeling.features import FeatureSet, Normalizer, load_features
 from modeling.heads import HEADS
 from modeling.metrics import softmax
 from modeling.runs import Run, list_runs, load_run, newest_run, read_predictions, run_name, save_run, write_predictions
@@ -164,6 +165,29 @@ def test_predictions_are_read_as_written(tmp_path: Path):
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["id", "tag", "pred", "p_a", "p_b,c", "p_ü", 'p_d"']
     assert [row["pred"] for row in rows] == [classes[k] for k in probabilities.argmax(1)]
+
+
+# -- predicting ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["fusion", "coattention", "kernel"])
+def test_only_the_rows_asked_for_are_prepared(head: str, feats: Path, monkeypatch: pytest.MonkeyPatch):
+    run, features, _ = trained(feats, "--head", head, "--norm", "standard")
+    rows = torch.tensor([50, 3, 3, 17])
+    expected, seen = run.probabilities(features), []
+    apply = Normalizer.apply
+    monkeypatch.setattr(Normalizer, "apply", lambda self, x: seen.append(len(x)) or apply(self, x))
+    np.testing.assert_allclose(run.probabilities(features, rows), expected[rows], atol=1e-6)
+    assert len(seen) >= 2 and max(seen) <= 4 * len(rows)  # a text has at most four tokens
+
+
+def test_double_precision_stays_where_it_is_sure_to_be(feats: Path):
+    """A GPU like mps has none: its tensors can't even be made."""
+    run, features, _ = trained(feats, "--head", "kernel", "--norm", "standard")
+    moved = run.to("mps")
+    assert np.array_equal(moved.probabilities(features), run.probabilities(features))
+    double = [t for m in moved.members for t in m.head.state_dict().values() if t.dtype == torch.float64]
+    assert double and all(t.device.type == "cpu" for t in double)
 
 
 # -- damage -----------------------------------------------------------------------------------------------------
@@ -411,6 +435,23 @@ def test_a_killed_save_leaves_no_run(kill: str, made: tuple[Run, FeatureSet, ex.
     assert left.name.startswith(".") and (left / "head.safetensors").is_file()
     assert list_runs(tmp_path) == []
     assert load_run(save(run, report, tmp_path)).path.name == "run"
+    assert not left.exists()
+
+
+def test_only_what_dead_processes_left_is_removed(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+    run, _, report = made
+    dead = multiprocessing.get_context("fork").Process(target=int)
+    dead.start()
+    dead.join()
+    host, alive = socket.gethostname(), os.getppid()
+    kept = [f".run.{host}.{alive}.writing", f".run.elsewhere.{dead.pid}.writing", f".run.{host}.x.writing", ".writing"]
+    kept += [f".{host}.{'9' * 30}.writing", f"run.{host}.{dead.pid}.writing", f".run.{host}.{dead.pid}"]
+    for name in [*kept, f".other.{host}.{dead.pid}.writing"]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "head.safetensors").write_text("half")
+    save(run, report, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "run"}
+    assert all((tmp_path / name / "head.safetensors").read_text() == "half" for name in kept)
 
 
 @pytest.mark.parametrize("limit", [0, 300, 10_000])
