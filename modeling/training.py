@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adam import adam
 
 from feats.errors import UsageError
 from modeling import metrics
@@ -24,7 +25,7 @@ from modeling.heads import HEADS, Head, HeadConfig, build_head
 from modeling.inputs import Inputs
 from modeling.layers import Noise, attach_noise, set_product_dtype
 
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+OPTIMIZERS = ("adam", "adamw")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SCHEDULES = ("constant", "cosine", "onecycle")
 MONITORS = ("accuracy", "weighted_f1", "macro_f1", "loss")
@@ -259,38 +260,63 @@ class _Draws:
         return rows, torch.stack(views)[self.of_model].to(self.device) if views else None
 
 
+@dataclass
+class _Group:
+    """Neighbouring models of a stack with the same hyperparameters: slices of each parameter, and Adam's state of them."""
+
+    part: slice
+    peak_lr: float
+    weight_decay: float
+    schedule: str
+    parameters: list[Tensor]
+    lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.means, self.squares = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
+        self.taken = [torch.zeros((), device=p.device) for p in self.parameters]
+
+
 class _StackedAdam:
-    """torch's fused Adam or AdamW on a stack: a parameter group for each run of models with the same hyperparameters,
-    whose tensors are slices of the stack's."""
+    """torch's fused Adam (Kingma and Ba 2015) or AdamW (Loshchilov and Hutter 2019) on a stack, through its functional
+    door: constructing a torch.optim.Optimizer imports the compiler, which takes a second."""
 
     def __init__(self, head: Head, configs: Sequence[TrainConfig], steps: int):
         self.parameters = list(head.parameters())
-        self.group_of: list[int] = []
-        self.slices: list[tuple[Tensor, Tensor, slice]] = []
-        groups = []
+        self.decoupled = configs[0].optimizer == "adamw"
+        self.groups = []
         for key, members in groupby(range(len(configs)), lambda m: hyperparameters(configs[m])):
-            members = list(members)
-            part = slice(members[0], members[-1] + 1)
-            pieces = [p.detach()[part] for p in self.parameters]
-            self.slices += [(piece, p, part) for piece, p in zip(pieces, self.parameters, strict=True)]
-            self.group_of += [len(groups)] * len(members)
-            groups.append({"params": pieces, "lr": key[0], "weight_decay": key[1], "schedule": key[2], "peak": key[0]})
-        self.optimizer = OPTIMIZERS[configs[0].optimizer](groups, fused=True)
+            first, *rest = members
+            part = slice(first, first + 1 + len(rest))
+            self.groups.append(_Group(part, *key, [p.detach()[part] for p in self.parameters]))
         self.steps, self.taken = steps, 0
 
+    @torch.no_grad()
     def step(self) -> None:
-        for group in self.optimizer.param_groups:
-            if group["schedule"] != "constant":
-                group["lr"] = group["peak"] * lr_factor(group["schedule"], self.taken, self.steps)
-        for piece, parameter, part in self.slices:
-            piece.grad = parameter.grad[part]
-        self.optimizer.step()
+        for group in self.groups:
+            group.lr = group.peak_lr * lr_factor(group.schedule, self.taken, self.steps)
+            adam(
+                group.parameters,
+                [p.grad[group.part] for p in self.parameters],
+                group.means,
+                group.squares,
+                [],
+                group.taken,
+                fused=True,
+                amsgrad=False,
+                beta1=0.9,
+                beta2=0.999,
+                lr=group.lr,
+                weight_decay=group.weight_decay,
+                eps=1e-8,
+                maximize=False,
+                decoupled_weight_decay=self.decoupled,
+            )
         for parameter in self.parameters:
             parameter.grad = None  # the next backward pass hands over its own buffer instead of adding to this one
         self.taken += 1
 
     def last_lr(self, model: int) -> float:
-        return self.optimizer.param_groups[self.group_of[model]]["lr"]
+        return next(group.lr for group in self.groups if group.part.start <= model < group.part.stop)
 
 
 def lr_factor(schedule: str, step: int, steps: int, warmup: float = 0.3) -> float:
