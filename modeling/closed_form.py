@@ -18,7 +18,7 @@ KERNEL_PENALTIES = (0.3, 1.0, 3.0, 10.0)
 CALIBRATION_C = 1.0  # matters on small data only: few rows must not make a sharp calibration
 MAX_ROUNDS = 100  # some five are enough but for separable classes under a weak penalty
 ITERATIONS = 25
-TOLERANCE = 1e-10
+TOLERANCE, PROMISED = 1e-10, 1e-6  # of the objective: where to stop, and what must be reached
 
 
 # -- logistic regression ----------------------------------------------------------------------------------------
@@ -51,7 +51,8 @@ def fit_logistic(
     of a thousand columns need some forty evaluations where plain L-BFGS needs hundreds. There half the squared
     gradient estimates the distance from the minimum (Boyd and Vandenberghe, Convex Optimization, section 9.5.1); the
     coordinates are renewed until it is `tolerance` of the objective.
-    Raises `UsageError` for a C that isn't positive and for a class without a row.
+    Raises `UsageError` for a C that isn't positive or so large that the minimum isn't found, for numbers that aren't
+    finite, and for a class without a row.
     """
     x, weights = _checked(x, targets, n_classes, row_weights)
     if not Cs or min(Cs) <= 0:
@@ -89,11 +90,16 @@ def _minimise(
         curvature = weights * (p * (1 - p)).mean(1)
         hessian = x.T @ (curvature[:, None] * x)
         hessian.diagonal().add_(ridge)
-        factor = torch.linalg.cholesky(hessian).T
+        factor = _cholesky(hessian, "linear").T
         stretch = curvature.sum().sqrt().clamp_min(1e-6)
         weight, bias, value, excess = _lbfgs(x, targets, weights, ridge, weight, bias, factor, stretch)
         if excess <= tolerance * value:
             break
+    if excess > max(tolerance, PROMISED) * value:
+        raise UsageError(
+            f"logistic regression is {excess / value:.1g} of its objective from the minimum after {MAX_ROUNDS} rounds: the "
+            "classes can be told apart and next to nothing keeps the weights small; give a smaller --penalty (its C)"
+        )
     return weight, bias, value * scale
 
 
@@ -167,7 +173,8 @@ def fit_kernel(
     makes logits of scores (matrix scaling, Guo et al., ICML 2017, section 4.2), and the least log-loss wins.
     `gammas` are in units of 1 / (mean squared distance of two rows), so that they hold for any scale of x.
     Time grows with N³: two seconds for each pair at 3600 rows on one core.
-    Raises `UsageError` for more than 20000 rows, fewer than two folds, and a class without a row.
+    Raises `UsageError` for more than 20000 rows, fewer than two folds, numbers that aren't finite, a penalty too small
+    to invert the kernel, and a class without a row.
     """
     if len(x) > MAX_KERNEL_ROWS:
         raise UsageError(
@@ -205,12 +212,22 @@ def _ridge(
     """Kernel ridge regression of `y` (N, K) with `penalty` (N,) per row: dual (N, K), and held-out scores (N, K)."""
     inverse = kernel.clone()
     inverse.diagonal().add_(penalty)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(inverse))
+    inverse = torch.cholesky_inverse(_cholesky(inverse, "kernel"))
     dual = inverse @ y
     scores = torch.empty_like(y)
     for rows in folds:
         scores[rows] = y[rows] - torch.linalg.solve(inverse[rows][:, rows], dual[rows])
     return dual, scores
+
+
+def _cholesky(matrix: torch.Tensor, head: str) -> torch.Tensor:
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:
+        raise UsageError(
+            f"the {head} head's equations are singular up to rounding: its penalty is too weak; give a "
+            f"{'smaller' if head == 'linear' else 'larger'} --penalty"
+        )
+    return factor
 
 
 def squared_distances(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -243,5 +260,8 @@ def _checked(
         raise UsageError(
             f"rows per class {counts.tolist()}, expected some in each of {n_classes}; leave a class without rows out"
         )
+    for what, values in (("features", x), ("row weights", row_weights)):
+        if values is not None and not torch.isfinite(values).all():
+            raise UsageError(f"{what} that aren't finite numbers; check --scale, --class-weights and the caches")
     x = x.double()
     return x, torch.ones_like(x[:, 0]) if row_weights is None else row_weights.to(x)

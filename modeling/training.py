@@ -31,7 +31,7 @@ SCHEDULES = ("constant", "cosine", "onecycle")
 MONITORS = ("accuracy", "weighted_f1", "macro_f1", "loss")
 LINEAR_CS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 SEARCH_TOLERANCE = 1e-4  # of the objective: far below what held-out losses differ by
-EVAL_ROWS = 1 << 14  # rows times models of one evaluation step
+EVAL_BYTES = 1 << 26  # of features times models in one evaluation step
 # Parameters of one stack. A CPU's last-level cache should hold them with Adam's moments and the gradient; a GPU wants
 # as much work per kernel launch as it can get.
 STACK_PARAMETERS = {"cpu": 1 << 22, "cuda": 1 << 28}
@@ -382,8 +382,8 @@ def class_weights(spec: str, problem: Problem) -> Tensor:
             weights[problem.classes.index(name)] = float(value)
         except ValueError:
             raise UsageError(f"class weights {spec!r}: {value!r} of {name} is no number") from None
-    if not (weights > 0).all():
-        raise UsageError(f"class weights {spec!r}: every weight must be above 0")
+    if not ((weights > 0) & weights.isfinite()).all():
+        raise UsageError(f"class weights {spec!r}: every weight must be a finite number above 0")
     return weights
 
 
@@ -432,7 +432,7 @@ class _Best:
 def predict_stack(head: Head, inputs: Inputs, rows: Tensor | None = None) -> Tensor:
     """Logits (M, n, C) of every model, float32, for `rows` (n,) int64 or all."""
     head.eval()
-    at_once = max(1, EVAL_ROWS // head.n_models)
+    at_once = max(1, EVAL_BYTES * len(inputs) // max(1, inputs.n_bytes * head.n_models))
     if rows is None and len(inputs) <= at_once:
         return head(inputs.batch().expand(head.n_models))
     rows = torch.arange(len(inputs), device=inputs.device) if rows is None else rows

@@ -207,3 +207,25 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(closed_form, "MAX_KERNEL_ROWS", 19)
     with pytest.raises(UsageError, match="20 training rows, expected at most 19: .* linear or mlp head"):
         fit_kernel(x, y, 2, folds)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite(bad: float):
+    x, y, folds = torch.randn(20, 3), torch.tensor([0, 1] * 10), torch.arange(20) % 4
+    weights = torch.ones(20).index_fill(0, torch.tensor([3]), bad)
+    for features, of_rows, told in ((x * bad, None, "features that"), (x, weights, "row weights that")):
+        for fit in (
+            lambda *a: fit_logistic(*a, 2, [1.0], of_rows),
+            lambda *a: fit_kernel(*a, 2, folds, row_weights=of_rows),
+        ):
+            with pytest.raises(UsageError, match=f"{told} aren't finite"):
+                fit(features, y)
+
+
+def test_penalties_too_weak_to_be_solved():
+    x = torch.randn(60, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = (x[:, 0] > 0).long() + ((x[:, 1] > 0.5) & (x[:, 0] > 0)).long()  # told apart by planes
+    with pytest.raises(UsageError, match="give a smaller --penalty"):
+        fit_logistic(x, y, 3, [1e15])
+    with pytest.raises(UsageError, match="too weak; give a larger --penalty"):
+        fit_kernel(x, y, 3, torch.arange(60) % 4, gammas=[1e-12], penalties=[1e-20])

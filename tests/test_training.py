@@ -311,9 +311,10 @@ def test_class_weights():
         ("neutral=2", "class weights 'neutral=2': 'neutral' is no class .there are a, b, c.; expected none, balanced"),
         ("balance", "'balance' is no class"),
         ("a=two", "'two' of a is no number"),
-        ("a=1,b=0", "every weight must be above 0"),
-        ("a=-1", "every weight must be above 0"),
-        ("a=nan", "every weight must be above 0"),
+        ("a=1,b=0", "every weight must be a finite number above 0"),
+        ("a=-1", "finite number above 0"),
+        ("a=nan", "finite number above 0"),
+        ("a=inf", "finite number above 0"),
         ("", "'' is no class"),
     ],
 )
@@ -404,6 +405,18 @@ def test_training_draws_views_and_validation_sees_the_picture(monkeypatch: pytes
         assert torch.equal(epochs.floor(), problem.train.float().sort().values.expand(30, -1))
         assert (epochs % 1).std(0).min() > 0
     assert not torch.equal(trained[0].sort(1).values, trained[1].sort(1).values)
+
+
+def test_evaluation_in_steps_is_evaluation_at_once(monkeypatch: pytest.MonkeyPatch):
+    problem = make_problem()
+    head = build_head(HeadConfig("coattention", D=8), problem.inputs.widths, 3, seeds=[1, 2])
+    at_once = predict_stack(head, problem.inputs)
+    sizes: list[int] = []
+    monkeypatch.setattr(training, "EVAL_BYTES", problem.inputs.n_bytes // 3)
+    original = Inputs.batch
+    monkeypatch.setattr(Inputs, "batch", lambda self, rows: sizes.append(rows.shape[1]) or original(self, rows))
+    torch.testing.assert_close(predict_stack(head, problem.inputs), at_once)
+    assert sum(sizes) == N and max(sizes) == N // 6  # a third of the bytes, two models
 
 
 # -- the best epoch ---------------------------------------------------------------------------------------------
