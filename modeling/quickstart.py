@@ -5,6 +5,7 @@ encoders.
 """
 
 import csv
+import hashlib
 import shlex
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from modeling.sweep import best_run
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = Path("data/sample")
+OUT = Path("saved/quickstart")
 HEADS = ("fusion", "concat", "weighted_sum", "mlp", "linear", "kernel")
 
 
@@ -31,7 +33,11 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--ttype", nargs="+", default=["minilm", "vader"], metavar="ENCODER", help="of the text side")
     parser.add_argument("--head", nargs="+", default=list(HEADS), help="heads to compare")
     parser.add_argument(
-        "--out", type=Path, default=Path("saved/quickstart"), metavar="DIR", help="where all of it goes"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"where all of it goes (default: a folder for each data set, {OUT / SAMPLE.name} or {OUT}/<name of --data>-"
+        "<hash of its path>)",
     )
     return parser
 
@@ -43,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def quickstart(args: Namespace) -> int:
     start = time.perf_counter()
-    feats, runs, data = args.out / "feats", args.out / "runs", args.data or SAMPLE
+    out, data = args.out or default_out(args.data), args.data or SAMPLE
+    feats, runs = out / "feats", out / "runs"
     folders = ["--feats", feats, "--runs", runs]
     check_names(args)
     if args.data is None:
@@ -54,7 +61,7 @@ def quickstart(args: Namespace) -> int:
     caches = ["--vtype", *args.vtype, "--ttype", *args.ttype]
     grid = ["--head", *args.head, "--norm", "standard", "--lr", "1e-3", "--ep", "60", "--bs", "64", "--folds", "5"]
     step("compare heads on the cached features", "modeling/sweep_heads.py", *caches, *folders, *grid)
-    best, predictions = best_run(runs / "sweep"), args.out / "predictions.csv"
+    best, predictions = best_run(runs / "sweep"), out / "predictions.csv"
     predicts = (feats / f"{args.vtype[0]}_test.h5").is_file()
     if predicts:
         step(
@@ -70,6 +77,14 @@ def quickstart(args: Namespace) -> int:
     if args.data is None:
         print_score(predictions, data / "test_labels.csv")
     return EXIT_DONE
+
+
+def default_out(data: Path | None) -> Path:
+    """One folder for each data set: caches of different pairs have the same names."""
+    if data is None:
+        return OUT / SAMPLE.name
+    path = data.resolve()
+    return OUT / f"{path.name[:60]}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
 def check_names(args: Namespace) -> None:

@@ -3,6 +3,7 @@
 import csv
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def test_from_pairs_to_predictions_and_again(
     tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     make_course(tmp_path / "my set", 36, 5)
-    argv = ["--data", "my set", "--out", "out", *FAST]
+    argv = ["--data", "my set", *FAST]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert quickstart.main(argv) == 0
@@ -32,9 +33,9 @@ def test_from_pairs_to_predictions_and_again(
     encoders = [f"feats/{name}_extract_feats.py" for name in ("efficientnet", "vader")]
     assert scripts == [*encoders, "modeling/sweep_heads.py", "modeling/inference_head.py"]
     assert all(command[0] == "python" and (ROOT / command[1]).is_file() for command in commands)
-    assert commands[0][2:] == ["--data", "my set", "--out", "out/feats"]
+    (out,) = (tmp_path / "saved" / "quickstart").iterdir()
+    assert commands[0][2:] == ["--data", "my set", "--out", str(out.relative_to(tmp_path) / "feats")]
     # What it says is there is there.
-    out = tmp_path / "out"
     caches = {f"{name}_{split}.h5" for name in ("efficientnet", "vader") for split in ("train", "test")}
     assert {path.name for path in (out / "feats").glob("*.h5")} == caches
     best = re.search("best run +(.*)", first)[1]
@@ -61,6 +62,26 @@ def refused(capfd: pytest.CaptureFixture, *argv: str) -> tuple[str, str]:
     found = capfd.readouterr()
     assert "Traceback" not in found.err
     return found.out, found.err
+
+
+def test_each_data_set_has_a_folder_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """Caches of different pairs have the same names: in one folder the second data set would be refused."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 0))
+
+    def folders(*argv: str) -> str:
+        assert quickstart.main([*argv, *FAST]) == 2  # since nothing was run, there is no sweep
+        encode = next(c for c in printed_commands(capsys.readouterr().out) if c[1].startswith("feats/"))
+        return encode[encode.index("--out") + 1]
+
+    sample, mine, namesake = folders(), folders("--data", "mine"), folders("--data", "other/mine")
+    assert sample == "saved/quickstart/sample/feats"
+    assert re.fullmatch("saved/quickstart/mine-[0-9a-f]{8}/feats", mine)
+    assert len({sample, mine, namesake, folders("--data", "sample")}) == 4
+    assert folders("--data", str(tmp_path / "mine")) == mine  # the same data, typed otherwise
+    assert folders("--data", "mine", "--out", "out") == "out/feats"
 
 
 def test_what_cannot_work_stops_at_once(tmp_path: Path, capfd: pytest.CaptureFixture):
