@@ -6,6 +6,7 @@ figures stop being honest.
 
 import sys
 from argparse import ArgumentParser, Namespace
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from modeling import experiment as ex
 from modeling import metrics, options
 from modeling.prediction import open_runs
 from modeling.runs import Run, write_predictions
-from modeling.splits import Split
+from modeling.splits import Split, make_split
 
 
 def build_parser() -> ArgumentParser:
@@ -98,12 +99,45 @@ def labelled(ids: Sequence[str], experiment: ex.Experiment, folder: Path) -> lis
 
 def unseen_folds(ids: Sequence[str], k: int, experiment: ex.Experiment, val_ratio: float) -> list[Split]:
     """k splits: each row in the test part of exactly one. The validation part, which chooses epoch and temperature, is
-    about `val_ratio` of the other rows: a fold that did the choosing would not be unseen."""
-    folds = []
-    for fold in experiment.folds_of(ids, k):
-        inner = experiment.folds_of(fold.train, max(2, round(1 / val_ratio)))[0]
-        folds.append(replace(inner, test=fold.val))
-    return folds
+    `val_ratio` of the other rows (more where that can't hold every class): a fold that did the choosing would not be
+    unseen. Raises `UsageError` for a class too rare to be in all three parts."""
+    check_every_class_parts_in_three(ids, experiment)
+    try:
+        return [
+            replace(inner_split(fold.train, experiment, val_ratio), test=fold.val)
+            for fold in experiment.folds_of(ids, k)
+        ]
+    except UsageError:
+        tags = experiment.tags(ids)
+        if len(set(tags)) < 2:
+            raise
+        raise UsageError(
+            f"with --folds {k} some class isn't left both to learn from and to choose the epoch by, a fold's own rows "
+            f"aside; give more --folds, or leave the rarest class, {min(tags, key=tags.count)!r}, out and train again"
+        ) from None
+
+
+def inner_split(ids: Sequence[str], experiment: ex.Experiment, val_ratio: float) -> Split:
+    tags = experiment.tags(ids)
+    groups = None if experiment.group_of is None else [experiment.group_of[i] for i in ids]
+    ratio = max(val_ratio, len(set(tags)) / len(tags))
+    try:
+        return make_split(ids, tags, ratio, seed=0, groups=groups)
+    except UsageError:  # duplicates may all fall into the larger part; folds are of one size
+        return experiment.folds_of(ids, round(1 / ratio))[0]
+
+
+def check_every_class_parts_in_three(ids: Sequence[str], experiment: ex.Experiment) -> None:
+    tags, distinct = experiment.tags(ids), defaultdict(set)
+    for name, tag in zip(ids, tags, strict=True):
+        distinct[tag].add(name if experiment.group_of is None else experiment.group_of[name])
+    rarest = min(distinct, key=lambda tag: (len(distinct[tag]), tag))
+    if len(distinct) > 1 and len(distinct[rarest]) < 3:
+        raise UsageError(
+            f"class {rarest!r} has {tags.count(rarest)} training row{'s' if tags.count(rarest) > 1 else ''}, expected at "
+            "least 3 that are no duplicates: one to predict, one to learn from, one to choose the epoch by; add rows of "
+            "it, or leave it out, and train again"
+        )
 
 
 def out_of_fold(run: Run, experiment: ex.Experiment, ids: Sequence[str]) -> np.ndarray:

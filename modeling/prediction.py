@@ -5,6 +5,7 @@ import csv
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -277,8 +278,10 @@ def write_submission(path: Path, predictions: Predictions, proba: bool = False) 
                 writer.writerows(zip(*columns, strict=True))
         os.replace(unfinished, path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise UsageError(f"can't write {path} ({error.strerror}); give another file with --out") from None
+    finally:
+        with suppress(OSError):  # it isn't there, most often
+            unfinished.unlink()
 
 
 def distribution(predictions: Predictions) -> str:

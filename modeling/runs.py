@@ -9,6 +9,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -31,7 +32,7 @@ from modeling.features import FeatureSet, Ragged
 from modeling.heads import Head, HeadConfig, build_head, n_parameters
 from modeling.inputs import Preprocessing
 from modeling.metrics import softmax
-from modeling.splits import Split, save_folds
+from modeling.splits import Split, load_split, save_split
 from modeling.training import TrainConfig, predict_stack
 
 FORMAT_VERSION = 1
@@ -44,6 +45,7 @@ CONFIG, TENSORS, SPLIT, METRICS, HISTORY, PREDICTIONS = (
     "history.csv",
     "predictions_val.csv",
 )
+LONGEST_PART = 80  # bytes of the caches in a run's name; a file system takes 255 of the whole
 # What of a cache's fingerprint may differ between training and prediction: other rows, another machine. (The last two
 # follow from the dtype.)
 FREE_TO_DIFFER = ("data", "versions", "dtype", "views", "tokens", "image_dtype", "float32_blocks")
@@ -130,7 +132,6 @@ class Run:
     features: dict[str, Any]
     split: Split | list[Split]
     stacking: Stacking | None = None
-    config: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
 
     def probabilities(self, features: FeatureSet, rows: torch.Tensor | None = None) -> np.ndarray:
@@ -196,7 +197,7 @@ def save_run(
     Raises `UsageError` when the folder can't be written.
     """
     folder = Path(folder)
-    unfinished = folder / f".{name}.{socket.gethostname()}.{os.getpid()}.writing"
+    unfinished = folder / f".{socket.gethostname()}.{os.getpid()}.writing"
     try:
         _remove_leftovers(folder)
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -205,10 +206,7 @@ def save_run(
         config = _config(run, command, _sha256(unfinished / TENSORS))
         _write_json(unfinished / CONFIG, config)
         _write_json(unfinished / METRICS, metrics)
-        if isinstance(run.split, list):
-            save_folds(run.split, unfinished / SPLIT)
-        else:
-            run.split.save(unfinished / SPLIT)
+        save_split(run.split, unfinished / SPLIT)
         _write_history(unfinished / HISTORY, history)
         write_predictions(unfinished / PREDICTIONS, *predictions, run.classes)
         if exact_name:
@@ -256,13 +254,23 @@ def _under_a_free_name(unfinished: Path, wanted: Path) -> Path:
             path = wanted.with_name(f"{wanted.name}-{number}")
 
 
-def run_name(run: Run, when: float | None = None) -> str:
-    """A name that tells runs apart: time, caches, head, D, ablation, seed."""
+def run_name(run: Run, when: float | None = None, label: str | None = None) -> str:
+    """A name that tells runs apart: time, caches, head with D and ablation (or `label` in their place), seed."""
     config = run.members[0].config
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(when))
     caches = "_".join("+".join(run.features[side]) or "none" for side in ("vtype", "ttype"))
-    parts = [stamp, caches, config.head.head, f"D{config.head.D}", f"a{config.head.ablation}", f"s{config.seed}"]
-    return "_".join(parts) + (f"_x{len(run.members)}" if len(run.members) > 1 else "")
+    head = label or f"{config.head.head}_D{config.head.D}_a{config.head.ablation}"
+    count = f"_x{len(run.members)}" if len(run.members) > 1 else ""
+    return f"{stamp}_{_plain(caches)}_{head}_s{config.seed}{count}"
+
+
+def _plain(text: str) -> str:
+    """A part of a file's name: caches may lie in folders (sub/clip), and there may be many."""
+    plain = re.sub(r"[^\w+.-]+", "-", text)
+    if len(plain.encode()) <= LONGEST_PART:
+        return plain
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{plain.encode()[: LONGEST_PART - 9].decode(errors='ignore')}-{digest}"
 
 
 def _config(run: Run, command: str, sha256: str) -> dict[str, Any]:
@@ -295,7 +303,6 @@ def _config(run: Run, command: str, sha256: str) -> dict[str, Any]:
         "members": members,
         "tensors_sha256": sha256,
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
-        **run.config,
     }
 
 
@@ -360,18 +367,20 @@ def load_run(path: Path | str) -> Run:
     Raises `UsageError` when it is no run, is damaged, or of another format version.
     """
     path = Path(path)
+    if not (path / CONFIG).is_file():
+        near = ", ".join(p.name for p in list_runs(path.parent)[:5]) or "none"
+        raise UsageError(f"{path} is no run: there is no {CONFIG} in it (runs beside it: {near})")
     config = read_config(path)
     try:
         if _sha256(path / TENSORS) != config["tensors_sha256"]:
             raise UsageError(f"{path / TENSORS} is damaged (its checksum isn't the one in {CONFIG}); train again")
         tensors = load_file(path / TENSORS)
         members = [_member(k, m, tensors, len(config["classes"])) for k, m in enumerate(config["members"])]
-        split = json.loads((path / SPLIT).read_text(encoding="utf-8"))
-        splits = [Split(**s) for s in split["folds"]] if "folds" in split else Split(**split)
+        split = load_split(path / SPLIT)
         stacking = None
         if config["stacked"]:
             stacking = Stacking(tensors.pop("stacking/weight"), tensors.pop("stacking/bias"))
-        run = Run(config["classes"], members, config["features"], splits, stacking, config, path)
+        run = Run(config["classes"], members, config["features"], split, stacking, path)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]  # torch says which tensors don't fit below its first line
         raise UsageError(f"{path} is damaged ({reason}); train again") from None
@@ -406,14 +415,22 @@ def read_config(path: Path) -> dict[str, Any]:
     """A run's config.json. Raises `UsageError` when it isn't there or isn't that."""
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = ", ".join(p.name for p in list_runs(path.parent)[:5]) or "none"
-        raise UsageError(f"{path} is no run: there is no {CONFIG} in it (runs beside it: {near})") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path / CONFIG} can't be read ({first_line(error)}); train again") from None
     if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
         raise UsageError(f"{path / CONFIG} isn't of format version {FORMAT_VERSION}; train again with this version")
     return config
+
+
+def is_whole(path: Path) -> bool:
+    """Whether there is a run with all its files; they aren't checked beyond the config's format version."""
+    if not all((path / name).is_file() for name in (CONFIG, TENSORS, SPLIT, METRICS, HISTORY, PREDICTIONS)):
+        return False
+    try:
+        read_config(path)
+    except UsageError:
+        return False
+    return True
 
 
 def read_metrics(path: Path) -> dict[str, Any]:

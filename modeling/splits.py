@@ -9,7 +9,6 @@ scikit-learn's StratifiedGroupKFold, whose folds are multiples of 1/k and vary i
 import csv
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -40,30 +39,18 @@ class Split:
         gone = set(ids)
         return Split(*([i for i in getattr(self, part) if i not in gone] for part in PARTS), how=self.how)
 
-    def save(self, path: Path | str) -> None:
-        """Write as JSON; `load_split` and `read_split_file` read it. The file appears only when it is whole."""
-        _write(Path(path), vars(self))
 
-
-def save_folds(splits: Sequence[Split], path: Path | str) -> None:
-    """Write several splits of the same rows as one JSON, as `Split.save` writes one."""
-    _write(Path(path), {"folds": [vars(split) for split in splits]})
-
-
-def load_split(path: Path | str) -> Split:
-    """Read what `Split.save` wrote. Raises `UsageError` when it is missing or isn't that."""
-    path = Path(path)
-    (parts,) = _read_json(path)
-    _check_disjoint(parts, str(path))
-    how = json.loads(path.read_text(encoding="utf-8")).get("how", {})
-    return Split(*(parts.get(part, []) for part in PARTS), how=how)
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    unfinished = path.with_name(path.name + ".writing")
+def save_split(split: Split | Sequence[Split], path: Path | str) -> None:
+    """Write a split, or several of the same rows, as JSON that `load_split` and `read_split_file` read."""
+    content = vars(split) if isinstance(split, Split) else {"folds": [vars(fold) for fold in split]}
     # On one line: with an indent Python's encoder takes seven times as long, a second for a million ids.
-    unfinished.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    Path(path).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_split(path: Path | str) -> Split | list[Split]:
+    """What `save_split` wrote. Raises `OSError`, and `ValueError` or `TypeError` for anything else."""
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    return [Split(**fold) for fold in content["folds"]] if "folds" in content else Split(**content)
 
 
 # -- making splits ----------------------------------------------------------------------------------------------

@@ -165,12 +165,65 @@ def test_duplicates_fall_as_in_the_run(duplicates: str, tmp_path: Path):
     assert share > 0.55 if duplicates == "together" else share < 0.45
 
 
+def test_a_rare_class_costs_no_training_rows(tmp_path: Path):
+    random_cache(tmp_path / "feats", [*["a", "b"] * 58, *["c"] * 4])
+    path = train(tmp_path / "feats", tmp_path)
+    ids = split_of(path)["train"]
+    experiment = ex.experiment_of_run(load_run(path), None, "cpu")
+    assert len(ids) == 108 and experiment.tags(ids).count("c") == 3
+    folds = bad_cases.unseen_folds(ids, 5, experiment, 0.1)
+    assert [(len(f.train), len(f.val), len(f.test)) for f in folds] == [(65, 7, 36)] * 3
+    assert all("c" in experiment.tags(part) for f in folds for part in (f.train, f.val, f.test))
+    assert export(tmp_path) == 0
+
+
+def test_of_few_rows(tmp_path: Path):
+    """The run's share of the other rows may be too few to hold every class: then it is one of each."""
+    random_cache(tmp_path / "feats", make_tags(30))
+    path = train(tmp_path / "feats", tmp_path)
+    experiment = ex.experiment_of_run(load_run(path), None, "cpu")
+    assert {len(f.val) for f in bad_cases.unseen_folds(split_of(path)["train"], 5, experiment, 0.1)} == {3}
+    assert export(tmp_path) == 0
+
+
+@pytest.mark.parametrize("twins", [False, True])
+def test_a_class_too_rare_to_part_in_three(twins: bool, tmp_path: Path, capsys: pytest.CaptureFixture):
+    rare = 6 if twins else 3  # of which a pair or one is validated
+    random_cache(tmp_path / "feats", [*["a", "a", "b", "b"] * 28, *["c"] * rare], twins=twins)
+    path = train(tmp_path / "feats", tmp_path, "--val-ratio", "0.4" if twins else "0.1")
+    line = refused(capsys, tmp_path)
+    assert f"class 'c' has {4 if twins else 2} training rows, expected at least 3 that are no duplicates" in line
+    assert "one to choose the epoch by" in line and "kernel" not in line and not (path / "bad_cases.csv").exists()
+
+
+def test_a_rare_class_of_duplicates(tmp_path: Path):
+    """All of its pairs would fall into the larger part of an uneven split."""
+    random_cache(tmp_path / "feats", [*["a", "a", "b", "b"] * 28, *["c"] * 12], twins=True)
+    train(tmp_path / "feats", tmp_path)
+    assert export(tmp_path) == 0
+
+
+def test_too_few_folds_for_a_rare_class(tmp_path: Path, capsys: pytest.CaptureFixture):
+    random_cache(tmp_path / "feats", [*["a", "b"] * 58, *["c"] * 4])
+    train(tmp_path / "feats", tmp_path)
+    assert "with --folds 2 some class isn't left" in refused(capsys, tmp_path, "--folds", "2")
+
+
 def test_a_run_by_name(feats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = train(feats, tmp_path / "runs")
     newest = train(feats, tmp_path / "runs", "--seed", "1")
     monkeypatch.chdir(tmp_path)
     assert bad_cases.main(["--runs", "runs", "--run", path.name]) == 0
     assert (path / "bad_cases.csv").is_file() and not (newest / "bad_cases.csv").exists()
+
+
+def test_a_cache_in_a_folder(feats: Path, tmp_path: Path):
+    home = tmp_path / "feats"
+    shutil.copytree(feats, home)
+    (home / "sub").mkdir()
+    (home / "clip_train.h5").rename(home / "sub" / "clip_train.h5")
+    path = train(home, tmp_path, "--vtype", "sub/clip", "--norm", "standard")
+    assert bad_cases.main(["--run", str(path)]) == 0
 
 
 def test_labels_that_are_gone(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -499,6 +499,23 @@ def test_a_file_that_cant_be_written(home: Path, capsys: pytest.CaptureFixture):
     (home / "taken").mkdir()
     assert "give another file with --out" in refused(capsys, infer(home, "--out", str(home / "taken")))
     assert not list(home.glob(".taken*"))
+    (home / "file").write_text("kept")
+    line = refused(capsys, infer(home, "--out", str(home / "file" / "below.csv")))
+    assert "give another file with --out" in line and (home / "file").read_text() == "kept"
+
+
+def test_an_interruption_leaves_nothing_half_written(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    class Interrupting:
+        def writerow(self, row: object) -> None:
+            raise KeyboardInterrupt
+
+    before = sorted(home.iterdir())
+    monkeypatch.setattr(csv, "writer", lambda *args, **options: Interrupting())
+    assert infer(home, "--out", str(home / "x.csv")) == 130
+    assert "interrupted: nothing was written" in capsys.readouterr().err
+    assert sorted(home.iterdir()) == before
 
 
 # -- raw pairs --------------------------------------------------------------------------------------------------

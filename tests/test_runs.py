@@ -25,7 +25,18 @@ from modeling import experiment as ex
 from modeling.features import FeatureSet, Normalizer, load_features
 from modeling.heads import HEADS
 from modeling.metrics import softmax
-from modeling.runs import Run, list_runs, load_run, newest_run, read_predictions, run_name, save_run, write_predictions
+from modeling.runs import (
+    Run,
+    is_whole,
+    list_runs,
+    load_run,
+    newest_run,
+    read_config,
+    read_predictions,
+    run_name,
+    save_run,
+    write_predictions,
+)
 
 SHORT = ["--ep", "2", "--D", "8", "--bs", "16"]
 
@@ -101,6 +112,19 @@ def test_folds_come_back(feats: Path, tmp_path: Path):
     assert back.split == run.split and len(back.split) == 3 and [m.fold for m in back.members] == [1, 2, 3]
     mean = np.mean([softmax(m.logits(features) / m.temperature) for m in back.members], axis=0)
     np.testing.assert_allclose(back.probabilities(features), mean, atol=1e-12)
+
+
+def test_a_loaded_run_is_saved_as_what_it_has_become(saved: Path, made: tuple[Run, FeatureSet, ex.Report]):
+    loaded = load_run(saved)
+    (member,) = loaded.members
+    with torch.no_grad():
+        next(member.head.parameters()).mul_(2)
+    changed = replace(loaded, features={**loaded.features, "folder": "elsewhere"})
+    again = load_run(save(changed, made[2], saved.parent, command="another"))
+    config, before = read_config(again.path), read_config(saved)
+    assert (config["command"], config["features"]["folder"]) == ("another", "elsewhere")
+    assert config["tensors_sha256"] != before["tensors_sha256"] and config["created"] > before["created"]
+    assert np.array_equal(again.probabilities(made[1]), loaded.probabilities(made[1]))
 
 
 def test_a_stacked_ensemble_comes_back(feats: Path, tmp_path: Path):
@@ -332,17 +356,30 @@ def test_what_is_no_run_names_those_beside_it(saved: Path):
         load_run(saved.parent / "nowhere" / "typo")
 
 
+def test_whole_or_not_without_a_look_at_the_neighbours(saved: Path, monkeypatch: pytest.MonkeyPatch):
+    """A sweep asks for each of its runs, among thousands."""
+    monkeypatch.setattr(runs, "list_runs", lambda folder: pytest.fail("the whole folder was read"))
+    assert is_whole(saved)
+    assert not is_whole(saved.parent / "typo")
+    for path in list(saved.iterdir()):
+        path.rename(saved.parent / "aside")
+        assert not is_whole(saved), path.name
+        (saved.parent / "aside").rename(path)
+    (saved / "config.json").write_text("{")
+    assert not is_whole(saved)
+
+
 # -- names, and which is the newest -----------------------------------------------------------------------------
 
 
 def test_names_never_collide(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
     run, _, report = made
     (tmp_path / "run-3").write_text("a file of that name")
-    paths = [save(replace(run, config={"number": i}), report, tmp_path) for i in range(4)]
+    paths = [save(run, report, tmp_path, command=f"number {i}") for i in range(4)]
     assert [p.name for p in paths] == ["run", "run-2", "run-4", "run-5"]
-    assert [load_run(p).config["number"] for p in paths] == [0, 1, 2, 3]
-    again = save(replace(run, config={"number": 9}), report, tmp_path, exact_name=True)
-    assert again == paths[0] and load_run(again).config["number"] == 9
+    assert [read_config(p)["command"] for p in paths] == [f"number {i}" for i in range(4)]
+    again = save(run, report, tmp_path, command="number 9", exact_name=True)
+    assert again == paths[0] and read_config(again)["command"] == "number 9"
     assert not list(tmp_path.glob(".*"))
 
 
@@ -351,7 +388,7 @@ def test_processes_that_save_at_once_each_keep_their_run(made: tuple[Run, Featur
 
     def work(number: int) -> None:
         for i in range(6):
-            save(replace(run, config={"number": 10 * number + i}), report, tmp_path)
+            save(run, report, tmp_path, command=str(10 * number + i))
 
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=work, args=(number,)) for number in range(4)]
@@ -360,7 +397,7 @@ def test_processes_that_save_at_once_each_keep_their_run(made: tuple[Run, Featur
     for process in processes:
         process.join()
     assert [p.exitcode for p in processes] == [0] * 4
-    found = sorted(load_run(p).config["number"] for p in list_runs(tmp_path))
+    found = sorted(int(read_config(load_run(p).path)["command"]) for p in list_runs(tmp_path))
     assert found == sorted(10 * number + i for number in range(4) for i in range(6))
     assert len(list(tmp_path.iterdir())) == 24
 
@@ -379,6 +416,28 @@ def test_names_tell_runs_apart(made: tuple[Run, FeatureSet, ex.Report]):
     assert len({run_name(each, 0) for each in [run, *others]}) == 7
     assert run_name(run, 0) != run_name(run, 1) and run_name(run, 0) == run_name(run, 0.4)
     assert run_name(run, 0).endswith("_clip_clip+vader_fusion_D8_a0_s42")
+
+
+def test_a_label_takes_the_place_of_the_head(made: tuple[Run, FeatureSet, ex.Report]):
+    assert run_name(made[0], 0, label="auto").endswith("_clip_clip+vader_auto_s42")
+
+
+def test_caches_in_folders_and_many_of_them(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+    run, _, report = made
+
+    def reading(*names: str) -> Run:
+        return replace(run, features={**run.features, "vtype": list(names), "ttype": []})
+
+    many = [f"кэш-{k}" for k in range(100)]
+    odd = [reading("sub/clip"), reading(*many), reading(*many, "clip"), reading("../a b:c")]
+    names = [run_name(each, 0) for each in odd]
+    assert len(set(names)) == 4 and "_sub-clip_none_fusion_" in names[0] and "кэш-0+кэш-1+" in names[1]
+    for each, name in zip(odd, names, strict=True):
+        path = save(each, report, tmp_path / "runs", name)
+        assert path == tmp_path / "runs" / name and load_run(path).features == each.features
+    with pytest.raises(UsageError, match="can't write the run"):
+        save(run, report, tmp_path / "runs", "no/such/folder")
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(names)
 
 
 def test_the_newest_is_the_last_created_and_whole(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
