@@ -31,6 +31,7 @@ LINEAR_COLUMNS = 2048  # logistic regression to its optimum takes time with the 
 # share in squared distances is a tenth of theirs.
 FEW_COLUMNS, FEW_COLUMNS_SCALE = 16, 0.1**0.5
 STACKING_C = 0.1
+HELD_OUT_FOLDS, EPOCH_FOLDS = 5, 10  # of heads trained by gradient descent
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,16 @@ class Candidate:
         return self.config.head.head, " + ".join(named)
 
 
+def searches(experiment: Experiment) -> list[list[str]]:
+    """The training ids of each search: of every split, and after folds of all of them together, with what they validate."""
+    splits = experiment.splits
+    everything = sorted({i for split in splits for i in (*split.train, *split.val)})
+    return [split.train for split in splits] + ([everything] if len(splits) > 1 else [])
+
+
 def most_rows(experiment: Experiment) -> int:
-    """Of the largest search: on the training rows, after folds on all rows."""
-    first = experiment.splits[0]
-    return len(first.train) + (len(first.val) if len(experiment.splits) > 1 else 0)
+    """Of the largest search."""
+    return max(map(len, searches(experiment)))
 
 
 def default_heads(n_rows: int, n_columns: int) -> tuple[str, ...]:
@@ -88,23 +95,33 @@ def candidates(experiment: Experiment, configs: Sequence[TrainConfig]) -> list[C
 
 @dataclass(frozen=True)
 class Searched:
-    """The ensemble found on one split's training rows, and how each candidate did on them, held out."""
+    """The ensemble found on some rows, how each candidate did on them, held out, and the epochs of its members."""
 
     members: list[Member]
     stacking: Stacking
     table: list[dict[str, Any]]
+    history: list[dict[str, Any]]
 
 
-def search(experiment: Experiment, split: Split, configs: Sequence[TrainConfig], bar: tqdm) -> Searched:
-    """Fit every candidate on `split.train`, choose by held-out log-loss, stack the best of each family."""
-    labels = experiment.labels(split.train)
-    best: dict[tuple[str, str], tuple[list[Member], np.ndarray, dict[str, Any]]] = {}
+@dataclass(frozen=True)
+class _Fitted:
+    """A candidate's members, each one's epochs (none in closed form), and its held-out logits (n, C) of the rows."""
+
+    members: list[Member]
+    histories: list[list[dict[str, Any]]]
+    held_out: np.ndarray
+
+
+def search(experiment: Experiment, ids: Sequence[str], configs: Sequence[TrainConfig], bar: tqdm) -> Searched:
+    """Fit every candidate on the rows `ids`, choose by held-out log-loss, stack the best of each family."""
+    labels = experiment.labels(ids)
+    best: dict[tuple[str, str], tuple[_Fitted, dict[str, Any]]] = {}
     table = []
     for candidate in candidates(experiment, configs):
-        members, held_out = _fit(experiment, split, candidate)
-        probabilities = metrics.softmax(held_out)
+        fitted = _fit(experiment, ids, candidate)
+        probabilities = metrics.softmax(fitted.held_out)
         figures = metrics.scores(metrics.confusion_matrix(labels, probabilities.argmax(1), len(experiment.classes)))
-        facts = members[0].facts
+        facts = fitted.members[0].facts
         row = {
             "head": candidate.family[0],
             "caches": candidate.family[1],
@@ -115,23 +132,27 @@ def search(experiment: Experiment, split: Split, configs: Sequence[TrainConfig],
             "stacked": "",
         }
         table.append(row)
-        if candidate.family not in best or row["log_loss"] < best[candidate.family][2]["log_loss"]:
-            best[candidate.family] = members, held_out, row
+        if candidate.family not in best or row["log_loss"] < best[candidate.family][1]["log_loss"]:
+            best[candidate.family] = fitted, row
         bar.update()
-    opinions = np.concatenate([opinion(held_out) for _, held_out, _ in best.values()], 1)
-    fitted = fit_logistic(torch.from_numpy(opinions), torch.from_numpy(labels), len(experiment.classes), [STACKING_C])[
-        0
-    ]
-    for group, (members, _, row) in enumerate(best.values()):
+    opinions = torch.from_numpy(np.concatenate([opinion(fitted.held_out) for fitted, _ in best.values()], 1))
+    [stack] = fit_logistic(opinions, torch.from_numpy(labels), len(experiment.classes), [STACKING_C])
+    members, history = [], []
+    for group, (fitted, row) in enumerate(best.values()):
         row["stacked"] = "yes"
-        best[row["head"], row["caches"]] = [replace(m, group=group) for m in members], None, row
-    members = [m for of_family, _, _ in best.values() for m in of_family]
-    return Searched(members, Stacking(fitted.weight, fitted.bias), table)
+        held_out = {"epoch": 1, "val_loss": row["log_loss"], **{name: row[name] for name in metrics.AVERAGES}}
+        for member, epochs in zip(fitted.members, fitted.histories, strict=True):
+            history += [
+                {"member": len(members), "head": row["head"], "caches": row["caches"], **e}
+                for e in epochs or [held_out]
+            ]
+            members.append(replace(member, group=group))
+    return Searched(members, Stacking(stack.weight, stack.bias), table, history)
 
 
-def _fit(experiment: Experiment, split: Split, candidate: Candidate) -> tuple[list[Member], np.ndarray]:
-    """The candidate's members, and its held-out logits (n, C) of the training rows. A closed-form head is fitted on all
-    of them; of one trained by gradient descent, the heads of the inner folds are the members."""
+def _fit(experiment: Experiment, ids: Sequence[str], candidate: Candidate) -> _Fitted:
+    """A closed-form head is fitted on all rows. Of one trained by gradient descent, the heads of inner folds are the
+    members; their epoch is chosen on a share of the other rows, as the fold itself would no longer be held out."""
     features = replace(
         experiment.features,
         views={} if not candidate.caches["image"] else experiment.features.views,
@@ -141,18 +162,20 @@ def _fit(experiment: Experiment, split: Split, candidate: Candidate) -> tuple[li
         },
     )
     part = replace(experiment, features=features, **_preparation(candidate, features))
-    if HEADS[candidate.config.head.head].solver != "sgd":
-        problem, preprocessing = part.problem(split, [candidate.config.head.head])
+    head = candidate.config.head.head
+    if HEADS[head].solver != "sgd":
+        problem, preprocessing = part.problem(Split(train=list(ids), val=[]), [head])
         trained = _trained(candidate.config, problem)
-        return [_member(trained, preprocessing)], trained.held_out
-    members, held_out = [], np.zeros((len(split.train), len(experiment.classes)))
-    row_of = {name: row for row, name in enumerate(split.train)}
-    for fold in experiment.folds_of(split.train, 5):
-        problem, preprocessing = part.problem(fold, [candidate.config.head.head])
+        return _Fitted([_member(trained, preprocessing)], [[]], trained.held_out)
+    members, histories, held_out = [], [], np.zeros((len(ids), len(experiment.classes)))
+    row_of = {name: row for row, name in enumerate(ids)}
+    for fold in experiment.folds_of(ids, HELD_OUT_FOLDS):
+        problem, preprocessing = part.problem(experiment.folds_of(fold.train, EPOCH_FOLDS)[0], [head])
         trained = _trained(candidate.config, problem)
-        held_out[[row_of[name] for name in fold.val]] = trained.val_logits
         members.append(_member(trained, preprocessing))
-    return members, held_out
+        histories.append(trained.history)
+        held_out[[row_of[i] for i in fold.val]] = members[-1].logits(features, features.positions(fold.val))
+    return _Fitted(members, histories, held_out)
 
 
 def _trained(config: TrainConfig, problem: Problem) -> Trained:
@@ -182,21 +205,19 @@ def _preparation(candidate: Candidate, features: Any) -> dict[str, Any]:
     return {"norms": norms, "scales": scales}
 
 
-def auto(experiment: Experiment, configs: Sequence[TrainConfig]) -> tuple[Run, np.ndarray, list[dict[str, Any]]]:
-    """The run of an automatic search, the probabilities (n, C) of the validation rows of all splits, and the table of
-    candidates.
+def auto(experiment: Experiment, configs: Sequence[TrainConfig]) -> tuple[Run, np.ndarray, Searched]:
+    """The run of an automatic search, the probabilities (n, C) of the validation rows of all splits, and the search the
+    run comes from.
 
     With one split, the run is what its training rows gave. With folds, each fold's rows are predicted by a search that
     never saw them (nested cross-validation), and the run is a last search on all rows.
     """
-    splits = experiment.splits
-    everything = [i for split in splits for i in split.val]
-    rounds = list(splits) if len(splits) == 1 else [*splits, Split(train=sorted(everything), val=splits[0].val)]
+    splits, rounds = experiment.splits, searches(experiment)
     probabilities = []
     at_home = experiment.features.to("cpu")
     with tqdm(total=len(rounds) * len(candidates(experiment, configs)), desc="search", unit="fit", disable=None) as bar:
-        for number, split in enumerate(rounds):
-            found = search(experiment, split, configs, bar)
+        for number, ids in enumerate(rounds):
+            found = search(experiment, ids, configs, bar)
             run = Run(
                 experiment.classes,
                 found.members,
@@ -205,5 +226,5 @@ def auto(experiment: Experiment, configs: Sequence[TrainConfig]) -> tuple[Run, n
                 found.stacking,
             )
             if number < len(splits):
-                probabilities.append(run.probabilities(at_home, experiment.features.positions(split.val)))
-    return run, np.concatenate(probabilities), found.table
+                probabilities.append(run.probabilities(at_home, experiment.features.positions(splits[number].val)))
+    return run, np.concatenate(probabilities), found

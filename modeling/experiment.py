@@ -1,7 +1,8 @@
 """What lies between the options and a saved run: load, split, train, measure. Scripts compose these steps."""
 
+import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from feats.acceleration import resolve_device
 from feats.errors import UsageError
 from feats.store import FeatureStore
 from modeling import metrics
-from modeling.features import NORMS, FeatureSet, load_features, with_known_duplicates
-from modeling.heads import HEADS, n_parameters
-from modeling.inputs import Preprocessing
+from modeling.features import DATASETS, NORMS, FeatureSet, load_features, with_known_duplicates
+from modeling.heads import HEADS, SIDES, n_parameters
+from modeling.inputs import TOKENS, Preprocessing
 from modeling.options import named_values, reads
 from modeling.runs import Member, Run
 from modeling.splits import Split, duplicate_groups, make_folds, make_split, read_split_file
@@ -29,10 +30,10 @@ TEMPERATURES = (0.1, 10.0)  # a validation set of a few rows can be fitted perfe
 
 @dataclass(frozen=True)
 class Experiment:
-    """The labelled rows of joined caches, their splits, and how features are made from them."""
+    """The rows of joined caches, their splits, and how features are made from them."""
 
     features: FeatureSet
-    classes: list[str]
+    classes: list[str]  # of the rows in the splits; others may have others
     splits: list[Split]
     group_of: dict[str, int] | None  # duplicate group of each labelled row; None when duplicates may part
     norms: dict[str, str]
@@ -44,7 +45,9 @@ class Experiment:
         """One split, ready for training `heads` on it, and the preprocessing fitted on its training rows."""
         train, val = (self.features.positions(ids).to(self.device) for ids in (split.train, split.val))
         preprocessing = Preprocessing.fit(self.features, train, self.norms, self.scales)
-        labels = self.features.targets(self.classes).to(self.device)
+        labels = torch.full((len(self.features),), -1, device=self.device)
+        for ids, rows in ((split.train, train), (split.val, val)):
+            labels[rows] = torch.from_numpy(self.labels(ids)).to(self.device)
         closed_form = sorted(head for head in heads if HEADS[head].solver != "sgd")
         if closed_form and (lacking := set(self.classes) - set(self.tags(split.train))):
             raise UsageError(
@@ -86,8 +89,15 @@ class Experiment:
         return [self.features.tags[row] for row in self.features.positions(ids).tolist()]
 
     def labels(self, ids: Sequence[str]) -> np.ndarray:
-        """(len(ids),) int64, positions in `classes`."""
-        return np.array([self.classes.index(tag) for tag in self.tags(ids)], np.int64)
+        """(len(ids),) int64, positions in `classes`. Raises `UsageError` for a label that is none of them: it must not
+        become one of them."""
+        number, tags = {name: k for k, name in enumerate(self.classes)}, self.tags(ids)
+        foreign = sorted({tag or "(none)" for tag in tags if tag not in number})
+        if foreign:
+            raise UsageError(
+                f"labels {', '.join(foreign)} in the data, expected {', '.join(self.classes)}; train again"
+            )
+        return np.array([number[tag] for tag in tags], np.int64)
 
     def class_counts(self, ids: Iterable[str]) -> dict[str, int]:
         """How many of the rows are of each class."""
@@ -111,12 +121,11 @@ def load_experiment(args: Namespace, values: Mapping[str, Any], heads: Sequence[
     Raises `UsageError` for whatever doesn't fit.
     """
     device = resolve_device(args.device)
-    vtypes, ttypes = args.vtype, text_caches(args.feats, args.vtype, args.ttype)
+    vtypes, ttypes = named_caches(args)
     tokens = any(HEADS[head].tokens or HEADS[head].optional_tokens for head in heads)
     features = load_features(args.feats, "train", vtypes, ttypes, tokens=tokens)
-    for head in heads:
-        for side in HEADS[head].tokens:
-            features.require_tokens(side)
+    ablations = np.atleast_1d(values.get("ablation", 0)).tolist()  # a grid's are several
+    features = with_fitting_tokens(features, heads, {side for ablation in ablations for side in SIDES[ablation]})
     print(features.describe())
     if args.duplicates == "together":
         features, told_by = with_known_duplicates(features, args.feats)
@@ -124,9 +133,10 @@ def load_experiment(args: Namespace, values: Mapping[str, Any], heads: Sequence[
             print(f"duplicates are also told by {', '.join(told_by)}")
     source = {"folder": str(args.feats), "vtype": vtypes, "ttype": ttypes, "fingerprints": features.fingerprints}
     splits, group_of = make_splits(features, args, values)
+    classes, splits = known_classes(features, splits)
     return Experiment(
         features.to(device),
-        features.classes,
+        classes,
         splits,
         group_of,
         named_norms(args.norm or ["none"], [*vtypes, *ttypes]),
@@ -156,30 +166,71 @@ def experiment_of_run(run: Run, folder: Path | None, device: torch.device) -> Ex
         run.classes,
         splits,
         group_of,
-        {key.split("/")[1]: kind for key, kind in first.kinds.items()},
+        {key.partition("/")[2]: kind for key, kind in first.kinds.items()},
         first.scales,
         device,
         source,
     )
 
 
-def text_caches(folder: Path, vtypes: Sequence[str], ttypes: Sequence[str] | None) -> list[str]:
-    """The caches of the text side: those named, else those of the image side that have one."""
-    if ttypes is not None:
-        return list(ttypes)
+def named_caches(args: Namespace) -> tuple[list[str], list[str]]:
+    """The caches of the image side and of the text side. With --ttype alone there is no image side; without it the text
+    side comes from the image side's caches that have one; without both they are CLIP's."""
+    if args.vtype is None:
+        vtypes = [] if args.ttype else ["clip"]
+    else:
+        vtypes = args.vtype
+    if args.ttype is not None:
+        return vtypes, args.ttype
     found = []
     for name in vtypes:
-        path = folder / f"{name}_train.h5"
+        path = args.feats / f"{name}_train.h5"
         if path.is_file():  # what is missing is said when it is loaded
             with FeatureStore.open(path) as store:
                 found += [name] if "txt_feats" in store.features else []
-    return found
+    return vtypes, found
+
+
+def with_fitting_tokens(features: FeatureSet, heads: Sequence[str], sides: Collection[str]) -> FeatureSet:
+    """The features without the tokens of a side of which several caches have some, where `heads` can do without.
+
+    Raises `UsageError` when a head needs tokens of one of `sides` and no cache of that side has them."""
+    needed = {side for head in heads for side in HEADS[head].tokens if side in sides}
+    for side in DATASETS:
+        owners = getattr(features, TOKENS[side])
+        if side in needed and getattr(features, side):  # without any cache the head is trained on the other side alone
+            features.require_tokens(side)
+        elif len(owners) > 1:
+            print(
+                f"note: {', '.join(owners)} all hold {side} tokens, none are used; name one such cache to use its own"
+            )
+            features = replace(features, **{TOKENS[side]: {}})
+    return features
+
+
+def known_classes(features: FeatureSet, splits: Sequence[Split]) -> tuple[list[str], list[Split]]:
+    """The classes of the training and validation rows, and the splits less the test rows of others, which nothing could
+    predict; a warning counts these."""
+    tag_of = dict(zip(features.ids, features.tags, strict=True))
+    classes = {tag_of[i] for split in splits for i in (*split.train, *split.val)}
+    foreign = [i for split in splits for i in split.test if tag_of[i] not in classes]
+    if foreign:
+        print(
+            f"warning: {len(foreign)} test rows are of classes that no training or validation row has "
+            f"({', '.join(sorted({tag_of[i] for i in foreign}))}): left out",
+            file=sys.stderr,
+        )
+    return sorted(classes), [split.without(foreign) for split in splits]
 
 
 def make_splits(
     features: FeatureSet, args: Namespace, values: Mapping[str, Any]
 ) -> tuple[list[Split], dict[str, int] | None]:
     """The splits of the labelled rows, quarantined ones included while dealing: the same for every choice of caches."""
+
+    def given(**names: str) -> dict[str, Any]:
+        return {parameter: values[option] for option, parameter in names.items() if option in values}
+
     dataset = features.dataset
     labelled = [row for row, tag in enumerate(dataset.tags) if tag]
     ids, tags = [dataset.ids[row] for row in labelled], [dataset.tags[row] for row in labelled]
@@ -193,10 +244,10 @@ def make_splits(
         known = set(ids)  # without a label there is nothing to test
         splits = [replace(split, test=[i for i in split.test if i in known]) for split in splits]
     elif args.folds:
-        splits = make_folds(ids, tags, args.folds, values.get("split_seed", 42), groups)
+        splits = make_folds(ids, tags, args.folds, groups=groups, **given(split_seed="seed"))
     else:
-        ratios = {name: values[name] for name in ("val_ratio", "test_ratio") if name in values}
-        splits = [make_split(ids, tags, seed=values.get("split_seed", 42), groups=groups, **ratios)]
+        how = given(split_seed="seed", val_ratio="val_ratio", test_ratio="test_ratio")
+        splits = [make_split(ids, tags, groups=groups, **how)]
     group_of = None if groups is None else dict(zip(ids, groups.tolist(), strict=True))
     splits = [split.without(features.left_out) for split in splits]
     for split in splits:
@@ -303,7 +354,7 @@ def outcome(
     return Outcome(member, split, trained)
 
 
-def make_run(outcomes: Sequence[Outcome], experiment: Experiment, config: Mapping[str, Any] | None = None) -> Run:
+def make_run(outcomes: Sequence[Outcome], experiment: Experiment) -> Run:
     """The ensemble of all outcomes, equally weighted."""
     members = [o.member for o in outcomes]
     return Run(
@@ -311,14 +362,13 @@ def make_run(outcomes: Sequence[Outcome], experiment: Experiment, config: Mappin
         members,
         needed_caches(members, experiment.source),
         experiment.splits if len(experiment.splits) > 1 else experiment.splits[0],
-        config=dict(config or {}),
     )
 
 
 def needed_caches(members: Sequence[Member], source: Mapping[str, Any]) -> dict[str, Any]:
     """`source` without the caches that no member reads."""
     read = {side: {c for m in members for c in m.preprocessing.caches[side]} for side in ("image", "text")}
-    tokens = any("tokens" in key for m in members for key in m.preprocessing.normalizers)
+    tokens = any(key.split("/")[0] in TOKENS.values() for m in members for key in m.preprocessing.normalizers)
     kept = {"vtype": "image", "ttype": "text"}
     kept = {option: [name for name in source[option] if name in read[side]] for option, side in kept.items()}
     used = {name for names in kept.values() for name in names}
@@ -369,8 +419,10 @@ def report_of(experiment: Experiment, run: Run, calibrated: np.ndarray, raw: np.
     if len(experiment.splits) == 1 and experiment.splits[0].test:
         test = experiment.splits[0].test
         features, rows = experiment.features.to("cpu"), experiment.features.positions(test)
-        raw_test = np.mean([metrics.softmax(m.logits(features, rows)) for m in run.members], axis=0)
-        figures["test"] = _figures(experiment, test, raw_test, run.probabilities(features, rows), majority)
+        final = raw_test = run.probabilities(features, rows)
+        if run.stacking is None:  # what stacks the members also calibrates them
+            raw_test = np.mean([metrics.softmax(m.logits(features, rows)) for m in run.members], axis=0)
+        figures["test"] = _figures(experiment, test, raw_test, final, majority)
     figures["protocol"] = protocol(experiment)
     figures["training_rows"] = experiment.class_counts({i for split in experiment.splits for i in split.train})
     return Report(ids, experiment.tags(ids), calibrated, figures, [])

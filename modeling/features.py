@@ -101,22 +101,6 @@ class FeatureSet:
         """{"image": {cache: Dv}, "text": {cache: Dt}}."""
         return {side: {name: x.shape[1] for name, x in getattr(self, side).items()} for side in DATASETS}
 
-    @property
-    def classes(self) -> list[str]:
-        """The labels there are, sorted; '' is none."""
-        return sorted(set(self.tags) - {""})
-
-    def targets(self, classes: Sequence[str]) -> torch.Tensor:
-        """Positions of the tags in `classes`, (N,) int64; -1 where the tag is unknown.
-
-        Raises `UsageError` for a tag that is none of them: it must not become one of them.
-        """
-        number = {"": -1} | {name: k for k, name in enumerate(classes)}
-        foreign = sorted(set(self.tags) - number.keys())
-        if foreign:
-            raise UsageError(f"labels {', '.join(foreign)} in the {self.split} data; expected {', '.join(classes)}")
-        return torch.tensor([number[tag] for tag in self.tags], dtype=torch.int64)
-
     def positions(self, ids: Sequence[str]) -> torch.Tensor:
         """Row numbers of `ids`, (len(ids),) int64. Raises `UsageError` naming those that aren't here, and why."""
         absent = [i for i in ids if i not in self._position]
@@ -167,16 +151,15 @@ def load_features(
     *,
     views: bool = True,
     tokens: bool = False,
-    allow_incomplete: bool = False,
 ) -> FeatureSet:
     """Join the caches `<folder>/<name>_<split>.h5` by id: `vtypes` give the image side, `ttypes` the text side.
 
     `views` also reads augmented views where a cache has them, `tokens` token features. Memory beyond the result is
-    one chunk. Rows in quarantine in any cache are left out (with `allow_incomplete` those not encoded yet, too).
+    one chunk. Rows in quarantine in any cache are left out.
     Raises `UsageError` for a missing or incomplete cache, one without the asked side, caches of different data (other
     ids, texts, pictures or labels), values that aren't finite, and no row in common.
     """
-    with _join(folder, split, vtypes, ttypes, allow_incomplete) as join:
+    with _join(folder, split, vtypes, ttypes) as join:
         return join.read(join.kept, views, tokens)
 
 
@@ -189,10 +172,9 @@ def iter_features(
     block_rows: int = BLOCK_ROWS,
     views: bool = False,
     tokens: bool = False,
-    allow_incomplete: bool = False,
 ) -> Iterator[FeatureSet]:
     """`load_features` in blocks of `block_rows` rows, in order, for caches that are larger than memory."""
-    with _join(folder, split, vtypes, ttypes, allow_incomplete) as join:
+    with _join(folder, split, vtypes, ttypes) as join:
         for low in range(0, len(join.kept), block_rows):
             yield join.read(join.kept[low : low + block_rows], views, tokens)
 
@@ -280,9 +262,7 @@ class _Join:
 
 
 @contextmanager
-def _join(
-    folder: Path | str, split: str, vtypes: Sequence[str], ttypes: Sequence[str], allow_incomplete: bool
-) -> Iterator[_Join]:
+def _join(folder: Path | str, split: str, vtypes: Sequence[str], ttypes: Sequence[str]) -> Iterator[_Join]:
     folder, sides = Path(folder), {"image": list(vtypes), "text": list(ttypes)}
     if not any(sides.values()):
         raise UsageError("no cache was named; give --vtype, --ttype or both")
@@ -295,7 +275,7 @@ def _join(
         for name in dict.fromkeys([*vtypes, *ttypes]):
             caches[name] = stack.enter_context(FeatureStore.open(_path(folder, split, name)))
             pending = int((caches[name].status == PENDING).sum())
-            if not allow_incomplete and (pending or not caches[name].complete):
+            if pending or not caches[name].complete:
                 raise UsageError(
                     f"{caches[name].path} is incomplete: {pending} of {len(caches[name])} rows are still to be encoded; "
                     f"finish it with the command that made it, e.g. {_command(name, folder)}"
@@ -436,9 +416,7 @@ def _reasons(
     why: dict[int, list[str]] = {}
     for name, store in caches.items():
         for row in np.flatnonzero(statuses[name] != DONE).tolist():
-            pending = statuses[name][row] == PENDING
-            reason = "not encoded yet" if pending else store.reasons.get(ids[row], "in quarantine")
-            why.setdefault(row, []).append(f"{name}: {reason}")
+            why.setdefault(row, []).append(f"{name}: {store.reasons.get(ids[row], 'in quarantine')}")
     return {ids[row]: "; ".join(why[row]) for row in sorted(why)}
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 BINS = 15
 RESAMPLES = 2000
+BLOCK_COUNTS = 1 << 22  # resamples times rows that lie in memory at once
 LEVEL = 0.95
 AVERAGES = ("accuracy", "weighted_f1", "macro_f1")  # the figures that get intervals and tests
 
@@ -59,7 +60,7 @@ def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
     """Accuracy and the weighted and macro averages of confusion matrices (..., C, C), each of shape (...).
 
     Weighted: by the class's number of true rows; weighted recall is the accuracy. As scikit-learn's
-    precision_recall_fscore_support with all classes as `labels` and `zero_division=0`.
+    precision_recall_fscore_support with all classes as `labels` and `zero_division=0`. Without rows all are 0.
     """
     return _averages(*_margins(np.asarray(confusion)))
 
@@ -74,7 +75,7 @@ def _per_class(hits: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> tup
 
 
 def _averages(hits: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> dict[str, np.ndarray]:
-    n = true.sum(-1)
+    n = np.maximum(true.sum(-1), 1)
     per_class = dict(zip(("precision", "recall", "f1"), _per_class(hits, true, predicted), strict=True))
     weighted = {f"weighted_{name}": (values * true).sum(-1) / n for name, values in per_class.items()}
     macro = {f"macro_{name}": values.mean(-1) for name, values in per_class.items()}
@@ -154,19 +155,15 @@ def bootstrap_intervals(
     """Percentile bootstrap intervals of accuracy, weighted and macro F1: {"level": ..., name: [low, high]}.
 
     Drawing n rows with replacement draws the confusion matrix (C, C) from a multinomial over its cells, so no row is
-    touched. Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    touched. A class that a sample lacks counts as F1 0 in it: with a very rare class the interval of macro F1 reaches
+    low. Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
     n_classes = len(confusion)
     true, predicted = np.nonzero(confusion)
-    samples = _resample(np.asarray(confusion)[true, predicted], resamples, seed)
+    counts = np.asarray(confusion)[true, predicted]
+    samples = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), resamples).astype(np.float64)
     drawn = _averages(*_margins_of_cells(samples, true, predicted, n_classes))
-    edges = 50 * (1 - level), 50 * (1 + level)
-    return {"level": level, **{name: np.percentile(drawn[name], edges).tolist() for name in AVERAGES}}
-
-
-def _resample(counts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Bootstrap samples of rows that are given as cells with `counts` (K,) rows each: (R, K) counts."""
-    return np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), resamples).astype(np.float64)
+    return {"level": level, **{name: interval(drawn[name], level) for name in AVERAGES}}
 
 
 def _margins_of_cells(
@@ -179,76 +176,49 @@ def _margins_of_cells(
     return samples @ hit, samples @ one_hot[true], samples @ one_hot[predicted]
 
 
-def mcnemar(labels: np.ndarray, first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
-    """Exact McNemar test whether two classifiers are right equally often on the same rows (N,).
-
-    Of the rows that just one gets right, each is as likely either's: a two-sided binomial test. Keys: only_first,
-    only_second, p. McNemar, Psychometrika 1947.
-    """
-    from scipy.stats import binom  # slow to import
-
-    labels, first, second = _same_rows(labels, first, second)
-    only_first = int(((first == labels) & (second != labels)).sum())
-    only_second = int(((first != labels) & (second == labels)).sum())
-    p = 2 * binom.cdf(min(only_first, only_second), only_first + only_second, 0.5)
-    return {"only_first": only_first, "only_second": only_second, "p": float(min(1.0, p))}
-
-
-def paired_bootstrap(
+def resampled(
     labels: np.ndarray,
-    first: np.ndarray,
-    second: np.ndarray,
+    predictions: np.ndarray,
     n_classes: int,
+    figure: str,
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    level: float = LEVEL,
-) -> dict[str, dict[str, Any]]:
-    """Difference first - second between two prediction vectors (N,) on the same rows, resampled together.
-
-    For accuracy, weighted and macro F1: {"difference", "interval": [low, high], "p"}. p is two-sided, twice the share
-    of samples in which the difference has the other sign or is none, the observed sample counted in so that it is
-    never 0 (Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 4.4).
-    """
-    labels, first, second = (_integers(values, n_classes) for values in _same_rows(labels, first, second))
-    triples, counts = np.unique(np.stack([labels, first, second], 1), axis=0, return_counts=True)
-    true, *predicted = triples.T
-    samples = _resample(counts, resamples, seed)
-    both = [_averages(*_margins_of_cells(samples, true, column, n_classes)) for column in predicted]
-    observed = [scores(confusion_matrix(labels, column, n_classes)) for column in (first, second)]
-    edges = 50 * (1 - level), 50 * (1 + level)
-    result = {}
-    for name in AVERAGES:
-        drawn = both[0][name] - both[1][name]
-        tail = 1 + min((drawn <= 0).sum(), (drawn >= 0).sum())
-        result[name] = {
-            "difference": float(observed[0][name] - observed[1][name]),
-            "interval": np.percentile(drawn, edges).tolist(),
-            "p": float(min(1.0, 2 * tail / (resamples + 1))),
-        }
-    return result
+) -> np.ndarray:
+    """One of `AVERAGES` of several predictions (M, N) of the same rows, in bootstrap samples of these rows that are the
+    same for all: (R, M). See `interval` and `two_sided_p`; as in `bootstrap_intervals`, a class that a sample lacks
+    counts as F1 0."""
+    columns = [_integers(column, n_classes) for column in (labels, *predictions)]
+    cell = np.zeros(len(labels), np.int64)  # rows with the same label and predictions are alike
+    for column in columns:
+        cell = np.unique(cell * n_classes + column, return_inverse=True)[1]
+    _, first, counts = np.unique(cell, return_index=True, return_counts=True)
+    one_hot = np.eye(n_classes, dtype=np.float32)  # whole numbers are exact in it up to 16 million
+    true, *predicted = (one_hot[column[first]] for column in columns)
+    generator, found = np.random.default_rng(seed), np.empty((resamples, len(predicted)))
+    at_once = max(1, BLOCK_COUNTS // len(counts))
+    for low in range(0, resamples, at_once):
+        block = slice(low, min(low + at_once, resamples))
+        samples = generator.multinomial(len(cell), counts / len(cell), block.stop - low).astype(np.float32)
+        of_true = (samples @ true).astype(np.float64)
+        for m, column in enumerate(predicted):
+            counted = (samples @ np.hstack([column * true, column])).astype(np.float64)
+            found[block, m] = _averages(counted[:, :n_classes], of_true, counted[:, n_classes:])[figure]
+    return found
 
 
-def paired_row_bootstrap(
-    first: np.ndarray,
-    second: np.ndarray | float = 0.0,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    level: float = LEVEL,
-) -> dict[str, Any]:
-    """Mean difference first - second of figures per row (N,), e.g. the share of seeds that get each row right; rows are
-    resampled, so that seeds on the same rows don't count as more rows. Keys and p as in `paired_bootstrap`."""
-    difference = np.asarray(first, np.float64) - second
-    values, counts = np.unique(difference, return_counts=True)  # few: rows with the same difference are alike
-    drawn = _resample(counts, resamples, seed) @ values / len(difference)
+def interval(drawn: np.ndarray, level: float = LEVEL) -> list[float]:
+    """[low, high], the percentile interval of a figure's bootstrap samples (R,)."""
+    return np.percentile(drawn, (50 * (1 - level), 50 * (1 + level))).tolist()
+
+
+def two_sided_p(drawn: np.ndarray) -> float:
+    """Whether a difference is none, by its bootstrap samples (R,): twice the share in which it has the other sign or is
+    none, the observed one counted in so that p is never 0. Davison and Hinkley, Bootstrap Methods and their
+    Application, 1997, section 4.4."""
+    drawn = np.round(drawn, 12)  # means over seeds are equal up to rounding
     tail = 1 + min((drawn <= 0).sum(), (drawn >= 0).sum())
-    edges = 50 * (1 - level), 50 * (1 + level)
-    return {
-        "difference": float(difference.mean()),
-        "interval": np.percentile(drawn, edges).tolist(),
-        "p": float(min(1.0, 2 * tail / (resamples + 1))),
-    }
+    return float(min(1.0, 2 * tail / (len(drawn) + 1)))
 
 
 def mean_std(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | int | None]]:
@@ -332,10 +302,3 @@ def _integers(values: Any, n_classes: int) -> np.ndarray:
     if values.size and not 0 <= values.min() <= values.max() < n_classes:
         raise ValueError(f"classes {values.min()} to {values.max()}, expected 0 to {n_classes - 1}")
     return values.astype(np.int64)
-
-
-def _same_rows(*vectors: Any) -> list[np.ndarray]:
-    arrays = [np.asarray(vector) for vector in vectors]
-    if any(array.shape != arrays[0].shape or array.ndim != 1 for array in arrays) or not len(arrays[0]):
-        raise ValueError(f"labels and predictions must be of the same rows; shapes {[a.shape for a in arrays]}")
-    return arrays

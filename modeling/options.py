@@ -1,11 +1,13 @@
 """The command-line options that the scripts of this stage share, and the studies' recipes. Defaults live in the
 dataclasses they fill; help shows them."""
 
+import math
 import shlex
 import sys
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from inspect import signature
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from feats.arguments import EXIT_INTERRUPTED, EXIT_UNUSABLE, HelpFormatter, posi
 from feats.errors import UsageError
 from modeling import features, runs
 from modeling.heads import ABLATIONS, HEADS, HeadConfig
+from modeling.splits import make_split
 from modeling.training import MONITORS, OPTIMIZERS, PRECISIONS, SCHEDULES, TrainConfig
 
 # What each study trained its heads with; what a study doesn't tell is left at the default. C has no recipe: it tuned
@@ -62,7 +65,9 @@ def new_parser(doc: str) -> ArgumentParser:
 def add_feature_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("features")
     group.add_argument("--feats", type=Path, default=features.DEFAULT_FOLDER, metavar="DIR", help="folder of caches")
-    group.add_argument("--vtype", nargs="*", default=["clip"], metavar="CACHE", help="caches of the image side")
+    group.add_argument(
+        "--vtype", nargs="*", metavar="CACHE", help="caches of the image side (default: clip; none with --ttype alone)"
+    )
     group.add_argument(
         "--ttype", nargs="*", metavar="CACHE", help="caches of the text side (default: those of --vtype that have one)"
     )
@@ -77,12 +82,14 @@ def add_feature_options(parser: ArgumentParser) -> None:
 
 def add_split_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("split")
-    for name, default, text in (
-        ("--val-ratio", 0.1, "share of rows for validation"),
-        ("--test-ratio", 0.0, "share of rows for testing"),
+    defaults = {name: parameter.default for name, parameter in signature(make_split).parameters.items()}
+    for name, kind, parameter, text in (
+        ("--val-ratio", float, "val_ratio", "share of rows for validation"),
+        ("--test-ratio", float, "test_ratio", "share of rows for testing"),
+        ("--split-seed", int, "seed", "seed of the split"),
     ):
-        group.add_argument(name, type=float, default=SUPPRESS, help=f"{text} (default: {default}, or the recipe's)")
-    group.add_argument("--split-seed", type=int, default=SUPPRESS, help="seed of the split (default: 42)")
+        shown = f"{text} (default: {defaults[parameter]}, or the recipe's)"
+        group.add_argument(name, type=kind, default=SUPPRESS, help=shown)
     group.add_argument("--folds", type=positive, metavar="K", help="k-fold cross-validation instead of one split")
     group.add_argument(
         "--split-file",
@@ -140,7 +147,12 @@ def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
     add("patience", "epochs without a better one before stopping", type=int, **several)
     add("precision", "of the products in training: " + ", ".join(PRECISIONS), **several)
     add("seed", "of weights, batches and dropout", type=int)
-    add("penalty", "linear: C, kernel: the ridge; chosen by inner folds where not given", type=float, **several)
+    add(
+        "penalty",
+        "linear: C, smaller is stronger; kernel: the ridge, larger is stronger; chosen by inner folds where not given",
+        type=float,
+        **several,
+    )
     add(
         "gamma",
         "kernel: gamma of the RBF times the mean squared distance; chosen by inner folds where not given",
@@ -266,7 +278,7 @@ def _typed(name: str) -> str:
 
 
 def named_values(items: Sequence[str], option: str) -> dict[str, float]:
-    """{"vader": 0.5} of ["vader=0.5"]. Raises `UsageError` for anything else."""
+    """{"vader": 0.5} of ["vader=0.5"], finite and above 0. Raises `UsageError` for anything else."""
     values = {}
     for item in items:
         name, _, value = item.rpartition("=")
@@ -275,7 +287,9 @@ def named_values(items: Sequence[str], option: str) -> dict[str, float]:
         try:
             values[name] = float(value)
         except ValueError:
-            raise UsageError(f"{option} {item}: expected NAME=NUMBER") from None
+            values[name] = math.nan
+        if not 0 < values[name] < math.inf:
+            raise UsageError(f"{option} {item}: expected NAME=NUMBER, a finite number above 0")
     return values
 
 

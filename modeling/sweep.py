@@ -13,14 +13,13 @@ import numpy as np
 from feats.errors import UsageError
 from modeling import metrics
 from modeling.experiment import Experiment
-from modeling.heads import ABLATIONS
+from modeling.heads import ABLATIONS, HEADS
 from modeling.options import flat, reads
 from modeling.runs import METRICS, PREDICTIONS, read_config, read_predictions
 from modeling.training import TrainConfig
 
 SHOWN = 20  # configurations of the whole table that a terminal shows
 TABLE = "table.csv"
-FIGURES = ("accuracy", "weighted_f1", "macro_f1")
 
 
 def data_digest(experiment: Experiment) -> str:
@@ -56,14 +55,6 @@ def run_name(config: TrainConfig, data: str) -> str:
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def is_finished(path: Path) -> bool:
-    try:
-        read_config(path)
-    except UsageError:
-        return False
-    return (path / METRICS).is_file() and (path / PREDICTIONS).is_file()
 
 
 @dataclass(frozen=True)
@@ -117,8 +108,8 @@ def compare(
     diverged: Mapping[str, str],
 ) -> Tables:
     """Read the runs `names` of `configs` in `folder` back and compare them, seeds of one configuration together, on the
-    same validation rows: mean and standard deviation over seeds, a bootstrap interval over rows, and a paired bootstrap
-    against the best by `monitor` (by accuracy, where that is the loss).
+    same validation rows, best first by `monitor` (by accuracy, where that is the loss): of that figure, the mean and
+    standard deviation over seeds, a bootstrap interval over rows, and a paired bootstrap against the best.
 
     A configuration of which a seed `diverged` (why, by name) is left out with all its seeds, since the others would
     flatter it. Raises `UsageError` when none is left."""
@@ -129,42 +120,48 @@ def compare(
     of_setting = {setting: runs for setting, runs in of_setting.items() if setting not in lost}
     if not of_setting:
         raise UsageError(f"every configuration diverged; {next(iter(diverged.values()))}")
-    monitor = monitor if monitor in FIGURES else "accuracy"
-    entries = [_entry(folder, setting, runs) for setting, runs in of_setting.items()]
+    monitor = monitor if monitor in metrics.AVERAGES else "accuracy"
+    entries = [_entry(folder, setting, runs, monitor) for setting, runs in of_setting.items()]
     entries.sort(key=lambda e: -e["row"][monitor])
     best = entries[0]
-    for entry in entries:
-        interval = metrics.paired_row_bootstrap(entry["right"])["interval"]
-        entry["row"]["95 %"] = f"{interval[0]:.3f}-{interval[1]:.3f}"
-        entry["row"] |= {"low": interval[0], "high": interval[1]}
+    labels = experiment.labels(best["ids"])
+    predictions = np.concatenate([e["predictions"] for e in entries])
+    of_runs = metrics.resampled(labels, predictions, len(experiment.classes), monitor)
+    ends = np.cumsum([len(e["runs"]) for e in entries])[:-1]
+    drawn = [of_entry.mean(1) for of_entry in np.split(of_runs, ends, axis=1)]  # resampled rows, the seeds as they are
+    for entry, of_entry in zip(entries, drawn, strict=True):
+        low, high = metrics.interval(of_entry)
+        entry["row"] |= {"95 %": f"{low:.3f}-{high:.3f}", "low": low, "high": high}
         if entry is not best:
-            paired = metrics.paired_row_bootstrap(entry["right"], best["right"])
-            entry["row"] |= {"to best": paired["difference"], "p": paired["p"]}
+            difference = entry["row"][monitor] - best["row"][monitor]
+            entry["row"] |= {"to best": difference, "p": metrics.two_sided_p(of_entry - drawn[0])}
     rows = [e["row"] for e in entries]
     given = [{k: v for k, v in flat(c).items() if k in reads(c.head.head) - {"head", "ablation"}} for c in of_setting]
     varying = [name for name in flat(configs[0]) if len({g[name] for g in given if name in g}) > 1]
-    columns = ["head", "ablation", *varying, "parameters", "seeds", *FIGURES, "±", "95 %", "to best", "p"]
-    labels = experiment.labels(best["ids"])
+    columns = ["head", "ablation", *varying, "parameters", "seeds", *metrics.AVERAGES, "±", "95 %", "to best", "p"]
     majority = metrics.majority_baseline(labels, experiment.classes, experiment.majority(experiment.splits[0]))
-    baseline = {"head": f"always {majority['class']}", **{name: majority[name] for name in FIGURES}}
-    n_rows = len(labels)
+    baseline = {"head": f"always {majority['class']}", **{name: majority[name] for name in metrics.AVERAGES}}
     notes = (
-        f"{n_rows} validation rows; ± is over seeds, 95 % of the accuracy over rows, p a paired bootstrap against the best "
-        f"on the same rows. The best of {len(rows)} by these very rows is optimistic: confirm it on others."
+        f"{len(labels)} validation rows; all of the {monitor}: ± over seeds, 95 % over rows, p a paired bootstrap against "
+        f"the best on the same rows. The best of {len(rows)} by these very rows is optimistic: confirm it on others."
     )
+    if any(HEADS[config.head.head].solver == "sgd" for config in of_setting):
+        notes += (
+            " Heads trained by gradient descent also chose their best epoch on these rows, which favours them over linear "
+            "and kernel."
+        )
     if lost:
         notes += f"\nLeft out for diverging ({len(lost)} of {len(lost) + len(rows)}):"
         notes += "".join(f"\n- {name}: {reason}" for name, reason in diverged.items())
     return Tables([*rows, baseline], columns, _pivots(rows, monitor), notes, best["runs"][0], monitor)
 
 
-def _entry(folder: Path, setting: TrainConfig, runs: Sequence[str]) -> dict[str, Any]:
-    figures, right, ids = [], [], []
+def _entry(folder: Path, setting: TrainConfig, runs: Sequence[str], monitor: str) -> dict[str, Any]:
+    figures, predictions, ids = [], [], []
     for name in runs:
         figures.append(json.loads((folder / name / METRICS).read_text(encoding="utf-8"))["val"])
-        ids, tags, probabilities = read_predictions(folder / name / PREDICTIONS)
-        classes = figures[-1]["classes"]
-        right.append(np.array([classes[k] for k in probabilities.argmax(1)]) == np.array(tags))
+        ids, _, probabilities = read_predictions(folder / name / PREDICTIONS)
+        predictions.append(probabilities.argmax(1))
     parameters = read_config(folder / runs[0])["members"][0]["parameters"]
     summary = metrics.mean_std(figures)
     values = flat(replace(setting, head=setting.head.resolved()))
@@ -175,12 +172,12 @@ def _entry(folder: Path, setting: TrainConfig, runs: Sequence[str]) -> dict[str,
         "ablation": ABLATIONS[setting.head.ablation],
         "parameters": parameters,
         "seeds": len(runs),
-        **{name: summary[name]["mean"] for name in FIGURES},
-        "±": summary["accuracy"]["std"],
+        **{name: summary[name]["mean"] for name in metrics.AVERAGES},
+        "±": summary[monitor]["std"],
         "log_loss": summary["log_loss"]["mean"],
         "run": runs[0],
     }
-    return {"row": row, "runs": runs, "ids": ids, "right": np.mean(right, axis=0)}
+    return {"row": row, "runs": runs, "ids": ids, "predictions": predictions}
 
 
 def _pivots(rows: Sequence[Mapping[str, Any]], monitor: str) -> dict[str, tuple[list[dict[str, Any]], list[str]]]:
@@ -196,7 +193,7 @@ def _pivots(rows: Sequence[Mapping[str, Any]], monitor: str) -> dict[str, tuple[
     found = {}
     if len(heads) > 1:
         chosen = [best(lambda r, h=h: r["head"] == h) for h in heads]
-        columns = ["head", "ablation", "parameters", *FIGURES, "95 %", "to best", "p"]
+        columns = ["head", "ablation", "parameters", *metrics.AVERAGES, "95 %", "to best", "p"]
         found[f"by head, each at its best {monitor}"] = (chosen, columns)
     ablations = [name for name in ABLATIONS.values() if best(lambda r, n=name: r["ablation"] == n)]
     if len(ablations) > 1:

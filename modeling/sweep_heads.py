@@ -13,7 +13,7 @@ from feats.errors import UsageError
 from modeling import auto, options, sweep
 from modeling import experiment as ex
 from modeling.metrics import format_table
-from modeling.runs import run_name, save_run
+from modeling.runs import is_whole, run_name, save_run
 from modeling.training import TrainConfig
 
 NAME = "sweep"
@@ -52,7 +52,7 @@ def run_sweep(args: Namespace, command: str) -> int:
     folder = args.runs / (args.name or NAME)
     data = sweep.data_digest(experiment)
     names = [sweep.run_name(config, data) for config in configs]
-    waiting = [i for i, name in enumerate(names) if not sweep.is_finished(folder / name)]
+    waiting = [i for i, name in enumerate(names) if not is_whole(folder / name)]
     print(f"{len(configs)} trainings, {len(configs) - len(waiting)} of them finished before")
     failed: dict[int, str] = {}
     for k, outcomes in ex.train([configs[i] for i in waiting], experiment, failed):
@@ -106,19 +106,19 @@ def run_auto(args: Namespace, command: str) -> int:
             "name heads that read it with --head"
         )
     configs = distinct(grid, args, experiment)
-    run, probabilities, table = auto.auto(experiment, configs)
-    print(format_table(table, list(dict.fromkeys(name for row in table for name in row))))
+    run, probabilities, found = auto.auto(experiment, configs)
+    print(format_table(found.table, list(dict.fromkeys(name for row in found.table for name in row))))
     print("log-loss and figures of each candidate on training rows it hadn't seen\n")
     report = ex.report_of(experiment, run, probabilities, probabilities)
     report.figures["protocol"] += "; everything chosen by inner folds of the training rows (nested)"
-    report.figures["candidates"] = table
+    report.figures["candidates"] = found.table
     ex.print_report(report, run)
     path = save_run(
         run,
         args.runs,
-        run_name(run).replace(f"_{run.members[0].config.head.head}_", "_auto_"),
+        run_name(run, label="auto"),
         metrics=report.figures,
-        history=[],
+        history=found.history,
         predictions=(report.ids, report.tags, report.probabilities),
         command=command,
     )

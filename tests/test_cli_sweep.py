@@ -27,7 +27,6 @@ from modeling import auto, closed_form, options, sweep_heads, train_head
 from modeling import experiment as ex
 from modeling import sweep as sweep_module
 from modeling.features import load_features
-from modeling.metrics import paired_row_bootstrap
 from modeling.runs import load_run, newest_run, read_predictions
 from modeling.sweep import best_run
 
@@ -285,6 +284,13 @@ def rows_right(folder: Path, row: dict[str, str]) -> np.ndarray:
     return np.array(right, np.float64)
 
 
+def sweep_predictions(folder: Path, row: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (n,) and what each seed of a table's row predicts (seeds, n)."""
+    runs = [path for path in runs_in(folder) if settings(path)["head"] == row["head"]]
+    of_seeds = [read_predictions(path / "predictions_val.csv") for path in runs]
+    return np.array([CLASSES.index(tag) for tag in of_seeds[0][1]]), np.array([p.argmax(1) for _, _, p in of_seeds])
+
+
 def numpy_bootstrap(x: np.ndarray, resamples: int = 20_000) -> tuple[np.ndarray, float]:
     """Percentile interval of the mean, and twice the share of resampled means on the other side of 0."""
     drawn = np.concatenate(
@@ -327,18 +333,42 @@ def test_the_table_says_what_the_runs_say(swept: Path):
     assert always["head"] == "always positive" and float(always["accuracy"]) == pytest.approx(14 / 27)
 
 
-def test_a_bootstrap_of_rows_is_numpys():
+def test_the_ranked_figure_is_the_compared_one(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Interval, difference, spread and p of the macro F1 where that ranks, against drawing rows and asking scikit-learn."""
+    argv = ["--head", "mlp", "late", "--D", "4", "--lr", "3e-3", "--ep", "12", "--seeds", "3", "--bs", "32"]
+    assert sweep(feats, tmp_path, *argv, "--val-ratio", "0.4", "--monitor", "macro_f1") == 0
+    out = capsys.readouterr().out
+    assert "all of the macro_f1: ± over seeds" in out and "also chose their best epoch on these rows" in out
+    first, second, _ = table(tmp_path / "sweep")
+    labels, _ = sweep_predictions(tmp_path / "sweep", first)
+    predictions, drawn = [sweep_predictions(tmp_path / "sweep", row)[1] for row in (first, second)], [[], []]
+
+    def f1(rows: Any, of_seeds: np.ndarray) -> list[float]:
+        return [
+            reference.f1_score(labels[rows], p[rows], average="macro", labels=[0, 1, 2], zero_division=0)
+            for p in of_seeds
+        ]
+
     rng = np.random.default_rng(0)
-    for shift in (0.0, 0.1, 0.7):
-        first = rng.integers(0, 4, 200) / 3
-        second = np.where(rng.random(200) < 0.7, first, np.clip(rng.integers(0, 4, 200) / 3 - shift, 0, 1))
-        found = paired_row_bootstrap(first, second, resamples=20_000)
-        interval, p = numpy_bootstrap(first - second)
-        assert found["difference"] == pytest.approx((first - second).mean())
-        np.testing.assert_allclose(found["interval"], interval, atol=0.003)
-        assert found["p"] == pytest.approx(p, abs=0.01)
-    assert found["p"] < 0.05
-    assert paired_row_bootstrap(first, first)["p"] == 1
+    for _ in range(300):
+        rows = rng.integers(0, len(labels), len(labels))
+        for found, of_seeds in zip(drawn, predictions, strict=True):
+            found.append(np.mean(f1(rows, of_seeds)))
+    for row, found, of_seeds in zip((first, second), drawn, predictions, strict=True):
+        assert float(row["macro_f1"]) == pytest.approx(np.mean(f1(slice(None), of_seeds)))
+        assert float(row["±"]) == pytest.approx(np.std(f1(slice(None), of_seeds), ddof=1))
+        np.testing.assert_allclose(
+            [float(row["low"]), float(row["high"])], np.percentile(found, [2.5, 97.5]), atol=0.05
+        )
+    difference = np.array(drawn[1]) - drawn[0]
+    assert float(second["to best"]) == pytest.approx(float(second["macro_f1"]) - float(first["macro_f1"]))
+    expected = min(1, 2 * min((difference <= 0).mean(), (difference >= 0).mean()))
+    assert float(second["p"]) == pytest.approx(expected, abs=0.1)
+
+
+def test_heads_without_epochs_choose_none(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert sweep(feats, tmp_path, "--head", "linear", "--penalty", "0.1", "1", "--val-ratio", "0.3") == 0
+    assert "best epoch" not in capsys.readouterr().out
 
 
 def test_the_markdown_holds_the_same_tables(swept: Path):
@@ -426,6 +456,19 @@ def test_unusable_sweeps(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "table.md" in (error := capsys.readouterr().err) and error.count("\n") == 1
 
 
+def test_optional_tokens_of_several_caches_are_left_aside(tmp_path: Path, capsys: pytest.CaptureFixture):
+    for name in ("clip", "resnet"):
+        make_cache(tmp_path / "feats", name, tokens=True)
+    argv = ["--vtype", "clip", "resnet", "--ttype", "clip", "--D", "4", "--ep", "1", "--val-ratio", "0.3"]
+    assert sweep(tmp_path / "feats", tmp_path / "runs", "--head", "query_attention", "mlp", *argv) == 0
+    assert "note: clip, resnet all hold image tokens, none are used" in capsys.readouterr().out
+    for path in runs_in(tmp_path / "runs" / "sweep"):
+        config = content(path, "config")
+        assert not config["features"]["tokens"] and "image_tokens" not in config["members"][0]["widths"]
+    assert sweep(tmp_path / "feats", tmp_path / "other", "--head", "coattention", *argv) == 2
+    assert "clip, resnet all hold image tokens; name one cache" in capsys.readouterr().err
+
+
 # -- the automatic search ---------------------------------------------------------------------------------------
 
 
@@ -437,7 +480,7 @@ def searched(feats: Path, runs: Path, *argv: str) -> Path:
 def test_auto_leaves_a_run_that_beats_guessing(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     path = searched(feats, tmp_path, "--vtype", "clip", "--ttype", "vader", "--val-ratio", "0.3")
     out = capsys.readouterr().out
-    assert "_clip_vader_auto_" in path.name and f"-> {path}" in out
+    assert "_clip_vader_auto_s42_x4" in path.name and f"-> {path}" in out
     run, figures = load_run(path), content(path, "metrics")
     val = figures["val"]
     assert val["n"] == 27 and val["accuracy"] > val["majority"]["accuracy"] + 0.1
@@ -463,6 +506,9 @@ def test_auto_leaves_a_run_that_beats_guessing(feats: Path, tmp_path: Path, caps
         assert all(0 < c["log_loss"] < 2 and 0 < c["accuracy"] <= 1 for c in of_family)
     assert len({m.group for m in run.members}) == len(families)
     assert all(c["caches"] in out for c in candidates)
+    with (path / "history.csv").open() as file:
+        told = [(row["head"], row["caches"], float(row["val_loss"])) for row in csv.DictReader(file)]
+    assert told == [(c["head"], c["caches"], c["log_loss"]) for c in candidates if c["stacked"]]
 
 
 def test_auto_stacks_the_sides_of_one_cache(feats: Path, tmp_path: Path):
@@ -553,6 +599,40 @@ def test_auto_with_folds_is_nested(feats: Path, tmp_path: Path):
     np.testing.assert_allclose(probabilities, before, atol=1e-4)
     figures = content(path, "metrics")["val"]
     assert figures["accuracy"] == np.mean([CLASSES[k] == t for k, t in zip(probabilities.argmax(1), tags, strict=True)])
+
+
+def test_the_test_part_of_a_stacked_run_is_of_that_run(feats: Path, tmp_path: Path):
+    path = searched(feats, tmp_path, "--val-ratio", "0.2", "--test-ratio", "0.3", "--gamma", "1", "--penalty", "1")
+    test, features = content(path, "metrics")["test"], load_features(feats, "train", ["clip"], ["clip"])
+    ids = content(path, "split")["test"]
+    probabilities = load_run(path).probabilities(features, features.positions(ids))
+    y = [CLASSES.index(make_tags(90)[int(i[1:])]) for i in ids]
+    loss = reference.log_loss(y, probabilities, labels=range(3))
+    assert test["log_loss"] == test["log_loss_calibrated"] == pytest.approx(loss, abs=1e-4)
+    assert test["ece"] == test["ece_calibrated"]
+
+
+def test_the_epoch_of_a_held_out_prediction_is_not_chosen_by_it(tmp_path: Path):
+    """Features without any information: the best of many epochs would look better than guessing."""
+    noise = np.random.default_rng(1).normal(size=(90, 8)).astype(np.float16)
+    make_cache(tmp_path / "feats", "clip", tags=CLASSES * 30, changed={"img_feats": noise, "txt_feats": noise})
+    argv = ["--head", "mlp", "--D", "16", "--lr", "1e-2", "--ep", "60", "--bs", "8", "--ablation", "2"]
+    path = searched(tmp_path / "feats", tmp_path / "runs", *argv)
+    (candidate,) = content(path, "metrics")["candidates"]
+    assert candidate["accuracy"] < 0.4 and candidate["log_loss"] > np.log(3)
+    with (path / "history.csv").open() as file:
+        epochs = [(row["member"], row["head"], row["epoch"]) for row in csv.DictReader(file)]
+    assert epochs == [(str(k), "mlp", str(epoch)) for k in range(5) for epoch in range(1, 61)]
+
+
+def test_the_run_after_folds_learns_from_rows_that_no_fold_validates(feats: Path, tmp_path: Path):
+    ids = [f"p{i}" for i in range(90)]
+    folds = [{"train": ids[30:], "val": ids[:30]}, {"train": ids[:30] + ids[60:], "val": ids[30:60]}]
+    (tmp_path / "folds.json").write_text(json.dumps({"folds": folds}))
+    argv = ["--head", "kernel", "--gamma", "1", "--penalty", "1", "--split-file", str(tmp_path / "folds.json")]
+    path = searched(feats, tmp_path / "runs", *argv)
+    assert all(m.head.support.shape[1] == 90 for m in load_run(path).members)
+    assert read_predictions(path / "predictions_val.csv")[0] == sorted(ids[:30]) + sorted(ids[30:60])
 
 
 def test_too_many_rows_for_a_kernel(tmp_path: Path, capsys: pytest.CaptureFixture):

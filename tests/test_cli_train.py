@@ -92,6 +92,8 @@ def test_the_help_shows_defaults_and_every_head():
     text = " ".join(train_head.build_parser().format_help().split())
     for words in ("(default: fusion)", "(default: 256)", "(default: 0.0001)", "(default: saved/feats)", *HEADS):
         assert words in text
+    for words in ("(default: 0.1, or the recipe's)", "none with --ttype alone", "the ridge, larger is stronger"):
+        assert words in text
 
 
 # -- what lies in a run -----------------------------------------------------------------------------------------
@@ -262,6 +264,31 @@ def test_split_files(feats: Path, tmp_path: Path):
     assert (lists / "predictions_val.csv").read_bytes() == (one / "predictions_val.csv").read_bytes()
 
 
+def test_classes_are_those_of_the_rows_that_are_split(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    ids = [f"p{i}" for i in range(90)]
+    polar = [i for i, tag in zip(ids, make_tags(90), strict=True) if tag != "neutral"]
+    (tmp_path / "split.json").write_text(json.dumps({"train": polar[:50], "val": polar[50:]}))
+    capsys.readouterr()
+    for head in ("linear", "kernel", "fusion"):
+        argv = ["--head", head, "--norm", "standard", "--split-file", str(tmp_path / "split.json")]
+        path = train(feats, tmp_path / "runs", *argv)
+        run, figures = load_run(path), content(path, "metrics")["val"]
+        assert run.classes == figures["classes"] == ["negative", "positive"]
+        _, tags, probabilities = read_predictions(path / "predictions_val.csv")
+        predicted = [run.classes[k] for k in probabilities.argmax(1)]
+        assert figures["macro_f1"] == pytest.approx(reference.f1_score(tags, predicted, average="macro"))
+    assert "warning" not in capsys.readouterr().err
+    # Test rows of another class can't be predicted.
+    rest = [i for i in ids if i not in polar[:70]]
+    parts = {"train": polar[:50], "val": polar[50:70], "test": rest}
+    (tmp_path / "split.json").write_text(json.dumps(parts))
+    path = train(feats, tmp_path / "runs", "--split-file", str(tmp_path / "split.json"))
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "warning: 15 test rows are of classes that no training or validation row has (neutral): left out"
+    )
+    assert content(path, "metrics")["test"]["n"] == len(rest) - 15 == len(content(path, "split")["test"])
+
+
 def test_the_split_of_a_run_with_folds_can_be_used_again(feats: Path, tmp_path: Path):
     one = train(feats, tmp_path, "--folds", "3", "--split-seed", "7")
     again = train(feats, tmp_path, "--split-file", str(one / "split.json"))
@@ -371,6 +398,37 @@ def test_one_sided_caches_need_no_ablation(feats: Path, tmp_path: Path):
     image = train(feats, tmp_path, "--vtype", "resnet")
     assert [trained_with(path)["ablation"] for path in (text, image)] == [1, 2]
     assert "_none_roberta_" in text.name and "_resnet_none_" in image.name
+
+
+def test_a_text_cache_alone_has_no_image_side(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    argv = ["--feats", str(feats), "--runs", str(tmp_path), *SHORT]
+    assert train_head.main([*argv, "--ttype", "roberta"]) == 0
+    path = newest_run(tmp_path)
+    assert "_none_roberta_" in path.name and trained_with(path)["ablation"] == 1
+    assert train_head.main(argv) == 0  # without any, CLIP's
+    assert "_clip_clip_" in newest_run(tmp_path).name
+
+
+def test_coattention_on_one_side_needs_tokens_of_that_side_only(
+    feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    for caches in (
+        ["--vtype", "--ttype", "clip"],
+        ["--vtype", "--ttype", "clip", "--ablation", "1"],
+        ["--vtype", "resnet", "--ttype", "clip", "--ablation", "1"],
+        ["--vtype", "clip", "--ttype", "roberta", "--ablation", "2"],
+    ):
+        assert trained_with(train(feats, tmp_path, "--head", "coattention", *caches))["ablation"] > 0
+    for caches, side in ((["--vtype", "--ttype", "roberta"], "text"), (["--ttype", "roberta"], "text")):
+        error = refused(capsys, feats, tmp_path, "--head", "coattention", *caches)
+        assert f"needs {side} tokens" in error and "--tokens" in error
+
+
+def test_a_cache_whose_name_says_tokens(feats: Path, tmp_path: Path):
+    (tmp_path / "clip_tokens_train.h5").write_bytes((feats / "clip_train.h5").read_bytes())
+    for head, tokens in (("fusion", False), ("coattention", True)):
+        path = train(tmp_path, tmp_path / "runs", "--vtype", "clip_tokens", "--head", head)
+        assert content(path, "config")["features"]["tokens"] == tokens
 
 
 def test_normalisation_and_scale_of_each_cache(feats: Path, tmp_path: Path):
@@ -533,6 +591,9 @@ def refused(capsys: pytest.CaptureFixture, feats: Path, runs: Path, *argv: str) 
         (["--norm", "clip=l2", "clip=none"], "expected one KIND for all caches, and at most one CACHE=KIND for each"),
         (["--scale", "clip=1", "clip=2"], "--scale names clip twice"),
         (["--scale", "clip"], "--scale clip: expected NAME=NUMBER"),
+        (["--scale", "clip=nan"], "--scale clip=nan: expected NAME=NUMBER, a finite number above 0"),
+        (["--scale", "clip=inf"], "--scale clip=inf: .*finite"),
+        (["--scale", "clip=0"], "--scale clip=0: .*above 0"),
         (["--scale", "vader=2"], "--scale names vader"),
         (["--class-weights", "happy=2"], "'happy' is no class .there are negative, neutral, positive"),
         (["--class-weights", "positive=much"], "'much' of positive is no number"),

@@ -8,6 +8,7 @@ import sklearn.metrics as reference
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
 
+from modeling import metrics
 from modeling.metrics import (
     bootstrap_intervals,
     confusion_matrix,
@@ -17,9 +18,7 @@ from modeling.metrics import (
     format_table,
     log_loss,
     majority_baseline,
-    mcnemar,
     mean_std,
-    paired_bootstrap,
     scores,
     softmax,
 )
@@ -174,45 +173,30 @@ def test_interval_of_perfect_predictions():
     assert found["accuracy"] == found["weighted_f1"] == [1.0, 1.0]
 
 
-def test_mcnemar_is_the_binomial_test():
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 3, 300)
-    first, second = (np.where(rng.random(300) < p, labels, rng.integers(0, 3, 300)) for p in (0.6, 0.45))
-    found = mcnemar(labels, first, second)
-    a, b = found["only_first"], found["only_second"]
-    assert a == sum((first == labels) & (second != labels)) and b == sum((first != labels) & (second == labels))
-    assert found["p"] == pytest.approx(binomtest(a, a + b, 0.5).pvalue, rel=1e-9)
-    assert mcnemar(labels, second, first)["p"] == found["p"]
-    assert mcnemar(labels, first, first) == {"only_first": 0, "only_second": 0, "p": 1.0}
-
-
-def test_paired_bootstrap_is_that_of_resampled_rows():
+@pytest.mark.parametrize("figure", ["accuracy", "weighted_f1", "macro_f1"])
+def test_resampled_figures_are_those_of_resampled_rows(figure: str, monkeypatch: pytest.MonkeyPatch):
+    """The same rows for all predictions: differences are as narrow as paired ones are."""
     labels, logits = example(200, 3)
-    first, second = logits.argmax(1), (logits + np.random.default_rng(5).normal(size=logits.shape) * 1.5).argmax(1)
-    found = paired_bootstrap(labels, first, second, 3, resamples=20_000)
-    rng = np.random.default_rng(2)
-    drawn = []
+    noise = np.random.default_rng(5).normal(size=logits.shape) * 1.5
+    predictions = np.stack([logits.argmax(1), (logits + noise).argmax(1), logits.argmax(1)])
+    monkeypatch.setattr(metrics, "BLOCK_COUNTS", 100_000)  # several blocks
+    found = metrics.resampled(labels, predictions, 3, figure, resamples=20_000)
+    assert found.shape == (20_000, 3) and (found[:, 0] == found[:, 2]).all()
+    rng, drawn = np.random.default_rng(2), []
     for _ in range(3000):
         rows = rng.integers(0, 200, 200)
-        one, two = (scores(confusion_matrix(labels[rows], column[rows], 3)) for column in (first, second))
-        drawn.append([one[name] - two[name] for name in found])
-    np.testing.assert_allclose(
-        [found[name]["interval"] for name in found], np.percentile(drawn, [2.5, 97.5], axis=0).T, atol=0.008
-    )
-    difference = reference.f1_score(labels, first, average="macro") - reference.f1_score(
-        labels, second, average="macro"
-    )
-    assert found["macro_f1"]["difference"] == pytest.approx(difference)
-    signs = np.array(drawn)[:, 0]
-    assert found["accuracy"]["p"] == pytest.approx(min(1, 2 * min((signs <= 0).mean(), (signs >= 0).mean())), abs=0.02)
+        drawn.append([scores(confusion_matrix(labels[rows], p[rows], 3))[figure] for p in predictions[:2]])
+    drawn = np.array(drawn)
+    np.testing.assert_allclose(metrics.interval(found[:, 0]), np.percentile(drawn[:, 0], [2.5, 97.5]), atol=0.008)
+    found, drawn = found[:, 1] - found[:, 0], drawn[:, 1] - drawn[:, 0]
+    np.testing.assert_allclose(metrics.interval(found), np.percentile(drawn, [2.5, 97.5]), atol=0.008)
+    expected = min(1, 2 * min((drawn <= 0).mean(), (drawn >= 0).mean()))
+    assert metrics.two_sided_p(found) == pytest.approx(expected, abs=0.02)
 
 
-def test_paired_bootstrap_extremes():
-    labels = np.arange(100) % 2
-    same = paired_bootstrap(labels, labels, labels, 2)["accuracy"]
-    assert same == {"difference": 0.0, "interval": [0.0, 0.0], "p": 1.0}
-    sure = paired_bootstrap(labels, labels, 1 - labels, 2, resamples=999)["accuracy"]
-    assert sure == {"difference": 1.0, "interval": [1.0, 1.0], "p": 0.002}
+def test_p_of_nothing_and_of_everything():
+    assert metrics.two_sided_p(np.zeros(99)) == metrics.two_sided_p(np.full(99, 1e-17)) == 1
+    assert metrics.two_sided_p(np.ones(999)) == metrics.two_sided_p(-np.ones(999)) == 0.002
 
 
 def test_mean_std():
@@ -266,7 +250,5 @@ def test_what_is_no_prediction(labels: list, probabilities: list, match: str):
 
 
 def test_vectors_of_other_rows():
-    with pytest.raises(ValueError, match="same rows"):
-        mcnemar(np.zeros(3, int), np.zeros(3, int), np.zeros(4, int))
     with pytest.raises(ValueError, match="2 labels, but 3 predictions"):
         confusion_matrix(np.zeros(2, int), np.zeros(3, int), 2)
