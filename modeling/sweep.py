@@ -142,7 +142,7 @@ def compare(
     majority = metrics.majority_baseline(labels, experiment.classes, experiment.majority(experiment.splits[0]))
     baseline = {"head": f"always {majority['class']}", **{name: majority[name] for name in metrics.AVERAGES}}
     notes = (
-        f"{len(labels)} validation rows; all of the {monitor}: ± over seeds, 95 % over rows, p a paired bootstrap against "
+        f"{len(labels)} validation rows. Of the {monitor}: ± is over seeds, 95 % over rows, p a paired bootstrap against "
         f"the best on the same rows. The best of {len(rows)} by these very rows is optimistic: confirm it on others."
     )
     if any(HEADS[config.head.head].solver == "sgd" for config in of_setting):

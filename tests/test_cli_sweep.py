@@ -338,7 +338,7 @@ def test_the_ranked_figure_is_the_compared_one(feats: Path, tmp_path: Path, caps
     argv = ["--head", "mlp", "late", "--D", "4", "--lr", "3e-3", "--ep", "12", "--seeds", "3", "--bs", "32"]
     assert sweep(feats, tmp_path, *argv, "--val-ratio", "0.4", "--monitor", "macro_f1") == 0
     out = capsys.readouterr().out
-    assert "all of the macro_f1: ± over seeds" in out and "also chose their best epoch on these rows" in out
+    assert "Of the macro_f1: ± is over seeds" in out and "also chose their best epoch on these rows" in out
     first, second, _ = table(tmp_path / "sweep")
     labels, _ = sweep_predictions(tmp_path / "sweep", first)
     predictions, drawn = [sweep_predictions(tmp_path / "sweep", row)[1] for row in (first, second)], [[], []]
