@@ -270,6 +270,7 @@ def _plain(text: str) -> str:
     if len(plain.encode()) <= LONGEST_PART:
         return plain
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    # The cut may fall into a letter of several bytes, which is then left out.
     return f"{plain.encode()[: LONGEST_PART - 9].decode(errors='ignore')}-{digest}"
 
 
