@@ -26,7 +26,8 @@ from modeling.training import Problem, TrainConfig, Trained, fit
 
 HEAD_NORMS = {"kernel": ("l2", "standard"), "linear": ("standard",)}
 OTHER_NORMS = ("standard",)  # of heads trained by gradient descent
-LINEAR_COLUMNS = 2048  # logistic regression to its optimum takes time with the cube of the columns
+# Logistic regression to its optimum takes time with the cube of the columns, or of the rows where these are fewer.
+LINEAR_COLUMNS = 2048
 # A cache of a few columns holds scores, not an embedding: rows of length 1 would make it as loud as the others. Its
 # share in squared distances is a tenth of theirs.
 FEW_COLUMNS, FEW_COLUMNS_SCALE = 16, 0.1**0.5

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+LEAST_WIDTH = 32  # outputs for which a product in low precision is any faster
+
 
 class Linear(nn.Module):
     """y = x Wᵀ + b: (M, B, ..., n_in) -> (M, B, ..., n_out). The weight is (M, n_out, n_in).
@@ -34,17 +36,13 @@ class Linear(nn.Module):
 
     def forward(self, *parts: Tensor) -> Tensor:
         n_models, n_out, _ = self.weight.shape
-        few = n_out < LEAST_WIDTH or not self.training
-        dtype = torch.float32 if few else self.product_dtype
+        dtype = self.product_dtype if self.training and n_out >= LEAST_WIDTH else torch.float32
         pieces = self.weight.split([x.shape[-1] for x in parts], 2) if len(parts) > 1 else [self.weight]
         y, bias = None, self.bias
         for x, weight in zip(parts, pieces, strict=True):
             product = _Product.apply(x.reshape(n_models, -1, x.shape[-1]), weight, bias, dtype)
             y, bias = product if y is None else y + product, None
         return y.view(*parts[0].shape[:-1], n_out)
-
-
-LEAST_WIDTH = 32  # outputs for which a product in low precision is any faster
 
 
 class _Product(torch.autograd.Function):

@@ -124,7 +124,8 @@ def _send(to: Connection, message: Any) -> None:
 
 
 def _receive(sender: Connection) -> Any:
-    return pickle.loads(sender.recv_bytes())  # from the own parent or child
+    # Safe: the pipe was made by this process or its parent and has no other end, see `_send`.
+    return pickle.loads(sender.recv_bytes())
 
 
 def _cores() -> int:
