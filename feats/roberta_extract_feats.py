@@ -4,7 +4,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
-from feats.extract import extraction_parser, run
+from feats.extraction.local import extraction_parser, run
 
 
 def build_parser() -> ArgumentParser:

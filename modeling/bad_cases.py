@@ -18,13 +18,14 @@ import feats.threads  # noqa: F401
 import numpy as np
 
 from feats.acceleration import resolve_device
-from feats.arguments import EXIT_DONE, positive
+from feats.cli import EXIT_DONE, positive
 from feats.errors import UsageError
+from modeling import cli as options
 from modeling import experiment as ex
-from modeling import metrics, options
-from modeling.prediction import open_runs
-from modeling.runs import Run, write_predictions
-from modeling.splits import Split, make_split
+from modeling.evaluation import metrics
+from modeling.evaluation.prediction import open_runs
+from modeling.features.splits import Split, make_split
+from modeling.runs.folder import Run, write_predictions
 
 
 def build_parser() -> ArgumentParser:

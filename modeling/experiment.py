@@ -14,15 +14,15 @@ from tqdm import tqdm
 from feats.acceleration import resolve_device
 from feats.errors import UsageError
 from feats.store import FeatureStore
-from modeling import metrics
-from modeling.features import DATASETS, NORMS, FeatureSet, load_features, with_known_duplicates
-from modeling.heads import HEADS, SIDES, n_parameters
-from modeling.inputs import TOKENS, Preprocessing
-from modeling.options import named_values, reads
-from modeling.runs import Member, Run
-from modeling.splits import Split, duplicate_groups, make_folds, make_split, read_split_file
-from modeling.training import Problem, TrainConfig, Trained, n_epochs, stacks
-from modeling.workers import LARGEST_COPY, run_jobs
+from modeling.cli import named_values, reads
+from modeling.evaluation import metrics
+from modeling.features.inputs import TOKENS, Preprocessing
+from modeling.features.joined import DATASETS, NORMS, FeatureSet, load_features, with_known_duplicates
+from modeling.features.splits import Split, duplicate_groups, make_folds, make_split, read_split_file
+from modeling.heads.registry import HEADS, SIDES, n_parameters
+from modeling.runs.folder import Member, Run
+from modeling.training.fit import Problem, TrainConfig, Trained, n_epochs, stacks
+from modeling.training.workers import LARGEST_COPY, run_jobs
 
 INNER_FOLDS = 5
 TEMPERATURES = (0.1, 10.0)  # a validation set of a few rows can be fitted perfectly, which asks for a temperature of 0

@@ -14,11 +14,11 @@ import feats.threads  # noqa: F401
 import torch
 
 from feats.acceleration import resolve_device
-from feats.arguments import EXIT_DONE
+from feats.cli import EXIT_DONE
 from feats.errors import UsageError
-from modeling import options
-from modeling import prediction as pr
-from modeling.runs import Run
+from modeling import cli as options
+from modeling.evaluation import prediction as pr
+from modeling.runs.folder import Run
 
 SHOWN = 50  # left out rows named on stderr
 

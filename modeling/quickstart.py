@@ -14,11 +14,11 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from feats.arguments import EXIT_DONE, EXIT_INTERRUPTED
+from feats.cli import EXIT_DONE, EXIT_INTERRUPTED
 from feats.errors import UsageError
-from modeling import options
-from modeling.heads import HeadConfig
-from modeling.sweep import best_run
+from modeling import cli as options
+from modeling.heads.registry import HeadConfig
+from modeling.search.sweep import best_run
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = Path("data/sample")

@@ -8,13 +8,14 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.arguments import EXIT_DONE
+from feats.cli import EXIT_DONE
 from feats.errors import UsageError
-from modeling import auto, options, sweep
+from modeling import cli as options
 from modeling import experiment as ex
-from modeling.metrics import format_table
-from modeling.runs import is_whole, run_name, save_run
-from modeling.training import TrainConfig
+from modeling.evaluation.metrics import format_table
+from modeling.runs.folder import is_whole, run_name, save_run
+from modeling.search import auto, sweep
+from modeling.training.fit import TrainConfig
 
 NAME = "sweep"
 

@@ -8,10 +8,10 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.arguments import EXIT_DONE
+from feats.cli import EXIT_DONE
+from modeling import cli as options
 from modeling import experiment as ex
-from modeling import options
-from modeling.runs import run_name, save_run, write_tensorboard
+from modeling.runs.folder import run_name, save_run, write_tensorboard
 
 
 def build_parser() -> ArgumentParser:

@@ -245,7 +245,7 @@ def test_image_tokens_and_views(course: Path, tmp_path: Path):
 
 
 def test_overflow_is_quarantined_not_stored(course: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from feats import vader_encoder
+    from feats.encoders import vader as vader_encoder
 
     real = vader_encoder.load
 
@@ -319,11 +319,11 @@ def test_interrupted_by_the_user(tmp_path: Path, how: signal.Signals):
 KILLER = """
     import importlib, os, random, signal, sys, time
     name, data, out = sys.argv[1:]
-    import feats.extract, torch
+    import feats.extraction.local, torch
     script = importlib.import_module(f"feats.{name}_extract_feats")
     importlib.import_module(f"feats.{name}_encoder")
     arguments = ["--data", data, "--batch-size", "2", "--workers", "1", "--dtype", "fp32", "--out"]
-    extract = feats.extract.extract
+    extract = feats.extraction.local.extract
 
     def start(folder):
         ready, tell = os.pipe()
@@ -331,7 +331,7 @@ KILLER = """
         if child == 0:
             torch.set_num_threads(1)
             sys.stdout = sys.stderr = open(os.devnull, "w")
-            feats.extract.extract = lambda *a, **k: (os.write(tell, b"!"), extract(*a, **k))[1]
+            feats.extraction.local.extract = lambda *a, **k: (os.write(tell, b"!"), extract(*a, **k))[1]
             os._exit(script.main([*arguments, os.path.join(out, folder)]))
         os.read(ready, 1)
         return child

@@ -18,9 +18,10 @@ from conftest import ROOT, make_course
 
 from feats import efficientnet_extract_feats, minilm_extract_feats, vader_extract_feats
 from feats.store import DONE, QUARANTINED, FeatureStore
-from modeling import inference_head, metrics, prediction, train_head
-from modeling.features import load_features
-from modeling.runs import list_runs, load_run
+from modeling import inference_head, train_head
+from modeling.evaluation import metrics, prediction
+from modeling.features.joined import load_features
+from modeling.runs.folder import list_runs, load_run
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 CLASSES = ["negative", "neutral", "positive"]
@@ -139,7 +140,7 @@ def test_plain_prediction_imports_no_encoder_and_nothing_slow(home: Path):
     code = (
         "import sys; from modeling import inference_head as script; assert script.main(sys.argv[1:]) == 0; "
         "heavy = 'transformers torchvision clip PIL sklearn scipy torch._dynamo pandas matplotlib'.split(); "
-        "print([name for name in [*heavy, 'feats.encoders', 'feats.extract'] if name in sys.modules])"
+        "print([name for name in [*heavy, 'feats.encoders.registry', 'feats.extraction.local'] if name in sys.modules])"
     )
     arguments = ["--feats", str(home / "feats"), "--runs", str(home / "runs"), "--device", "cpu"]
     out = subprocess.run([sys.executable, "-c", code, *arguments], env=ENVIRONMENT, capture_output=True, text=True)

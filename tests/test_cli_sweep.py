@@ -23,12 +23,15 @@ from safetensors.torch import load_file
 
 from feats.errors import UsageError
 from feats.store import FeatureStore
-from modeling import auto, closed_form, options, sweep_heads, train_head
+from modeling import cli as options
 from modeling import experiment as ex
-from modeling import sweep as sweep_module
-from modeling.features import load_features
-from modeling.runs import load_run, newest_run, read_predictions
-from modeling.sweep import best_run
+from modeling import sweep_heads, train_head
+from modeling.features.joined import load_features
+from modeling.runs.folder import load_run, newest_run, read_predictions
+from modeling.search import auto
+from modeling.search import sweep as sweep_module
+from modeling.search.sweep import best_run
+from modeling.training import closed_form
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 SHORT = ["--ep", "2", "--bs", "32", "--val-ratio", "0.3"]

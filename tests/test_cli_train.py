@@ -23,11 +23,11 @@ from sklearn.preprocessing import StandardScaler, normalize
 
 from modeling import experiment as ex
 from modeling import train_head
-from modeling.features import load_features
-from modeling.heads import HEADS
-from modeling.metrics import softmax
-from modeling.options import RECIPES, reads
-from modeling.runs import load_run, newest_run, read_predictions
+from modeling.cli import RECIPES, reads
+from modeling.evaluation.metrics import softmax
+from modeling.features.joined import load_features
+from modeling.heads.registry import HEADS
+from modeling.runs.folder import load_run, newest_run, read_predictions
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 SHORT = ["--ep", "3", "--D", "8", "--bs", "32", "--lr", "1e-2"]

@@ -25,13 +25,14 @@ from huggingface_hub.utils import close_session
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from feats import clip_encoder, clip_extract_feats
-from feats.clip_encoder import HUB_FILE, HUB_REPOSITORIES, describe, find_weights
-from feats.encoders import Encoder, Features, load_encoder
+from feats import clip_extract_feats
+from feats.encoders import openai_clip as clip_encoder
+from feats.encoders.openai_clip import HUB_FILE, HUB_REPOSITORIES, describe, find_weights
+from feats.encoders.registry import Encoder, Features, load_encoder
+from feats.encoders.weights import hub_reachable
 from feats.errors import UsageError
-from feats.extract import Settings, to_pixels
-from feats.preparation import to_array
-from feats.weights import hub_reachable
+from feats.extraction.local import Settings, to_pixels
+from feats.extraction.preparation import to_array
 
 # embedding, resolution, vision layers, vision width, patch, context, vocabulary, text width, text heads, text layers
 SMALL = {

@@ -9,8 +9,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics.pairwise import rbf_kernel
 
 from feats.errors import UsageError
-from modeling import closed_form
-from modeling.closed_form import fit_kernel, fit_logistic, kernel_logits
+from modeling.training import closed_form
+from modeling.training.closed_form import fit_kernel, fit_logistic, kernel_logits
 
 CS = [1e-4, 1e-2, 1.0, 1e3]
 

@@ -11,8 +11,8 @@ from sklearn.preprocessing import StandardScaler, normalize
 
 from feats.errors import UsageError
 from feats.store import DONE, QUARANTINED, FeatureStore
-from modeling.features import FeatureSet, Normalizer, Ragged, iter_features, load_features
-from modeling.splits import make_split
+from modeling.features.joined import FeatureSet, Normalizer, Ragged, iter_features, load_features
+from modeling.features.splits import make_split
 
 IDS = [f"{i}é" for i in range(40)]
 TAGS = [("happy", "sad", "")[i % 3] for i in range(40)]

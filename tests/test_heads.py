@@ -10,10 +10,10 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from feats.errors import UsageError
-from modeling.features import Ragged
-from modeling.heads import HEADS, Batch, Head, HeadConfig, build_head, n_parameters
-from modeling.inputs import Inputs
-from modeling.training import Problem, TrainConfig, fit
+from modeling.features.inputs import Inputs
+from modeling.features.joined import Ragged
+from modeling.heads.registry import HEADS, Batch, Head, HeadConfig, build_head, n_parameters
+from modeling.training.fit import Problem, TrainConfig, fit
 
 WIDTHS = {
     "equal": {"image": 6, "text": 6, "image_tokens": 6, "image_positions": 4, "text_tokens": 6, "support": 4},

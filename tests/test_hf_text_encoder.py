@@ -26,10 +26,10 @@ from transformers import (
     T5Model,
 )
 
-from feats import hf_text_encoder
-from feats.encoders import Encoder, load_encoder
+from feats.encoders import huggingface_text as hf_text_encoder
+from feats.encoders.registry import Encoder, load_encoder
+from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
-from feats.weights import sha256_of
 
 WORDS = "a good bad very movie day the is sun rain love hate of and it we".split()
 TEXTS = ["a good day", "", "the very very bad movie of the rain and the sun it is", "love", "we hate 🙂 it"]

@@ -51,9 +51,11 @@ each_script = pytest.mark.parametrize("path", SCRIPTS, ids=dotted)
 
 
 def test_the_rules_see_the_house():
-    assert {"feats.store", "feats.extract", "feats.clip_encoder", "modeling.__init__"} <= set(map(dotted, MODULES))
+    assert {"feats.store", "feats.extraction.local", "feats.encoders.openai_clip", "modeling.__init__"} <= set(
+        map(dotted, MODULES)
+    )
     assert "feats.clip_extract_feats" in map(dotted, SCRIPTS) and "feats.store" not in map(dotted, SCRIPTS)
-    assert {"feats.store", "feats.store.FeatureStore", "torch"} <= imported(TREES[ROOT / "feats" / "extract.py"])
+    assert {"feats.store", "feats.store.FeatureStore", "torch"} <= imported(TREES[ROOT / "feats" / "extraction" / "local.py"])
 
 
 def test_this_tree_is_tested():
@@ -84,8 +86,10 @@ def test_imports(path: Path):
 
 
 def test_only_extract_knows_both_encoders_and_store():
-    both = {dotted(path) for path, tree in TREES.items() if {"feats.encoders", "feats.store"} <= imported(tree)}
-    assert both == {"feats.extract"}
+    both = {
+        dotted(path) for path, tree in TREES.items() if {"feats.encoders.registry", "feats.store"} <= imported(tree)
+    }
+    assert both == {"feats.extraction.local"}
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -10,9 +10,9 @@ from sklearn.preprocessing import StandardScaler, normalize
 from torch import Tensor
 
 from feats.errors import UsageError
-from modeling.features import NORMS, FeatureSet, Ragged, Rows
-from modeling.heads import HEADS, HeadConfig
-from modeling.inputs import Inputs, Preprocessing
+from modeling.features.inputs import Inputs, Preprocessing
+from modeling.features.joined import NORMS, FeatureSet, Ragged, Rows
+from modeling.heads.registry import HEADS, HeadConfig
 
 N = 12
 TRAIN = torch.tensor([7, 0, 3, 11, 4, 9])

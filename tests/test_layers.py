@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modeling.layers import (
+from modeling.heads.layers import (
     BatchNorm,
     Dropout,
     LayerNorm,

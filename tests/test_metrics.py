@@ -8,8 +8,8 @@ import sklearn.metrics as reference
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
 
-from modeling import metrics
-from modeling.metrics import (
+from modeling.evaluation import metrics
+from modeling.evaluation.metrics import (
     bootstrap_intervals,
     confusion_matrix,
     evaluate,

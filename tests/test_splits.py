@@ -11,7 +11,7 @@ from scipy.sparse.csgraph import connected_components
 
 from feats.errors import UsageError
 from feats.images import hash64
-from modeling.splits import (
+from modeling.features.splits import (
     EMPTY_TEXT_KEY,
     Split,
     duplicate_groups,

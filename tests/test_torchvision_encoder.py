@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torchvision.models import get_model, get_model_weights
 from torchvision.transforms import functional as TF
 
-from feats.encoders import Encoder, load_encoder
+from feats.encoders.registry import Encoder, load_encoder
+from feats.encoders.torchvision_image import fold_batch_norms
+from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
 from feats.images import ResizeCrop
-from feats.torchvision_encoder import fold_batch_norms
-from feats.weights import sha256_of
 
 MODELS = ["resnet18", "vit_b_16"]
 
@@ -186,6 +186,8 @@ def test_cache_then_download_then_one_clear_error(models, tmp_path: Path, monkey
     cached.write_bytes(b"half a download")
     with pytest.raises(UsageError, match="damaged: its sha256 doesn't start with .*delete it"):
         load_encoder("resnet", "resnet18", "IMAGENET1K_V1")
-    monkeypatch.setattr("feats.torchvision_encoder.sha256_of", lambda path: cached.stem.rpartition("-")[2] + "00")
+    monkeypatch.setattr(
+        "feats.encoders.torchvision_image.sha256_of", lambda path: cached.stem.rpartition("-")[2] + "00"
+    )
     cached.write_bytes(models["resnet18"][1].read_bytes())
     assert load_encoder("resnet", "resnet18").identity["model"] == "resnet18"

@@ -15,11 +15,11 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 
 from feats.errors import UsageError
-from modeling import training
-from modeling.features import Ragged
-from modeling.heads import HEADS, HeadConfig, build_head
-from modeling.inputs import Inputs
-from modeling.training import (
+from modeling.features.inputs import Inputs
+from modeling.features.joined import Ragged
+from modeling.heads.registry import HEADS, HeadConfig, build_head
+from modeling.training import fit as training
+from modeling.training.fit import (
     SCHEDULES,
     Problem,
     TrainConfig,

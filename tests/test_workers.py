@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from feats.errors import UsageError
-from modeling import workers
-from modeling.heads import HeadConfig
-from modeling.inputs import Inputs
-from modeling.training import Problem, TrainConfig, fit, n_epochs
+from modeling.features.inputs import Inputs
+from modeling.heads.registry import HeadConfig
+from modeling.training import workers
+from modeling.training.fit import Problem, TrainConfig, fit, n_epochs
 
 N = 60
 

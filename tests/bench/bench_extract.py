@@ -24,9 +24,9 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from feats.acceleration import DTYPES, compiled, dtype_name, resolve_device, resolve_dtype
-from feats.encoders import ENCODERS, Encoder, load_encoder
-from feats.extract import Settings, default_batch_size, default_workers, extract, to_pixels
-from feats.preparation import Job, Preparation, prepare
+from feats.encoders.registry import ENCODERS, Encoder, load_encoder
+from feats.extraction.local import Settings, default_batch_size, default_workers, extract, to_pixels
+from feats.extraction.preparation import Job, Preparation, prepare
 from feats.records import Record, read_dataset
 from feats.store import DONE, FeatureStore
 from feats.text import clean

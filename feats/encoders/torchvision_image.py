@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 from torchvision.models import ResNet, VisionTransformer, WeightsEnum, get_model, get_model_weights, list_models
 
-from feats.encoders import Encoder, Features, ImageSide
+from feats.encoders.registry import Encoder, Features, ImageSide
+from feats.encoders.weights import sha256_of, unobtainable
 from feats.errors import UsageError
 from feats.images import ResizeCrop
-from feats.weights import sha256_of, unobtainable
 
 FAMILIES = ("resnet", "resnext", "wide_resnet", "vit_")
 STALL_SECONDS = 15  # a download that hears nothing for this long is given up

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from feats.arguments import EXIT_INTERRUPTED, EXIT_UNUSABLE, HelpFormatter, positive
+from feats.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE, HelpFormatter, positive
 from feats.errors import UsageError
-from modeling import features, runs
-from modeling.heads import ABLATIONS, HEADS, HeadConfig
-from modeling.splits import make_split
-from modeling.training import MONITORS, OPTIMIZERS, PRECISIONS, SCHEDULES, TrainConfig
+from modeling.features import joined as features
+from modeling.features.splits import make_split
+from modeling.heads.registry import ABLATIONS, HEADS, HeadConfig
+from modeling.runs import folder as runs
+from modeling.training.fit import MONITORS, OPTIMIZERS, PRECISIONS, SCHEDULES, TrainConfig
 
 # What each study trained its heads with; what a study doesn't tell is left at the default. C has no recipe: it tuned
 # its encoders. "neutral" of A counts where there is such a class.

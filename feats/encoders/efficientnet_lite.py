@@ -12,11 +12,11 @@ import torch
 from efficientnet_lite_pytorch import EfficientNet
 from torch import nn
 
-from feats.encoders import Encoder, Features, ImageSide
+from feats.encoders.registry import Encoder, Features, ImageSide
+from feats.encoders.torchvision_image import fold_batch_norms, load_strictly, map_tokens, pool_map
+from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
 from feats.images import ResizeCrop
-from feats.torchvision_encoder import fold_batch_norms, load_strictly, map_tokens, pool_map
-from feats.weights import sha256_of
 
 MODELS = ("lite0", "lite1", "lite2")
 # Under bfloat16 the stem and the first blocks stay float32: rounding there is most of what bfloat16 costs. Cosine to

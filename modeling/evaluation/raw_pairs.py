@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from feats.acceleration import DTYPES
-from feats.encoders import ENCODERS, Encoder, load_encoder
+from feats.encoders.registry import ENCODERS, Encoder, load_encoder
 from feats.errors import UsageError
-from feats.extract import Settings, default_workers, extract
+from feats.extraction.local import Settings, default_workers, extract
 from feats.records import Record, read_dataset
-from modeling.runs import FREE_TO_DIFFER, Run
+from modeling.runs.folder import FREE_TO_DIFFER, Run
 
 SPLIT = "raw"  # caches are <name>_raw.h5
 

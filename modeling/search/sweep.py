@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from feats.errors import UsageError
-from modeling import metrics
+from modeling.cli import flat, reads
+from modeling.evaluation import metrics
 from modeling.experiment import Experiment
-from modeling.heads import ABLATIONS, HEADS
-from modeling.options import flat, reads
-from modeling.runs import METRICS, PREDICTIONS, read_config, read_predictions
-from modeling.training import TrainConfig
+from modeling.heads.registry import ABLATIONS, HEADS
+from modeling.runs.folder import METRICS, PREDICTIONS, read_config, read_predictions
+from modeling.training.fit import TrainConfig
 
 SHOWN = 20  # configurations of the whole table that a terminal shows
 TABLE = "table.csv"

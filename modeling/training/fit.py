@@ -1,6 +1,6 @@
 """Training many heads at once on cached tensors: no DataLoader, batches are index slices of what lies on the device.
 
-Configurations of equal shape form a stack (see `modeling.layers`): one forward and one backward pass for all of them,
+Configurations of equal shape form a stack (see `modeling.heads.layers`): one forward and one backward pass for all of them,
 each with its own learning rate, decay, class weights, batch order, dropout mask and seed. A configuration gives the
 same result in a stack as alone, up to the rounding of differently blocked products.
 """
@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from feats.errors import UsageError
-from modeling import metrics
-from modeling.closed_form import fit_kernel, fit_logistic
-from modeling.heads import HEADS, Head, HeadConfig, build_head
-from modeling.inputs import Inputs
-from modeling.layers import Noise, attach_noise, set_product_dtype
+from modeling.evaluation import metrics
+from modeling.features.inputs import Inputs
+from modeling.heads.layers import Noise, attach_noise, set_product_dtype
+from modeling.heads.registry import HEADS, Head, HeadConfig, build_head
+from modeling.training.closed_form import fit_kernel, fit_logistic
 
 OPTIMIZERS = ("adam", "adamw")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

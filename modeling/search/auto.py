@@ -14,15 +14,15 @@ import torch
 from tqdm import tqdm
 
 from feats.errors import UsageError
-from modeling import metrics
-from modeling.closed_form import MAX_KERNEL_ROWS, fit_logistic
+from modeling.evaluation import metrics
 from modeling.experiment import Experiment, needed_caches
-from modeling.features import DATASETS
-from modeling.heads import HEADS
-from modeling.inputs import Preprocessing
-from modeling.runs import Member, Run, Stacking, opinion
-from modeling.splits import Split
-from modeling.training import Problem, TrainConfig, Trained, fit
+from modeling.features.inputs import Preprocessing
+from modeling.features.joined import DATASETS
+from modeling.features.splits import Split
+from modeling.heads.registry import HEADS
+from modeling.runs.folder import Member, Run, Stacking, opinion
+from modeling.training.closed_form import MAX_KERNEL_ROWS, fit_logistic
+from modeling.training.fit import Problem, TrainConfig, Trained, fit
 
 HEAD_NORMS = {"kernel": ("l2", "standard"), "linear": ("standard",)}
 OTHER_NORMS = ("standard",)  # of heads trained by gradient descent

@@ -1,5 +1,5 @@
 """The heads: from a pair's cached features to class logits. A head holds M models of one shape at once (see
-`modeling.layers`); with M = 1 it is an ordinary module.
+`modeling.heads.layers`); with M = 1 it is an ordinary module.
 
 Which study a head comes from is said in its docstring: A (CLIP, light fusion), B (CLIP, six heads), C (ResNet + BERT on
 token sequences), D (feature cache and linear probe), E (BERT + ResNet, three fusions).
@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from feats.errors import UsageError
-from modeling.closed_form import kernel_logits
-from modeling.layers import (
+from modeling.heads.layers import (
     BatchNorm,
     Dropout,
     LayerNorm,
@@ -25,6 +24,7 @@ from modeling.layers import (
     attend,
     initialise,
 )
+from modeling.training.closed_form import kernel_logits
 
 SIDES = {0: ("image", "text"), 1: ("text",), 2: ("image",)}  # by --ablation: both, no image, no text
 ABLATIONS = {0: "both", 1: "text only", 2: "image only"}
@@ -486,7 +486,7 @@ class LinearHead(Head):
 
 
 class KernelHead(Head):
-    """RBF kernel classifier on the concatenated vectors, in closed form (`modeling.closed_form.fit_kernel`): the
+    """RBF kernel classifier on the concatenated vectors, in closed form (`modeling.training.closed_form.fit_kernel`): the
     training rows are its support. Their number is `widths["support"]`."""
 
     solver = "kernel"

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from feats.encoders import Encoder, ImageSide, Tokens
+from feats.encoders.registry import Encoder, ImageSide, Tokens
 from feats.errors import RowError
 from feats.images import augment, hash64, read_image
 from feats.records import Record, TarSlice

@@ -12,9 +12,9 @@ import torch
 import vaderSentiment.vaderSentiment
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from feats.encoders import Encoder, Features, TextSide, Tokens
+from feats.encoders.registry import Encoder, Features, TextSide, Tokens
+from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
-from feats.weights import sha256_of
 
 SCORES = ("pos", "neu", "neg", "compound")
 MAX_WORDS = 1000  # the analyser's time grows with the square of their number

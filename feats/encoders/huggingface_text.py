@@ -20,9 +20,9 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from feats.encoders import Encoder, Features, TextSide, Tokens
+from feats.encoders.registry import Encoder, Features, TextSide, Tokens
+from feats.encoders.weights import HUB_TIMEOUT, sha256_of, unobtainable, weight_files
 from feats.errors import UsageError, first_line
-from feats.weights import HUB_TIMEOUT, sha256_of, unobtainable, weight_files
 
 FALLBACK_LENGTH = 512  # for models that state no limit: relative positions, a tokenizer with a sentinel
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "*.model")

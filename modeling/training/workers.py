@@ -18,7 +18,7 @@ import torch
 from torch import multiprocessing
 
 from feats.errors import UsageError
-from modeling.training import Problem, TrainConfig, Trained, fit, work
+from modeling.training.fit import Problem, TrainConfig, Trained, fit, work
 
 LEAST_WORK = 4e12  # floating-point operations for which starting processes pays: some 20 s of one core
 MOST_WORKERS = 16

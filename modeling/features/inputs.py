@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from feats.errors import UsageError
-from modeling.features import DATASETS, FeatureSet, Normalizer, Ragged
-from modeling.heads import HEADS, Batch, HeadConfig, require
+from modeling.features.joined import DATASETS, FeatureSet, Normalizer, Ragged
+from modeling.heads.registry import HEADS, Batch, HeadConfig, require
 
 TOKENS = {"image": "image_tokens", "text": "text_tokens"}
 

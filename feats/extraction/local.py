@@ -33,11 +33,20 @@ from tqdm import tqdm
 
 from feats import store as st
 from feats.acceleration import DTYPES, compiled, compiling_pays, dtype_name, resolve_device, resolve_dtype
-from feats.arguments import EXIT_DONE, EXIT_INTERRUPTED, EXIT_QUARANTINE, EXIT_UNUSABLE, HelpFormatter, positive
-from feats.encoders import ENCODERS, Encoder, ImageSide, TextSide, load_encoder
+from feats.cli import EXIT_DONE, EXIT_INTERRUPTED, EXIT_QUARANTINE, EXIT_UNUSABLE, HelpFormatter, positive
+from feats.encoders.registry import ENCODERS, Encoder, ImageSide, TextSide, load_encoder
 from feats.errors import UsageError
+from feats.extraction.preparation import (
+    Images,
+    Job,
+    Preparation,
+    Texts,
+    blank_pixels,
+    picture_changed,
+    prepare,
+    text_hash,
+)
 from feats.images import AUGMENTATION
-from feats.preparation import Images, Job, Preparation, Texts, blank_pixels, picture_changed, prepare, text_hash
 from feats.records import LAYOUTS, DataSet, Record, read_dataset
 from feats.store import DONE, QUARANTINED, CacheError, FeatureStore
 from feats.text import CLEAN_LEVELS, clean

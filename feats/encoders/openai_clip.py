@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.transforms import Normalize
 
-from feats.encoders import Encoder, Features, ImageSide, TextSide, Tokens
+from feats.encoders.registry import Encoder, Features, ImageSide, TextSide, Tokens
+from feats.encoders.weights import HUB_TIMEOUT, hub_reachable, sha256_of, unobtainable, weight_files
 from feats.errors import UsageError, first_line
 from feats.images import ResizeCrop
-from feats.weights import HUB_TIMEOUT, hub_reachable, sha256_of, unobtainable, weight_files
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)

@@ -1,0 +1,1 @@
+"""The encoders: what one is, the registry, one file a backend, and where weights come from."""

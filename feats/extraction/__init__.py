@@ -1,0 +1,1 @@
+"""From records to a cache: preparation of rows, encoding by blocks, writing."""

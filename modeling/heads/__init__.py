@@ -1,0 +1,1 @@
+"""The heads: from a pair's features to class logits."""

@@ -1,0 +1,1 @@
+"""The run folder: everything a result consists of."""

@@ -1,0 +1,1 @@
+"""Sweeps over grids, their comparison, and the automatic search."""

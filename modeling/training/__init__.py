@@ -1,0 +1,1 @@
+"""Training heads: stacked gradient descent, closed forms, processes side by side."""
