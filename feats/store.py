@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from feats.errors import UsageError, first_line
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PENDING, DONE, QUARANTINED = 0, 1, 2
 STATUS_NAMES = {PENDING: "pending", DONE: "done", QUARANTINED: "quarantined"}
 
@@ -40,15 +40,15 @@ MIN_TAG_BYTES = 32  # room for labels corrected later
 # One value per row beside the features. The hashes let a later run see that a row's content changed, and let stage 2
 # find duplicates without opening a picture or a tweet.
 ROW_FACTS = {
-    "img": {
-        "img_hash": np.uint64,  # of the picture file's bytes
-        "img_bytes": np.int64,  # the picture file's size
+    "image": {
+        "image_hash": np.uint64,  # of the picture file's bytes
+        "image_bytes": np.int64,  # the picture file's size
     },
-    "txt": {
+    "text": {
         "n_tokens": np.int32,
         "truncated": np.uint8,
-        "txt_hash": np.uint64,  # of the decoded, uncleaned text
-        "txt_key": np.uint64,  # of the text as compared for duplicates: cleaned, case folded
+        "text_hash": np.uint64,  # of the decoded, uncleaned text
+        "text_key": np.uint64,  # of the text as compared for duplicates: cleaned, case folded
     },
 }
 
@@ -122,8 +122,8 @@ class FeatureStore:
     ) -> "FeatureStore":
         """Make a cache with every row pending, and open it for writing.
 
-        `features` maps a dataset to the shape of one row, e.g. `{"img_feats": (512,)}`; all are float16.
-        `txt_tokens` is ragged: its row shape is (width,), and `token_counts` (N,) says how many rows each text has.
+        `features` maps a dataset to the shape of one row, e.g. `{"image_feats": (512,)}`; all are float16.
+        `text_tokens` is ragged: its row shape is (width,), and `token_counts` (N,) says how many rows each text has.
         The file appears under its name only when it is whole.
         Raises `CacheError` when the file exists (without `overwrite`), is in use, or the disk is full.
         """
@@ -205,7 +205,7 @@ class FeatureStore:
 
     @property
     def features(self) -> dict[str, tuple[int, ...]]:
-        """Dataset -> shape of one row, for the feature datasets; of one token for `txt_tokens`."""
+        """Dataset -> shape of one row, for the feature datasets; of one token for `text_tokens`."""
         return {name: d.shape[1:] for name, d in self._file.items() if d.dtype == np.float16}
 
     @property
@@ -223,7 +223,7 @@ class FeatureStore:
             return self._dataset(name)[:] if name in self._file else np.zeros(len(self), np.uint64)
 
     def token_counts(self) -> np.ndarray:
-        """Tokens there is room for, per row (N,); only in a cache with `txt_tokens`."""
+        """Tokens there is room for, per row (N,); only in a cache with `text_tokens`."""
         return np.diff(self._offsets)
 
     # -- writing ------------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ class FeatureStore:
         """Write some rows: features and facts first, then, once those are on disk, their status.
 
         `rows` (R,) ascending positions; `status` (R,) `DONE` or `QUARANTINED`; `arrays` maps datasets to (R, ...)
-        values, for `txt_tokens` to the concatenated tokens of all R texts; `reasons` says why, for the quarantined
+        values, for `text_tokens` to the concatenated tokens of all R texts; `reasons` says why, for the quarantined
         ids. Features of rows that aren't `DONE` are stored as NaN.
         Raises `CacheError` when the disk is full; what was done before stays readable.
         """
@@ -256,7 +256,7 @@ class FeatureStore:
                 _write_reasons(self.quarantine_path, updated)
             done = status == DONE
             for name, values in arrays.items():
-                if name == "txt_tokens":
+                if name == "text_tokens":
                     self._write_ragged(rows, values)
                 else:
                     if self._file[name].dtype == np.float16 and not done.all():
@@ -303,13 +303,13 @@ class FeatureStore:
         start = 0
         for first, last in _runs(rows):
             low, high = int(offsets[first]), int(offsets[last + 1])
-            self._file["txt_tokens"][low:high] = values[start : start + high - low]
+            self._file["text_tokens"][low:high] = values[start : start + high - low]
             start += high - low
 
     @cached_property
     def _offsets(self) -> np.ndarray:
-        with _damage(self.path, "txt_offsets"):
-            return self._dataset("txt_offsets")[:]
+        with _damage(self.path, "text_offsets"):
+            return self._dataset("text_offsets")[:]
 
     def _neighbours(self, rows: np.ndarray) -> np.ndarray:
         """Done rows that share a chunk with `rows` without being among them: writing one endangers the other."""
@@ -323,7 +323,7 @@ class FeatureStore:
     def _rows_sharing_chunks(self, name: str, first: int, stop: int) -> tuple[int, int]:
         """The range of rows in the chunks of `name` that hold the rows first..stop."""
         step = self._file[name].chunks[0]
-        if name != "txt_tokens":
+        if name != "text_tokens":
             return first // step * step, min(len(self), -(-stop // step) * step)
         offsets = self._offsets
         low, high = offsets[first] // step * step, -(-offsets[stop] // step) * step
@@ -349,7 +349,7 @@ class FeatureStore:
             except OSError:
                 dataset[low : low + step] = PENDING
         pending = dataset[:] == PENDING
-        offsets = self._offsets if "txt_tokens" in self._file else None
+        offsets = self._offsets if "text_tokens" in self._file else None
         facts = [name for side in ROW_FACTS.values() for name in side if name in self._file]
         for name in [*self.features, *facts]:
             dataset = self._file[name]
@@ -357,7 +357,7 @@ class FeatureStore:
             for low in range(0, dataset.shape[0], step):
                 high = min(low + step, dataset.shape[0])
                 first, stop = low, high
-                if name == "txt_tokens":
+                if name == "text_tokens":
                     first = int(np.searchsorted(offsets, low, "right")) - 1
                     stop = int(np.searchsorted(offsets[:-1], high, "left"))
                 if not pending[first:stop].any():
@@ -390,7 +390,7 @@ class FeatureStore:
     def read(self, name: str, ids: Sequence[str] | None = None) -> np.ndarray:
         """Features `name` of the rows `ids`, in that order: (len(ids), ...) float16; all done rows without `ids`.
 
-        Memory beyond the result is one chunk. Not for `txt_tokens`: see `read_tokens`.
+        Memory beyond the result is one chunk. Not for `text_tokens`: see `read_tokens`.
         Raises `MissingRowsError` for ids that aren't done, `CacheError` for an unknown dataset or a damaged one.
         """
         return self.read_rows(name, self._done_rows(ids))
@@ -421,12 +421,12 @@ class FeatureStore:
 
     def read_token_rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As `read_tokens`, by row numbers (R,). Raises as `read_rows`."""
-        dataset, offsets = self._dataset("txt_tokens"), self._offsets
+        dataset, offsets = self._dataset("text_tokens"), self._offsets
         self._check_rows(rows)
         starts = np.concatenate([[0], np.cumsum(offsets[rows + 1] - offsets[rows])])
         out = np.empty((starts[-1], *dataset.shape[1:]), dataset.dtype)
         order = np.argsort(rows, kind="stable")
-        with _damage(self.path, "txt_tokens"):
+        with _damage(self.path, "text_tokens"):
             for run in _split_where(order, rows[order], 1):
                 for piece in pieces(run, self.block_rows):
                     low = offsets[rows[piece[0]]]
@@ -435,7 +435,7 @@ class FeatureStore:
                         first, last = part[0], part[-1]
                         found = tokens[offsets[rows[first]] - low : offsets[rows[last] + 1] - low]
                         out[starts[first] : starts[last + 1]] = found
-        self._check_written("txt_tokens", out)
+        self._check_written("text_tokens", out)
         return out, starts
 
     def _done_rows(self, ids: Sequence[str] | None) -> np.ndarray:
@@ -483,7 +483,7 @@ class FeatureStore:
         if self.complete and (self.status == PENDING).any():
             problems.append("complete, yet rows are pending")
         for name in self.features:
-            if name == "txt_tokens":
+            if name == "text_tokens":
                 finite = np.isfinite(self.read_tokens()[0]).all()
             else:
                 blocks = pieces(self._done_rows(None), self.block_rows)
@@ -543,9 +543,9 @@ def _lay_out(file, ids, tags, features, block_rows, token_counts) -> None:
             for name, dtype in facts.items():
                 _new(file, name, (n,), dtype, block_rows)
     for name, shape in features.items():
-        if name == "txt_tokens":
+        if name == "text_tokens":
             offsets = np.concatenate([[0], np.cumsum(token_counts)]).astype(np.int64)
-            _new(file, "txt_offsets", (n + 1,), np.int64, block_rows)[:] = offsets
+            _new(file, "text_offsets", (n + 1,), np.int64, block_rows)[:] = offsets
             _new(file, name, (int(offsets[-1]), *shape), np.float16, block_rows)
         else:
             _new(file, name, (n, *shape), np.float16, block_rows)

@@ -159,7 +159,7 @@ def experiment_of_run(run: Run, folder: Path | None, device: torch.device) -> Ex
     splits = [run.split] if isinstance(run.split, Split) else run.split
     group_of = None
     if splits[0].how.get("duplicates_together", True):
-        groups = duplicate_groups(dataset.img_hash, dataset.txt_key)
+        groups = duplicate_groups(dataset.image_hash, dataset.text_key)
         group_of = dict(zip(dataset.ids, groups.tolist(), strict=True))
     return Experiment(
         features.to(device),
@@ -187,7 +187,7 @@ def named_caches(args: Namespace) -> tuple[list[str], list[str]]:
         path = args.feats / f"{name}_train.h5"
         if path.is_file():  # what is missing is said when it is loaded
             with FeatureStore.open(path) as store:
-                found += [name] if "txt_feats" in store.features else []
+                found += [name] if "text_feats" in store.features else []
     return vtypes, found
 
 
@@ -237,8 +237,8 @@ def make_splits(
     if not ids:
         raise UsageError("none of the rows has a label; there is nothing to train on")
     groups = None
-    if args.duplicates == "together" and (dataset.img_hash.any() or dataset.txt_key.any()):
-        groups = duplicate_groups(dataset.img_hash[labelled], dataset.txt_key[labelled])
+    if args.duplicates == "together" and (dataset.image_hash.any() or dataset.text_key.any()):
+        groups = duplicate_groups(dataset.image_hash[labelled], dataset.text_key[labelled])
     if args.split_file:
         splits = read_split_file(args.split_file, dataset.ids, dataset.tags)
         known = set(ids)  # without a label there is nothing to test

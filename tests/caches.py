@@ -41,28 +41,28 @@ def make_cache(
     rows = len(tags)
     ids = [f"p{first_id + i}" for i in range(rows)]
     rng = np.random.default_rng([seed, *name.encode(), *split.encode()])
-    widths = dict(zip(("img", "txt"), WIDTHS[name], strict=True))
+    widths = dict(zip(("image", "text"), WIDTHS[name], strict=True))
     place = np.array([CLASSES.index(tag) if tag in CLASSES else len(tag) % 3 for tag in tags])
     shapes, arrays, counts = {}, {}, None
     for side, width in widths.items():
         if width is None:
             continue
-        centres = np.random.default_rng([*name.encode(), *side.encode()]).normal(size=(3, width)) * (2 / width**0.5)
+        centres = np.random.default_rng([*name.encode(), *{"image": b"img", "text": b"txt"}[side]]).normal(size=(3, width)) * (2 / width**0.5)
         shapes[f"{side}_feats"] = (width,)
         arrays[f"{side}_feats"] = x = centres[place] * 1.2 + rng.normal(size=(rows, width))
-        for fact in {"img": ("img_hash",), "txt": ("txt_hash", "txt_key")}[side]:
+        for fact in {"image": ("image_hash",), "text": ("text_hash", "text_key")}[side]:
             arrays[fact] = np.asarray(facts.get(fact, np.arange(rows) + first_id + 1000), np.uint64)
-        if side == "img" and views:
-            shapes["img_views"] = (views, width)
-            arrays["img_views"] = x[:, None] + 0.2 * rng.normal(size=(rows, views, width))
+        if side == "image" and views:
+            shapes["image_views"] = (views, width)
+            arrays["image_views"] = x[:, None] + 0.2 * rng.normal(size=(rows, views, width))
         if tokens:
             centres = rng.normal(size=(3, TOKEN_WIDTH))
-            shapes[f"{side}_tokens"] = (TOKENS, TOKEN_WIDTH) if side == "img" else (TOKEN_WIDTH,)
-            if side == "img":
-                arrays["img_tokens"] = centres[place][:, None] + rng.normal(size=(rows, TOKENS, TOKEN_WIDTH))
+            shapes[f"{side}_tokens"] = (TOKENS, TOKEN_WIDTH) if side == "image" else (TOKEN_WIDTH,)
+            if side == "image":
+                arrays["image_tokens"] = centres[place][:, None] + rng.normal(size=(rows, TOKENS, TOKEN_WIDTH))
             else:
                 counts = np.arange(rows) % 4 + 1
-                arrays["txt_tokens"] = np.repeat(centres[place], counts, 0) + rng.normal(
+                arrays["text_tokens"] = np.repeat(centres[place], counts, 0) + rng.normal(
                     size=(counts.sum(), TOKEN_WIDTH)
                 )
     arrays = {k: v.astype(np.float16) if v.dtype == np.float64 else v for k, v in arrays.items()} | dict(changed)

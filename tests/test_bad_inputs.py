@@ -258,8 +258,8 @@ def extract(main, data: Path, out: Path, name: str, features: str, *more: str) -
 
 def extract_both(data: Path, out: Path) -> tuple[Outcome, Outcome]:
     return (
-        extract(efficientnet_extract_feats.main, data, out, "efficientnet", "img_feats", "--model", "lite0"),
-        extract(vader_extract_feats.main, data, out, "vader", "txt_feats"),
+        extract(efficientnet_extract_feats.main, data, out, "efficientnet", "image_feats", "--model", "lite0"),
+        extract(vader_extract_feats.main, data, out, "vader", "text_feats"),
     )
 
 

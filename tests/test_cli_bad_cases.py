@@ -31,7 +31,7 @@ def feats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids = [f"p{i}" for i in range(90)]
     tags = make_tags(90)
     changed = {}
-    for name in ("img_feats", "txt_feats"):
+    for name in ("image_feats", "text_feats"):
         changed[name] = read(folder, "clip", name, ids).astype(np.float16)
         centres = {tag: changed[name][[t == tag for t in tags]].mean(0) for tag in CLASSES}
         for row in map(ids.index, WRONG):
@@ -100,7 +100,7 @@ def test_every_misclassified_row_is_there(feats: Path, tmp_path: Path):
     tag_of = dict(zip([f"p{i}" for i in range(90)], make_tags(90), strict=True))
 
     def matrix(ids: Sequence[str], like: Sequence[str]) -> np.ndarray:
-        of_side = [[read(feats, "clip", f"{side}_feats", names) for names in (ids, like)] for side in ("img", "txt")]
+        of_side = [[read(feats, "clip", f"{side}_feats", names) for names in (ids, like)] for side in ("image", "text")]
         return np.concatenate([StandardScaler().fit(rest).transform(x) for x, rest in of_side], 1)
 
     wrong = {}
@@ -142,8 +142,8 @@ def random_cache(folder: Path, tags: Sequence[str], twins: bool = False) -> None
     """Features that tell nothing; with `twins` rows 0 and 1, 2 and 3, ... are the same pair."""
     rng = np.random.default_rng(0)
     rows = np.arange(len(tags)) // 2 if twins else np.arange(len(tags))
-    changed = {name: rng.normal(size=(len(tags), 8))[rows].astype(np.float16) for name in ("img_feats", "txt_feats")}
-    make_cache(folder, "clip", tags=tags, changed=changed, facts={"img_hash": rows + 1, "txt_key": rows + 1})
+    changed = {name: rng.normal(size=(len(tags), 8))[rows].astype(np.float16) for name in ("image_feats", "text_feats")}
+    make_cache(folder, "clip", tags=tags, changed=changed, facts={"image_hash": rows + 1, "text_key": rows + 1})
 
 
 def test_no_row_has_a_say_in_what_predicts_it(tmp_path: Path):

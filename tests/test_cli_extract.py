@@ -80,8 +80,8 @@ def test_clip_with_no_argument_at_all(tmp_path: Path):
     assert "row/s" in out.stderr  # the progress bar's rate
     for split, rows in (("train", 6), ("test", 3)):
         found = datasets(tmp_path / "saved" / "feats" / f"clip_{split}.h5")
-        assert found["img_feats"].shape == found["txt_feats"].shape == (rows, 512)
-        assert np.isfinite(found["img_feats"]).all() and (found["status"] == DONE).all()
+        assert found["image_feats"].shape == found["text_feats"].shape == (rows, 512)
+        assert np.isfinite(found["image_feats"]).all() and (found["status"] == DONE).all()
     shutil.rmtree(tmp_path / "hf")
 
 
@@ -164,7 +164,7 @@ def test_ngrams_columns_and_texts_without_words(course: Path, tmp_path: Path, ca
     with FeatureStore.open(tmp_path / "out" / "ngrams_train.h5") as store:
         assert store.complete and (store.status == DONE).all()
         assert (store.fingerprint["columns"], store.fingerprint["text_clean"]) == (64, "tweet")
-        lengths = np.linalg.norm(store.read("txt_feats").astype(np.float32), axis=1)
+        lengths = np.linalg.norm(store.read("text_feats").astype(np.float32), axis=1)
     assert lengths.shape == (20,) and lengths[3] == 0
     np.testing.assert_allclose(np.delete(lengths, 3), 1, atol=1e-3)
     capsys.readouterr()
@@ -191,15 +191,18 @@ def test_quarantine_and_repair(course: Path, tmp_path: Path, capsys: pytest.Capt
     assert "18 rows done; 2 quarantined" in capsys.readouterr().out
     found = datasets(out / "efficientnet_train.h5")
     assert [int(i) for i in found["id"][found["status"] == QUARANTINED]] == [2, 9]
-    assert np.isnan(found["img_feats"][[2, 9]]).all() and np.isfinite(found["img_feats"][found["status"] == DONE]).all()
+    assert (
+        np.isnan(found["image_feats"][[2, 9]]).all()
+        and np.isfinite(found["image_feats"][found["status"] == DONE]).all()
+    )
     reasons = (out / "efficientnet_train.quarantine.csv").read_text().splitlines()
     assert reasons[0] == "id,reason" and reasons[1].startswith("2,") and reasons[2].startswith("9,no picture file")
     (course / "data" / "2.jpg").write_bytes(whole)
     assert efficientnet(course, out, "--splits", "train", "--strict") == 3
     assert "19 rows done; 1 quarantined; 0 texts truncated; 1 encoded now" in capsys.readouterr().out
     np.testing.assert_allclose(
-        datasets(out / "efficientnet_train.h5")["img_feats"][2].astype(float),
-        datasets(tmp_path / "whole" / "efficientnet_train.h5")["img_feats"][2].astype(float),
+        datasets(out / "efficientnet_train.h5")["image_feats"][2].astype(float),
+        datasets(tmp_path / "whole" / "efficientnet_train.h5")["image_feats"][2].astype(float),
         atol=2e-3,
     )
 
@@ -216,7 +219,7 @@ def test_token_caches_are_ragged(course: Path, tmp_path: Path):
         tokens, offsets = store.read_tokens()
         np.testing.assert_array_equal(np.diff(offsets), store.facts("n_tokens"))
         assert tokens.shape == (offsets[-1], 384) and len(set(np.diff(offsets))) > 1
-        feats = store.read("txt_feats").astype(np.float32)
+        feats = store.read("text_feats").astype(np.float32)
         for row in range(20):  # MiniLM's vector is the normalised mean of its tokens
             mean = tokens[offsets[row] : offsets[row + 1]].astype(np.float32).mean(0)
             np.testing.assert_allclose(mean / np.linalg.norm(mean), feats[row], atol=2e-3)
@@ -236,11 +239,11 @@ def test_image_tokens_and_views(course: Path, tmp_path: Path):
     efficientnet(course, tmp_path / "a", "--splits", "train", "--tokens", "--views", "2")
     efficientnet(course, tmp_path / "b", "--splits", "train")
     with_views, plain = (datasets(tmp_path / d / "efficientnet_train.h5") for d in "ab")
-    np.testing.assert_array_equal(with_views["img_feats"], plain["img_feats"])
-    assert with_views["img_views"].shape == (20, 2, 1280)
-    assert not (with_views["img_views"][:, 0] == with_views["img_views"][:, 1]).all(1).any()
+    np.testing.assert_array_equal(with_views["image_feats"], plain["image_feats"])
+    assert with_views["image_views"].shape == (20, 2, 1280)
+    assert not (with_views["image_views"][:, 0] == with_views["image_views"][:, 1]).all(1).any()
     np.testing.assert_allclose(
-        with_views["img_tokens"].astype(np.float32).mean(1), plain["img_feats"].astype(np.float32), atol=5e-3
+        with_views["image_tokens"].astype(np.float32).mean(1), plain["image_feats"].astype(np.float32), atol=5e-3
     )
 
 
@@ -319,9 +322,9 @@ def test_interrupted_by_the_user(tmp_path: Path, how: signal.Signals):
 KILLER = """
     import importlib, os, random, signal, sys, time
     name, data, out = sys.argv[1:]
-    import feats.extraction.local, torch
+    import feats.encoders.registry, feats.extraction.local, torch
     script = importlib.import_module(f"feats.{name}_extract_feats")
-    importlib.import_module(f"feats.{name}_encoder")
+    importlib.import_module(feats.encoders.registry.ENCODERS[name].module)
     arguments = ["--data", data, "--batch-size", "2", "--workers", "1", "--dtype", "fp32", "--out"]
     extract = feats.extraction.local.extract
 
@@ -402,8 +405,8 @@ def test_compiled_where_it_pays_and_possible(tmp_path: Path, monkeypatch: pytest
     assert efficientnet_extract_feats.main([*command, *SMALL]) == 0
     with FeatureStore.open(tmp_path / "fast" / "efficientnet_train.h5") as store:
         assert store.plan["compiled"] is not broken
-        fast = store.read("img_feats").astype(np.float32)
-    plain = datasets(tmp_path / "plain" / "efficientnet_train.h5")["img_feats"].astype(np.float32)
+        fast = store.read("image_feats").astype(np.float32)
+    plain = datasets(tmp_path / "plain" / "efficientnet_train.h5")["image_feats"].astype(np.float32)
     np.testing.assert_allclose(fast, plain, atol=0.05)
 
 
@@ -428,8 +431,8 @@ def test_duplicate_hashes_group_equal_pictures_and_texts(tmp_path: Path):
     (pairs / "1.txt").write_text("RT @you: So HAPPY today! http://t.co/abc")
     (pairs / "5.txt").write_text("so happy   today! ")
     vader(tmp_path / "set", tmp_path / "out"), efficientnet(tmp_path / "set", tmp_path / "out")
-    keys = datasets(tmp_path / "out" / "vader_train.h5")["txt_key"]
-    hashes = datasets(tmp_path / "out" / "efficientnet_train.h5")["img_hash"]
+    keys = datasets(tmp_path / "out" / "vader_train.h5")["text_key"]
+    hashes = datasets(tmp_path / "out" / "efficientnet_train.h5")["image_hash"]
     assert keys[1] == keys[5] and len(set(keys)) == 5
     assert hashes[0] == hashes[4] and len(set(hashes)) == 5
 
@@ -442,5 +445,5 @@ def test_a_million_pixel_png_and_a_thumbnail(tmp_path: Path):
     picture.save(tmp_path / "set" / "data" / "1.png")
     (tmp_path / "set" / "data" / "1.jpg").unlink()
     efficientnet(tmp_path / "set", tmp_path / "out")
-    a, b = datasets(tmp_path / "out" / "efficientnet_train.h5")["img_feats"].astype(np.float64)
+    a, b = datasets(tmp_path / "out" / "efficientnet_train.h5")["image_feats"].astype(np.float64)
     assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.99

@@ -25,7 +25,7 @@ from modeling.runs.folder import list_runs, load_run
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 CLASSES = ["negative", "neutral", "positive"]
-WIDTHS = {"pix": ("img_feats", 6), "words": ("txt_feats", 4)}
+WIDTHS = {"pix": ("image_feats", 6), "words": ("text_feats", 4)}
 TRAIN = [f"t{i}" for i in range(60)]
 TEST = [f"é{7 * i % 23},{i}" for i in range(23)]  # neither sorted nor free of commas
 
@@ -413,11 +413,11 @@ def test_caches_in_another_order_are_joined_by_id(home: Path):
     before = {row[0]: row[1:] for row in submission(home / "before.csv")[1]}
     first = {row[0]: row[1:] for row in submission(home / "first.csv")[1]}
     with FeatureStore.open(home / "feats" / "words_test.h5") as store:
-        ids, values = store.ids.tolist()[::-1], store.read("txt_feats")[::-1]
+        ids, values = store.ids.tolist()[::-1], store.read("text_feats")[::-1]
         fingerprint = store.fingerprint
     path = home / "feats" / "words_test.h5"
-    with FeatureStore.create(path, ids, [""] * 23, fingerprint, {"txt_feats": (4,)}, overwrite=True) as store:
-        store.write(np.arange(23), np.full(23, DONE), {"txt_feats": values})
+    with FeatureStore.create(path, ids, [""] * 23, fingerprint, {"text_feats": (4,)}, overwrite=True) as store:
+        store.write(np.arange(23), np.full(23, DONE), {"text_feats": values})
         store.finish()
     assert infer(home, "--run", "first", "second", "--proba") == 0
     _, rows = submission(home / "runs" / "submission_test.csv")

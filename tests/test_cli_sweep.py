@@ -199,7 +199,7 @@ def test_corrected_data_are_trained_on_anew(tmp_path: Path, capsys: pytest.Captu
     sweep(tmp_path / "feats", tmp_path, *command)
     assert "0 of them finished before" in capsys.readouterr().out
     path.unlink()
-    make_cache(tmp_path / "feats", "clip", tags=tags, seed=1, facts={"img_hash": np.arange(90) + 5000})
+    make_cache(tmp_path / "feats", "clip", tags=tags, seed=1, facts={"image_hash": np.arange(90) + 5000})
     sweep(tmp_path / "feats", tmp_path, *command)
     assert "0 of them finished before" in capsys.readouterr().out
 
@@ -567,7 +567,7 @@ def test_the_held_out_figures_of_a_candidate_are_held_out(feats: Path, tmp_path:
     """Features without any information: held out, a kernel that can learn the training rows by heart does no better
     than guessing."""
     noise = np.random.default_rng(0).normal(size=(90, 8)).astype(np.float16)
-    make_cache(tmp_path / "feats", "clip", changed={"img_feats": noise, "txt_feats": noise})
+    make_cache(tmp_path / "feats", "clip", changed={"image_feats": noise, "text_feats": noise})
     path = searched(tmp_path / "feats", tmp_path / "runs", "--vtype", "clip", "--head", "kernel")
     guessing = reference.log_loss(make_tags(90), np.tile([1 / 3, 1 / 6, 1 / 2], (90, 1)))
     for candidate in content(path, "metrics")["candidates"]:
@@ -618,7 +618,7 @@ def test_the_test_part_of_a_stacked_run_is_of_that_run(feats: Path, tmp_path: Pa
 def test_the_epoch_of_a_held_out_prediction_is_not_chosen_by_it(tmp_path: Path):
     """Features without any information: the best of many epochs would look better than guessing."""
     noise = np.random.default_rng(1).normal(size=(90, 8)).astype(np.float16)
-    make_cache(tmp_path / "feats", "clip", tags=CLASSES * 30, changed={"img_feats": noise, "txt_feats": noise})
+    make_cache(tmp_path / "feats", "clip", tags=CLASSES * 30, changed={"image_feats": noise, "text_feats": noise})
     argv = ["--head", "mlp", "--D", "16", "--lr", "1e-2", "--ep", "60", "--bs", "8", "--ablation", "2"]
     path = searched(tmp_path / "feats", tmp_path / "runs", *argv)
     (candidate,) = content(path, "metrics")["candidates"]

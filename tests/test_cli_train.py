@@ -306,7 +306,7 @@ def test_caches_of_one_side_are_split_as_both_sides_where_the_other_side_is_cach
 ):
     pairs = np.arange(120) // 2 + 1  # p0 and p1 share a picture, p2 and p3, ...; p1 and p2 a text, p7 and p8, ...
     texts = np.arange(120) + 1000
-    facts = {"img_hash": pairs, "txt_key": np.where(np.arange(120) % 6 == 2, texts - 1, texts)}
+    facts = {"image_hash": pairs, "text_key": np.where(np.arange(120) % 6 == 2, texts - 1, texts)}
     tags = [("positive", "negative")[i // 12 % 2] for i in range(120)]
     for name in ("resnet", "roberta", "vader"):
         make_cache(tmp_path / "feats", name, tags=tags, facts=facts)
@@ -321,9 +321,9 @@ def test_caches_of_one_side_are_split_as_both_sides_where_the_other_side_is_cach
     # Not by a cache of other rows, other labels or other texts.
     (tmp_path / "feats" / "resnet_train.h5").unlink()
     alone = train(tmp_path / "feats", tmp_path / "runs", "--vtype", "--ttype", "vader", *argv)
-    other_text = {**facts, "txt_key": facts["txt_key"] + 7}
+    other_text = {**facts, "text_key": facts["text_key"] + 7}
     for name, changes in (
-        ("resnet", {"tags": tags[:100], "facts": {"img_hash": pairs[:100]}}),
+        ("resnet", {"tags": tags[:100], "facts": {"image_hash": pairs[:100]}}),
         ("resnet", {"tags": tags[::-1], "facts": facts}),
         ("clip", {"tags": tags, "facts": other_text}),
     ):
@@ -338,7 +338,7 @@ def test_caches_of_one_side_are_split_as_both_sides_where_the_other_side_is_cach
 def test_duplicates_stay_together_unless_told(tmp_path: Path):
     pairs = np.arange(120) // 2 + 1  # p0 and p1 share a picture, p2 and p3, ...
     tags = [("positive", "negative")[i // 2 % 2] for i in range(120)]
-    make_cache(tmp_path / "feats", "clip", tags=tags, facts={"img_hash": pairs})
+    make_cache(tmp_path / "feats", "clip", tags=tags, facts={"image_hash": pairs})
 
     def torn(path: Path) -> int:
         val = {int(i[1:]) for i in content(path, "split")["val"]}
@@ -443,11 +443,11 @@ def test_normalisation_and_scale_of_each_cache(feats: Path, tmp_path: Path):
     def matrix(ids: list[str]) -> np.ndarray:
         clip, roberta, vader = (
             read(feats, name, f"{side}_feats", ids)
-            for name, side in (("clip", "img"), ("roberta", "txt"), ("vader", "txt"))
+            for name, side in (("clip", "image"), ("roberta", "text"), ("vader", "text"))
         )
         return np.concatenate([0.5 * scaler.transform(clip), normalize(roberta), 3 * vader], 1)
 
-    scaler = StandardScaler().fit(read(feats, "clip", "img_feats", run.split.train))
+    scaler = StandardScaler().fit(read(feats, "clip", "image_feats", run.split.train))
     tensors = load_file(path / "head.safetensors")
     np.testing.assert_allclose(tensors["0/norm/image/clip/mean"], scaler.mean_, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(tensors["0/norm/image/clip/std"], scaler.scale_, rtol=1e-5)
@@ -464,7 +464,7 @@ def test_validation_rows_do_not_touch_what_is_learned(feats: Path, tmp_path: Pat
     one = train(feats, tmp_path / "runs", *argv)
     held = [int(i[1:]) for i in content(one, "split")["val"]]
     ids = [f"p{i}" for i in range(90)]
-    changed = {name: read(feats, "clip", name, ids).astype(np.float16) for name in ("img_feats", "txt_feats")}
+    changed = {name: read(feats, "clip", name, ids).astype(np.float16) for name in ("image_feats", "text_feats")}
     for values in changed.values():
         values[held] = 100 - 7 * values[held]
     make_cache(tmp_path / "feats", "clip", changed=changed)
@@ -472,7 +472,7 @@ def test_validation_rows_do_not_touch_what_is_learned(feats: Path, tmp_path: Pat
     assert content(one, "split") == content(other, "split")
     assert (one / "head.safetensors").read_bytes() == (other / "head.safetensors").read_bytes()
     assert (one / "predictions_val.csv").read_bytes() != (other / "predictions_val.csv").read_bytes()
-    changed["img_feats"][int(content(one, "split")["train"][0][1:])] += 1  # a training row does
+    changed["image_feats"][int(content(one, "split")["train"][0][1:])] += 1  # a training row does
     make_cache(tmp_path / "more", "clip", changed=changed)
     third = train(tmp_path / "more", tmp_path / "runs", *argv)
     assert (one / "head.safetensors").read_bytes() != (third / "head.safetensors").read_bytes()
@@ -664,13 +664,13 @@ def test_data_that_do_not_fit(feats: Path, tmp_path: Path, capsys: pytest.Captur
     assert "none of the rows has a label" in refused(capsys, tmp_path / "none", runs)
     values = np.ones((90, 8), np.float16)
     values[[4, 60], 2] = np.nan, np.inf
-    make_cache(tmp_path / "nan", "clip", changed={"img_feats": values})
-    assert "img_feats holds NaN or infinite values (2 rows: p4, p60)" in refused(capsys, tmp_path / "nan", runs)
+    make_cache(tmp_path / "nan", "clip", changed={"image_feats": values})
+    assert "image_feats holds NaN or infinite values (2 rows: p4, p60)" in refused(capsys, tmp_path / "nan", runs)
     make_cache(tmp_path / "two", "clip")
     make_cache(tmp_path / "two", "roberta", 60)
     error = refused(capsys, tmp_path / "two", runs, "--ttype", "roberta")
     assert "clip_train.h5 and roberta_train.h5 are of different data: 90 and 60 rows" in error
-    make_cache(tmp_path / "two", "resnet", facts={"img_hash": np.arange(90) + 5})
+    make_cache(tmp_path / "two", "resnet", facts={"image_hash": np.arange(90) + 5})
     assert "made from different pictures" in refused(capsys, tmp_path / "two", runs, "--vtype", "clip", "resnet")
     ids = [f"p{i}" for i in range(90)]
     (tmp_path / "split.json").write_text(json.dumps({"train": ids[:70], "val": ids[70:]}))
@@ -695,7 +695,7 @@ def test_classes_too_rare_for_inner_folds(feats: Path, tmp_path: Path, capsys: p
     train(tmp_path / "feats", tmp_path / "runs", "--head", "fusion", *argv)  # needs no inner folds
     # Two rows of one text are one; two that are no duplicates will do.
     tags[41] = "rare"
-    facts = {"txt_key": np.where(np.isin(np.arange(90), (40, 41)), 5, np.arange(90) + 1000)}
+    facts = {"text_key": np.where(np.isin(np.arange(90), (40, 41)), 5, np.arange(90) + 1000)}
     make_cache(tmp_path / "same", "clip", tags=tags, facts=facts)
     error = refused(capsys, tmp_path / "same", tmp_path / "runs", "--head", "linear", *argv)
     assert "class 'rare' has 2 training rows, expected at least 2 that are no duplicates" in error

@@ -280,8 +280,8 @@ def test_cached_features(models, checkpoints, pictures, tmp_path: Path, family: 
     assert fingerprint["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert [i.decode() for i in found["id"]] == [str(i) for i in range(len(TEXTS))]
     expected = {
-        "img_feats": reference_images(models[family], decoded),
-        "txt_feats": reference_texts(models[family], TEXTS),
+        "image_feats": reference_images(models[family], decoded),
+        "text_feats": reference_texts(models[family], TEXTS),
     }
     for name, values in expected.items():
         assert found[name].dtype == np.float16
@@ -378,11 +378,11 @@ def test_views(checkpoints, tmp_path: Path, capsys):
     for out in ("one", "two"):
         assert extract(data, tmp_path / out, weights, "--views", "3") == 0
         with h5py.File(tmp_path / out / "clip_train.h5") as file:
-            found.append({name: file[name][:] for name in ("img_feats", "img_views")})
-    views = found[0]["img_views"]
+            found.append({name: file[name][:] for name in ("image_feats", "image_views")})
+    views = found[0]["image_views"]
     assert views.shape == (5, 3, 32) and np.isfinite(views).all()
-    np.testing.assert_array_equal(views, found[1]["img_views"])
-    everything = np.concatenate([found[0]["img_feats"][:, None], views], 1)
+    np.testing.assert_array_equal(views, found[1]["image_views"])
+    everything = np.concatenate([found[0]["image_feats"][:, None], views], 1)
     for row in everything:
         assert len(np.unique(row, axis=0)) == 4  # the picture and its views all differ
     capsys.readouterr()
@@ -391,8 +391,8 @@ def test_views(checkpoints, tmp_path: Path, capsys):
     assert "made by something else (views:" in error and "--overwrite" in error
     assert extract(data, tmp_path / "seeded", weights, "--views", "3", "--views-seed", "1") == 0
     with h5py.File(tmp_path / "seeded" / "clip_train.h5") as file:
-        np.testing.assert_array_equal(file["img_feats"][:], found[0]["img_feats"])
-        assert (file["img_views"][:] != views).any(2).all()
+        np.testing.assert_array_equal(file["image_feats"][:], found[0]["image_feats"])
+        assert (file["image_views"][:] != views).any(2).all()
 
 
 # -- the nine models --------------------------------------------------------------------------------------------

@@ -17,14 +17,14 @@ from modeling.features.splits import make_split
 IDS = [f"{i}é" for i in range(40)]
 TAGS = [("happy", "sad", "")[i % 3] for i in range(40)]
 SHAPES = {
-    "img_feats": (5,),
-    "txt_feats": (3,),
-    "img_views": (2, 5),
-    "img_tokens": (4, 6),
-    "txt_tokens": (7,),
+    "image_feats": (5,),
+    "text_feats": (3,),
+    "image_views": (2, 5),
+    "image_tokens": (4, 6),
+    "text_tokens": (7,),
 }
-BOTH = ("img_feats", "txt_feats")
-HASHES = {"img_hash": "img_feats", "txt_hash": "txt_feats", "txt_key": "txt_feats"}
+BOTH = ("image_feats", "text_feats")
+HASHES = {"image_hash": "image_feats", "text_hash": "text_feats", "text_key": "text_feats"}
 
 
 @cache
@@ -32,7 +32,7 @@ def values(name: str, dataset: str, row_id: str) -> np.ndarray:
     """A row's features: a function of cache, dataset and id, so that a row out of place shows."""
     seed = [ord(c) for c in f"{name}/{dataset}/{row_id}"]
     shape = SHAPES[dataset]
-    if dataset == "txt_tokens":
+    if dataset == "text_tokens":
         shape = (length(row_id), *shape)
     return np.random.default_rng(seed).normal(2, 1, shape).astype(np.float16)
 
@@ -58,7 +58,7 @@ def make(
     shapes = {dataset: SHAPES[dataset] for dataset in datasets}
     at = np.arange(len(ids) if rows is None else rows)
     arrays = {d: [values(name, d, ids[i]) for i in at] for d in datasets}
-    arrays = {d: np.concatenate(v) if d == "txt_tokens" else np.stack(v) for d, v in arrays.items()} | dict(changed)
+    arrays = {d: np.concatenate(v) if d == "text_tokens" else np.stack(v) for d, v in arrays.items()} | dict(changed)
     for fact, dataset in HASHES.items():
         if dataset in datasets:
             arrays[fact] = facts.get(fact, np.array([1000 + int(ids[i][:-1]) for i in at], np.uint64))
@@ -68,7 +68,7 @@ def make(
             some = at[low : low + 16]
             offsets = np.concatenate([[0], np.cumsum(counts)])
             part = {
-                d: v[offsets[low] : offsets[some[-1] + 1]] if d == "txt_tokens" else v[some] for d, v in arrays.items()
+                d: v[offsets[low] : offsets[some[-1] + 1]] if d == "text_tokens" else v[some] for d, v in arrays.items()
             }
             store.write(some, status[some], part, {ids[i]: quarantined[ids[i]] for i in some if ids[i] in quarantined})
         store.finish()
@@ -90,21 +90,21 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 
 def test_joins_by_id_whatever_the_order(tmp_path: Path):
     order = np.random.default_rng(0).permutation(len(IDS))
-    make(tmp_path, "clip", [*BOTH, "img_views"])
-    make(tmp_path, "resnet", ["img_feats"], [IDS[i] for i in order], [TAGS[i] for i in order])
-    make(tmp_path, "roberta", ["txt_feats"], IDS[::-1], TAGS[::-1])
+    make(tmp_path, "clip", [*BOTH, "image_views"])
+    make(tmp_path, "resnet", ["image_feats"], [IDS[i] for i in order], [TAGS[i] for i in order])
+    make(tmp_path, "roberta", ["text_feats"], IDS[::-1], TAGS[::-1])
     joined = load_features(tmp_path, "train", ["clip", "resnet"], ["roberta", "clip"])
     assert (joined.ids, joined.tags, joined.left_out, len(joined)) == (IDS, TAGS, {}, 40)
     assert list(joined.image) == ["clip", "resnet"] and list(joined.text) == ["roberta", "clip"]
     for name, features in joined.image.items():
-        check(features, name, "img_feats", IDS)
+        check(features, name, "image_feats", IDS)
     for name, features in joined.text.items():
-        check(features, name, "txt_feats", IDS)
-    check(joined.views["clip"], "clip", "img_views", IDS)
+        check(features, name, "text_feats", IDS)
+    check(joined.views["clip"], "clip", "image_views", IDS)
     assert list(joined.views) == ["clip"] and not joined.image_tokens and not joined.text_tokens
     assert joined.widths == {"image": {"clip": 5, "resnet": 5}, "text": {"roberta": 3, "clip": 3}}
     assert joined.fingerprints == {name: {"encoder": name} for name in ("clip", "resnet", "roberta")}
-    assert joined.img_hash.tolist() == joined.txt_key.tolist() == list(range(1000, 1040))
+    assert joined.image_hash.tolist() == joined.text_key.tolist() == list(range(1000, 1040))
     assert joined.describe().startswith("train: 40 rows (image clip 5, image resnet 5, text roberta 3, text clip 3)")
     # The first cache named gives the order.
     assert load_features(tmp_path, "train", ["resnet"], ["clip"]).ids == [IDS[i] for i in order]
@@ -112,17 +112,17 @@ def test_joins_by_id_whatever_the_order(tmp_path: Path):
 
 
 def test_quarantined_rows_are_left_out_by_name(tmp_path: Path):
-    make(tmp_path, "resnet", ["img_feats"], quarantined={"3é": "picture is truncated", "9é": "no picture file"})
-    make(tmp_path, "roberta", ["txt_feats"], quarantined={"9é": "no text"})
+    make(tmp_path, "resnet", ["image_feats"], quarantined={"3é": "picture is truncated", "9é": "no picture file"})
+    make(tmp_path, "roberta", ["text_feats"], quarantined={"9é": "no text"})
     joined = load_features(tmp_path, "train", ["resnet"], ["roberta"])
     kept = [i for i in IDS if i not in ("3é", "9é")]
-    assert joined.ids == kept and len(joined) == len(joined.tags) == len(joined.img_hash) == 38
+    assert joined.ids == kept and len(joined) == len(joined.tags) == len(joined.image_hash) == 38
     assert joined.left_out == {
         "3é": "resnet: picture is truncated",
         "9é": "resnet: no picture file; roberta: no text",
     }
-    check(joined.image["resnet"], "resnet", "img_feats", kept)
-    check(joined.text["roberta"], "roberta", "txt_feats", kept)
+    check(joined.image["resnet"], "resnet", "image_feats", kept)
+    check(joined.text["roberta"], "roberta", "text_feats", kept)
     assert joined.dataset.ids == IDS and joined.dataset.tags == TAGS
     assert "left out 2: 3é (resnet: picture is truncated)" in joined.describe()
     with pytest.raises(UsageError, match="1 row: 3é not among .*left out .resnet: picture is truncated"):
@@ -132,9 +132,9 @@ def test_quarantined_rows_are_left_out_by_name(tmp_path: Path):
 
 def test_the_split_does_not_depend_on_which_rows_a_cache_lacks(tmp_path: Path):
     tags = ["happy" if i % 2 else "sad" for i in range(40)]
-    make(tmp_path, "resnet", ["img_feats"], tags=tags)
+    make(tmp_path, "resnet", ["image_feats"], tags=tags)
     make(tmp_path, "clip", tags=tags, quarantined={"3é": "values that overflow half precision"})
-    make(tmp_path, "roberta", ["txt_feats"], tags=tags)
+    make(tmp_path, "roberta", ["text_feats"], tags=tags)
     sets = [load_features(tmp_path, "train", [name], ["roberta"]) for name in ("resnet", "clip")]
     splits = [make_split(each.dataset.ids, each.dataset.tags, 0.2) for each in sets]
     assert splits[0] == splits[1] and len(sets[1]) == 39
@@ -142,27 +142,27 @@ def test_the_split_does_not_depend_on_which_rows_a_cache_lacks(tmp_path: Path):
 
 
 def test_labels_are_the_known_ones(tmp_path: Path):
-    make(tmp_path, "resnet", ["img_feats"], tags=["" if i < 10 else tag for i, tag in enumerate(TAGS)])
-    make(tmp_path, "roberta", ["txt_feats"])
+    make(tmp_path, "resnet", ["image_feats"], tags=["" if i < 10 else tag for i, tag in enumerate(TAGS)])
+    make(tmp_path, "roberta", ["text_feats"])
     joined = load_features(tmp_path, "train", ["resnet"], ["roberta"])
     assert joined.tags == TAGS
 
 
 def test_hashes_come_from_whichever_cache_knows(tmp_path: Path):
     make(tmp_path, "clip")
-    make(tmp_path, "resnet", ["img_feats"])
-    make(tmp_path, "roberta", ["txt_feats"])
+    make(tmp_path, "resnet", ["image_feats"])
+    make(tmp_path, "roberta", ["text_feats"])
     text_only = load_features(tmp_path, "train", [], ["roberta"])
-    assert not text_only.img_hash.any() and text_only.txt_key.all() and not text_only.image
+    assert not text_only.image_hash.any() and text_only.text_key.all() and not text_only.image
     image_only = load_features(tmp_path, "train", ["resnet"], [])
-    assert image_only.img_hash.all() and not image_only.txt_key.any() and image_only.img_hash.dtype == np.uint64
-    assert load_features(tmp_path, "train", [], ["clip"]).img_hash.all()
+    assert image_only.image_hash.all() and not image_only.text_key.any() and image_only.image_hash.dtype == np.uint64
+    assert load_features(tmp_path, "train", [], ["clip"]).image_hash.all()
 
 
 def test_blocks_are_the_whole(tmp_path: Path):
     order = np.random.default_rng(0).permutation(len(IDS))
     make(tmp_path, "clip", SHAPES, quarantined={"3é": "bad", "30é": "bad"})
-    make(tmp_path, "roberta", ["txt_feats"], IDS[::-1], TAGS[::-1])
+    make(tmp_path, "roberta", ["text_feats"], IDS[::-1], TAGS[::-1])
     make(tmp_path, "bert", SHAPES, [IDS[i] for i in order], [TAGS[i] for i in order])
     asked = (tmp_path, "train", ["clip"], ["roberta", "bert"])
     whole = load_features(*asked, tokens=True)
@@ -171,34 +171,34 @@ def test_blocks_are_the_whole(tmp_path: Path):
     kept = [i for i in IDS if i not in ("3é", "30é")]
     assert [i for block in blocks for i in block.ids] == whole.ids == kept
     assert [tag for block in blocks for tag in block.tags] == whole.tags == [TAGS[IDS.index(i)] for i in kept]
-    assert np.concatenate([block.img_hash for block in blocks]).tolist() == [1000 + int(i[:-1]) for i in kept]
-    check(torch.cat([block.image["clip"] for block in blocks]), "clip", "img_feats", kept)
+    assert np.concatenate([block.image_hash for block in blocks]).tolist() == [1000 + int(i[:-1]) for i in kept]
+    check(torch.cat([block.image["clip"] for block in blocks]), "clip", "image_feats", kept)
     for name in ("roberta", "bert"):
-        check(torch.cat([block.text[name] for block in blocks]), name, "txt_feats", kept)
+        check(torch.cat([block.text[name] for block in blocks]), name, "text_feats", kept)
     tokens = torch.cat([block.text_tokens["bert"].values for block in blocks])
-    np.testing.assert_array_equal(tokens, np.concatenate([values("bert", "txt_tokens", i) for i in kept]))
+    np.testing.assert_array_equal(tokens, np.concatenate([values("bert", "text_tokens", i) for i in kept]))
     assert torch.equal(tokens, whole.text_tokens["bert"].values)
     assert all(block.left_out == whole.left_out and block.dataset.ids == IDS for block in blocks)
 
 
 def test_a_bad_value_is_named_in_its_block(tmp_path: Path):
-    rows = np.stack([values("clip", "img_feats", i) for i in IDS])
+    rows = np.stack([values("clip", "image_feats", i) for i in IDS])
     rows[20, 1] = np.inf
-    make(tmp_path, "clip", ["img_feats"], changed={"img_feats": rows}, quarantined={"3é": "bad"})
+    make(tmp_path, "clip", ["image_feats"], changed={"image_feats": rows}, quarantined={"3é": "bad"})
     blocks = iter_features(tmp_path, "train", ["clip"], [], block_rows=10)
     assert next(blocks).ids[-1] == "10é"
-    with pytest.raises(UsageError, match="img_feats holds NaN or infinite values .1 row: 20é"):
+    with pytest.raises(UsageError, match="image_feats holds NaN or infinite values .1 row: 20é"):
         next(blocks)
 
 
 def test_tokens_on_request(tmp_path: Path):
     make(tmp_path, "clip", SHAPES, quarantined={"5é": "bad"})
-    make(tmp_path, "roberta", ["txt_feats"], IDS[::-1], TAGS[::-1])
+    make(tmp_path, "roberta", ["text_feats"], IDS[::-1], TAGS[::-1])
     joined = load_features(tmp_path, "train", ["clip"], ["clip", "roberta"], tokens=True)
-    check(joined.image_tokens["clip"], "clip", "img_tokens", joined.ids)
+    check(joined.image_tokens["clip"], "clip", "image_tokens", joined.ids)
     rows = torch.tensor([6, 0, 2, 30])
     tokens, mask = joined.text_tokens["clip"].padded(rows)
-    expected = [values("clip", "txt_tokens", joined.ids[row]) for row in rows]
+    expected = [values("clip", "text_tokens", joined.ids[row]) for row in rows]
     assert tokens.shape == (4, max(map(len, expected)), 7) and mask.sum(1).tolist() == list(map(len, expected))
     for row, real, text in zip(tokens, mask, expected, strict=True):
         np.testing.assert_array_equal(row[real], text)
@@ -229,7 +229,7 @@ def test_to_converts_every_tensor(tmp_path: Path):
 def test_missing_cache_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     folder = Path("saved/feats")
-    make(folder, "minilm", ["txt_feats"])
+    make(folder, "minilm", ["text_feats"])
     with pytest.raises(UsageError) as error:
         load_features(folder, "train", ["clip"], ["minilm"])
     line = one_line(error)
@@ -244,7 +244,7 @@ def test_missing_cache_names_the_command(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_cache_without_the_asked_side(tmp_path: Path):
-    make(tmp_path, "vader", ["txt_feats"])
+    make(tmp_path, "vader", ["text_feats"])
     make(tmp_path, "clip")
     (tmp_path / "junk_train.h5").write_bytes(b"no cache")
     with pytest.raises(UsageError) as error:
@@ -260,8 +260,8 @@ def test_names_that_make_no_sense(tmp_path: Path, vtypes: list[str], ttypes: lis
 
 
 def test_caches_of_different_data_sets(tmp_path: Path):
-    make(tmp_path, "resnet", ["img_feats"])
-    make(tmp_path, "roberta", ["txt_feats"], [*IDS[:33], "77é"], [*TAGS[:33], ""])
+    make(tmp_path, "resnet", ["image_feats"])
+    make(tmp_path, "roberta", ["text_feats"], [*IDS[:33], "77é"], [*TAGS[:33], ""])
     with pytest.raises(UsageError) as error:
         load_features(tmp_path, "train", ["resnet"], ["roberta"])
     line = one_line(error)
@@ -269,7 +269,7 @@ def test_caches_of_different_data_sets(tmp_path: Path):
     assert "only in resnet: 7 rows: 33é, 34é, 35é, 36é, 37é, ...; only in roberta: 1 row: 77é" in line
 
 
-@pytest.mark.parametrize("fact, what", [("img_hash", "pictures"), ("txt_hash", "texts")])
+@pytest.mark.parametrize("fact, what", [("image_hash", "pictures"), ("text_hash", "texts")])
 def test_the_same_id_with_other_content(tmp_path: Path, fact: str, what: str):
     other = np.arange(1000, 1040, dtype=np.uint64)
     other[[4, 8]] += np.uint64(500)
@@ -284,14 +284,14 @@ def test_what_changed_in_a_quarantined_row_is_no_conflict(tmp_path: Path):
     other[4] = 0
     other[5] = 7
     make(tmp_path, "clip")
-    make(tmp_path, "mine", facts={"img_hash": other}, quarantined={"4é": "unreadable", "5é": "was unreadable"})
+    make(tmp_path, "mine", facts={"image_hash": other}, quarantined={"4é": "unreadable", "5é": "was unreadable"})
     joined = load_features(tmp_path, "train", ["mine"], ["clip"])
-    assert len(joined) == 38 and joined.dataset.img_hash[4] == 1004
+    assert len(joined) == 38 and joined.dataset.image_hash[4] == 1004
 
 
 def test_conflicting_labels(tmp_path: Path):
-    make(tmp_path, "resnet", ["img_feats"])
-    make(tmp_path, "roberta", ["txt_feats"], tags=["sad", *TAGS[1:]])
+    make(tmp_path, "resnet", ["image_feats"])
+    make(tmp_path, "roberta", ["text_feats"], tags=["sad", *TAGS[1:]])
     with pytest.raises(UsageError, match="disagree on the labels of 1 rows, e.g. 0é: happy and sad.*again"):
         load_features(tmp_path, "train", ["resnet"], ["roberta"])
 
@@ -301,7 +301,7 @@ def test_conflicting_labels(tmp_path: Path):
 def test_values_that_are_not_finite(tmp_path: Path, dataset: str, bad: float):
     rows = [values("clip", dataset, i).copy() for i in IDS]
     rows[6].reshape(-1)[-1] = bad
-    joined = np.concatenate(rows) if dataset == "txt_tokens" else np.stack(rows)
+    joined = np.concatenate(rows) if dataset == "text_tokens" else np.stack(rows)
     make(tmp_path, "clip", SHAPES, changed={dataset: joined})
     with pytest.raises(UsageError) as error:
         load_features(tmp_path, "train", ["clip"], ["clip"], tokens=True)
@@ -309,8 +309,8 @@ def test_values_that_are_not_finite(tmp_path: Path, dataset: str, bad: float):
 
 
 def test_an_incomplete_cache(tmp_path: Path):
-    make(tmp_path, "resnet", ["img_feats"], rows=32)
-    make(tmp_path, "roberta", ["txt_feats"])
+    make(tmp_path, "resnet", ["image_feats"], rows=32)
+    make(tmp_path, "roberta", ["text_feats"])
     with pytest.raises(
         UsageError, match=r"resnet_train.h5 is incomplete: 8 of 40 rows .* python feats/resnet_extract_"
     ):
@@ -318,7 +318,7 @@ def test_an_incomplete_cache(tmp_path: Path):
 
 
 def test_nothing_in_common(tmp_path: Path):
-    make(tmp_path, "resnet", ["img_feats"], quarantined=dict.fromkeys(IDS, "no picture file"))
+    make(tmp_path, "resnet", ["image_feats"], quarantined=dict.fromkeys(IDS, "no picture file"))
     with pytest.raises(UsageError, match="no row of the train data is in all of resnet: 0é .resnet: no picture file"):
         load_features(tmp_path, "train", ["resnet"], [])
 

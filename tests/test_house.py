@@ -55,7 +55,9 @@ def test_the_rules_see_the_house():
         map(dotted, MODULES)
     )
     assert "feats.clip_extract_feats" in map(dotted, SCRIPTS) and "feats.store" not in map(dotted, SCRIPTS)
-    assert {"feats.store", "feats.store.FeatureStore", "torch"} <= imported(TREES[ROOT / "feats" / "extraction" / "local.py"])
+    assert {"feats.store", "feats.store.FeatureStore", "torch"} <= imported(
+        TREES[ROOT / "feats" / "extraction" / "local.py"]
+    )
 
 
 def test_this_tree_is_tested():

@@ -169,11 +169,11 @@ def test_without():
 
 
 def test_duplicate_groups_tie_through_others():
-    img = np.array([5, 0, 5, 6, 0, 7, 8], np.uint64)
-    txt = np.array([1, 2, 3, 3, EMPTY_TEXT_KEY, EMPTY_TEXT_KEY, 0], np.uint64)
-    assert duplicate_groups(img, txt).tolist() == [0, 1, 0, 0, 4, 5, 6]
-    assert duplicate_groups(img, None).tolist() == [0, 1, 0, 3, 4, 5, 6]
-    assert duplicate_groups(None, txt).tolist() == [0, 1, 2, 2, 4, 5, 6]
+    image = np.array([5, 0, 5, 6, 0, 7, 8], np.uint64)
+    text = np.array([1, 2, 3, 3, EMPTY_TEXT_KEY, EMPTY_TEXT_KEY, 0], np.uint64)
+    assert duplicate_groups(image, text).tolist() == [0, 1, 0, 0, 4, 5, 6]
+    assert duplicate_groups(image, None).tolist() == [0, 1, 0, 3, 4, 5, 6]
+    assert duplicate_groups(None, text).tolist() == [0, 1, 2, 2, 4, 5, 6]
     assert EMPTY_TEXT_KEY == hash64(b"") and np.uint64(EMPTY_TEXT_KEY) == EMPTY_TEXT_KEY
     with pytest.raises(ValueError, match="nothing to find duplicates by"):
         duplicate_groups(None, None)
@@ -183,11 +183,11 @@ def test_duplicate_groups_tie_through_others():
 def test_duplicate_groups_are_connected_components(seed: int):
     rng = np.random.default_rng(seed)
     n = 300
-    img, txt = (rng.integers(0, 400, n).astype(np.uint64) + np.uint64(2**63) for _ in range(2))
-    edges = [(i, j) for i in range(n) for j in range(i) if img[i] == img[j] or txt[i] == txt[j]]
+    image, text = (rng.integers(0, 400, n).astype(np.uint64) + np.uint64(2**63) for _ in range(2))
+    edges = [(i, j) for i in range(n) for j in range(i) if image[i] == image[j] or text[i] == text[j]]
     graph = coo_matrix((np.ones(len(edges)), tuple(zip(*edges, strict=True))), shape=(n, n))
     expected = connected_components(graph, directed=False)[1]
-    found = duplicate_groups(img, txt)
+    found = duplicate_groups(image, text)
     assert len(set(zip(found.tolist(), expected.tolist(), strict=True))) == len(set(found)) == len(set(expected))
 
 

@@ -24,7 +24,7 @@ FEATS = RNG.normal(size=(N, 24)).astype(np.float16)
 VIEWS = RNG.normal(size=(N, 3, 24)).astype(np.float16)
 TOKENS = RNG.normal(size=(LENGTHS.sum(), 7)).astype(np.float16)
 OFFSETS = np.concatenate([[0], np.cumsum(LENGTHS)])
-SHAPES = {"img_feats": (24,), "img_views": (3, 24), "txt_tokens": (7,)}
+SHAPES = {"image_feats": (24,), "image_views": (3, 24), "text_tokens": (7,)}
 
 
 def create(path: Path, **options) -> FeatureStore:
@@ -35,9 +35,9 @@ def create(path: Path, **options) -> FeatureStore:
 
 def arrays(rows: np.ndarray) -> dict[str, np.ndarray]:
     return {
-        "img_feats": FEATS[rows],
-        "img_views": VIEWS[rows],
-        "txt_tokens": np.concatenate([TOKENS[OFFSETS[i] : OFFSETS[i + 1]] for i in rows]),
+        "image_feats": FEATS[rows],
+        "image_views": VIEWS[rows],
+        "text_tokens": np.concatenate([TOKENS[OFFSETS[i] : OFFSETS[i + 1]] for i in rows]),
         "n_tokens": LENGTHS[rows].astype(np.int32),
     }
 
@@ -65,10 +65,10 @@ def test_schema_is_the_contract(full: Path):
         assert file["id"].shape == file["tag"].shape == file["status"].shape == (N,)
         assert h5py.check_string_dtype(file["id"].dtype).encoding == "utf-8"
         assert file["status"].dtype == np.uint8
-        assert file["img_feats"].shape == (N, 24) and file["img_feats"].dtype == np.float16
-        assert file["img_views"].shape == (N, 3, 24)
-        assert file["txt_tokens"].shape == (LENGTHS.sum(), 7)
-        assert file["txt_offsets"].shape == (N + 1,) and file["txt_offsets"].dtype == np.int64
+        assert file["image_feats"].shape == (N, 24) and file["image_feats"].dtype == np.float16
+        assert file["image_views"].shape == (N, 3, 24)
+        assert file["text_tokens"].shape == (LENGTHS.sum(), 7)
+        assert file["text_offsets"].shape == (N + 1,) and file["text_offsets"].dtype == np.int64
         assert file["truncated"].shape == (N,)
         assert all(dataset.fletcher32 for dataset in file.values())
         assert file.attrs["complete"] and "fingerprint" in file.attrs and "format_version" in file.attrs
@@ -80,15 +80,15 @@ def test_reads_in_the_asked_order(full: Path):
     with FeatureStore.open(full) as store:
         np.testing.assert_array_equal(store.ids, IDS)
         np.testing.assert_array_equal(store.tags, TAGS)
-        np.testing.assert_array_equal(store.read("img_feats"), FEATS)
-        np.testing.assert_array_equal(store.read("img_feats", asked), FEATS[order])
-        np.testing.assert_array_equal(store.read("img_views", asked), VIEWS[order])
+        np.testing.assert_array_equal(store.read("image_feats"), FEATS)
+        np.testing.assert_array_equal(store.read("image_feats", asked), FEATS[order])
+        np.testing.assert_array_equal(store.read("image_views", asked), VIEWS[order])
         tokens, offsets = store.read_tokens(asked)
         for k, i in enumerate(order):
             np.testing.assert_array_equal(tokens[offsets[k] : offsets[k + 1]], TOKENS[OFFSETS[i] : OFFSETS[i + 1]])
         np.testing.assert_array_equal(store.read_tokens()[0], TOKENS)
-        assert store.read("img_feats", []).shape == (0, 24)
-        np.testing.assert_array_equal(store.read("img_feats", [IDS[3], IDS[3]]), FEATS[[3, 3]])
+        assert store.read("image_feats", []).shape == (0, 24)
+        np.testing.assert_array_equal(store.read("image_feats", [IDS[3], IDS[3]]), FEATS[[3, 3]])
         assert store.verify() == []
 
 
@@ -107,7 +107,7 @@ ROWS = {
 def test_reading_by_row_is_reading_by_id(full: Path, rows: np.ndarray):
     ids = [IDS[row] for row in rows]
     with FeatureStore.open(full) as store:
-        for name, values in (("img_feats", FEATS), ("img_views", VIEWS)):
+        for name, values in (("image_feats", FEATS), ("image_views", VIEWS)):
             np.testing.assert_array_equal(store.read_rows(name, rows), values[rows])
             np.testing.assert_array_equal(store.read(name, ids), values[rows])
         tokens, offsets = store.read_token_rows(rows)
@@ -121,7 +121,7 @@ def test_reading_by_row_is_reading_by_id(full: Path, rows: np.ndarray):
 def test_rows_that_cannot_be_read_are_refused(tmp_path: Path):
     with create(tmp_path / "part_train.h5") as store:
         store.write(np.arange(BLOCK), np.where(np.arange(BLOCK) == 5, QUARANTINED, DONE), arrays(np.arange(BLOCK)))
-        for read in (lambda rows: store.read_rows("img_feats", rows), store.read_token_rows):
+        for read in (lambda rows: store.read_rows("image_feats", rows), store.read_token_rows):
             with pytest.raises(MissingRowsError) as error:
                 read(np.array([3, 5, 4, 199]))
             assert (error.value.absent, error.value.quarantined, error.value.pending) == ([], [IDS[5]], [IDS[199]])
@@ -133,19 +133,19 @@ def test_rows_that_cannot_be_read_are_refused(tmp_path: Path):
 
 
 def test_a_flipped_bit_is_an_error_in_rows_too(full: Path):
-    flip(full, "img_feats", 100)
+    flip(full, "image_feats", 100)
     with FeatureStore.open(full) as store:
-        np.testing.assert_array_equal(store.read_rows("img_feats", np.arange(96)), FEATS[:96])
+        np.testing.assert_array_equal(store.read_rows("image_feats", np.arange(96)), FEATS[:96])
         for rows in (np.arange(90, 140), np.array([100, 3])):
-            with pytest.raises(CacheError, match="img_feats can't be read.*--overwrite"):
-                store.read_rows("img_feats", rows)
+            with pytest.raises(CacheError, match="image_feats can't be read.*--overwrite"):
+                store.read_rows("image_feats", rows)
 
 
 def test_ids_and_labels_of_any_script(tmp_path: Path):
     """Plain ASCII is decoded another way than the rest."""
     for n, strings in enumerate((["a", "bcd", "~"], ["", "", ""], ["é", "bc", "日本"])):
         with FeatureStore.create(
-            tmp_path / f"{n}_train.h5", ["x", "yy", "z"], strings, {}, {"img_feats": (2,)}
+            tmp_path / f"{n}_train.h5", ["x", "yy", "z"], strings, {}, {"image_feats": (2,)}
         ) as store:
             assert store.tags.tolist() == strings and store.ids.tolist() == ["x", "yy", "z"]
 
@@ -155,13 +155,13 @@ def test_missing_rows_are_named(tmp_path: Path):
         store.write(np.arange(BLOCK), np.where(np.arange(BLOCK) == 5, QUARANTINED, DONE), arrays(np.arange(BLOCK)))
         assert not store.finish() and not store.complete
         with pytest.raises(MissingRowsError) as error:
-            store.read("img_feats", [IDS[0], "stranger", IDS[5], IDS[199]])
+            store.read("image_feats", [IDS[0], "stranger", IDS[5], IDS[199]])
         assert (error.value.absent, error.value.quarantined, error.value.pending) == (
             ["stranger"],
             [IDS[5]],
             [IDS[199]],
         )
-        with pytest.raises(CacheError, match="holds no bert_feats; it has .*img_feats"):
+        with pytest.raises(CacheError, match="holds no bert_feats; it has .*image_feats"):
             store.read("bert_feats")
         np.testing.assert_array_equal(store.done_ids(), [i for k, i in enumerate(IDS[:BLOCK]) if k != 5])
 
@@ -173,7 +173,7 @@ def test_quarantined_rows_are_never_zeros(tmp_path: Path):
         assert store.complete and store.reasons == {IDS[3]: "reason 3", IDS[40]: "reason 40"}
     assert (tmp_path / "q_train.quarantine.csv").read_text().splitlines()[0] == "id,reason"
     with h5py.File(path) as file:
-        assert np.isnan(file["img_feats"][3]).all() and np.isnan(file["img_views"][40]).all()
+        assert np.isnan(file["image_feats"][3]).all() and np.isnan(file["image_views"][40]).all()
     with FeatureStore.append(path) as store:  # repaired one by one
         store.write(np.array([3]), np.array([DONE]), arrays(np.array([3])))
         assert store.finish() and store.reasons == {IDS[40]: "reason 40"}
@@ -181,7 +181,7 @@ def test_quarantined_rows_are_never_zeros(tmp_path: Path):
         store.finish()
     assert not (tmp_path / "q_train.quarantine.csv").exists()
     with FeatureStore.open(path) as store:
-        np.testing.assert_array_equal(store.read("img_feats"), FEATS)
+        np.testing.assert_array_equal(store.read("image_feats"), FEATS)
         np.testing.assert_array_equal(store.read_tokens()[0], TOKENS)
 
 
@@ -232,7 +232,7 @@ def test_killed_at_random_moments_ends_with_the_same_data(tmp_path: Path, full: 
             now = int((store.status == DONE).sum())
             assert now >= done - 2 * store.block_rows  # at most the block in flight and a neighbour are done again
             rows = np.flatnonzero(store.status == DONE)
-            np.testing.assert_array_equal(store.read("img_feats"), FEATS[rows])
+            np.testing.assert_array_equal(store.read("image_feats"), FEATS[rows])
             done = now
             if store.complete:
                 break
@@ -248,7 +248,7 @@ def test_killed_at_random_moments_ends_with_the_same_data(tmp_path: Path, full: 
             np.testing.assert_array_equal(a[name][:], b[name][:], err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["status", "img_feats", "txt_tokens", "n_tokens"])
+@pytest.mark.parametrize("name", ["status", "image_feats", "text_tokens", "n_tokens"])
 def test_a_chunk_torn_in_flight_is_made_pending(tmp_path: Path, name: str):
     """What a kill in the middle of a chunk's write leaves: data and checksum that don't fit."""
     path = tmp_path / "torn_train.h5"
@@ -257,14 +257,14 @@ def test_a_chunk_torn_in_flight_is_made_pending(tmp_path: Path, name: str):
             store.write(rows, np.full(len(rows), DONE), arrays(rows))
         torn = np.arange(64, 96)
         store._set_status(torn, PENDING)
-    flip(path, name, row=int(OFFSETS[80]) if name == "txt_tokens" else 70)
+    flip(path, name, row=int(OFFSETS[80]) if name == "text_tokens" else 70)
     with FeatureStore.append(path) as store:
         assert (store.status[torn] == PENDING).all()
         for rows in blocks():
             if (store.status[rows] == PENDING).any():
                 store.write(rows, np.full(len(rows), DONE), arrays(rows))
         assert store.finish() and store.verify() == []
-        np.testing.assert_array_equal(store.read("img_feats"), FEATS)
+        np.testing.assert_array_equal(store.read("image_feats"), FEATS)
         np.testing.assert_array_equal(store.read_tokens()[0], TOKENS)
 
 
@@ -283,7 +283,7 @@ def flip(path: Path, name: str, row: int = 100) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["id", "tag", "status", "n_tokens", "img_feats", "img_views", "txt_tokens", "txt_offsets"]
+    "name", ["id", "tag", "status", "n_tokens", "image_feats", "image_views", "text_tokens", "text_offsets"]
 )
 def test_a_flipped_bit_is_an_error(full: Path, name: str, capsys: pytest.CaptureFixture):
     assert inspect_feats.main(["--verify", str(full)]) == 0
@@ -293,7 +293,7 @@ def test_a_flipped_bit_is_an_error(full: Path, name: str, capsys: pytest.Capture
     assert name in capsys.readouterr().err
     with pytest.raises(CacheError, match=f"{name} can't be read.*--overwrite"), FeatureStore.open(full) as store:
         assert store.tags is not None and store.facts("n_tokens") is not None
-        store.read("img_feats"), store.read("img_views"), store.read_tokens()
+        store.read("image_feats"), store.read("image_views"), store.read_tokens()
 
 
 def test_every_flipped_byte_of_the_structure_is_noticed_or_harmless(full: Path, tmp_path: Path):
@@ -310,7 +310,7 @@ def test_every_flipped_byte_of_the_structure_is_noticed_or_harmless(full: Path, 
         path.write_bytes(raw[:position] + bytes([raw[position] ^ 0xFF]) + raw[position + 1 :])
         try:
             with FeatureStore.open(path) as store:
-                np.testing.assert_array_equal(store.read("img_feats"), FEATS)
+                np.testing.assert_array_equal(store.read("image_feats"), FEATS)
                 np.testing.assert_array_equal(store.ids, IDS)
                 np.testing.assert_array_equal(store.read_tokens()[0], TOKENS)
         except CacheError:
@@ -333,7 +333,7 @@ def test_what_is_no_cache_is_refused(tmp_path: Path, content: bytes | None, mess
 def test_a_foreign_hdf5_file_is_refused(tmp_path: Path):
     with h5py.File(tmp_path / "foreign.h5", "w") as file:
         file["x"] = 1
-    with pytest.raises(CacheError, match="cache format None, expected 1; .*--overwrite"):
+    with pytest.raises(CacheError, match="cache format None, expected 2; .*--overwrite"):
         FeatureStore.open(tmp_path / "foreign.h5")
 
 
@@ -405,21 +405,21 @@ def test_a_failing_write_keeps_what_was_done(full: Path, monkeypatch: pytest.Mon
     with FeatureStore.open(full) as store:
         kept = np.flatnonzero(store.status == DONE)
         assert set(kept) >= set(range(2 * BLOCK, N)) and not set(kept) & set(rows)
-        np.testing.assert_array_equal(store.read("img_feats"), FEATS[kept])
+        np.testing.assert_array_equal(store.read("image_feats"), FEATS[kept])
 
 
 MILLION = """
     import resource, sys, numpy as np
     from feats.store import DONE, FeatureStore
     n = int(sys.argv[2])
-    with FeatureStore.create(sys.argv[1], [str(i) for i in range(n)], ["a"] * n, {}, {"img_feats": (256,)}, block_rows=4096) as s:
+    with FeatureStore.create(sys.argv[1], [str(i) for i in range(n)], ["a"] * n, {}, {"image_feats": (256,)}, block_rows=4096) as s:
         start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for low in range(0, n, 4096):
             rows = np.arange(low, min(low + 4096, n))
-            s.write(rows, np.full(len(rows), DONE), {"img_feats": np.full((len(rows), 256), low % 999, np.float16)})
+            s.write(rows, np.full(len(rows), DONE), {"image_feats": np.full((len(rows), 256), low % 999, np.float16)})
         s.finish()
         for low in range(0, n, 65536):
-            block = s.read("img_feats", s.ids[low:low + 65536])
+            block = s.read("image_feats", s.ids[low:low + 65536])
             assert (block[0] == low % 999).all()
         ids = s.ids.nbytes / 1024
         print(int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start), int(ids))
@@ -450,9 +450,9 @@ def test_chunks_stay_small_whatever_the_number_of_rows(tmp_path: Path):
     """A set smaller than a block, of wide rows: reading one row must not read them all."""
     for rows in (511, 512, 513):
         path = tmp_path / f"wide{rows}_train.h5"
-        FeatureStore.create(path, [str(i) for i in range(rows)], [""] * rows, {}, {"img_tokens": (49, 2048)}).close()
+        FeatureStore.create(path, [str(i) for i in range(rows)], [""] * rows, {}, {"image_tokens": (49, 2048)}).close()
         with h5py.File(path) as file:
-            assert np.prod(file["img_tokens"].chunks) * 2 <= 1 << 20
+            assert np.prod(file["image_tokens"].chunks) * 2 <= 1 << 20
 
 
 def test_an_edited_quarantine_report_harms_nothing(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -44,7 +44,7 @@ from feats.extraction.preparation import (
     blank_pixels,
     picture_changed,
     prepare,
-    text_hash,
+    hash_of_text,
 )
 from feats.images import AUGMENTATION
 from feats.records import LAYOUTS, DataSet, Record, read_dataset
@@ -288,7 +288,7 @@ def _open_store(
     settings = replace(settings, batch_size=settings.batch_size or default_batch_size(settings.device, encoder))
     features, pays = _probe(encoder, settings, len(records))
     counts = None
-    if "txt_tokens" in features:
+    if "text_tokens" in features:
         texts = [clean(r.text or "", settings.text_clean) for r in records]
         counts = np.array([t.length for t in encoder.text.tokenize(texts)], np.int64)
     block_rows = 1 << (settings.batch_size * BLOCK_BATCHES - 1).bit_length()
@@ -338,10 +338,10 @@ def _check_same(store: FeatureStore, fingerprint: dict[str, Any], encoder: Encod
     done = np.flatnonzero(store.status == DONE)
     changed: dict[str, str] = {}
     if encoder.text:
-        hashes = store.facts("txt_hash")
-        changed |= {records[i].id: "text" for i in done if text_hash(records[i]) != hashes[i]}
+        hashes = store.facts("text_hash")
+        changed |= {records[i].id: "text" for i in done if hash_of_text(records[i]) != hashes[i]}
     if encoder.image:
-        hashes, sizes = store.facts("img_hash"), store.facts("img_bytes")
+        hashes, sizes = store.facts("image_hash"), store.facts("image_bytes")
         since = store.path.stat().st_mtime
         changed |= {records[i].id: "picture" for i in done if picture_changed(records[i], sizes[i], hashes[i], since)}
     if changed:
@@ -359,11 +359,11 @@ def _probe(encoder: Encoder, settings: Settings, rows: int) -> tuple[dict[str, t
     if encoder.image:
         pixels = to_pixels(blank_pixels(encoder.image)[None], encoder.image, settings)
         out = encoder.image.forward(pixels)
-        shapes["img_feats"] = tuple(out["feats"].shape[1:])
+        shapes["image_feats"] = tuple(out["feats"].shape[1:])
         if settings.views:
-            shapes["img_views"] = (settings.views, *shapes["img_feats"])
+            shapes["image_views"] = (settings.views, *shapes["image_feats"])
         if settings.tokens:
-            shapes["img_tokens"] = tuple(out["tokens"].shape[1:])
+            shapes["image_tokens"] = tuple(out["tokens"].shape[1:])
         if compiling_pays(encoder.image.forward, pixels, rows * (1 + settings.views)):
             fast, why_not = compiled(encoder.image.forward, _blank_batch(encoder.image, settings))
             pays = fast is not None
@@ -371,9 +371,9 @@ def _probe(encoder: Encoder, settings: Settings, rows: int) -> tuple[dict[str, t
                 print(f"warning: the forward pass isn't compiled, which costs some speed ({why_not})", file=sys.stderr)
     if encoder.text:
         out = encoder.text.forward([t.ids for t in encoder.text.tokenize(["a"])])
-        shapes["txt_feats"] = tuple(out["feats"].shape[1:])
+        shapes["text_feats"] = tuple(out["feats"].shape[1:])
         if settings.tokens:
-            shapes["txt_tokens"] = tuple(out["tokens"].shape[2:])
+            shapes["text_tokens"] = tuple(out["tokens"].shape[2:])
     return shapes, pays
 
 
@@ -446,7 +446,7 @@ def _encode_blocks(
         else:
             bar.update(len(rows))
         for name, values in arrays.items():
-            if values.dtype == np.float16 and name != "txt_tokens":
+            if values.dtype == np.float16 and name != "text_tokens":
                 _note_overflow(~np.isfinite(values.reshape(len(rows), -1)).all(1), reasons, settings)
         status = np.full(len(rows), DONE, np.uint8)
         status[list(reasons)] = QUARANTINED
@@ -475,18 +475,18 @@ def _encode_texts(
             for k, states in zip(chosen, out["tokens"].to(torch.float16).cpu().numpy()):
                 tokens[k] = states[: lengths[k]]
     arrays = {
-        "txt_feats": feats.cpu().numpy(),
+        "text_feats": feats.cpu().numpy(),
         "n_tokens": lengths,
         "truncated": np.array([t.truncated for t in texts.tokens], np.uint8),
-        "txt_hash": texts.hashes,
-        "txt_key": texts.keys,
+        "text_hash": texts.hashes,
+        "text_key": texts.keys,
     }
     if room is not None:
         _note_overflow(np.array([not np.isfinite(t).all() for t in tokens]), reasons, settings)
         for k in np.flatnonzero(lengths != room):
             tokens[k] = np.full((room[k], *tokens[k].shape[1:]), np.nan, np.float16)
             reasons[int(k)] = f"{lengths[k]} tokens now, {room[k]} when the cache was made; use --overwrite"
-        arrays["txt_tokens"] = np.concatenate(tokens)
+        arrays["text_tokens"] = np.concatenate(tokens)
     return arrays
 
 
@@ -501,7 +501,7 @@ def _encode_images(
     """Features and facts of a block's pictures. Results stay on the device until the block's end, so that the GPU
     never waits for the host. A compiled forward gets batches of full size only."""
     pad = store.plan["compiled"]
-    kept: dict[str, list[torch.Tensor]] = {name: [] for name in store.features if name.startswith("img_")}
+    kept: dict[str, list[torch.Tensor]] = {name: [] for name in store.features if name.startswith("image_")}
     hashes, sizes = [], []
     start = 0
     for batch in batches:
@@ -516,11 +516,11 @@ def _encode_images(
                     pixels = torch.cat([pixels, pixels.new_zeros(settings.batch_size - count, *pixels.shape[1:])])
                 out = side.forward(to_pixels(pixels, side, settings))
                 outs.append({name: value[:count].to(torch.float16) for name, value in out.items()})
-            kept["img_feats"].append(outs[0]["feats"])
+            kept["image_feats"].append(outs[0]["feats"])
             if settings.tokens:
-                kept["img_tokens"].append(outs[0]["tokens"])
+                kept["image_tokens"].append(outs[0]["tokens"])
             if settings.views:
-                kept["img_views"].append(torch.stack([out["feats"] for out in outs[1:]], 1))
+                kept["image_views"].append(torch.stack([out["feats"] for out in outs[1:]], 1))
         else:  # nothing to see
             for name, values in kept.items():
                 shape = (count, *store.features[name])
@@ -531,8 +531,8 @@ def _encode_images(
         bar.update(count)
     return {
         **{name: torch.cat(values).cpu().numpy() for name, values in kept.items()},
-        "img_hash": np.concatenate(hashes),
-        "img_bytes": np.concatenate(sizes),
+        "image_hash": np.concatenate(hashes),
+        "image_bytes": np.concatenate(sizes),
     }
 
 

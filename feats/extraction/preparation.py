@@ -72,7 +72,7 @@ class Preparation(Dataset):
         texts = [record.text or "" for record in records]
         return Texts(
             tokens=self.text.tokenize([clean(text, self.text_clean) for text in texts]),
-            hashes=np.array([text_hash(record) for record in records], np.uint64),
+            hashes=np.array([hash_of_text(record) for record in records], np.uint64),
             keys=np.array([hash64(duplicate_key(text).encode()) for text in texts], np.uint64),
             reasons={k: record.text_error for k, record in enumerate(records) if record.text is None},
         )
@@ -128,7 +128,7 @@ def to_array(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image))  # a copy: PIL's own buffer is read-only
 
 
-def text_hash(record: Record) -> int:
+def hash_of_text(record: Record) -> int:
     return hash64((record.text or "").encode())
 
 

@@ -216,7 +216,7 @@ def _same_rows(split: str, of_folder: Mapping[Path, Rows]) -> Rows:
         found = f"{len(rows.ids)} and {len(other.ids)} rows, {common} in common"
         if common == len(rows.ids) == len(other.ids):
             at = _positions(rows.ids, other.ids)
-            pairs = [(rows.img_hash, other.img_hash[at], 0)]
+            pairs = [(rows.image_hash, other.image_hash[at], 0)]
             pairs += [(np.array(rows.tags, object), np.array(other.tags, object)[at], "")]
             pictures, labels = (int(((a != b) & (a != no) & (b != no)).sum()) for a, b, no in pairs)
             if not pictures and not labels:

@@ -19,20 +19,20 @@ from feats.store import DONE, PENDING, FeatureStore
 NORMS = ("none", "l2", "standard")
 DEFAULT_FOLDER = Path("saved/feats")
 BLOCK_ROWS = 1 << 16
-DATASETS = {"image": "img_feats", "text": "txt_feats"}
+DATASETS = {"image": "image_feats", "text": "text_feats"}
 OPTIONS = {"image": "--vtype", "text": "--ttype"}
 L2_EPS = 1e-12
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows without their features. `tags` are '' where unknown. `img_hash` and `txt_key` (N,) uint64 are equal for
+    """Rows without their features. `tags` are '' where unknown. `image_hash` and `text_key` (N,) uint64 are equal for
     rows with the same picture file and the same text; 0 where no joined cache knows."""
 
     ids: list[str]
     tags: list[str]
-    img_hash: np.ndarray
-    txt_key: np.ndarray
+    image_hash: np.ndarray
+    text_key: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,12 @@ class FeatureSet:
         return self.rows.tags
 
     @property
-    def img_hash(self) -> np.ndarray:
-        return self.rows.img_hash
+    def image_hash(self) -> np.ndarray:
+        return self.rows.image_hash
 
     @property
-    def txt_key(self) -> np.ndarray:
-        return self.rows.txt_key
+    def text_key(self) -> np.ndarray:
+        return self.rows.text_key
 
     @property
     def widths(self) -> dict[str, dict[str, int]]:
@@ -186,7 +186,7 @@ def with_known_duplicates(features: FeatureSet, folder: Path | str) -> tuple[Fea
     A text cache alone can't tell which pictures are the same: its split would be another than that of both sides. Only
     complete caches of the same rows are asked, none that contradicts what is known.
     """
-    known = {"img_hash": features.dataset.img_hash, "txt_key": features.dataset.txt_key}
+    known = {"image_hash": features.dataset.image_hash, "text_key": features.dataset.text_key}
     told_by = []
     for path in sorted(Path(folder).glob(f"*_{features.split}.h5")):
         if all(values.all() for values in known.values()):
@@ -226,13 +226,15 @@ class _Join:
             rows=Rows(
                 _take(self.dataset.ids, rows),
                 _take(self.dataset.tags, rows),
-                self.dataset.img_hash[rows],
-                self.dataset.txt_key[rows],
+                self.dataset.image_hash[rows],
+                self.dataset.text_key[rows],
             ),
             **read,
-            views={n: self._read(n, "img_views", rows) for n in image if views and self._has(n, "img_views")},
-            image_tokens={n: self._read(n, "img_tokens", rows) for n in image if tokens and self._has(n, "img_tokens")},
-            text_tokens={n: self._read_tokens(n, rows) for n in text if tokens and self._has(n, "txt_tokens")},
+            views={n: self._read(n, "image_views", rows) for n in image if views and self._has(n, "image_views")},
+            image_tokens={
+                n: self._read(n, "image_tokens", rows) for n in image if tokens and self._has(n, "image_tokens")
+            },
+            text_tokens={n: self._read_tokens(n, rows) for n in text if tokens and self._has(n, "text_tokens")},
             fingerprints={name: store.fingerprint for name, store in self.caches.items()},
             left_out=self.left_out,
             dataset=self.dataset,
@@ -249,7 +251,7 @@ class _Join:
     def _read_tokens(self, name: str, rows: np.ndarray) -> Ragged:
         values, offsets = self.caches[name].read_token_rows(self.order[name][rows])
         texts = np.unique(np.searchsorted(offsets, _not_finite(values), "right") - 1)
-        self._refuse(name, "txt_tokens", rows[texts])
+        self._refuse(name, "text_tokens", rows[texts])
         return Ragged(torch.from_numpy(values), torch.from_numpy(offsets))
 
     def _refuse(self, name: str, dataset: str, rows: np.ndarray) -> None:
@@ -289,7 +291,7 @@ def _join(folder: Path | str, split: str, vtypes: Sequence[str], ttypes: Sequenc
         _check_same_content(caches, order, kept)
         first = next(iter(caches.values()))
         ids = first.ids.tolist()
-        hashes = [_merge_facts(fact, caches, order) for fact in ("img_hash", "txt_key")]
+        hashes = [_merge_facts(fact, caches, order) for fact in ("image_hash", "text_key")]
         dataset = Rows(ids, _merge_tags(caches, order, ids), *hashes)
         left_out = _reasons(caches, statuses, ids)
         if not len(kept):
@@ -362,7 +364,7 @@ def _common_order(caches: Mapping[str, FeatureStore]) -> dict[str, np.ndarray]:
 
 def _check_same_content(caches: Mapping[str, FeatureStore], order: Mapping[str, np.ndarray], kept: np.ndarray) -> None:
     """The same id must mean the same picture and text in every cache that knows them."""
-    for fact, what in (("img_hash", "pictures"), ("txt_hash", "texts")):
+    for fact, what in (("image_hash", "pictures"), ("text_hash", "texts")):
         known: np.ndarray | None = None
         owner = ""
         for name, store in caches.items():

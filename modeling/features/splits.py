@@ -21,7 +21,7 @@ from feats.errors import UsageError
 
 PARTS = ("train", "val", "test")
 ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
-# What feats.images.hash64 gives for no bytes: the `txt_key` of texts of which cleaning left nothing.
+# What feats.images.hash64 gives for no bytes: the `text_key` of texts of which cleaning left nothing.
 EMPTY_TEXT_KEY = int.from_bytes(hashlib.blake2b(b"", digest_size=8).digest(), "big")
 
 
@@ -118,13 +118,13 @@ def make_folds(
     ]
 
 
-def duplicate_groups(img_hash: np.ndarray | None, txt_key: np.ndarray | None) -> np.ndarray:
+def duplicate_groups(image_hash: np.ndarray | None, text_key: np.ndarray | None) -> np.ndarray:
     """Group number of each row, (N,) int64: rows that share a picture or a text, directly or through others.
 
-    `img_hash` (N,) of the picture's bytes, `txt_key` (N,) of the text as compared (either may be None). 0 means
+    `image_hash` (N,) of the picture's bytes, `text_key` (N,) of the text as compared (either may be None). 0 means
     unknown and ties nothing; nor does the key of the empty text: two pairs without words are no duplicates.
     """
-    columns = [column for column in (img_hash, txt_key) if column is not None]
+    columns = [column for column in (image_hash, text_key) if column is not None]
     if not columns:
         raise ValueError("neither picture hashes nor text keys: there is nothing to find duplicates by")
     parent = list(range(len(columns[0])))
@@ -134,7 +134,7 @@ def duplicate_groups(img_hash: np.ndarray | None, txt_key: np.ndarray | None) ->
             parent[row] = row = parent[parent[row]]  # halve the path on the way
         return row
 
-    for column, ignored in ((img_hash, {0}), (txt_key, {0, EMPTY_TEXT_KEY})):
+    for column, ignored in ((image_hash, {0}), (text_key, {0, EMPTY_TEXT_KEY})):
         first: dict[int, int] = {}
         for row, key in enumerate([] if column is None else column.tolist()):
             if key not in ignored:

@@ -38,7 +38,7 @@ def data_digest(experiment: Experiment) -> str:
         fingerprints,
         rows.tags,
         experiment.group_of is not None,
-        hashlib.sha256(rows.img_hash.tobytes() + rows.txt_key.tobytes()).hexdigest(),
+        hashlib.sha256(rows.image_hash.tobytes() + rows.text_key.tobytes()).hexdigest(),
     ]
     return _digest(decides)
 

@@ -179,17 +179,17 @@ def bench_store(work: Path, rounds: int, rows: int = 100_000, width: int = 768) 
     values = np.random.default_rng(0).normal(size=(rows, width)).astype(np.float16)
     start = time.perf_counter()
     path = work / "store_x.h5"
-    with FeatureStore.create(path, [str(i) for i in range(rows)], [""] * rows, {}, {"img_feats": (width,)}) as store:
+    with FeatureStore.create(path, [str(i) for i in range(rows)], [""] * rows, {}, {"image_feats": (width,)}) as store:
         for low in range(0, rows, store.block_rows):
             block = np.arange(low, min(low + store.block_rows, rows))
-            store.write(block, np.full(len(block), DONE), {"img_feats": values[block]})
+            store.write(block, np.full(len(block), DONE), {"image_feats": values[block]})
         store.finish()
     written = time.perf_counter() - start
     seconds = []
     with FeatureStore.open(path) as store:
         for _ in range(rounds):
             start = time.perf_counter()
-            store.read("img_feats")
+            store.read("image_feats")
             seconds.append(time.perf_counter() - start)
     size = values.nbytes / 1e6
     print(

@@ -60,7 +60,7 @@ def usual_loop(cache: Path, D: int, bs: int, ablation: int, epochs: int) -> None
     from torch.utils.data import DataLoader, Dataset
 
     with h5py.File(cache) as file:
-        image, text = file["img_feats"][:].astype(np.float32), file["txt_feats"][:].astype(np.float32)
+        image, text = file["image_feats"][:].astype(np.float32), file["text_feats"][:].astype(np.float32)
         labels = np.array([CLASSES.index(tag.decode()) for tag in file["tag"][:]])
 
     class Pairs(Dataset):
@@ -125,14 +125,14 @@ def make_caches(folder: Path, rows: int, splits: Sequence[str] = ("train", "test
 
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    centres = {side: rng.normal(0, 0.06, (len(CLASSES), width)) for side in ("img_feats", "txt_feats")}
+    centres = {side: rng.normal(0, 0.06, (len(CLASSES), width)) for side in ("image_feats", "text_feats")}
     for split in splits:
         count = rows if split == "train" or rows > N else 511
         labels = rng.choice(len(CLASSES), count, p=[0.3, 0.1, 0.6])
         tags = [CLASSES[k] if split == "train" else "" for k in labels]
         ids = [str(i) for i in range(count)]
         fingerprint = {"encoder": "bench", "data": split}
-        shapes = {"img_feats": (width,), "txt_feats": (width,)}
+        shapes = {"image_feats": (width,), "text_feats": (width,)}
         with FeatureStore.create(
             folder / f"bench_{split}.h5", ids, tags, fingerprint, shapes, block_rows=1024
         ) as store:
@@ -235,7 +235,7 @@ def million(folder: Path, feats: Path, args) -> None:
         start = time.perf_counter()
         with h5py.File(big / "bench_test.h5") as file:
             for low in range(0, args.rows, 1 << 16):
-                for name in ("img_feats", "txt_feats"):
+                for name in ("image_feats", "text_feats"):
                     file[name][low : low + (1 << 16)]
         return time.perf_counter() - start
 
