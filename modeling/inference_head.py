@@ -93,7 +93,9 @@ def predict(args: Namespace) -> int:
 
 
 def predict_raw(args: Namespace, runs: Sequence[Run], device: torch.device) -> pr.Predictions:
-    from modeling.evaluation import raw_pairs  # encoders and their libraries: slow to import, and needed for raw pairs only
+    from modeling.evaluation import (
+        raw_pairs,
+    )  # encoders and their libraries: slow to import, and needed for raw pairs only
 
     weights = raw_pairs.named_weights(args.weights)
     records = raw_pairs.read_manifest(args.csv) if args.csv else raw_pairs.one_pair(args.image, args.text, runs)

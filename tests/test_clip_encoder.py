@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from caches import make_cache
 from clip import clip as package
 from clip.model import CLIP, build_model, convert_weights
 from conftest import make_course
@@ -33,6 +34,7 @@ from feats.encoders.weights import hub_reachable
 from feats.errors import UsageError
 from feats.extraction.local import Settings, to_pixels
 from feats.extraction.preparation import to_array
+from modeling import inference_head, train_head
 
 # embedding, resolution, vision layers, vision width, patch, context, vocabulary, text width, text heads, text layers
 SMALL = {
@@ -66,6 +68,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def published(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small archives count as OpenAI's: addresses hold their digests, as those of the nine do."""
+    if "checkpoints" in request.fixturenames:
+        paths = request.getfixturevalue("checkpoints")
+        for family, model in (("vit", "ViT-L/14"), ("resnet", "RN50x64")):
+            digest = hashlib.sha256(paths[family, "archive"].read_bytes()).hexdigest()
+            monkeypatch.setitem(clip_encoder._MODELS, model, f"https://example.org/{digest}/{family}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -487,6 +499,83 @@ def test_hugging_face_folders_of_other_models(checkpoints, tmp_path: Path):
 def test_weights_of_another_model_than_asked_for(checkpoints):
     with pytest.raises(UsageError, match="holds custom 64 16 128 2 32, not ViT-B/32; leave out --model"):
         load(checkpoints["vit", "plain"], model="ViT-B/32")
+
+
+# -- files that would run code -----------------------------------------------------------------------------------
+
+
+class Hostile(torch.nn.Module):
+    """A module whose TorchScript archive writes `WRITTEN` to a path of its author's choice when it is opened."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path = path
+        self.weight = torch.nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.weight
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, torch.Tensor, bool]:
+        return (self.path, self.weight, self.training)
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, torch.Tensor, bool]) -> None:
+        self.path = state[0]
+        self.weight = torch.from_file(state[0], True, 4, dtype=torch.uint8).fill_(33).float()
+        self.training = state[2]
+
+
+WRITTEN = b"!!!!"
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> tuple[Path, Path]:
+    """An archive, and the file that opening it writes. That it does is tried on another."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ("tried", "evil"):
+            torch.jit.script(Hostile(str(tmp_path / f"by_{name}"))).save(str(tmp_path / f"{name}.pt"))
+        torch.jit.load(tmp_path / "tried.pt")
+    assert (tmp_path / "by_tried").read_bytes() == WRITTEN
+    return tmp_path / "evil.pt", tmp_path / "by_evil"
+
+
+def test_an_archive_s_code_never_runs_in_extraction(hostile: tuple[Path, Path], tmp_path: Path, capsys):
+    archive, written = hostile
+    assert extract(make_course(tmp_path / "set", 2), tmp_path / "out", archive) == 2
+    error = capsys.readouterr().err
+    assert f"{archive} is a TorchScript archive that OpenAI didn't publish" in error and "state_dict()" in error
+    assert error.count("\n") == 1 and not written.exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_an_archive_s_code_never_runs_in_inference(hostile, tmp_path: Path, capsys, monkeypatch, known: bool):
+    """Not even with the digest of a published archive: the run was trained with another."""
+    archive, written = hostile
+    if known:
+        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+        monkeypatch.setitem(clip_encoder._MODELS, "RN50", f"https://example.org/{digest}/RN50.pt")
+    made_by = {"encoder": "clip", "model": "ViT-B/32", "text_clean": "tweet", "tokens": False}
+    make_cache(tmp_path / "feats", "clip", fingerprint=made_by)
+    folders = ["--feats", str(tmp_path / "feats"), "--runs", str(tmp_path / "runs"), "--device", "cpu"]
+    assert train_head.main(["--vtype", "clip", "--ep", "1", "--D", "4", *folders]) == 0
+    capsys.readouterr()
+    pair = ["--text", "a", "--image", str(tmp_path / "none.jpg"), "--weights", f"clip={archive}"]
+    assert inference_head.main([*pair, *folders]) == 2
+    assert f"{archive} isn't the file asked for (weights_sha256" in capsys.readouterr().err
+    assert not written.exists()
+
+
+def test_other_people_s_archives_are_refused_and_can_be_converted(checkpoints, models, pictures, tmp_path: Path):
+    clip_encoder._MODELS["ViT-L/14"] = "https://example.org/another/vit.pt"  # undone by `published`
+    archive = checkpoints["vit", "archive"]
+    with pytest.raises(UsageError, match="TorchScript archive that OpenAI didn't publish"):
+        load(archive)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save(torch.jit.load(archive, map_location="cpu").state_dict(), tmp_path / "weights.pt")
+    close(image_features(load(tmp_path / "weights.pt"), pictures)["feats"], reference_images(models["vit"], pictures))
 
 
 # -- where weights come from ------------------------------------------------------------------------------------

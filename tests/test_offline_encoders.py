@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,6 +70,41 @@ def test_unknown_models_and_missing_weights(name: str):
         load_encoder(name, "other")
     with pytest.raises(UsageError, match="no such file|takes no weights"):
         load_encoder(name, weights="nowhere/at.all")
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("clip", "x.pt"),
+        ("clip", "x.safetensors"),
+        ("roberta", "folder"),
+        ("resnet", "x.pth"),
+        ("minilm", "x.safetensors"),
+        ("efficientnet", "x.pth"),
+        ("vader", None),
+        ("ngrams", None),
+    ],
+)
+def test_a_digest_is_compared_before_weights_are_opened(name: str, file: str | None, tmp_path: Path):
+    """The files hold no weights at all: whoever opens them says so."""
+    if file == "folder":
+        shutil.copytree(get_model_path(), tmp_path / file)
+        (tmp_path / file / "model.safetensors").write_bytes(b"not weights")
+        (tmp_path / file / "tokenizer.json").write_bytes(b"no tokenizer")
+    elif file:
+        (tmp_path / file).write_bytes(b"not weights")
+    weights = str(tmp_path / file) if file else None
+    with pytest.raises(UsageError, match=r"isn't the file asked for|holds other lexicons|takes no weights"):
+        load_encoder(name, weights=weights, expected_sha256="f00")
+    if file:
+        with pytest.raises(UsageError, match="can't be read|can't be loaded"):
+            load_encoder(name, weights=weights)
+
+
+def test_the_expected_weights_are_loaded():
+    for name in ("minilm", "efficientnet", "vader"):
+        digest = load_encoder(name).identity["weights_sha256"]
+        assert load_encoder(name, expected_sha256=digest).identity["weights_sha256"] == digest
 
 
 # -- MiniLM ----------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ import torch
 from efficientnet_lite_pytorch import EfficientNet
 from torch import nn
 
-from feats.encoders.registry import Encoder, Features, ImageSide
+from feats.encoders.registry import Encoder, Features, ImageSide, Loading
 from feats.encoders.torchvision_image import fold_batch_norms, load_strictly, map_tokens, pool_map
-from feats.encoders.weights import sha256_of
+from feats.encoders.weights import verified_sha256
 from feats.errors import UsageError
 from feats.images import ResizeCrop
 
@@ -26,7 +26,7 @@ FLOAT32_BLOCKS = 5
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
-def load(model: str, weights: str | None, *, device: torch.device, dtype: torch.dtype, tokens: bool) -> Encoder:
+def load(model: str, weights: str | None, how: Loading) -> Encoder:
     """Load EfficientNet-Lite: the last feature map's mean, (B, 1280) float32; with `tokens` also the map's positions,
     row by row, (B, H * W, 1280).
 
@@ -38,16 +38,17 @@ def load(model: str, weights: str | None, *, device: torch.device, dtype: torch.
     path = Path(weights).expanduser() if weights else packaged_weights(model)
     if not path.is_file():
         raise UsageError(f"--weights {weights}: no such file; leave it out to use the package's weights")
+    weights_sha256 = verified_sha256(path, how.expected_sha256)
     network = EfficientNet.from_name(f"efficientnet-{model}")
     load_strictly(network, path, f"EfficientNet-Lite {model}")
     network.eval().requires_grad_(False)
     fold_batch_norms(network)
     _fold_paddings(network)
-    network.to(device=device, memory_format=torch.channels_last)
-    exact = FLOAT32_BLOCKS if dtype is torch.bfloat16 else 0
+    network.to(device=how.device, memory_format=torch.channels_last)
+    exact = FLOAT32_BLOCKS if how.dtype is torch.bfloat16 else 0
     # Cast the others only: a weight once rounded to bfloat16 stays so in float32.
     for module in (*network._blocks[exact:], network._conv_head, *([] if exact else [network._conv_stem])):
-        module.to(dtype)
+        module.to(how.dtype)
 
     size = EfficientNet.get_image_size(f"efficientnet-{model}")
     preprocess = ResizeCrop(size, size, "bilinear")
@@ -56,14 +57,14 @@ def load(model: str, weights: str | None, *, device: torch.device, dtype: torch.
         # EfficientNet.extract_features, but for the casts
         grid = network._swish(network._bn0(network._conv_stem(pixels.float() if exact else pixels)))
         for index, block in enumerate(network._blocks):
-            grid = block(grid if index < exact else grid.to(dtype))
+            grid = block(grid if index < exact else grid.to(how.dtype))
         grid = network._swish(network._bn1(network._conv_head(grid)))  # (B, 1280, H, W)
-        return {"feats": pool_map(grid), "tokens": map_tokens(grid)} if tokens else {"feats": pool_map(grid)}
+        return {"feats": pool_map(grid), "tokens": map_tokens(grid)} if how.tokens else {"feats": pool_map(grid)}
 
     return Encoder(
         identity={
             "model": model,
-            "weights_sha256": sha256_of(path),
+            "weights_sha256": weights_sha256,
             "preprocess": preprocess.describe(MEAN, STD),
             "float32_blocks": exact,
         },

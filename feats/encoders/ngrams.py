@@ -12,7 +12,7 @@ import torch
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.preprocessing import normalize
 
-from feats.encoders.registry import Encoder, Features, TextSide, Tokens
+from feats.encoders.registry import Encoder, Features, Loading, TextSide, Tokens
 from feats.errors import UsageError
 
 LENGTHS = (2, 5)  # of the n-grams, in characters; a word has a blank before and after it
@@ -21,9 +21,7 @@ MAX_COLUMNS = 65_536  # rows are dense
 PROBE = "Déjà vu: a GOOD day, #sunny 😀!"
 
 
-def load(
-    model: str, weights: str | None, *, device: torch.device, dtype: torch.dtype, tokens: bool, columns: int
-) -> Encoder:
+def load(model: str, weights: str | None, how: Loading, *, columns: int) -> Encoder:
     """Make the encoder: the text's character n-grams hashed into `columns`, (B, columns) float32.
 
     The text is lower-cased; of each word with a blank on either side, every 2 to 5 neighbouring characters are an
@@ -31,14 +29,16 @@ def load(
     `columns`. A column's sum v becomes sign(v) log(1 + |v|), and the row is scaled to length one. A text without any
     character has no n-grams: its row is zeros, and that is its true encoding, as in VADER.
 
-    `dtype` has no effect: nothing is computed in it. Raises `UsageError` for another model name, for `weights`, for
-    `tokens` (there are no token vectors) and for `columns` outside 1 ... `MAX_COLUMNS`.
+    The dtype has no effect: nothing is computed in it. Raises `UsageError` for another model name, for weights (there
+    are none), for tokens (there are no token vectors) and for `columns` outside 1 ... `MAX_COLUMNS`.
     """
     if model != "ngrams":
         raise UsageError(f"unknown model {model!r}; there is ngrams")
-    if weights is not None:
-        raise UsageError(f"hashing n-grams takes no weights, but got {weights}; leave out --weights")
-    if tokens:
+    if weights is not None or how.expected_sha256 is not None:
+        raise UsageError(
+            f"hashing n-grams takes no weights, but got {weights or how.expected_sha256}; leave out --weights"
+        )
+    if how.tokens:
         raise UsageError("hashed n-grams have no token features; leave out --tokens")
     if not 1 <= columns <= MAX_COLUMNS:
         raise UsageError(f"--columns {columns}: expected a number from 1 to {MAX_COLUMNS}")
@@ -49,7 +49,7 @@ def load(
     def forward(texts: list[str]) -> Features:
         sums = vectorizer.transform(texts)  # sparse, float64
         sums.data = np.sign(sums.data) * np.log1p(np.abs(sums.data))
-        return {"feats": torch.from_numpy(normalize(sums).astype(np.float32).toarray()).to(device)}
+        return {"feats": torch.from_numpy(normalize(sums).astype(np.float32).toarray()).to(how.device)}
 
     return Encoder(
         identity={

@@ -10,6 +10,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import numpy as np
 import torch
@@ -18,8 +19,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.transforms import Normalize
 
-from feats.encoders.registry import Encoder, Features, ImageSide, TextSide, Tokens
-from feats.encoders.weights import HUB_TIMEOUT, hub_reachable, sha256_of, unobtainable, weight_files
+from feats.encoders.registry import Encoder, Features, ImageSide, Loading, TextSide, Tokens
+from feats.encoders.weights import HUB_TIMEOUT, hub_reachable, sha256_of, unobtainable, verified_sha256, weight_files
 from feats.errors import UsageError, first_line
 from feats.images import ResizeCrop
 
@@ -49,19 +50,22 @@ MAX_CACHED_WORDS = 100_000
 StateDict = dict[str, torch.Tensor]
 
 
-def load(model: str | None, weights: str | None, *, device: torch.device, dtype: torch.dtype, tokens: bool) -> Encoder:
+def load(model: str | None, weights: str | None, how: Loading) -> Encoder:
     """Load CLIP. With `tokens`, the image side also gives the last layer's patch vectors (B, P, width) after the final
     LayerNorm (ResNets: the last feature map, position-major), the text side the last layer's vectors (B, L, width)
     after the final LayerNorm.
 
-    `weights` is a TorchScript archive, a state dict (.pt or .safetensors), an open_clip checkpoint or a folder of a
+    `weights` is a TorchScript archive that OpenAI published, a state dict (.pt or .safetensors), an open_clip checkpoint or a folder of a
     Hugging Face `CLIPModel`; without it the local caches, the hub and OpenAI's address are tried in this order.
     Raises `UsageError` for an unknown model, weights of another model than asked for, or none to be had.
     """
     if model is not None and model not in _MODELS:
         raise UsageError(f"unknown CLIP model {model!r}; there are {', '.join(_MODELS)}")
     path = Path(weights).expanduser() if weights else find_weights(model or DEFAULT_MODEL)
-    state = read_state_dict(path)
+    if not path.exists():
+        raise UsageError(f"no weights at {path}; --weights wants a file or a folder of a Hugging Face CLIPModel")
+    weights_sha256 = verified_sha256(path, how.expected_sha256)
+    state = read_state_dict(path, weights_sha256)
     try:
         network = build_model(dict(state))
     except (AssertionError, KeyError, RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
@@ -71,8 +75,8 @@ def load(model: str | None, weights: str | None, *, device: torch.device, dtype:
         raise UsageError(f"{path} holds {architecture}, not {model}; leave out --model or give the right weights")
     is_resnet = not hasattr(network.visual, "transformer")
     # In bf16 rounding errors add up over a ResNet's depth: cosines to fp32 fall below 0.999.
-    _cast(network.float(), dtype, image_side=not (is_resnet and dtype is torch.bfloat16))
-    network = network.to(device).eval().requires_grad_(False)
+    _cast(network.float(), how.dtype, image_side=not (is_resnet and how.dtype is torch.bfloat16))
+    network = network.to(how.device).eval().requires_grad_(False)
 
     resolution = network.visual.input_resolution
     preprocess = ResizeCrop(resolution, resolution, "bicubic")  # as the package's own transform
@@ -80,7 +84,7 @@ def load(model: str | None, weights: str | None, *, device: torch.device, dtype:
     return Encoder(
         identity={
             "model": architecture,
-            "weights_sha256": sha256_of(path),
+            "weights_sha256": weights_sha256,
             "preprocess": preprocess.describe(normalise.mean, normalise.std),
             "image_dtype": str(network.visual.conv1.weight.dtype).removeprefix("torch."),
         },
@@ -88,10 +92,12 @@ def load(model: str | None, weights: str | None, *, device: torch.device, dtype:
             preprocess=preprocess,
             mean=normalise.mean,
             std=normalise.std,
-            forward=_resnet_forward(network.visual, tokens) if is_resnet else _vit_forward(network.visual, tokens),
+            forward=(_resnet_forward if is_resnet else _vit_forward)(network.visual, how.tokens),
             channels_last=is_resnet,
         ),
-        text=TextSide(tokenize=_Tokenize(network.context_length), forward=_text_forward(network, device, tokens)),
+        text=TextSide(
+            tokenize=_Tokenize(network.context_length), forward=_text_forward(network, how.device, how.tokens)
+        ),
     )
 
 
@@ -110,7 +116,7 @@ def find_weights(model: str) -> Path:
     cached = Path.home() / ".cache" / "clip" / Path(url).name
     tried = [f"the clip package's cache {cached}"]
     if cached.is_file():
-        expected = url.split("/")[-2]
+        expected = _published_sha256(model)
         if sha256_of(cached) == expected:
             return cached
         tried[-1] += f" (its sha256 isn't {expected[:12]}...: damaged)"
@@ -137,13 +143,15 @@ def find_weights(model: str) -> Path:
     raise unobtainable(f"CLIP {model}", tried)
 
 
-def read_state_dict(path: Path) -> StateDict:
-    """A CLIP state dict under OpenAI's names, from any of the five formats. Raises `UsageError` if it is none of them."""
+def read_state_dict(path: Path, sha256: str) -> StateDict:
+    """A CLIP state dict under OpenAI's names, from any of the five formats, of a file or folder with that digest.
+
+    Raises `UsageError` if it is none of them, or a TorchScript archive that isn't one of OpenAI's nine: opening such
+    an archive runs the code in it, which may do anything.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not path.exists():
-        raise UsageError(f"no weights at {path}; --weights wants a file or a folder of a Hugging Face CLIPModel")
     try:
         if path.is_dir():
             state: Any = {}
@@ -151,8 +159,16 @@ def read_state_dict(path: Path) -> StateDict:
                 state |= load_file(file) if file.suffix == ".safetensors" else _load_plain(file)
         elif path.suffix == ".safetensors":
             state = load_file(path)
+        elif _is_archive(path):
+            if sha256 not in {_published_sha256(name) for name in _MODELS}:
+                raise UsageError(
+                    f"{path} is a TorchScript archive that OpenAI didn't publish (sha256 {sha256}); opening it would "
+                    "run whatever code is in it. Give its weights alone: where you trust its author, "
+                    'torch.save(torch.jit.load(PATH, map_location="cpu").state_dict(), "weights.pt")'
+                )
+            state = _load_archive(path)
         else:
-            state = _load_archive(path) or _load_plain(path)
+            state = _load_plain(path)
         if isinstance(state.get("state_dict"), dict):  # open_clip's training checkpoints
             state = state["state_dict"]
         state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)}
@@ -161,22 +177,42 @@ def read_state_dict(path: Path) -> StateDict:
             state = _from_hugging_face(state)
     except KeyError as error:
         raise UsageError(f"{path} holds no whole CLIP model: {error} is missing") from None
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, AttributeError, TypeError) as error:
+    except (
+        SafetensorError,
+        BadZipFile,
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        AttributeError,
+        TypeError,
+    ) as error:
         raise UsageError(f"{path} can't be read as CLIP weights ({first_line(error)})") from None
     return state
 
 
-def _load_archive(path: Path) -> StateDict | None:
-    """The state dict of a TorchScript archive; None if the file is something else."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated; OpenAI's files aren't rewritten
-            return torch.jit.load(path, map_location="cpu").state_dict()
-    except RuntimeError:
-        return None
+def _published_sha256(model: str) -> str:
+    """The digest of OpenAI's file, which its address holds."""
+    return _MODELS[model].split("/")[-2]
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file is a TorchScript archive, by what torch itself tells them by; nothing of it is run."""
+    if not is_zipfile(path):
+        return False
+    with ZipFile(path) as file:
+        return any(name.endswith("constants.pkl") for name in file.namelist())
+
+
+def _load_archive(path: Path) -> StateDict:
+    """The state dict of a TorchScript archive. Runs the archive's own code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated; OpenAI's files aren't rewritten
+        return torch.jit.load(path, map_location="cpu").state_dict()
 
 
 def _load_plain(path: Path) -> StateDict:
+    """A pickled state dict. Never runs code: torch refuses all but tensors, and archives that `_is_archive` missed."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - bytes that are no pickle make the unpickler raise anything

@@ -68,11 +68,22 @@ class Encoder:
 
 
 @dataclass(frozen=True)
+class Loading:
+    """How to load an encoder, whichever it is. With `expected_sha256`, weights of another digest are refused before
+    anything of them is opened."""
+
+    device: torch.device
+    dtype: torch.dtype
+    tokens: bool = False
+    expected_sha256: str | None = None
+
+
+@dataclass(frozen=True)
 class EncoderSpec:
     """A registry line: where the encoder's code is and which defaults its script shows.
 
-    `module` has `load(model, weights, *, device, dtype, tokens, **options) -> Encoder`, where `options` are the
-    values of the arguments declared in `options`.
+    `module` has `load(model, weights, how: Loading, **options) -> Encoder`, where `options` are the values of the
+    arguments declared in `options`.
     """
 
     module: str
@@ -160,11 +171,13 @@ def load_encoder(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     tokens: bool = False,
+    expected_sha256: str | None = None,
     **options: Any,
 ) -> Encoder:
     """Load the encoder `name` of `ENCODERS` in eval mode on `device`; only its own backend is imported.
 
-    Raises `UsageError` for an unknown name, model or option, and when the weights can't be had.
+    `expected_sha256` is what `identity["weights_sha256"]` must become. Raises `UsageError` for an unknown name, model
+    or option, when the weights can't be had, and, before they are opened, when they aren't the expected ones.
     """
     spec = ENCODERS.get(name)
     if spec is None:
@@ -176,9 +189,7 @@ def load_encoder(
     encoder = import_module(spec.module).load(
         model or spec.default_model,
         weights,
-        device=torch.device(device),
-        dtype=dtype,
-        tokens=tokens,
+        Loading(torch.device(device), dtype, tokens, expected_sha256),
         **{**defaults, **options},
     )
     encoder.identity = {"encoder": name, **encoder.identity}

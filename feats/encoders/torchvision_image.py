@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 from torchvision.models import ResNet, VisionTransformer, WeightsEnum, get_model, get_model_weights, list_models
 
-from feats.encoders.registry import Encoder, Features, ImageSide
-from feats.encoders.weights import sha256_of, unobtainable
+from feats.encoders.registry import Encoder, Features, ImageSide, Loading
+from feats.encoders.weights import sha256_of, unobtainable, verified_sha256
 from feats.errors import UsageError
 from feats.images import ResizeCrop
 
@@ -24,9 +24,7 @@ FAMILIES = ("resnet", "resnext", "wide_resnet", "vit_")
 STALL_SECONDS = 15  # a download that hears nothing for this long is given up
 
 
-def load(
-    model: str, weights: str | None, *, device: torch.device, dtype: torch.dtype, tokens: bool, layer: str
-) -> Encoder:
+def load(model: str, weights: str | None, how: Loading, *, layer: str) -> Encoder:
     """Load a torchvision classifier as an encoder.
 
     `weights` is one of the model's torchvision weights (`IMAGENET1K_V1`, ...) or a state-dict file (.pth, .pt,
@@ -41,6 +39,7 @@ def load(
     if model not in supported:
         raise UsageError(f"unknown torchvision model {model!r}; there are {', '.join(supported)}")
     entry, path = find_weights(model, weights)
+    weights_sha256 = verified_sha256(path, how.expected_sha256)
     options = {"image_size": entry.meta["min_size"][0]} if model.startswith("vit_") else {}
     network = get_model(model, weights=None, **options)
     load_strictly(network, path, model)
@@ -48,14 +47,15 @@ def load(
     is_resnet = isinstance(network, ResNet)
     if is_resnet:
         fold_batch_norms(network)
-    network.to(device=device, dtype=dtype, memory_format=torch.channels_last if is_resnet else torch.preserve_format)
+    memory_format = torch.channels_last if is_resnet else torch.preserve_format
+    network.to(device=how.device, dtype=how.dtype, memory_format=memory_format)
 
     preset = entry.transforms()
     preprocess = ResizeCrop(preset.resize_size[0], preset.crop_size[0], preset.interpolation.value)
     return Encoder(
         identity={
             "model": model,
-            "weights_sha256": sha256_of(path),
+            "weights_sha256": weights_sha256,
             "layer": layer,
             "preprocess": preprocess.describe(preset.mean, preset.std),
         },
@@ -63,7 +63,7 @@ def load(
             preprocess=preprocess,
             mean=preset.mean,
             std=preset.std,
-            forward=(_resnet_forward if is_resnet else _vit_forward)(network, layer, tokens),
+            forward=(_resnet_forward if is_resnet else _vit_forward)(network, layer, how.tokens),
             channels_last=is_resnet,
         ),
     )

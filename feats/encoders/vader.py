@@ -12,7 +12,7 @@ import torch
 import vaderSentiment.vaderSentiment
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from feats.encoders.registry import Encoder, Features, TextSide, Tokens
+from feats.encoders.registry import Encoder, Features, Loading, TextSide, Tokens
 from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
 
@@ -21,32 +21,34 @@ MAX_WORDS = 1000  # the analyser's time grows with the square of their number
 LEXICONS = ("vader_lexicon.txt", "emoji_utf8_lexicon.txt")
 
 
-def load(model: str, weights: str | None, *, device: torch.device, dtype: torch.dtype, tokens: bool = False) -> Encoder:
+def load(model: str, weights: str | None, how: Loading) -> Encoder:
     """Load VADER: the scores pos, neu, neg in [0, 1] and compound in [-1, 1] of the raw text, (B, 4) float32.
 
-    `dtype` has no effect: nothing is computed in it. Raises `UsageError` for another model name, for `weights` (the
+    The dtype has no effect: nothing is computed in it. Raises `UsageError` for another model name, for `weights` (the
     package has its own) and for `tokens` (there are no token vectors).
     """
     if model != "vader":
         raise UsageError(f"unknown model {model!r}; there is vader")
     if weights is not None:
         raise UsageError(f"VADER brings its own lexicon and takes no weights, but got {weights}; leave out --weights")
-    if tokens:
+    if how.tokens:
         raise UsageError("VADER has no token features; leave out --tokens")
+    folder = Path(vaderSentiment.vaderSentiment.__file__).parent
+    digest = hashlib.sha256("".join(sha256_of(folder / name) for name in LEXICONS).encode()).hexdigest()
+    if how.expected_sha256 not in (None, digest):
+        raise UsageError(f"{folder} holds other lexicons (weights_sha256 {digest}, expected {how.expected_sha256})")
     analyzer = SentimentIntensityAnalyzer()
 
     def forward(texts: list[str]) -> Features:
         scores = [analyzer.polarity_scores(text) for text in texts]
-        return {"feats": torch.tensor([[score[name] for name in SCORES] for score in scores], device=device)}
+        return {"feats": torch.tensor([[score[name] for name in SCORES] for score in scores], device=how.device)}
 
-    folder = Path(vaderSentiment.vaderSentiment.__file__).parent
-    digests = "".join(sha256_of(folder / name) for name in LEXICONS)
     return Encoder(
         identity={
             "model": "vader",
             "version": version("vaderSentiment"),
             "max_length": MAX_WORDS,
-            "weights_sha256": hashlib.sha256(digests.encode()).hexdigest(),
+            "weights_sha256": digest,
         },
         text=TextSide(tokenize=tokenize, forward=forward),
     )

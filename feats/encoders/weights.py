@@ -34,6 +34,14 @@ def sha256_of(path: Path | str) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
+def verified_sha256(path: Path | str, expected: str | None) -> str:
+    """`sha256_of` weights that are about to be opened. Raises `UsageError` when they aren't the `expected` ones."""
+    digest = sha256_of(path)
+    if expected is not None and digest != expected:
+        raise UsageError(f"{path} isn't the file asked for (weights_sha256 {digest}, expected {expected})")
+    return digest
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of a Hugging Face model folder, safetensors preferred. Raises `UsageError` if it has none."""
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))

@@ -91,7 +91,14 @@ def _load(name: str, run: Run, weights: str | None, device: torch.device, dtype:
     remedy = f"name the weights {run.path} was trained with: --weights {name}=PATH"
     try:
         encoder = load_encoder(
-            fingerprint["encoder"], fingerprint["model"], weights, device=device, dtype=dtype, tokens=tokens, **options
+            fingerprint["encoder"],
+            fingerprint["model"],
+            weights,
+            device=device,
+            dtype=dtype,
+            tokens=tokens,
+            expected_sha256=fingerprint.get("weights_sha256"),
+            **options,
         )
     except UsageError as error:
         raise UsageError(f"the encoder of {name} can't be loaded ({error}); {remedy}") from None
