@@ -1,5 +1,6 @@
 """The extraction scripts as a user runs them: defaults, options, resuming, refusing, exit statuses."""
 
+import json
 import os
 import re
 import shutil
@@ -293,11 +294,12 @@ def test_unusable_arguments(course: Path, tmp_path: Path, capsys: pytest.Capture
     assert not list(tmp_path.glob("out/*.h5"))
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_by_the_user(tmp_path: Path, how: signal.Signals):
-    make_course(tmp_path / "set", 400)
-    command = [sys.executable, str(ROOT / "feats" / "efficientnet_extract_feats.py"), "--model", "lite0"]
-    command += ["--data", str(tmp_path / "set"), "--out", str(tmp_path / "out"), "--batch-size", "2", "--workers", "1"]
+def interrupted(root: Path, how: signal.Signals, *more: str) -> int:
+    """Extract 400 pairs and stop it after some 64; returns how many rows the cache then holds."""
+    if not (root / "set").exists():
+        make_course(root / "set", 400)
+    command = [sys.executable, str(ROOT / "feats" / "efficientnet_extract_feats.py"), *LITE0, *more]
+    command += ["--data", str(root / "set"), "--out", str(root / "out"), "--workers", "1"]
     process = subprocess.Popen(
         command,
         env=ENVIRONMENT,
@@ -312,8 +314,67 @@ def test_interrupted_by_the_user(tmp_path: Path, how: signal.Signals):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"interrupted: the cache is intact" in error and b"Traceback" not in error
-    with FeatureStore.open(tmp_path / "out" / "efficientnet_train.h5") as store:
+    with FeatureStore.open(root / "out" / "efficientnet_train.h5") as store:
         assert not store.complete and 0 < (store.status == DONE).sum() < 400
+        return int((store.status == DONE).sum())
+
+
+LITE0 = ["--model", "lite0", "--device", "cpu", "--dtype", "fp32", "--batch-size", "2"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_by_the_user(tmp_path: Path, how: signal.Signals):
+    interrupted(tmp_path, how)
+
+
+def test_the_same_command_goes_on_under_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture):
+    make_course(tmp_path / "set", 400)
+    data, cache = str(tmp_path / "set"), tmp_path / "out" / "efficientnet_train.h5"
+    vader(tmp_path / "set", tmp_path / "out", "--name", "efficientnet")  # to be replaced
+
+    def again(*more: str, out: str = "out") -> str:
+        command = ["--data", data, "--out", str(tmp_path / out), "--workers", "0", *LITE0, *more, "--overwrite"]
+        assert efficientnet_extract_feats.main(command) == 0
+        return capsys.readouterr().out
+
+    capsys.readouterr()
+    done = interrupted(tmp_path, signal.SIGINT, "--overwrite")
+    assert f" {400 - done} encoded now" in again()
+    again(out="calm")
+    assert_same(cache, tmp_path / "calm" / "efficientnet_train.h5")
+    assert " 400 encoded now" in again()  # complete: the user wants it anew
+
+
+@pytest.mark.parametrize("change", ["nothing", "batches", "label", "text", "picture", "chunk", "version", "views"])
+def test_overwrite_goes_on_only_with_its_own_beginning(change: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Whatever isn't sound and exactly what this command would have begun is made anew."""
+    data, cache = make_course(tmp_path / "set", 70), tmp_path / "out" / "efficientnet_train.h5"
+    efficientnet(data, tmp_path / "out", "--batch-size", "2")
+    with FeatureStore.append(cache) as store:  # as if interrupted before the last rows
+        store._file.attrs.modify("complete", False)
+        store._set_status(np.arange(64, 70), 0)
+        if change == "version":
+            changed = {**store.fingerprint, "versions": {**store.fingerprint["versions"], "torch": "1.0"}}
+            store._file.attrs["fingerprint"] = np.bytes_(json.dumps(changed))
+        if change == "chunk":
+            chunk = store._file["image_feats"].id.get_chunk_info(0)
+    if change == "chunk":
+        with cache.open("r+b") as file:
+            file.seek(chunk.byte_offset + 100)
+            file.write(b"\xff" * 8)
+    if change == "label":
+        (data / "train.txt").write_text((data / "train.txt").read_text().replace("0,positive", "0,neutral"))
+    if change == "text":
+        (data / "data" / "3.txt").write_text("no part of what a picture encoder makes")
+    if change == "picture":
+        shutil.copy(data / "data" / "5.jpg", data / "data" / "3.jpg")
+    more = {"batches": ["--batch-size", "4"], "views": ["--views", "1"]}.get(change, [])
+    capsys.readouterr()
+    assert efficientnet(data, tmp_path / "out", "--batch-size", "2", *more, "--overwrite") == 0
+    goes_on = change in ("nothing", "label", "text")
+    assert f" {6 if goes_on else 70} encoded now" in capsys.readouterr().out
+    assert efficientnet(data, tmp_path / "calm", "--batch-size", "2", *more) == 0
+    assert_same(cache, tmp_path / "calm" / "efficientnet_train.h5")
 
 
 # Imports once, then forks runs and kills them: twenty kills cost twenty extractions, not twenty imports. A run tells

@@ -287,11 +287,16 @@ def _open_store(
         return store
     settings = replace(settings, batch_size=settings.batch_size or default_batch_size(settings.device, encoder))
     features, pays = _probe(encoder, settings, len(records))
+    block_rows = 1 << (settings.batch_size * BLOCK_BATCHES - 1).bit_length()
+    plan = {"batch_size": settings.batch_size, "compiled": pays}
+    if path.exists():
+        store = _begun_by_the_same_command(path, fingerprint, {**plan, "block_rows": block_rows}, encoder, records)
+        if store is not None:
+            return store
     counts = None
     if "text_tokens" in features:
         texts = [clean(r.text or "", settings.text_clean) for r in records]
         counts = np.array([t.length for t in encoder.text.tokenize(texts)], np.int64)
-    block_rows = 1 << (settings.batch_size * BLOCK_BATCHES - 1).bit_length()
     return FeatureStore.create(
         path,
         [r.id for r in records],
@@ -300,9 +305,33 @@ def _open_store(
         features,
         block_rows=block_rows,
         token_counts=counts,
-        plan={"batch_size": settings.batch_size, "compiled": pays},
+        plan=plan,
         overwrite=overwrite,
     )
+
+
+def _begun_by_the_same_command(
+    path: Path, fingerprint: dict[str, Any], plan: dict[str, Any], encoder: Encoder, records: Sequence[Record]
+) -> FeatureStore | None:
+    """The incomplete cache at `path` if an interrupted run with `overwrite` can only have begun it so: same
+    fingerprint to the last version, same plan, same contents, every chunk sound. None for anything else there."""
+    try:
+        store = FeatureStore.append(path)
+    except CacheError:
+        return None
+    try:
+        same = not store.complete and (store.fingerprint, store.plan) == (json.loads(json.dumps(fingerprint)), plan)
+        if same:
+            _check_same(store, fingerprint, encoder, records)
+            if not store.verify():
+                return store
+    except CacheError:
+        pass
+    except BaseException:
+        store.close()
+        raise
+    store.close()
+    return None
 
 
 def _fingerprint(encoder: Encoder, records: Sequence[Record], settings: Settings) -> dict[str, Any]:
