@@ -1,5 +1,9 @@
 """Which device and dtype to compute on, and when compiling a forward pass pays."""
 
+import feats.threads  # noqa: F401
+
+# isort: split
+
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +30,7 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:  # NotImplementedError, of the meta device, is a RuntimeError
         raise UsageError(
-            f"device {name!r} can't be used ({first_line(error)}); use --device auto, cpu or cuda"
+            f"device {name!r} can't be used ({first_line(error)}); use `device` auto, cpu or cuda"
         ) from None
     return device
 
@@ -39,18 +43,21 @@ def has_bf16_units() -> bool:
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is fp16 on a GPU, bf16 on a CPU with units for it, fp32 elsewhere.
 
-    Raises `UsageError` for fp16 on a CPU: its layers lack kernels for it, or emulate it slowly.
+    Raises `UsageError` for an unknown name, and for fp16 on a CPU: its layers lack kernels for it, or emulate it slowly.
     """
     if name == "auto":
         if device.type == "cuda":
             return torch.float16
         return torch.bfloat16 if device.type == "cpu" and has_bf16_units() else torch.float32
     if name == "fp16" and device.type == "cpu":
-        raise UsageError("--dtype fp16 needs a GPU; on a CPU use auto, bf16 or fp32")
+        raise UsageError("`dtype` fp16 needs a GPU; on a CPU use auto, bf16 or fp32")
+    if name not in DTYPES:
+        raise UsageError(f"unknown `dtype` {name!r}; there are auto, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype of `DTYPES`."""
     return next(name for name, value in DTYPES.items() if value is dtype)
 
 

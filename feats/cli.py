@@ -1,23 +1,42 @@
-"""What all command lines of this project share: exit status, help, argument types."""
+"""The command lines of stage 1, and what those of stage 2 share with them: exit status, help, argument types, messages.
+
+The only module of this stage that knows argparse, stderr and the progress bar. It imports nothing heavy before it needs
+it, so that `--help` is quick.
+"""
 
 import re
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser
-from collections.abc import Mapping
-from typing import Any
+import signal
+import sys
+import warnings
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from feats.encoders.registry import ENCODERS, load_encoder
+from feats.errors import UsageError
+from feats.extraction.settings import ExtractionSettings
+
+if TYPE_CHECKING:
+    from feats.records import DataSet
 
 EXIT_DONE, EXIT_UNUSABLE, EXIT_QUARANTINE, EXIT_INTERRUPTED = 0, 2, 3, 130
+# Messages about a cache name this setting of the scripts that make caches, wherever the message is read.
+ELSEWHERE = {"overwrite": "--overwrite"}
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter):
     """Shows defaults, but neither None and False nor those that the text tells already."""
 
-    def _get_help_string(self, action: Any) -> str | None:
+    def _get_help_string(self, action: Action) -> str | None:
         if action.default in (None, False, SUPPRESS) or "(default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 
 
 def positive(text: str) -> int:
+    """An argument that is a whole number from 1 on."""
     value = int(text)
     if value < 1:
         raise ValueError
@@ -33,10 +52,201 @@ def as_typed(message: object, parser: ArgumentParser, named: Mapping[str, str] =
     "give a larger `val_ratio`" -> "give a larger --val-ratio". `named` maps settings to the options of other names.
     What the parser has no option for stays as it is.
     """
-    flags = {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
+    own = {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
+    flags = {**ELSEWHERE, **own}
 
     def flag(match: re.Match[str]) -> str:
         setting = match[1]
         return flags.get(named.get(setting, setting), match[0])
 
     return re.sub(r"`(\w+)`", flag, str(message))
+
+
+@contextmanager
+def warnings_shown(parser: ArgumentParser) -> Iterator[None]:
+    """While this lasts, libraries' warnings are lines of stderr, in the words of the parser's command line."""
+    usual = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if category is UserWarning:
+            print(f"warning: {as_typed(message, parser)}", file=sys.stderr)
+        else:
+            usual(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+# -- extraction --------------------------------------------------------------------------------------------------
+
+
+def extraction_parser(name: str, description: str | None) -> ArgumentParser:
+    """The arguments of the script that runs encoder `name`: the shared ones, then the encoder's own."""
+    from feats.records import LAYOUTS
+    from feats.text import CLEAN_LEVELS
+
+    spec = ENCODERS[name]
+    defaults = ExtractionSettings()
+    parser = ArgumentParser(
+        description=description,
+        formatter_class=HelpFormatter,
+        epilog="Exit status: 0 done; 2 unusable arguments or input; 3 done with rows in quarantine under --strict; "
+        "130 interrupted (the cache is intact: run the same command to go on).",
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", type=Path, default=Path("data"), metavar="DIR|FILE", help="the image-text pairs")
+    data.add_argument("--layout", choices=tuple(LAYOUTS), help="how they lie on disk (default: detected)")
+    data.add_argument("--splits", nargs="+", metavar="SPLIT", help="only these splits (default: all there are)")
+    data.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each split")
+    cache = parser.add_argument_group("cache")
+    cache.add_argument("--out", type=Path, default=Path("saved/feats"), metavar="DIR", help="the folder of caches")
+    cache.add_argument("--name", default=name, help="the cache's name: <name>_<split>.h5, --vtype/--ttype later")
+    cache.add_argument("--overwrite", action="store_true", help="replace a cache that something else made")
+    cache.add_argument("--strict", action="store_true", help="exit with status 3 when rows are in quarantine")
+    encoder = parser.add_argument_group("encoder")
+    shown = f"{spec.model_help} (default: {spec.default_model})" if spec.default_model else spec.model_help
+    encoder.add_argument("--model", help=shown)
+    encoder.add_argument("--weights", metavar="PATH", help="a local file or folder (default: see the README)")
+    encoder.add_argument("--tokens", action="store_true", help="also cache token and patch level features")
+    encoder.add_argument("--text-clean", choices=CLEAN_LEVELS, default=spec.text_clean, help="cleaning level of texts")
+    encoder.add_argument("--views", type=positive, metavar="K", help="also cache K augmented views of each picture")
+    encoder.add_argument(
+        "--views-seed", type=int, default=defaults.views_seed, metavar="SEED", help="seed of the augmentation"
+    )
+    for key, option in spec.options.items():
+        encoder.add_argument(
+            f"--{key.replace('_', '-')}",
+            type=type(option.default),
+            default=option.default,
+            choices=option.choices or None,
+            metavar=option.metavar,
+            help=option.help,
+        )
+    compute = parser.add_argument_group("compute")
+    compute.add_argument(
+        "--batch-size",
+        type=positive,
+        metavar="B",
+        help="(default: 256 on a GPU; on a CPU 64, or 16 for convolutional nets)",
+    )
+    compute.add_argument(
+        "--workers", type=int, metavar="W", help="decoding processes (default: one per core, 16 at most)"
+    )
+    compute.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    compute.add_argument(
+        "--dtype",
+        choices=("auto", "fp16", "bf16", "fp32"),
+        default="auto",
+        help=f"auto: {spec.auto_dtype or 'fp16 on a GPU, bf16 on a CPU that multiplies it in hardware, else fp32'}",
+    )
+    return parser
+
+
+def run(name: str, parser: ArgumentParser, argv: Sequence[str] | None = None) -> int:
+    """Extract every asked split with encoder `name`; returns the exit status. All of a script's output is here."""
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with warnings_shown(parser):
+        try:
+            return _extract(name, args)
+        except UsageError as error:
+            print(f"error: {as_typed(error, parser)}", file=sys.stderr)
+            return EXIT_UNUSABLE
+        except RuntimeError as error:
+            said = _resources_spent(error)
+            if said is None:
+                raise
+            print(f"error: {said} (what was done is kept)", file=sys.stderr)
+            return EXIT_UNUSABLE
+        except KeyboardInterrupt:
+            print("interrupted: the cache is intact, run the same command to go on", file=sys.stderr)
+            return EXIT_INTERRUPTED
+
+
+def _extract(name: str, args: Namespace) -> int:
+    from feats.acceleration import resolve_device
+    from feats.extraction.local import extract
+    from feats.records import read_dataset
+
+    if not args.name or Path(args.name).name != args.name:
+        raise UsageError(f"`name` {args.name!r} can't be a file's name; give letters, digits, - and _")
+    device = resolve_device(args.device)
+    data = read_dataset(args.data, args.layout)
+    for warning in data.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    splits = _chosen_splits(data, args.splits)
+    encoder = load_encoder(
+        name,
+        args.model,
+        args.weights,
+        device=device,
+        dtype=args.dtype,
+        tokens=args.tokens,
+        **{option: getattr(args, option) for option in ENCODERS[name].options},
+    )
+    settings = ExtractionSettings(
+        batch_size=args.batch_size,
+        workers=args.workers,
+        text_clean=args.text_clean,
+        views=args.views or 0,
+        views_seed=args.views_seed,
+    )
+    quarantined = 0
+    for split in splits:
+        path = args.out / f"{args.name}_{split}.h5"
+        with _bar(path.stem) as progress:
+            summary = extract(
+                encoder, data[split][: args.limit], path, settings, overwrite=args.overwrite, progress=progress
+            )
+        print(summary)
+        quarantined += summary.quarantined
+    return EXIT_QUARANTINE if args.strict and quarantined else EXIT_DONE
+
+
+def _chosen_splits(data: "DataSet", wanted: Sequence[str] | None) -> list[str]:
+    unknown = set(wanted or ()) - data.splits.keys()
+    if unknown:
+        raise UsageError(f"no split {', '.join(sorted(unknown))} in the data; it has {', '.join(data.splits)}")
+    return [split for split in data.splits if not wanted or split in wanted]
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A callback that shows rows done of rows to do as a bar, from when it is first called."""
+    from tqdm import tqdm
+
+    bar: Any = None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, desc=title, unit="row")
+        bar.update(done - bar.n)
+
+    try:
+        yield progress
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def _resources_spent(error: RuntimeError) -> str | None:
+    """What to say where the machine is too small for the settings; None for an error of another kind."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is full; use a smaller --batch-size"
+    if str(error).startswith("DataLoader worker"):
+        return (
+            "a decoding process died, for want of memory or shared memory as a rule; use fewer --workers or a smaller "
+            "--batch-size"
+        )
+    return None

@@ -73,11 +73,16 @@ def decode_image(data: bytes) -> Image.Image:
         try:
             with Image.open(BytesIO(data), formats=_FORMATS) as image:
                 image.load()
-                return _upright(_to_rgb(image), _orientation(image))
+                return as_rgb(image)
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - PIL's decoders raise anything on bad bytes
             raise RowError(_reason(error)) from None
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture as an RGB image: turned upright, transparency composited on white, wide values scaled to 8 bits."""
+    return _upright(_to_rgb(image), _orientation(image))
 
 
 def _read_bytes(source: Path | TarSlice) -> bytes:

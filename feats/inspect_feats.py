@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from feats.cli import EXIT_DONE, EXIT_UNUSABLE, as_typed
 from feats.errors import UsageError
 from feats.store import QUARANTINED, STATUS_NAMES, FeatureStore
 
 
 def build_parser() -> ArgumentParser:
+    """The script's arguments."""
     parser = ArgumentParser(
         description=__doc__,
         epilog="Exit status: 0 all well; 2 a file is no cache, is damaged, or (--verify) holds a damaged chunk.",
@@ -22,7 +24,9 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    """Run the script; returns its exit status."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
     sound = True
     for path in args.files:
         try:
@@ -31,13 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if args.verify:
                     problems = store.verify()
                     for problem in problems:
-                        print(f"error: {path}: {problem}", file=sys.stderr)
+                        print(f"error: {path}: {as_typed(problem, parser)}", file=sys.stderr)
                     print(f"  verify: {f'{len(problems)} problems' if problems else 'every chunk is sound'}")
                     sound &= not problems
         except UsageError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {as_typed(error, parser)}", file=sys.stderr)
             sound = False
-    return 0 if sound else 2
+    return EXIT_DONE if sound else EXIT_UNUSABLE
 
 
 def describe(store: FeatureStore) -> str:
@@ -47,9 +51,16 @@ def describe(store: FeatureStore) -> str:
     labels = ", ".join(f"{tag or '(none)'} {n}" for tag, n in Counter(store.tags.tolist()).most_common())
     lines = [f"{store.path}: {len(store)} rows ({states}), {'complete' if store.complete else 'INCOMPLETE'}"]
     lines.append(f"  labels: {labels}")
-    lines += [f"  {name:<12} {str(shape):<18} {dtype}" for name, (shape, dtype) in sorted(store.schema.items())]
+    lines += [f"  {name:<12} {shape!s:<18} {dtype}" for name, (shape, dtype) in sorted(store.schema.items())]
     lines.append("  fingerprint:")
     lines += [f"    {key}: {value}" for key, value in store.fingerprint.items()]
+    source = store.source
+    if source is not None:
+        lines.append(f"  source: {source.data} ({source.resolved}), layout {source.layout}, split {source.split}")
+        for side, paths in (("picture", source.images), ("text", source.texts)):
+            files = [path for path in paths if path]
+            if files:
+                lines.append(f"    {len(files)} {side} files, the first {files[0]}")
     if counts[QUARANTINED]:
         lines.append("  quarantine:")
         rows = store.ids[store.status == QUARANTINED]

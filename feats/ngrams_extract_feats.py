@@ -4,15 +4,17 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
-from feats.extraction.local import extraction_parser, run
+from feats.cli import extraction_parser, run
 
 
 def build_parser() -> ArgumentParser:
+    """The script's arguments."""
     return extraction_parser("ngrams", __doc__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run("ngrams", build_parser().parse_args(argv))
+    """Run the script; returns its exit status."""
+    return run("ngrams", build_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 from feats.errors import UsageError
+from feats.source import Source
 from feats.text import decode_texts
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # where an id has several, the first wins
@@ -54,6 +55,46 @@ class Record:
     label: str | None = None
     encoding: str = ""  # of the text's bytes; "" for inline text
     text_error: str = ""  # why text is None
+    text_path: Path | TarSlice | None = field(default=None, compare=False)  # None: the text isn't a file of its own
+
+
+class Pairs(list[Record]):
+    """The records of one split, and where they lie: `data` as it was given, of which layout. Slices know it, too."""
+
+    def __init__(self, records: Iterable[Record], data: Path, layout: str, split: str):
+        super().__init__(records)
+        self.data, self.layout, self.split = data, layout, split
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Record: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Pairs": ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> "Record | Pairs":
+        if isinstance(index, slice):
+            return Pairs(super().__getitem__(index), self.data, self.layout, self.split)
+        return super().__getitem__(index)
+
+    @property
+    def source(self) -> Source:
+        """Where the pairs lie, row by row, for a cache to keep."""
+        resolved = self.data.resolve()
+        folder = self.data if self.data.is_dir() else self.data.parent
+        images = [_relative(record.image_path, folder) for record in self]
+        texts = [_relative(record.text_path, folder) for record in self]
+        return Source(str(self.data), str(resolved), self.layout, self.split, images, texts)
+
+
+def _relative(place: Path | TarSlice | None, folder: Path) -> str:
+    """A file as `Source` names it."""
+    if place is None:
+        return ""
+    path = place.path if isinstance(place, TarSlice) else place
+    name = Path(os.path.relpath(path, folder)).as_posix()
+    if isinstance(place, TarSlice):
+        name += f"::{place.name}"
+    return "" if _has_surrogates(name) or "\0" in name else name
 
 
 @dataclass
@@ -61,8 +102,14 @@ class DataSet:
     """A data set's splits, each in the order of its file, and what the user should hear about it."""
 
     layout: str
-    splits: dict[str, list[Record]]
+    splits: dict[str, Pairs]
     warnings: list[str] = field(default_factory=list)
+
+    def __getitem__(self, split: str) -> Pairs:
+        """The pairs of a split. Raises `UsageError` naming the splits there are."""
+        if split not in self.splits:
+            raise UsageError(f"no split {split} in the data; it has {', '.join(self.splits)}")
+        return self.splits[split]
 
 
 @dataclass(slots=True)
@@ -77,6 +124,7 @@ class _Row:
     raw: bytes | None = None
     text: str | None = None
     error: str = ""
+    text_path: Path | TarSlice | None = None
 
 
 _Rows = tuple[list[_Row], list[str]]  # rows and warnings
@@ -98,14 +146,14 @@ def read_dataset(path: Path | str, layout: str | None = None) -> DataSet:
     except OSError as error:
         raise UsageError(
             f"cannot read {error.filename or path}: {error.strerror or error}; "
-            "name the data set's folder or file with --data"
+            "name the data set's folder or file with `data`"
         ) from None
     if not rows:
         raise UsageError(f"{path} (layout {layout}) holds no pairs; expected at least one row")
     _check_ids(rows)
-    splits: dict[str, list[Record]] = {}
+    splits: dict[str, Pairs] = {}
     for row, record in zip(rows, _records(rows), strict=True):
-        splits.setdefault(row.split, []).append(record)
+        splits.setdefault(row.split, Pairs([], path, layout, row.split)).append(record)
     return DataSet(layout, splits, warnings + _label_warnings(rows))
 
 
@@ -143,7 +191,7 @@ def _detect_layout(path: Path) -> str:
     expected = "; ".join(f"{layout}: {what}" for layout, what in _EXPECTED.items())
     raise UsageError(
         f"{path} {problem}. Found: {listing or 'an empty folder'}. Expected one of: {expected}. "
-        "Name the folder with --data and the layout with --layout"
+        "Name the folder with `data` and the layout with `layout`"
     )
 
 
@@ -240,7 +288,7 @@ def _manifest_file(path: Path) -> Path:
     found = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in (".csv", ".jsonl"))
     if len(found) != 1:
         names = ", ".join(entry.name for entry in found) or "none"
-        raise UsageError(f"{path} must hold one manifest (.csv or .jsonl); found {names}. Name the file with --data")
+        raise UsageError(f"{path} must hold one manifest (.csv or .jsonl); found {names}. Name the file with `data`")
     return found[0]
 
 
@@ -312,7 +360,8 @@ def _manifest_row(folder: Path, values: dict[str, str | None], source: str) -> _
     if text is None:
         row.error = "the manifest gives no text"
     elif _names_a_file(text.strip(), folder):
-        row.raw, row.error = _read_text_file(folder / text.strip(), text.strip())
+        row.text_path = folder / text.strip()
+        row.raw, row.error = _read_text_file(row.text_path, text.strip())
     else:
         row.text = text
     return row
@@ -340,16 +389,16 @@ def _read_shards(path: Path) -> _Rows:
 
 
 def _shard_rows(shard: Path, split: str) -> list[_Row]:
-    members: dict[str, dict[str, TarSlice | bytes]] = defaultdict(dict)
-    for key, extension, content in _shard_members(shard):
+    members: dict[str, dict[str, tuple[TarSlice, bytes]]] = defaultdict(dict)
+    for key, extension, place, content in _shard_members(shard):
         if extension in members[key]:
             raise UsageError(f"{shard.name}: {key}.{extension} is there twice; expected one file of each kind per key")
-        members[key][extension] = content
+        members[key][extension] = place, content
     return [_shard_row(shard, split, key, files) for key, files in members.items()]
 
 
-def _shard_members(shard: Path) -> Iterator[tuple[str, str, TarSlice | bytes]]:
-    """Key, extension, and content of a shard's files in one pass: pictures as slices, to be read later."""
+def _shard_members(shard: Path) -> Iterator[tuple[str, str, TarSlice, bytes]]:
+    """Key, extension, place and content of a shard's files in one pass. Pictures are read later: no content."""
     with shard.open("rb") as file:
         start = file.read(6)
         for magic, name in _COMPRESSED.items():
@@ -363,10 +412,12 @@ def _shard_members(shard: Path) -> Iterator[tuple[str, str, TarSlice | bytes]]:
                     key, extension = _shard_key(member.name)
                     if not key or not member.isreg() or member.issparse():
                         continue
+                    place = TarSlice(shard, member.offset_data, member.size, member.name)
+                    content = tar.extractfile(member)
                     if f".{extension}" in PICTURES:
-                        yield key, extension, TarSlice(shard, member.offset_data, member.size, member.name)
-                    elif extension in ("txt", "json", "cls"):
-                        yield key, extension, tar.extractfile(member).read(MAX_TEXT_BYTES + 1)
+                        yield key, extension, place, b""
+                    elif extension in ("txt", "json", "cls") and content is not None:
+                        yield key, extension, place, content.read(MAX_TEXT_BYTES + 1)
                 end = tar.offset
         except tarfile.TarError as error:
             raise UsageError(f"{shard} is truncated or not a tar ({error}); make or copy it again") from None
@@ -383,15 +434,16 @@ def _shard_key(name: str) -> tuple[str, str]:
     return (folder + slash + stem if stem else ""), extension.lower()
 
 
-def _shard_row(shard: Path, split: str, key: str, files: dict[str, Any]) -> _Row:
+def _shard_row(shard: Path, split: str, key: str, files: dict[str, tuple[TarSlice, bytes]]) -> _Row:
     source = f"{shard.name} {key}"
-    facts = _shard_json(files["json"], source) if "json" in files else {}
+    facts = _shard_json(files["json"][1], source) if "json" in files else {}
     row = _Row(split, facts.get("id") or key, source, label=_label(facts.get("label")), text=facts.get("text"))
     if "cls" in files:
-        row.label = _label(_decode(files["cls"], f"{source}.cls"))
-    row.image = next((files[ext[1:]] for ext in PICTURES if ext[1:] in files), None)
+        row.label = _label(_decode(files["cls"][1], f"{source}.cls"))
+    row.image = next((files[ext[1:]][0] for ext in PICTURES if ext[1:] in files), None)
     if "txt" in files:
-        row.raw, row.error = _limited(files["txt"])
+        row.text_path, content = files["txt"]
+        row.raw, row.error = _limited(content)
     elif row.text is None:
         row.error = f"no text file {key}.txt in {shard.name}"
     return row
@@ -427,8 +479,9 @@ def _attach_pairs(rows: list[_Row], root: Path) -> None:
     folder, pictures, texts = _list_pairs(root)
     for row in rows:
         row.image = pictures.get(row.id)
-        if row.id in texts:
-            row.raw, row.error = _read_text_file(texts[row.id], texts[row.id].name)
+        row.text_path = texts.get(row.id)
+        if row.text_path:
+            row.raw, row.error = _read_text_file(row.text_path, row.text_path.name)
         else:
             row.error = f"no text file {row.id}.txt in {folder.name}"
 
@@ -520,7 +573,7 @@ def _records(rows: list[_Row]) -> Iterator[Record]:
             encoding, reason = (outcome, "") if text is not None else ("", f"text cannot be decoded: {outcome}")
         elif text is not None and _has_surrogates(text):
             text, reason = None, "text cannot be decoded: it holds a lone surrogate"
-        yield Record(row.id, row.image, text, row.label, encoding, reason)
+        yield Record(row.id, row.image, text, row.label, encoding, reason, row.text_path)
 
 
 def _label_warnings(rows: list[_Row]) -> list[str]:

@@ -16,26 +16,32 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import h5py
 import numpy as np
 from filelock import FileLock, Timeout
 
 from feats.errors import UsageError, first_line
+from feats.source import Source
 
 FORMAT_VERSION = 2
 PENDING, DONE, QUARANTINED = 0, 1, 2
 STATUS_NAMES = {PENDING: "pending", DONE: "done", QUARANTINED: "quarantined"}
 
-_REMEDY = "the file is damaged or foreign: make it again with --overwrite"
-_RESUME = "an interrupted run may have left it so: run the same extraction again to repair it, else use --overwrite"
+PATHS = ("image_path", "text_path")  # a row's files, see `Source`; not every cache has them
+
+_REMEDY = "the file is damaged or foreign: make it again with `overwrite`"
+_RESUME = "an interrupted run may have left it so: run the same extraction again to repair it, else use `overwrite`"
 
 CHUNK_BYTES = 1 << 20
 LIBVER = ("v108", "v108")
 MIN_TAG_BYTES = 32  # room for labels corrected later
+PATH_ROOM, MAX_PATH_BYTES = 32, 1024  # room for data that move later; longer paths aren't kept
+SOURCE_BYTES = 8192
 
 # One value per row beside the features. The hashes let a later run see that a row's content changed, and let stage 2
 # find duplicates without opening a picture or a tweet.
@@ -68,6 +74,22 @@ class MissingRowsError(UsageError):
             if ids
         ]
         super().__init__(f"{path} lacks rows: {'; '.join(parts)}. Leave them out, or run the extraction again")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a cache holds of its finished rows, in the cache's order: `ids` (N,), `labels` (N,), '' where unknown, and
+    `arrays`, features by dataset, (N, ...) float16."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    arrays: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.arrays[name]
 
 
 class FeatureStore:
@@ -118,13 +140,14 @@ class FeatureStore:
         block_rows: int = 512,
         token_counts: np.ndarray | None = None,
         plan: Mapping[str, Any] | None = None,
+        source: Source | None = None,
         overwrite: bool = False,
     ) -> "FeatureStore":
         """Make a cache with every row pending, and open it for writing.
 
         `features` maps a dataset to the shape of one row, e.g. `{"image_feats": (512,)}`; all are float16.
         `text_tokens` is ragged: its row shape is (width,), and `token_counts` (N,) says how many rows each text has.
-        The file appears under its name only when it is whole.
+        `source` says where the pairs lie. The file appears under its name only when it is whole.
         Raises `CacheError` when the file exists (without `overwrite`), is in use, or the disk is full.
         """
         path = Path(path)
@@ -132,10 +155,12 @@ class FeatureStore:
         unfinished = path.with_name(path.name + ".creating")
         try:
             if path.exists() and not overwrite:
-                raise CacheError(f"{path} exists; remove it or use --overwrite")
+                raise CacheError(f"{path} exists; remove it or use `overwrite`")
             with _disk(path, "its creation was undone"):
                 with h5py.File(unfinished, "w", libver=LIBVER) as file:
                     _lay_out(file, ids, tags, features, block_rows, token_counts)
+                    if source is not None:
+                        _lay_out_source(file, source, block_rows)
                     file.attrs["format_version"] = FORMAT_VERSION
                     indices = {name: _index_digest(dataset) for name, dataset in file.items()}
                     file.attrs["chunk_indices"] = np.bytes_(json.dumps(indices))
@@ -172,13 +197,14 @@ class FeatureStore:
         return cls(path, _open(path, "r"))
 
     def close(self) -> None:
+        """Close the file, and let others write it."""
         try:
             self._file.close()
         finally:
             if self._lock is not None:
                 self._lock.release()
 
-    def __enter__(self) -> "FeatureStore":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -196,10 +222,12 @@ class FeatureStore:
 
     @property
     def quarantine_path(self) -> Path:
+        """The CSV of quarantined ids and reasons beside the cache."""
         return quarantine_path(self.path)
 
     @property
     def tags(self) -> np.ndarray:
+        """Labels (N,), '' where unknown."""
         with _damage(self.path, "tag"):
             return _decode(self._dataset("tag")[:])
 
@@ -215,6 +243,7 @@ class FeatureStore:
 
     @property
     def block_rows(self) -> int:
+        """Rows of a block: no chunk spans two."""
         return self.plan["block_rows"]
 
     def facts(self, name: str) -> np.ndarray:
@@ -225,6 +254,24 @@ class FeatureStore:
     def token_counts(self) -> np.ndarray:
         """Tokens there is room for, per row (N,); only in a cache with `text_tokens`."""
         return np.diff(self._offsets)
+
+    @property
+    def source(self) -> Source | None:
+        """Where the raw pairs lay when the cache was last brought up to date; None where that wasn't told."""
+        with _damage(self.path, "source"):
+            told = json.loads(bytes(self._file.attrs.get("source", b"")) or b"{}")
+        if not told:
+            return None
+        with _damage(self.path, "its paths"):
+            images, texts = (_decode(self._dataset(name)[:]).tolist() for name in PATHS)
+        return Source(**told, images=images, texts=texts)
+
+    def to_frame(self, *names: str) -> Frame:
+        """Ids, labels and the features `names` of all rows that are done; without names every dataset with one vector
+        or array a row (all but `text_tokens`). Raises as `read`."""
+        rows = np.flatnonzero(self.status == DONE)
+        chosen = names or [name for name in self.features if name != "text_tokens"]
+        return Frame(self.ids[rows], self.tags[rows], {name: self.read_rows(name, rows) for name in chosen})
 
     # -- writing ------------------------------------------------------------------------------------------------
 
@@ -287,7 +334,7 @@ class FeatureStore:
         if new.dtype.itemsize > room:
             raise CacheError(
                 f"{self.path} has room for labels of {room} bytes, the data set now has one of "
-                f"{new.dtype.itemsize}; shorten it, or make the cache again with --overwrite"
+                f"{new.dtype.itemsize}; shorten it, or make the cache again with `overwrite`"
             )
         try:
             changed = int((dataset[:] != new).sum())
@@ -297,6 +344,26 @@ class FeatureStore:
             dataset[:] = new
             self._sync()
         return changed
+
+    def update_source(self, source: Source) -> None:
+        """Bring up to date where the raw pairs lie, in a cache made with a source. Features don't depend on it: a path
+        that the cache has no room for becomes empty."""
+        if "source" not in self._file.attrs:
+            return
+        for name, paths in zip(PATHS, (source.images, source.texts), strict=True):
+            dataset = self._file[name]
+            room = dataset.dtype.itemsize
+            new = _encode([path if len(path.encode()) <= room else "" for path in paths], room)
+            try:
+                same = (dataset[:] == new).all()
+            except OSError:  # torn by a kill in the midst of an update
+                same = False
+            if not same:
+                dataset[:] = new
+        told = _source_bytes(source)
+        if self._file.attrs["source"] != told.item():
+            self._file.attrs.modify("source", told)
+        self._sync()
 
     def _write_ragged(self, rows: np.ndarray, values: np.ndarray) -> None:
         offsets = self._offsets
@@ -551,6 +618,21 @@ def _lay_out(file, ids, tags, features, block_rows, token_counts) -> None:
             _new(file, name, (n, *shape), np.float16, block_rows)
 
 
+def _lay_out_source(file: h5py.File, source: Source, block_rows: int) -> None:
+    for name, paths in zip(PATHS, (source.images, source.texts), strict=True):
+        kept = [path if len(path.encode()) <= MAX_PATH_BYTES else "" for path in paths]
+        values = _encode(kept, max((len(path.encode()) for path in kept), default=0) + PATH_ROOM)
+        _new(file, name, (len(kept),), values.dtype, block_rows)[:] = values
+    file.attrs["source"] = _source_bytes(source)
+
+
+def _source_bytes(source: Source) -> np.ndarray:
+    """What is told once for all rows, always of the same size, so that bringing it up to date changes no structure.
+    Empty if it needs more."""
+    told = json.dumps({key: getattr(source, key) for key in ("data", "resolved", "layout", "split")}).encode()
+    return np.array(told if len(told) <= SOURCE_BYTES else b"", f"S{SOURCE_BYTES}")
+
+
 def _new(file: h5py.File, name: str, shape: tuple[int, ...], dtype: Any, block_rows: int) -> h5py.Dataset:
     """A dataset whose chunks are on disk from the start; h5py's own call can't ask for that."""
     row_bytes = np.dtype(dtype).itemsize * int(np.prod(shape[1:], dtype=np.int64))
@@ -611,9 +693,11 @@ def _acquire(path: Path) -> FileLock:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=1)  # what a killed run held may take a moment to go
     except Timeout:
-        raise CacheError(f"{path} is being written by another process; wait for it to end, or use --name") from None
+        raise CacheError(
+            f"{path} is being written by another process; wait for it to end, or use another `name`"
+        ) from None
     except (OSError, ValueError, NotImplementedError) as error:  # no folder, no permission, a file system without locks
-        raise CacheError(f"{path} can't be written ({first_line(error)}); choose another folder with --out") from None
+        raise CacheError(f"{path} can't be written ({first_line(error)}); choose another folder with `out`") from None
     return lock
 
 
@@ -646,6 +730,7 @@ def _sync_path(path: Path) -> None:
 
 
 def quarantine_path(path: Path) -> Path:
+    """Where the reasons of the rows in quarantine lie, for the cache at `path`."""
     return path.with_name(f"{path.stem}.quarantine.csv")
 
 
@@ -686,4 +771,5 @@ def _split_where(items: np.ndarray, key: np.ndarray, step: int = 0) -> list[np.n
 
 
 def pieces(items: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """`items` cut into pieces of `size`; the last may be shorter."""
     return (items[low : low + size] for low in range(0, len(items), size))

@@ -149,13 +149,34 @@ def clean(text: str, level: str) -> str:
     removed, any run of blanks and line breaks made one space. tweet: basic, and URLs (cut ones too), @user mentions
     and retweet markers removed. Emoji, hashtags, `!` and `?` survive every level.
     """
-    if level not in CLEAN_LEVELS:
-        raise UsageError(f"unknown cleaning level {level!r}; there are {', '.join(CLEAN_LEVELS)}")
+    _check_level(level)
     if level == "none":
         return text.strip()
-    text = _LINE_BREAKS.sub(" ", text)  # ftfy works line by line, slowly; other blanks may be parts of mojibake
-    text = _one_line(_INVISIBLE.sub("", ftfy.fix_text(text, _FTFY)))
+    text = _repaired(text)
     return _without_twitter(text) if level == "tweet" else text
+
+
+def duplicate_key(text: str) -> str:
+    """What two texts share when they count as duplicates: the tweet-cleaned text, case folded."""
+    return clean(text, "tweet").casefold()
+
+
+def clean_with_key(text: str, level: str) -> tuple[str, str]:
+    """`clean(text, level)` and `duplicate_key(text)`, with the work that they share done once."""
+    _check_level(level)
+    basic = _repaired(text)
+    tweet = _without_twitter(basic)
+    return {"none": text.strip(), "basic": basic, "tweet": tweet}[level], tweet.casefold()
+
+
+def _check_level(level: str) -> None:
+    if level not in CLEAN_LEVELS:
+        raise UsageError(f"unknown cleaning level {level!r}; there are {', '.join(CLEAN_LEVELS)}")
+
+
+def _repaired(text: str) -> str:
+    text = _LINE_BREAKS.sub(" ", text)  # ftfy works line by line, slowly; other blanks may be parts of mojibake
+    return _one_line(_INVISIBLE.sub("", ftfy.fix_text(text, _FTFY)))
 
 
 def _one_line(text: str) -> str:
@@ -166,8 +187,3 @@ def _without_twitter(text: str) -> str:
     for pattern in (_RETWEET, _MENTION, _URL):
         text = pattern.sub(" ", text)
     return _one_line(_CUT_URL.sub("", _LEADING_RETWEET.sub("", _one_line(text))))
-
-
-def duplicate_key(text: str) -> str:
-    """What two texts share when they count as duplicates: the tweet-cleaned text, case folded."""
-    return clean(text, "tweet").casefold()

@@ -28,12 +28,11 @@ from safetensors.torch import load_file, save_file
 
 from feats import clip_extract_feats
 from feats.encoders import openai_clip as clip_encoder
+from feats.encoders.base import Encoder, Features
 from feats.encoders.openai_clip import HUB_FILE, HUB_REPOSITORIES, describe, find_weights
-from feats.encoders.registry import Encoder, Features, load_encoder
+from feats.encoders.registry import load_encoder
 from feats.encoders.weights import hub_reachable
 from feats.errors import UsageError
-from feats.extraction.local import Settings, to_pixels
-from feats.extraction.preparation import to_array
 from modeling import inference_head, train_head
 
 # embedding, resolution, vision layers, vision width, patch, context, vocabulary, text width, text heads, text layers
@@ -58,7 +57,6 @@ TEXTS = [
     "x",
 ]
 SIZES = [(80, 60), (60, 80), (64, 64), (200, 70), (30, 20), (65, 64), (90, 301), (128, 128)]
-fp32 = torch.float32
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -194,11 +192,11 @@ def load(path: Path, **options: Any) -> Encoder:
     return load_encoder("clip", weights=str(path), **options)
 
 
-def image_features(encoder: Encoder, pictures: Sequence[Image.Image], dtype: torch.dtype = fp32) -> Features:
+def image_features(encoder: Encoder, pictures: Sequence[Image.Image]) -> Features:
     """As the pipeline does it: preprocessed pictures as bytes, then normalised, then the forward pass."""
-    pixels = torch.stack([to_array(encoder.image.preprocess(picture)) for picture in pictures])
+    pixels = torch.stack([encoder.image.to_bytes(picture) for picture in pictures])
     with torch.inference_mode():
-        return encoder.image.forward(to_pixels(pixels, encoder.image, Settings(torch.device("cpu"), dtype)))
+        return encoder.image.forward(encoder.to_pixels(pixels))
 
 
 def text_features(encoder: Encoder, texts: Sequence[str]) -> Features:
@@ -376,7 +374,7 @@ def test_bf16_stays_close(checkpoints, pictures, family: str):
     path = checkpoints[family, "plain"]
     full, half = load(path), load(path, dtype=torch.bfloat16)
     cosine = torch.nn.functional.cosine_similarity
-    images = image_features(half, pictures, torch.bfloat16)["feats"]
+    images = image_features(half, pictures)["feats"]
     texts = text_features(half, TEXTS)["feats"]
     assert (images.dtype, texts.dtype) == (torch.bfloat16 if family == "vit" else torch.float32, torch.bfloat16)
     assert cosine(images.float(), image_features(full, pictures)["feats"]).min() >= 0.999
@@ -445,7 +443,7 @@ def test_files_that_are_no_weights(checkpoints, tmp_path: Path):
             load(path)
         assert str(path) in str(raised.value) and "\n" not in str(raised.value)
 
-    refused(tmp_path / "nowhere.pt", "no weights at .*--weights wants a file or a folder")
+    refused(tmp_path / "nowhere.pt", "no weights at .*`weights` wants a file or a folder")
     for name in ("notes.pt", "notes.safetensors"):
         (tmp_path / name).write_text("these are not the weights you are looking for\n" * 5)
         refused(tmp_path / name, "can't be read as CLIP weights")
@@ -497,7 +495,7 @@ def test_hugging_face_folders_of_other_models(checkpoints, tmp_path: Path):
 
 
 def test_weights_of_another_model_than_asked_for(checkpoints):
-    with pytest.raises(UsageError, match="holds custom 64 16 128 2 32, not ViT-B/32; leave out --model"):
+    with pytest.raises(UsageError, match="holds custom 64 16 128 2 32, not ViT-B/32; leave out `model`"):
         load(checkpoints["vit", "plain"], model="ViT-B/32")
 
 

@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from feats.encoders import huggingface_text as hf_text_encoder
-from feats.encoders.registry import Encoder, load_encoder
+from feats.encoders.base import Encoder
+from feats.encoders.registry import load_encoder
 from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
 
@@ -162,7 +163,7 @@ def test_bf16_stays_close(models: Path):
 @pytest.mark.parametrize(
     ("name", "pooling", "message"),
     [
-        ("roberta", "pooler", "no trained pooler weights.*--pooling mean"),
+        ("roberta", "pooler", "no trained pooler weights.*`pooling` mean"),
         ("bert-mlm", "pooler", "no trained pooler weights"),
         ("gpt2", "pooler", "no trained pooler weights"),
         ("gpt2", "cls", "no class token first"),
@@ -247,7 +248,7 @@ def test_the_hub_cache_is_used_without_a_network(models: Path, tmp_path: Path, m
     encoder = load("some/bert")
     assert encoder.identity["model"] == "some/bert"
     (repository / "snapshots" / "abc" / "tokenizer.json").unlink()
-    with pytest.raises(UsageError, match=r"no weights for some/bert.*lacks tokenizer files.*\(3\) the hub.*--weights"):
+    with pytest.raises(UsageError, match=r"no weights for some/bert.*lacks tokenizer files.*\(3\) the hub.*`weights`"):
         load("some/bert")
 
 

@@ -18,7 +18,8 @@ from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 from feats.encoders import ngrams as ngrams_encoder
-from feats.encoders.registry import ENCODERS, Encoder, load_encoder
+from feats.encoders.base import Encoder
+from feats.encoders.registry import ENCODERS, load_encoder
 from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
 
@@ -211,7 +212,7 @@ def test_vader_equals_its_package():
 
 
 def test_vader_has_no_tokens_and_takes_no_weights():
-    with pytest.raises(UsageError, match="no token features; leave out --tokens"):
+    with pytest.raises(UsageError, match="no token features; leave out `tokens`"):
         load_encoder("vader", tokens=True)
     with pytest.raises(UsageError, match="takes no weights, but got lexicon.txt"):
         load_encoder("vader", weights="lexicon.txt")
@@ -284,12 +285,12 @@ def test_ngrams_probe_notices_another_hash(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_ngrams_refuse_tokens_weights_and_no_columns():
-    with pytest.raises(UsageError, match="no token features; leave out --tokens"):
+    with pytest.raises(UsageError, match="no token features; leave out `tokens`"):
         load_encoder("ngrams", tokens=True)
     with pytest.raises(UsageError, match="takes no weights, but got table.bin"):
         load_encoder("ngrams", weights="table.bin")
     for columns in (0, -1, 65_537):
-        with pytest.raises(UsageError, match=f"--columns {columns}: expected a number from 1 to 65536"):
+        with pytest.raises(UsageError, match=f"`columns` {columns}: expected a number from 1 to 65536"):
             load_encoder("ngrams", columns=columns)
 
 

@@ -258,7 +258,7 @@ def test_manifest_of_a_folder(tmp_path):
     write(tmp_path, {"other.csv": "id,text\n2,y\n"})
     with pytest.raises(UsageError, match="is none of the known layouts.*other.csv, some.csv"):
         read_dataset(tmp_path)
-    with pytest.raises(UsageError, match="must hold one manifest.*found other.csv, some.csv.*--data"):
+    with pytest.raises(UsageError, match="must hold one manifest.*found other.csv, some.csv.*`data`"):
         read_dataset(tmp_path, "manifest")
     write(tmp_path, {"manifest.jsonl": '{"id": 3, "text": "z", "label": 1}\n'})
     assert read_dataset(tmp_path).splits == {"train": [Record("3", None, "z", "1")]}
@@ -372,7 +372,7 @@ BAD = {
     "course repeated": ({"train.txt": "1,a\n", "test_without_label.txt": "1,null\n"}, "repeated id.*'1'"),
     "mvsa without rows": ({"labelResultAll.txt": "ID\ttext,image\n1\tpositive,negative\n"}, "holds no pairs"),
     "empty folder": ({"data/x": ""}, "none of the known layouts. Found: data. Expected one of: course: .*mvsa: .*shards"),
-    "two layouts": ({"train.txt": "1,a\n", "manifest.csv": "id,text\n"}, "looks like course and manifest.*--layout"),
+    "two layouts": ({"train.txt": "1,a\n", "manifest.csv": "id,text\n"}, "looks like course and manifest.*`layout`"),
     "unknown file": ({"x.parquet": ""}, "none of the known layouts. Found: x.parquet"),
 }  # fmt: skip
 
@@ -396,7 +396,7 @@ def test_only_five_repeated_ids_are_named(tmp_path):
 
 
 def test_bad_calls(tmp_path):
-    with pytest.raises(UsageError, match="cannot read .*nowhere: No such file or directory; .*--data"):
+    with pytest.raises(UsageError, match="cannot read .*nowhere: No such file or directory; .*`data`"):
         read_dataset(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="unknown layout 'coco'; there are course, mvsa, manifest, shards"):
         read_dataset(tmp_path, "coco")

@@ -137,7 +137,7 @@ def test_a_flipped_bit_is_an_error_in_rows_too(full: Path):
     with FeatureStore.open(full) as store:
         np.testing.assert_array_equal(store.read_rows("image_feats", np.arange(96)), FEATS[:96])
         for rows in (np.arange(90, 140), np.array([100, 3])):
-            with pytest.raises(CacheError, match="image_feats can't be read.*--overwrite"):
+            with pytest.raises(CacheError, match="image_feats can't be read.*`overwrite`"):
                 store.read_rows("image_feats", rows)
 
 
@@ -189,7 +189,7 @@ def test_labels_can_be_corrected_without_encoding_again(full: Path):
     with FeatureStore.append(full) as store:
         assert store.update_tags(TAGS) == 0
         assert store.update_tags(["sad", *TAGS[1:]]) == 1
-        with pytest.raises(CacheError, match="room for labels of 32 bytes.*--overwrite"):
+        with pytest.raises(CacheError, match="room for labels of 32 bytes.*`overwrite`"):
             store.update_tags(["x" * 33, *TAGS[1:]])
     with FeatureStore.open(full) as store:
         assert store.tags[0] == "sad" and store.complete
@@ -291,7 +291,7 @@ def test_a_flipped_bit_is_an_error(full: Path, name: str, capsys: pytest.Capture
     flip(full, name)
     assert inspect_feats.main(["--verify", str(full)]) == 2
     assert name in capsys.readouterr().err
-    with pytest.raises(CacheError, match=f"{name} can't be read.*--overwrite"), FeatureStore.open(full) as store:
+    with pytest.raises(CacheError, match=f"{name} can't be read.*`overwrite`"), FeatureStore.open(full) as store:
         assert store.tags is not None and store.facts("n_tokens") is not None
         store.read("image_feats"), store.read("image_views"), store.read_tokens()
 
@@ -333,7 +333,7 @@ def test_what_is_no_cache_is_refused(tmp_path: Path, content: bytes | None, mess
 def test_a_foreign_hdf5_file_is_refused(tmp_path: Path):
     with h5py.File(tmp_path / "foreign.h5", "w") as file:
         file["x"] = 1
-    with pytest.raises(CacheError, match="cache format None, expected 2; .*--overwrite"):
+    with pytest.raises(CacheError, match="cache format None, expected 2; .*`overwrite`"):
         FeatureStore.open(tmp_path / "foreign.h5")
 
 
@@ -345,7 +345,7 @@ def test_a_truncated_file_is_refused(full: Path):
 
 def test_creation_is_atomic_and_keeps_what_is_there(full: Path, monkeypatch: pytest.MonkeyPatch):
     before = full.read_bytes()
-    with pytest.raises(CacheError, match="exists.*--overwrite"):
+    with pytest.raises(CacheError, match="exists.*`overwrite`"):
         create(full)
     monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torchvision.models import get_model, get_model_weights
 from torchvision.transforms import functional as TF
 
-from feats.encoders.registry import Encoder, load_encoder
+from feats.encoders.base import Encoder
+from feats.encoders.registry import load_encoder
 from feats.encoders.torchvision_image import fold_batch_norms
 from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
@@ -179,7 +180,7 @@ def test_cache_then_download_then_one_clear_error(models, tmp_path: Path, monkey
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     with pytest.raises(
-        UsageError, match=r"no weights for torchvision resnet18.*cache.*\(2\) https.*no route.*--weights"
+        UsageError, match=r"no weights for torchvision resnet18.*cache.*\(2\) https.*no route.*`weights`"
     ):
         load_encoder("resnet", "resnet18")
     cached = tmp_path / "checkpoints" / Path(get_model_weights("resnet18").DEFAULT.url).name

@@ -12,7 +12,7 @@ import torch
 from efficientnet_lite_pytorch import EfficientNet
 from torch import nn
 
-from feats.encoders.registry import Encoder, Features, ImageSide, Loading
+from feats.encoders.base import Encoder, Features, ImageSide, Loading
 from feats.encoders.torchvision_image import fold_batch_norms, load_strictly, map_tokens, pool_map
 from feats.encoders.weights import verified_sha256
 from feats.errors import UsageError
@@ -37,13 +37,14 @@ def load(model: str, weights: str | None, how: Loading) -> Encoder:
         raise UsageError(f"unknown EfficientNet-Lite model {model!r}; there are {', '.join(MODELS)}")
     path = Path(weights).expanduser() if weights else packaged_weights(model)
     if not path.is_file():
-        raise UsageError(f"--weights {weights}: no such file; leave it out to use the package's weights")
+        raise UsageError(f"`weights` {weights}: no such file; leave it out to use the package's weights")
     weights_sha256 = verified_sha256(path, how.expected_sha256)
     network = EfficientNet.from_name(f"efficientnet-{model}")
     load_strictly(network, path, f"EfficientNet-Lite {model}")
-    network.eval().requires_grad_(False)
-    fold_batch_norms(network)
-    _fold_paddings(network)
+    network.eval().requires_grad_(how.trainable)
+    if not how.trainable:
+        fold_batch_norms(network)
+        _fold_paddings(network)
     network.to(device=how.device, memory_format=torch.channels_last)
     exact = FLOAT32_BLOCKS if how.dtype is torch.bfloat16 else 0
     # Cast the others only: a weight once rounded to bfloat16 stays so in float32.
@@ -68,7 +69,10 @@ def load(model: str, weights: str | None, how: Loading) -> Encoder:
             "preprocess": preprocess.describe(MEAN, STD),
             "float32_blocks": exact,
         },
-        image=ImageSide(preprocess=preprocess, mean=MEAN, std=STD, forward=forward, channels_last=True),
+        loading=how,
+        image=ImageSide(
+            preprocess=preprocess, mean=MEAN, std=STD, forward=forward, network=network, channels_last=True
+        ),
     )
 
 

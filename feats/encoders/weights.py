@@ -54,7 +54,7 @@ def unobtainable(what: str, tried: Sequence[str]) -> UsageError:
     """The error for weights that can't be had: every place tried, then the remedies."""
     places = "; ".join(f"({i}) {place}" for i, place in enumerate(tried, 1))
     return UsageError(
-        f"no weights for {what}. Tried {places}. Remedies: give a local file or folder with --weights PATH; "
+        f"no weights for {what}. Tried {places}. Remedies: give a local file or folder with `weights` PATH; "
         "set HF_ENDPOINT to a hub mirror you can reach; set HF_HOME to a folder that holds a filled hub cache; "
         "or use an offline encoder (feats/minilm_extract_feats.py, feats/efficientnet_extract_feats.py, "
         "feats/vader_extract_feats.py)"

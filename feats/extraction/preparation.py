@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from feats.encoders.registry import Encoder, ImageSide, Tokens
+from feats.encoders.base import Encoder, TextSide, Tokens
 from feats.errors import RowError
+from feats.extraction.settings import ExtractionSettings
 from feats.images import augment, hash64, read_image
 from feats.records import Record, TarSlice
-from feats.text import clean, duplicate_key
+from feats.text import clean_with_key
 
 
 class Texts(NamedTuple):
@@ -43,8 +43,8 @@ class Job(NamedTuple):
     rows: np.ndarray
 
 
-class Preparation(Dataset):
-    """Turns `Job`s into `Texts` and `Images`; `text_clean` is the cleaning level, `views` their number per picture."""
+class Preparation(Dataset[Texts | Images]):
+    """Turns `Job`s into `Texts` and `Images`, for an encoder and settings; `text_clean` is the cleaning level."""
 
     def __init__(
         self,
@@ -52,13 +52,11 @@ class Preparation(Dataset):
         records: Sequence[Record],
         jobs: Sequence[Job],
         text_clean: str,
-        views: int,
-        views_seed: int,
+        settings: ExtractionSettings = ExtractionSettings(),
     ):
-        self.image, self.text = encoder.image, encoder.text
-        self.records, self.jobs = records, jobs
-        self.text_clean, self.views, self.views_seed = text_clean, views, views_seed
-        self.blank = blank_pixels(encoder.image) if encoder.image else None
+        self.encoder, self.records, self.jobs = encoder, records, jobs
+        self.text_clean, self.settings = text_clean, settings
+        self.blank = encoder.image.blank() if encoder.image else None
 
     def __len__(self) -> int:
         return len(self.jobs)
@@ -66,32 +64,48 @@ class Preparation(Dataset):
     def __getitem__(self, index: int) -> Texts | Images:
         kind, rows = self.jobs[index]
         records = [self.records[row] for row in rows]
-        return self._texts(records) if kind == "texts" else self._images(records)
-
-    def _texts(self, records: Sequence[Record]) -> Texts:
-        texts = [record.text or "" for record in records]
-        return Texts(
-            tokens=self.text.tokenize([clean(text, self.text_clean) for text in texts]),
-            hashes=np.array([hash_of_text(record) for record in records], np.uint64),
-            keys=np.array([hash64(duplicate_key(text).encode()) for text in texts], np.uint64),
-            reasons={k: record.text_error for k, record in enumerate(records) if record.text is None},
-        )
+        if kind == "texts":
+            return prepare_texts(self.encoder.text_side(), records, self.text_clean)
+        return self._images(records)
 
     def _images(self, records: Sequence[Record]) -> Images:
-        pixels = torch.zeros(len(records), 1 + self.views, *self.blank.shape, dtype=torch.uint8)
+        side, views, seed = self.encoder.image_side(), self.settings.views, self.settings.views_seed
+        assert self.blank is not None
+        pixels = torch.zeros(len(records), 1 + views, *self.blank.shape, dtype=torch.uint8)
         hashes, sizes = np.zeros(len(records), np.uint64), np.zeros(len(records), np.int64)
         reasons = {}
         for k, record in enumerate(records):
             try:
                 image, hashes[k] = read_image(record.image_path)
-                pixels[k, 0] = to_array(self.image.preprocess(image))
-                for view in range(self.views):
-                    seed = hash64(f"{self.views_seed}/{record.id}/{view}".encode())
-                    pixels[k, 1 + view] = to_array(self.image.preprocess(augment(image, seed)))
+                pixels[k, 0] = side.to_bytes(image)
+                for view in range(views):
+                    drawn = hash64(f"{seed}/{record.id}/{view}".encode())
+                    pixels[k, 1 + view] = side.to_bytes(augment(image, drawn))
                 sizes[k] = picture_bytes(record)
             except RowError as error:
                 reasons[k] = str(error)
         return Images(pixels, hashes, sizes, reasons)
+
+
+def prepare_texts(side: TextSide, records: Sequence[Record], text_clean: str) -> Texts:
+    """The records' texts cleaned and tokenised. Each is cleaned once, for its tokens and its duplicate key."""
+    cleaned = [clean_with_key(record.text or "", text_clean) for record in records]
+    return Texts(
+        tokens=side.tokenize([text for text, _ in cleaned]),
+        hashes=np.array([hash_of_text(record) for record in records], np.uint64),
+        keys=np.array([hash64(key.encode()) for _, key in cleaned], np.uint64),
+        reasons={k: record.text_error for k, record in enumerate(records) if record.text is None},
+    )
+
+
+def take(texts: Texts, rows: np.ndarray) -> Texts:
+    """The texts of some rows, of those of all."""
+    return Texts(
+        tokens=[texts.tokens[row] for row in rows],
+        hashes=texts.hashes[rows],
+        keys=texts.keys[rows],
+        reasons={k: texts.reasons[row] for k, row in enumerate(rows.tolist()) if row in texts.reasons},
+    )
 
 
 def prepare(dataset: Preparation, workers: int, pin_memory: bool) -> Iterator[Texts | Images]:
@@ -104,11 +118,17 @@ def prepare(dataset: Preparation, workers: int, pin_memory: bool) -> Iterator[Te
             dataset,
             batch_size=None,
             num_workers=workers,
+            collate_fn=_as_made,
             pin_memory=pin_memory,
             multiprocessing_context="fork" if workers else None,
             worker_init_fn=_start_worker,
         )
     )
+
+
+def _as_made(prepared: Texts | Images) -> Texts | Images:
+    """Torch's own default would turn arrays into tensors."""
+    return prepared
 
 
 def _start_worker(worker: int) -> None:
@@ -119,16 +139,8 @@ def _start_worker(worker: int) -> None:
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
 
 
-def blank_pixels(side: ImageSide) -> torch.Tensor:
-    """A black picture after preprocessing, (H, W, 3) uint8."""
-    return to_array(side.preprocess(Image.new("RGB", (512, 512))))
-
-
-def to_array(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image))  # a copy: PIL's own buffer is read-only
-
-
 def hash_of_text(record: Record) -> int:
+    """Of the text as it was decoded; that of an empty one where there is none."""
     return hash64((record.text or "").encode())
 
 

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from feats.acceleration import DTYPES
-from feats.encoders.registry import ENCODERS, Encoder, load_encoder
+from feats.encoders.base import Encoder
+from feats.encoders.registry import ENCODERS, load_encoder
 from feats.errors import UsageError
-from feats.extraction.local import Settings, default_workers, extract
+from feats.extraction.local import extract
+from feats.extraction.settings import ExtractionSettings
 from feats.records import Record, read_dataset
 from modeling.runs.folder import FREE_TO_DIFFER, Run
 
@@ -74,12 +76,8 @@ def encode(
             encoder = replace(encoder, image=None)
         if not any(name in r.features["ttype"] for r in runs):
             encoder = replace(encoder, text=None)
-        settings = Settings(
-            device,
-            dtype,
-            workers=default_workers() if len(records) > 1 else 0,
-            text_clean=fingerprint["text_clean"] or "none",
-            tokens=tokens,
+        settings = ExtractionSettings(
+            workers=None if len(records) > 1 else 0, text_clean=fingerprint["text_clean"] or "none"
         )
         extract(encoder, records, folder / f"{name}_{SPLIT}.h5", settings)
 

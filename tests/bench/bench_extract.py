@@ -24,9 +24,12 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from feats.acceleration import DTYPES, compiled, dtype_name, resolve_device, resolve_dtype
-from feats.encoders.registry import ENCODERS, Encoder, load_encoder
-from feats.extraction.local import Settings, default_batch_size, default_workers, extract, to_pixels
+from feats.encoders.base import Encoder
+from feats.encoders.registry import ENCODERS, load_encoder
+from feats.extraction.local import default_workers, extract
+from feats.extraction.plan import default_batch_size
 from feats.extraction.preparation import Job, Preparation, prepare
+from feats.extraction.settings import ExtractionSettings
 from feats.records import Record, read_dataset
 from feats.store import DONE, FeatureStore
 from feats.text import clean
@@ -70,13 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = Path(folder)
         weights = args.weights or (_random_clip(work) if args.encoder == "clip" else None)
         encoder = load_encoder(args.encoder, args.model, weights, device=device, dtype=dtype)
-        settings = Settings(
-            device,
-            dtype,
-            batch_size=args.batch_size or default_batch_size(device, encoder),
-            workers=args.workers,
-            text_clean=ENCODERS[args.encoder].text_clean,
-        )
+        settings = ExtractionSettings(args.batch_size or default_batch_size(encoder), args.workers, encoder.text_clean)
         records = _records(args, work)
         print(
             f"{args.encoder} {encoder.identity.get('model')}, {len(records)} rows, batch {settings.batch_size}, "
@@ -91,7 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def bench_pipeline(
-    args: Namespace, encoder: Encoder, weights: str | None, records: list[Record], settings: Settings, work: Path
+    args: Namespace,
+    encoder: Encoder,
+    weights: str | None,
+    records: list[Record],
+    settings: ExtractionSettings,
+    work: Path,
 ) -> None:
     """End to end against the forward pass alone, decoding alone, the naive loop and the matrix-product limit."""
     batches = _in_memory(encoder, records, settings)
@@ -99,19 +101,18 @@ def bench_pipeline(
     seconds: dict[str, list[float]] = {}
 
     def timed(name: str, work: Callable[[], object], rows: int) -> None:
-        _synchronise(settings.device)
+        _synchronise(encoder.device)
         start = time.perf_counter()
         work()
-        _synchronise(settings.device)
+        _synchronise(encoder.device)
         seconds.setdefault(name, []).append((time.perf_counter() - start) / rows)
 
     fast = None
     if args.compile and batches.images:
         start = time.perf_counter()
-        fast = compiled(encoder.image.forward)
-        fast(batches.images[0])
-        print(f"compiling the image side: {time.perf_counter() - start:.1f} s")
-    product = _matrix_product(settings)
+        fast, why_not = compiled(encoder.image.forward, batches.images[0])
+        print(f"compiling the image side: {time.perf_counter() - start:.1f} s{why_not and f' ({why_not})'}")
+    product = _matrix_product(encoder)
     batches.forward(encoder)
     for number in range(args.rounds):
         timed("end to end", lambda n=number: extract(encoder, records, work / f"r{n}_x.h5", settings), len(records))
@@ -130,7 +131,7 @@ def bench_pipeline(
         print(
             f"  {name:<26} {1 / value:10.1f} rows/s   (min {1 / max(seconds[name]):.1f}, max {1 / min(seconds[name]):.1f})"
         )
-    print(f"  {'4096^3 product':<26} {limit / 1e9:10.0f} GFLOP/s in {dtype_name(settings.dtype)}")
+    print(f"  {'4096^3 product':<26} {limit / 1e9:10.0f} GFLOP/s in {dtype_name(encoder.dtype)}")
     print(f"end to end / forward alone:       {median['forward alone'] / median['end to end']:.2f}")
     if batches.images:
         print(f"end to end / naive loop:          {median['naive loop'] / median['end to end']:.1f}")
@@ -140,23 +141,25 @@ def bench_pipeline(
                 print(f"{name} / product limit: {flops / median[name] / limit:.2f}")
 
 
-def bench_clip_text(weights: str, encoder: Encoder, records: list[Record], settings: Settings, rounds: int) -> None:
+def bench_clip_text(
+    weights: str, encoder: Encoder, records: list[Record], settings: ExtractionSettings, rounds: int
+) -> None:
     """Texts cut to the longest of a sorted batch, against the same tower on texts padded to 77."""
     texts = [clean(r.text or "", "tweet") for r in records]
     tokens = encoder.text.tokenize(texts)
     order = np.argsort([t.length for t in tokens], kind="stable")
     size = settings.batch_size
     batches = [[tokens[k].ids for k in order[low : low + size]] for low in range(0, len(order), size)]
-    network = clip.model.build_model(torch.load(weights, weights_only=True)).to(settings.device)
-    network = network.float() if settings.device.type == "cpu" else network
-    fp32 = load_encoder("clip", weights=weights, device=settings.device) if settings.device.type == "cpu" else encoder
+    network = clip.model.build_model(torch.load(weights, weights_only=True)).to(encoder.device)
+    network = network.float() if encoder.device.type == "cpu" else network
+    fp32 = load_encoder("clip", weights=weights, device=encoder.device) if encoder.device.type == "cpu" else encoder
     padded = [
-        clip.tokenize(texts[low : low + size], truncate=True).to(settings.device) for low in range(0, len(texts), size)
+        clip.tokenize(texts[low : low + size], truncate=True).to(encoder.device) for low in range(0, len(texts), size)
     ]
     ways = {
         "padded to 77 (clip package)": lambda: [network.encode_text(batch) for batch in padded[:4]],
         "cut, fp32": lambda: [fp32.text.forward(batch) for batch in batches],
-        f"cut, {dtype_name(settings.dtype)}": lambda: [encoder.text.forward(batch) for batch in batches],
+        f"cut, {dtype_name(encoder.dtype)}": lambda: [encoder.text.forward(batch) for batch in batches],
     }
     rows = {name: sum(map(len, padded[:4])) if "padded" in name else len(texts) for name in ways}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -164,7 +167,7 @@ def bench_clip_text(weights: str, encoder: Encoder, records: list[Record], setti
         for name, work in ways.items():
             start = time.perf_counter()
             work()
-            _synchronise(settings.device)
+            _synchronise(encoder.device)
             seconds[name].append((time.perf_counter() - start) / rows[name])
     median = {name: statistics.median(values) for name, values in seconds.items()}
     for name, value in median.items():
@@ -200,15 +203,15 @@ def bench_store(work: Path, rounds: int, rows: int = 100_000, width: int = 768) 
 class _in_memory:
     """All rows prepared: normalised pixels in batches, tokens in sorted batches."""
 
-    def __init__(self, encoder: Encoder, records: list[Record], settings: Settings):
+    def __init__(self, encoder: Encoder, records: list[Record], settings: ExtractionSettings):
         self.images, self.texts = [], []
         rows = np.arange(len(records))
         size = settings.batch_size
         if encoder.image:
             for batch in _prepare_all(encoder, records, settings):
-                self.images.append(to_pixels(batch.pixels[:, 0], encoder.image, settings))
+                self.images.append(encoder.to_pixels(batch.pixels[:, 0]))
         if encoder.text:
-            dataset = Preparation(encoder, records, [Job("texts", rows)], settings.text_clean, 0, 0)
+            dataset = Preparation(encoder, records, [Job("texts", rows)], settings.text_clean)
             tokens = dataset[0].tokens
             for block in range(0, len(rows), 8 * size):
                 order = block + np.argsort([t.length for t in tokens[block : block + 8 * size]], kind="stable")
@@ -221,11 +224,11 @@ class _in_memory:
             encoder.image.forward(batch)
 
 
-def _prepare_all(encoder: Encoder, records: list[Record], settings: Settings) -> list:
+def _prepare_all(encoder: Encoder, records: list[Record], settings: ExtractionSettings) -> list:
     rows = np.arange(len(records))
     size = settings.batch_size
     jobs = [Job("images", rows[low : low + size]) for low in range(0, len(rows), size)]
-    return list(prepare(Preparation(encoder, records, jobs, None, 0, 0), settings.workers, False))
+    return list(prepare(Preparation(encoder, records, jobs, settings.text_clean), settings.workers, False))
 
 
 def _naive(name: str, model: str | None, weights: str | None, encoder: Encoder) -> Callable[[Record], object]:
@@ -251,9 +254,9 @@ def _naive(name: str, model: str | None, weights: str | None, encoder: Encoder) 
     return one
 
 
-def _matrix_product(settings: Settings) -> Callable[[], object]:
+def _matrix_product(encoder: Encoder) -> Callable[[], object]:
     """A 4096^3 product in the compute dtype, warmed up."""
-    a, b = (torch.randn(4096, 4096, device=settings.device).to(settings.dtype) for _ in range(2))
+    a, b = (torch.randn(4096, 4096, device=encoder.device).to(encoder.dtype) for _ in range(2))
     a @ b
     return lambda: a @ b
 

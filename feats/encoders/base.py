@@ -1,0 +1,193 @@
+"""What an encoder is: an image side, a text side, or both, and what they are run on.
+
+A side splits its work in two, so that the first part can run in worker processes and overlap with the second:
+
+    image:  RGB PIL image --to_bytes--> uint8 --(shared: Encoder.to_pixels)--> forward --> features
+    text:   str           --tokenize--> Tokens ------------------------------> forward --> features
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from feats.errors import UsageError
+from feats.images import as_rgb
+from feats.text import clean
+
+Features = dict[str, torch.Tensor]  # "feats": (B, D); where tokens are asked for also "tokens": (B, P, D')
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One tokenised text. `ids` is whatever the encoder's own forward takes, `length` its number of tokens."""
+
+    ids: Any
+    length: int
+    truncated: bool = False
+
+
+@dataclass
+class ImageSide:
+    """`preprocess` runs in forked worker processes and returns RGB images of one size.
+
+    `forward` takes what `Encoder.to_pixels` gives: (B, 3, H, W), scaled to [0, 1], normalised with `mean` and `std`, in
+    the compute dtype and on the compute device. Tokens, where the model has them, are its patch or grid positions
+    (B, P, D'). `network` holds the parameters that `forward` uses, under the names of a checkpoint of its kind.
+    """
+
+    preprocess: Callable[[Image.Image], Image.Image]
+    mean: Sequence[float]
+    std: Sequence[float]
+    forward: Callable[[torch.Tensor], Features]
+    network: nn.Module | None = None
+    channels_last: bool = False  # memory format of the pixels: convolutional nets want it
+
+    def to_bytes(self, image: Image.Image) -> torch.Tensor:
+        """An RGB image after preprocessing, (H, W, 3) uint8."""
+        return torch.from_numpy(np.array(self.preprocess(image)))  # a copy: PIL's own buffer is read-only
+
+    def blank(self) -> torch.Tensor:
+        """A black picture after preprocessing, (H, W, 3) uint8."""
+        return self.to_bytes(Image.new("RGB", (512, 512)))
+
+
+@dataclass
+class TextSide:
+    """`forward` takes a list of `Tokens.ids`, in any number and any mix of lengths.
+
+    It pads to the longest itself; its tokens are (B, longest, D') with row b valid up to its length. `network` is as
+    in `ImageSide`; None where nothing is learned.
+    """
+
+    tokenize: Callable[[Sequence[str]], list[Tokens]]
+    forward: Callable[[list[Any]], Features]
+    network: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How to load an encoder, whichever it is.
+
+    With `tokens` its sides give token vectors, too. With `trainable` parameters require gradients, nothing is folded
+    or fused, and weights stay float32. With `expected_sha256`, weights of another digest are refused before anything
+    of them is opened.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    tokens: bool = False
+    trainable: bool = False
+    expected_sha256: str | None = None
+
+
+@dataclass
+class Encoder:
+    """A loaded model, ready to run.
+
+    `identity` holds all that decides the features' values, for the fingerprint: model, weights_sha256, preprocessing,
+    pooling, ... as JSON values. `text_clean` is the cleaning level that its texts get where none is asked for.
+    """
+
+    identity: dict[str, Any]
+    loading: Loading
+    image: ImageSide | None = None
+    text: TextSide | None = None
+    text_clean: str = "tweet"
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.loading.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.loading.dtype
+
+    @property
+    def tokens(self) -> bool:
+        """Whether its sides give token vectors."""
+        return self.loading.tokens
+
+    def to_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, H, W, 3) on the host -> normalised (B, 3, H, W) on the device, in the compute dtype.
+
+        In float32 the same operations as torchvision's ToTensor and Normalize.
+        """
+        side = self.image_side()
+        x = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        x = x.contiguous(memory_format=torch.channels_last if side.channels_last else torch.contiguous_format)
+        mean, std = (_per_channel(tuple(values), self.device) for values in (side.mean, side.std))
+        return x.to(torch.float32).div_(255).sub_(mean).div_(std).to(self.dtype)
+
+    def image_side(self) -> ImageSide:
+        """The image side. Raises `UsageError` for an encoder of texts only."""
+        if self.image is None:
+            raise UsageError(f"encoder {self.identity.get('encoder')} has no image side")
+        return self.image
+
+    def text_side(self) -> TextSide:
+        """The text side. Raises `UsageError` for an encoder of pictures only."""
+        if self.text is None:
+            raise UsageError(f"encoder {self.identity.get('encoder')} has no text side")
+        return self.text
+
+    def encode(
+        self,
+        images: Sequence[Image.Image] | None = None,
+        texts: Sequence[str] | None = None,
+        *,
+        text_clean: str | None = None,
+        batch_size: int = 32,
+    ) -> dict[str, np.ndarray]:
+        """Features of Python objects: {"image": (N, D), "text": (N, D)} float32, of the sides that are given.
+
+        The values are those that extraction puts into a cache, before their rounding to float16: pictures are turned
+        upright, put on white and preprocessed in the same way, texts cleaned to the level `text_clean` (default: the
+        encoder's). Raises `UsageError` for a side the encoder hasn't or an unknown level.
+        """
+        found = {}
+        with torch.inference_mode():
+            if images is not None:
+                found["image"] = self._encode_images(images, batch_size)
+            if texts is not None:
+                found["text"] = self._encode_texts([clean(t, text_clean or self.text_clean) for t in texts], batch_size)
+        return found
+
+    def _encode_images(self, images: Sequence[Image.Image], size: int) -> np.ndarray:
+        side = self.image_side()
+        feats = []
+        for low in range(0, max(len(images), 1), size):
+            batch = [side.to_bytes(as_rgb(image)) for image in images[low : low + size]]
+            out = side.forward(self.to_pixels(torch.stack(batch or [side.blank()])))["feats"]
+            feats.append(out[: len(batch)].float().cpu())  # of no picture at all: (0, D)
+        return torch.cat(feats).numpy()
+
+    def _encode_texts(self, texts: Sequence[str], size: int) -> np.ndarray:
+        side = self.text_side()
+        tokens = side.tokenize(texts or [""])
+        feats: torch.Tensor | None = None
+        for chosen in by_length(tokens, size):
+            out = side.forward([tokens[k].ids for k in chosen])["feats"].float().cpu()
+            feats = out.new_empty(len(tokens), out.shape[1]) if feats is None else feats
+            feats[torch.from_numpy(chosen)] = out
+        assert feats is not None
+        return feats[: len(texts)].numpy()
+
+
+def by_length(tokens: Sequence[Tokens], size: int) -> Iterator[np.ndarray]:
+    """Positions of the texts in batches of `size`, the shortest first, so that a batch pads little."""
+    order = np.argsort([t.length for t in tokens], kind="stable")
+    return (order[low : low + size] for low in range(0, len(order), size))
+
+
+@lru_cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """(3, 1, 1) on the device; made once, since each such copy would make the host wait for the GPU."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)

@@ -1,0 +1,158 @@
+"""A block of rows -> its features. Knows no store, no progress bar and no lock: whoever asks may be anyone."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+
+from feats.acceleration import dtype_name
+from feats.encoders.base import by_length
+from feats.extraction.plan import Plan
+from feats.extraction.preparation import Images, Job, Preparation, Texts, prepare, take
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows' features and facts.
+
+    `rows` (R,) are row numbers, `done` (R,) says which could be encoded, `arrays` map datasets to (R, ...) values, for
+    `text_tokens` to the tokens of all R texts in a row; `reasons` say of the ids that aren't done why.
+    """
+
+    rows: np.ndarray
+    done: np.ndarray
+    arrays: dict[str, np.ndarray]
+    reasons: dict[str, str]
+
+
+def encode_block(plan: Plan, number: int) -> Block:
+    """Block `number` of the plan, in this process. The same bytes whenever and wherever it is asked for on a machine of
+    one kind. Pictures and texts that can't be read are reasons, not errors."""
+    return next(encode_blocks(plan, [number], workers=0))
+
+
+def encode_blocks(
+    plan: Plan, numbers: Sequence[int], workers: int, told: Callable[[int], None] = lambda rows: None
+) -> Iterator[Block]:
+    """The blocks `numbers` one after another, while `workers` processes prepare what comes next. `told` hears of rows
+    as they are encoded: how many more."""
+    jobs = [job for number in numbers for job in _jobs(plan, plan.blocks[number])]
+    preparation = Preparation(plan.encoder, plan.records, jobs, plan.text_clean, plan.settings)
+    prepared = prepare(preparation, workers, pin_memory=plan.encoder.device.type == "cuda")
+    for number in numbers:
+        yield _encode(plan, plan.blocks[number], prepared, told)
+
+
+def _jobs(plan: Plan, rows: np.ndarray) -> Iterator[Job]:
+    if plan.encoder.text and plan.texts is None:
+        yield Job("texts", rows)
+    if plan.encoder.image:
+        for low in range(0, len(rows), plan.batch_size):
+            yield Job("images", rows[low : low + plan.batch_size])
+
+
+@torch.inference_mode()
+def _encode(plan: Plan, rows: np.ndarray, prepared: Iterator[Texts | Images], told: Callable[[int], None]) -> Block:
+    """A block of what was prepared for it: takes exactly that much of `prepared`."""
+    arrays: dict[str, np.ndarray] = {}
+    reasons: dict[int, str] = {}
+    if plan.encoder.text:
+        texts = next(prepared) if plan.texts is None else take(plan.texts, rows)
+        assert isinstance(texts, Texts)
+        room = None if plan.token_counts is None else plan.token_counts[rows]
+        arrays |= _encode_texts(plan, texts, room, reasons)
+    if plan.encoder.image:
+        arrays |= _encode_images(plan, islice(prepared, -(-len(rows) // plan.batch_size)), reasons, told)
+    else:
+        told(len(rows))
+    for name, values in arrays.items():
+        if values.dtype == np.float16 and name != "text_tokens":
+            _note_overflow(plan, ~np.isfinite(values.reshape(len(rows), -1)).all(1), reasons)
+    done = np.ones(len(rows), bool)
+    done[list(reasons)] = False
+    return Block(rows, done, arrays, {plan.records[rows[k]].id: reason for k, reason in sorted(reasons.items())})
+
+
+def _encode_texts(plan: Plan, texts: Texts, room: np.ndarray | None, reasons: dict[int, str]) -> dict[str, np.ndarray]:
+    """Features and facts of a block's texts, in its order. Batches are sorted by length, to pad little.
+
+    `room` (R,): with token vectors, for how many of them there is place.
+    """
+    side = plan.encoder.text_side()
+    reasons |= texts.reasons
+    lengths = np.array([t.length for t in texts.tokens], np.int32)
+    feats: torch.Tensor | None = None
+    tokens = [np.empty(0, np.float16)] * len(lengths)
+    for chosen in by_length(texts.tokens, plan.batch_size):
+        out = side.forward([texts.tokens[k].ids for k in chosen])
+        if feats is None:
+            feats = out["feats"].new_empty(len(lengths), *out["feats"].shape[1:], dtype=torch.float16)
+        feats[torch.from_numpy(chosen)] = out["feats"].to(torch.float16)
+        if room is not None:
+            for k, states in zip(chosen, out["tokens"].to(torch.float16).cpu().numpy(), strict=True):
+                tokens[k] = states[: lengths[k]]
+    assert feats is not None  # a block has rows
+    arrays = {
+        "text_feats": feats.cpu().numpy(),
+        "n_tokens": lengths,
+        "truncated": np.array([t.truncated for t in texts.tokens], np.uint8),
+        "text_hash": texts.hashes,
+        "text_key": texts.keys,
+    }
+    if room is not None:
+        _note_overflow(plan, np.array([not np.isfinite(t).all() for t in tokens]), reasons)
+        for k in np.flatnonzero(lengths != room):
+            tokens[k] = np.full((room[k], *tokens[k].shape[1:]), np.nan, np.float16)
+            reasons[int(k)] = f"{lengths[k]} tokens now, {room[k]} when the cache was made; use `overwrite`"
+        arrays["text_tokens"] = np.concatenate(tokens)
+    return arrays
+
+
+def _encode_images(
+    plan: Plan, batches: Iterator[Texts | Images], reasons: dict[int, str], told: Callable[[int], None]
+) -> dict[str, np.ndarray]:
+    """Features and facts of a block's pictures. Results stay on the device until the block's end, so that the GPU
+    never waits for the host. A compiled forward gets batches of full size only."""
+    encoder, side = plan.encoder, plan.encoder.image_side()
+    kept: dict[str, list[torch.Tensor]] = {name: [] for name in plan.features if name.startswith("image_")}
+    hashes, sizes = [], []
+    start = 0
+    for batch in batches:
+        assert isinstance(batch, Images)
+        count, views = batch.pixels.shape[:2]
+        for k, reason in batch.reasons.items():
+            reasons[start + k] = "; ".join(filter(None, (reasons.get(start + k), reason)))
+        if len(batch.reasons) < count:
+            outs = []
+            for view in range(views):
+                pixels = batch.pixels[:, view]
+                if plan.compiled and count < plan.batch_size:
+                    pixels = torch.cat([pixels, pixels.new_zeros(plan.batch_size - count, *pixels.shape[1:])])
+                out = side.forward(encoder.to_pixels(pixels))
+                outs.append({name: value[:count].to(torch.float16) for name, value in out.items()})
+            kept["image_feats"].append(outs[0]["feats"])
+            if encoder.tokens:
+                kept["image_tokens"].append(outs[0]["tokens"])
+            if views > 1:
+                kept["image_views"].append(torch.stack([out["feats"] for out in outs[1:]], 1))
+        else:  # nothing to see
+            for name, values in kept.items():
+                shape = (count, *plan.features[name])
+                values.append(torch.full(shape, torch.nan, dtype=torch.float16, device=encoder.device))
+        hashes.append(batch.hashes)
+        sizes.append(batch.sizes)
+        start += count
+        told(count)
+    return {
+        **{name: torch.cat(values).cpu().numpy() for name, values in kept.items()},
+        "image_hash": np.concatenate(hashes),
+        "image_bytes": np.concatenate(sizes),
+    }
+
+
+def _note_overflow(plan: Plan, rows: np.ndarray, reasons: dict[int, str]) -> None:
+    """Give the rows that aren't finite in float16 a reason, unless they have one."""
+    for k in np.flatnonzero(rows):
+        reasons.setdefault(int(k), f"features beyond float16's range, computed in {dtype_name(plan.encoder.dtype)}")

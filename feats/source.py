@@ -1,0 +1,29 @@
+"""Where raw pairs lay when a cache was made of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Source:
+    """The place of a split's pairs: the data folder or file as it was given and as an absolute path, and in it, row by
+    row, their files.
+
+    `images` and `texts` (N,) are relative to `folder`, separated by "/"; a member of a tar is
+    "<archive>::<member>". Empty: there is no such file (a text that stands in the manifest), or its name couldn't be
+    written down.
+    """
+
+    data: str
+    resolved: str
+    layout: str
+    split: str
+    images: Sequence[str]
+    texts: Sequence[str]
+
+    @property
+    def folder(self) -> Path:
+        """What the rows' paths are relative to: the data folder, or the folder of the file."""
+        path = Path(self.resolved)
+        return path if path.is_dir() else path.parent
