@@ -1,8 +1,11 @@
 """What all command lines of this project share: exit status, help, argument types."""
 
 import re
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser
-from collections.abc import Mapping
+import sys
+import warnings
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 EXIT_DONE, EXIT_UNUSABLE, EXIT_QUARANTINE, EXIT_INTERRUPTED = 0, 2, 3, 130
@@ -27,16 +30,23 @@ def positive(text: str) -> int:
 positive.__name__ = "positive integer"  # argparse shows it: "invalid positive integer value: '0'"
 
 
-def as_typed(message: object, parser: ArgumentParser, named: Mapping[str, str] = {}) -> str:
-    """A library's message in the words of a command line: the settings that it names in backquotes become options.
+def as_typed(message: object, named: Mapping[str, str] = {}) -> str:
+    """A library's message in the words of a command line: settings, which it names in backquotes, become options.
 
-    "give a larger `val_ratio`" -> "give a larger --val-ratio". `named` maps settings to the options of other names.
-    What the parser has no option for stays as it is.
+    "give a larger `val_ratio`" -> "give a larger --val-ratio". `named` maps settings to options of other names.
     """
-    flags = {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
+    return re.sub(r"`(\w+)`", lambda match: "--" + named.get(match[1], match[1]).replace("_", "-"), str(message))
 
-    def flag(match: re.Match[str]) -> str:
-        setting = match[1]
-        return flags.get(named.get(setting, setting), match[0])
 
-    return re.sub(r"`(\w+)`", flag, str(message))
+def show_warning(named: Mapping[str, str] = {}) -> Callable[..., None]:
+    """What to set `warnings.showwarning` to: this project's warnings become one line on stderr, others stay as they are."""
+    usual = warnings.showwarning
+    home = Path(__file__).parents[1]
+
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+        if category is UserWarning and Path(filename).parent.is_relative_to(home):
+            print(f"warning: {as_typed(message, named)}", file=sys.stderr)
+        else:
+            usual(message, category, filename, lineno, *rest)
+
+    return show

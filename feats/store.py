@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from feats.errors import UsageError, first_line
 
 FORMAT_VERSION = 2
+SIDES = ("image", "text")  # of a pair
 PENDING, DONE, QUARANTINED = 0, 1, 2
 STATUS_NAMES = {PENDING: "pending", DONE: "done", QUARANTINED: "quarantined"}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from feats.cli import EXIT_DONE, EXIT_INTERRUPTED
 from feats.errors import UsageError
-from modeling import cli as options
+from modeling import cli
 from modeling.heads.registry import HeadConfig
 from modeling.search.sweep import best_run
 
@@ -27,7 +27,7 @@ HEADS = ("fusion", "concat", "weighted_sum", "mlp", "linear", "kernel")
 
 
 def build_parser() -> ArgumentParser:
-    parser = options.new_parser(__doc__)
+    parser = cli.new_parser(__doc__)
     parser.add_argument("--data", type=Path, metavar="DIR|FILE", help="your own pairs (default: a synthetic sample)")
     parser.add_argument("--vtype", nargs="+", default=["efficientnet"], metavar="ENCODER", help="of the image side")
     parser.add_argument("--ttype", nargs="+", default=["minilm", "vader"], metavar="ENCODER", help="of the text side")
@@ -44,7 +44,7 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    return options.guarded(lambda: quickstart(args), "run the same command to go on where it was")
+    return cli.guarded(lambda: quickstart(args), "run the same command to go on where it was")
 
 
 def quickstart(args: Namespace) -> int:

@@ -16,7 +16,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from modeling import bad_cases, sweep_heads, train_head
-from modeling import experiment as ex
+from modeling.evaluation.out_of_fold import unseen_folds
+from modeling.experiment import Experiment, experiment_of_run
 from modeling.runs.folder import load_run, newest_run, read_predictions
 
 SHORT = ["--ep", "4", "--D", "8", "--bs", "16", "--lr", "1e-2"]
@@ -49,6 +50,11 @@ def train(feats: Path, runs: Path, *argv: str) -> Path:
 
 def export(runs: Path, *argv: str) -> int:
     return bad_cases.main(["--runs", str(runs), *argv])
+
+
+def of_run(path: Path) -> Experiment:
+    run = load_run(path)
+    return experiment_of_run(run, run.source, "cpu")
 
 
 def split_of(path: Path) -> dict[str, Any]:
@@ -91,12 +97,12 @@ def test_training_rows_that_are_wrong_the_surest_first(feats: Path, tmp_path: Pa
 
 def test_every_misclassified_row_is_there(feats: Path, tmp_path: Path):
     """scikit-learn's logistic regression, trained on the same rows."""
-    argv = ["--head", "linear", "--penalty", "0.1", "--norm", "standard", "--val-ratio", "0.2"]
+    argv = ["--head", "linear", "--C", "0.1", "--norm", "standard", "--val-ratio", "0.2"]
     path = train(feats, tmp_path, *argv)
     assert export(tmp_path, "--run", str(path), "--folds", "3", "--out", str(tmp_path / "new" / "bad.csv")) == 0
     rows = rows_of(tmp_path / "new" / "bad.csv")
-    experiment = ex.experiment_of_run(load_run(path), None, "cpu")
-    folds = bad_cases.unseen_folds(split_of(path)["train"], 3, experiment, 0.2)
+    experiment = of_run(path)
+    folds = unseen_folds(split_of(path)["train"], 3, experiment, 0.2)
     tag_of = dict(zip([f"p{i}" for i in range(90)], make_tags(90), strict=True))
 
     def matrix(ids: Sequence[str], like: Sequence[str]) -> np.ndarray:
@@ -116,7 +122,7 @@ def test_every_misclassified_row_is_there(feats: Path, tmp_path: Path):
 
 
 def test_only_those_as_sure_as_asked(feats: Path, tmp_path: Path):
-    path = train(feats, tmp_path, "--head", "linear", "--penalty", "0.1")
+    path = train(feats, tmp_path, "--head", "linear", "--C", "0.1")
     export(tmp_path)
     every = read_predictions(path / "bad_cases.csv")
     middle = np.median(every[2].max(1)) + 1e-6
@@ -158,7 +164,7 @@ def test_no_row_has_a_say_in_what_predicts_it(tmp_path: Path):
 def test_duplicates_fall_as_in_the_run(duplicates: str, tmp_path: Path):
     """Noise can be told only by a row's twin."""
     random_cache(tmp_path / "feats", list(np.random.default_rng(1).choice(CLASSES, 60).repeat(2)), twins=True)
-    head = ["--head", "kernel", "--gamma", "8", "--penalty", "0.001"]
+    head = ["--head", "kernel", "--gamma", "8", "--ridge", "0.001"]
     path = train(tmp_path / "feats", tmp_path, *head, "--duplicates", duplicates)
     assert export(tmp_path) == 0
     share = len(rows_of(path / "bad_cases.csv")) / len(split_of(path)["train"])
@@ -169,9 +175,9 @@ def test_a_rare_class_costs_no_training_rows(tmp_path: Path):
     random_cache(tmp_path / "feats", [*["a", "b"] * 58, *["c"] * 4])
     path = train(tmp_path / "feats", tmp_path)
     ids = split_of(path)["train"]
-    experiment = ex.experiment_of_run(load_run(path), None, "cpu")
+    experiment = of_run(path)
     assert len(ids) == 108 and experiment.tags(ids).count("c") == 3
-    folds = bad_cases.unseen_folds(ids, 5, experiment, 0.1)
+    folds = unseen_folds(ids, 5, experiment, 0.1)
     assert [(len(f.train), len(f.val), len(f.test)) for f in folds] == [(65, 7, 36)] * 3
     assert all("c" in experiment.tags(part) for f in folds for part in (f.train, f.val, f.test))
     assert export(tmp_path) == 0
@@ -181,8 +187,8 @@ def test_of_few_rows(tmp_path: Path):
     """The run's share of the other rows may be too few to hold every class: then it is one of each."""
     random_cache(tmp_path / "feats", make_tags(30))
     path = train(tmp_path / "feats", tmp_path)
-    experiment = ex.experiment_of_run(load_run(path), None, "cpu")
-    assert {len(f.val) for f in bad_cases.unseen_folds(split_of(path)["train"], 5, experiment, 0.1)} == {3}
+    experiment = of_run(path)
+    assert {len(f.val) for f in unseen_folds(split_of(path)["train"], 5, experiment, 0.1)} == {3}
     assert export(tmp_path) == 0
 
 
@@ -275,7 +281,7 @@ def test_what_has_no_training_rows_of_its_own_is_refused(feats: Path, tmp_path: 
     folds = train(feats, tmp_path, "--folds", "2")
     assert "cross-validation" in refused_here("--run", str(folds)) and "--val-ratio" in refused_here()
     given = ["--vtype", "clip", "--feats", str(feats), "--runs", str(tmp_path), "--auto", "--head", "kernel"]
-    assert sweep_heads.main([*given, "--gamma", "1", "--penalty", "1"]) == 0
+    assert sweep_heads.main([*given, "--gamma", "1", "--ridge", "1"]) == 0
     line = refused_here()
     assert "ensemble of --auto" in line and "train with modeling/train_head.py" in line and "--run" in line
     assert not list(tmp_path.glob("*/bad_cases.csv"))

@@ -20,8 +20,9 @@ from feats import efficientnet_extract_feats, minilm_extract_feats, vader_extrac
 from feats.store import DONE, QUARANTINED, FeatureStore
 from modeling import inference_head, train_head
 from modeling.evaluation import metrics, prediction
+from modeling.evaluation.prediction import VoteSettings
 from modeling.features.joined import load_features
-from modeling.runs.folder import list_runs, load_run
+from modeling.runs.folder import list_runs, load_run, open_runs
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 CLASSES = ["negative", "neutral", "positive"]
@@ -110,8 +111,7 @@ def edit_config(run: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 
 def probabilities(home: Path, run: str, split: str = "test") -> np.ndarray:
     loaded = load_run(home / "runs" / run)
-    source = loaded.features
-    return loaded.probabilities(load_features(home / "feats", split, source["vtype"], source["ttype"]))
+    return loaded.probabilities(load_features(home / "feats", split, loaded.source.image, loaded.source.text))
 
 
 # -- the submission ---------------------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def test_labelled_rows_give_figures(home: Path, capsys: pytest.CaptureFixture, v
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     known = [row for row, tag in enumerate(tags) if tag]
     labels = [CLASSES.index(tags[row]) for row in known]
-    figures = metrics.evaluate(labels, probabilities(home, "third")[known], CLASSES, "negative")
+    figures = metrics.figures(labels, probabilities(home, "third")[known], CLASSES, "negative")
     shown = [f"{figures[name]:.3f}" for name in ("accuracy", "weighted_f1", "macro_f1")]
     calibration = [f"{figures[name]:.3f}" for name in ("log_loss", "ece")]
     assert ["test", "22", *shown, *(calibration if vote == "soft" else [])] in lines
@@ -329,9 +329,9 @@ def test_labelled_rows_give_figures(home: Path, capsys: pytest.CaptureFixture, v
 def test_tied_votes_count_as_what_they_were_settled_to(home: Path):
     make_cache(home / "feats", "pix", "test", TEST, tags_of(TEST))
     make_cache(home / "feats", "words", "test", TEST, tags_of(TEST))
-    runs = prediction.open_runs(home / "runs", ["first", "second"])
-    predictions = prediction.predict(runs, home / "feats", "test", vote="majority", tie="neutral")
-    figures = prediction.evaluate(predictions, "negative")
+    runs = open_runs(home / "runs", ["first", "second"])
+    predictions = prediction.predict_caches(runs, home / "feats", "test", VoteSettings("majority", "neutral"))
+    figures = prediction.figures_of(predictions, "negative")
     labels = np.array([CLASSES.index(tag) for tag in predictions.rows.tags])
     assert figures["accuracy"] == (predictions.predicted == labels).mean()
     assert figures["confusion"] == metrics.confusion_matrix(labels, predictions.predicted, 3).tolist()

@@ -12,7 +12,6 @@ from modeling.evaluation import metrics
 from modeling.evaluation.metrics import (
     bootstrap_intervals,
     confusion_matrix,
-    evaluate,
     expected_calibration_error,
     fit_temperature,
     format_table,
@@ -36,7 +35,7 @@ def test_figures_are_scikit_learn_s(n: int, n_classes: int):
     labels, logits = example(n, n_classes)
     probabilities = softmax(logits)
     classes = [f"class {c}" for c in range(n_classes)]
-    found = evaluate(labels, probabilities, classes, majority="class 1", resamples=200)
+    found = metrics.figures(labels, probabilities, classes, majority="class 1", resamples=200)
     predictions = logits.argmax(1)
     every = list(range(n_classes))
     for average in ("weighted", "macro"):
@@ -246,7 +245,7 @@ def test_markdown_table():
 )
 def test_what_is_no_prediction(labels: list, probabilities: list, match: str):
     with pytest.raises(ValueError, match=match):
-        evaluate(labels, np.array(probabilities), ["a", "b"])
+        metrics.figures(labels, np.array(probabilities), ["a", "b"])
 
 
 def test_vectors_of_other_rows():

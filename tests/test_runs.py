@@ -20,15 +20,14 @@ from caches import make_cache
 from safetensors.torch import load_file, save_file
 
 from feats.errors import UsageError
-from modeling import cli as options
+from modeling import cli, train_head
 from modeling import experiment as ex
-from modeling import train_head
 from modeling.evaluation.metrics import softmax
-from modeling.features.joined import FeatureSet, Normalizer, load_features
+from modeling.features.joined import FeatureSet, load_features
+from modeling.features.normalizer import Normalizer
 from modeling.heads.registry import HEADS
 from modeling.runs import folder as runs
 from modeling.runs.folder import (
-    Run,
     is_whole,
     list_runs,
     load_run,
@@ -39,6 +38,7 @@ from modeling.runs.folder import (
     save_run,
     write_predictions,
 )
+from modeling.runs.run import Report, Run
 from modeling.search import auto
 
 SHORT = ["--ep", "2", "--D", "8", "--bs", "16"]
@@ -52,29 +52,26 @@ def feats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def trained(feats: Path, *argv: str) -> tuple[Run, FeatureSet, ex.Report]:
+def trained(feats: Path, *argv: str) -> tuple[Run, FeatureSet, Report]:
     """What train_head.py has in hand before it saves."""
     args = train_head.build_parser().parse_args(["--feats", str(feats), "--vtype", "clip", *SHORT, *argv])
-    config = options.config_from(vars(args))
-    experiment = ex.load_experiment(args, vars(args), [config.head.head])
-    (outcomes,) = [o for _, o in ex.train([config], experiment)]
-    run = ex.make_run(outcomes, experiment)
-    return run, experiment.features, ex.measure(outcomes, experiment, run)
+    grid = cli.grid_from(args)
+    experiment = ex.load_experiment(cli.experiment_settings(args), grid.heads)
+    run = ex.train_run(grid.configs(experiment.classes), experiment)
+    return run, experiment.features, run.report
 
 
-def save(run: Run, report: ex.Report, folder: Path, name: str = "run", **options: Any) -> Path:
-    predictions = (report.ids, report.tags, report.probabilities)
-    given = {"metrics": report.figures, "history": report.history, "predictions": predictions, "command": "a test"}
-    return save_run(run, folder, name, **{**given, **options})
+def save(run: Run, report: Report, folder: Path, name: str = "run", command: str = "a test", **changed: Any) -> Path:
+    return save_run(replace(run, report=replace(report, **changed)), folder / name, numbered=True, command=command).path
 
 
 @pytest.fixture(scope="module")
-def made(feats: Path) -> tuple[Run, FeatureSet, ex.Report]:
+def made(feats: Path) -> tuple[Run, FeatureSet, Report]:
     return trained(feats, "--ttype", "clip", "vader", "--norm", "standard", "vader=l2")
 
 
 @pytest.fixture
-def saved(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path) -> Path:
+def saved(made: tuple[Run, FeatureSet, Report], tmp_path: Path) -> Path:
     return save(made[0], made[2], tmp_path)
 
 
@@ -91,7 +88,7 @@ def test_every_head_comes_back_bit_for_bit(name: str, feats: Path, tmp_path: Pat
     run, features, report = trained(feats, "--head", name, "--norm", "standard", "--scale", "clip=0.5")
     back = load_run(save(run, report, tmp_path))
     assert [m.config for m in back.members] == [m.config for m in run.members] and back.classes == run.classes
-    assert (back.split, back.features) == (run.split, run.features) and back.stacking is None
+    assert (back.split, back.source) == (run.split, run.source) and back.stacking is None
     for member, other in zip(run.members, back.members, strict=True):
         logits = member.logits(features)
         assert np.array_equal(other.logits(features), logits) and np.abs(logits).max() > 0
@@ -117,12 +114,12 @@ def test_folds_come_back(feats: Path, tmp_path: Path):
     np.testing.assert_allclose(back.probabilities(features), mean, atol=1e-12)
 
 
-def test_a_loaded_run_is_saved_as_what_it_has_become(saved: Path, made: tuple[Run, FeatureSet, ex.Report]):
+def test_a_loaded_run_is_saved_as_what_it_has_become(saved: Path, made: tuple[Run, FeatureSet, Report]):
     loaded = load_run(saved)
     (member,) = loaded.members
     with torch.no_grad():
         next(member.head.parameters()).mul_(2)
-    changed = replace(loaded, features={**loaded.features, "folder": "elsewhere"})
+    changed = replace(loaded, source=replace(loaded.source, folder=Path("elsewhere")))
     again = load_run(save(changed, made[2], saved.parent, command="another"))
     config, before = read_config(again.path), read_config(saved)
     assert (config["command"], config["features"]["folder"]) == ("another", "elsewhere")
@@ -133,11 +130,9 @@ def test_a_loaded_run_is_saved_as_what_it_has_become(saved: Path, made: tuple[Ru
 def test_a_stacked_ensemble_comes_back(feats: Path, tmp_path: Path):
     argv = ["--feats", str(feats), "--vtype", "clip", "--ttype", "vader", *SHORT]
     args = train_head.build_parser().parse_args(argv)
-    experiment = ex.load_experiment(args, vars(args), [])
-    configs = [options.config_from({**vars(args), "head": head}) for head in ("kernel", "linear", "mlp")]
-    run, probabilities, _ = auto.auto(experiment, configs)
-    report = ex.report_of(experiment, run, probabilities, probabilities)
-    back = load_run(save(run, report, tmp_path))
+    experiment = ex.load_experiment(cli.experiment_settings(args), [])
+    run, _ = auto.auto(experiment, cli.grid_from(args, head=["kernel", "linear", "mlp"]).configs(experiment.classes))
+    back = load_run(save(run, run.report, tmp_path))
     features = experiment.features
     found = back.probabilities(features)
     assert np.array_equal(found, run.probabilities(features)) and len({m.group for m in back.members}) > 2
@@ -152,7 +147,7 @@ def test_a_stacked_ensemble_comes_back(feats: Path, tmp_path: Path):
     np.testing.assert_allclose(found, softmax(logits), atol=1e-12)
 
 
-def test_the_folder_is_readable_without_this_program(saved: Path, made: tuple[Run, FeatureSet, ex.Report]):
+def test_the_folder_is_readable_without_this_program(saved: Path, made: tuple[Run, FeatureSet, Report]):
     run, features, report = made
     assert {p.name for p in saved.iterdir()} == {
         "config.json",
@@ -230,7 +225,7 @@ def rewrite(saved: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> N
     (saved / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def test_the_rewriting_itself_does_no_harm(saved: Path, made: tuple[Run, FeatureSet, ex.Report]):
+def test_the_rewriting_itself_does_no_harm(saved: Path, made: tuple[Run, FeatureSet, Report]):
     rewrite(saved, lambda tensors: None)
     assert np.array_equal(load_run(saved).probabilities(made[1]), made[0].probabilities(made[1]))
 
@@ -375,7 +370,7 @@ def test_whole_or_not_without_a_look_at_the_neighbours(saved: Path, monkeypatch:
 # -- names, and which is the newest -----------------------------------------------------------------------------
 
 
-def test_names_never_collide(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+def test_names_never_collide(made: tuple[Run, FeatureSet, Report], tmp_path: Path):
     run, _, report = made
     (tmp_path / "run-3").write_text("a file of that name")
     paths = [save(run, report, tmp_path, command=f"number {i}") for i in range(4)]
@@ -386,7 +381,7 @@ def test_names_never_collide(made: tuple[Run, FeatureSet, ex.Report], tmp_path: 
     assert not list(tmp_path.glob(".*"))
 
 
-def test_processes_that_save_at_once_each_keep_their_run(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+def test_processes_that_save_at_once_each_keep_their_run(made: tuple[Run, FeatureSet, Report], tmp_path: Path):
     run, _, report = made
 
     def work(number: int) -> None:
@@ -405,31 +400,31 @@ def test_processes_that_save_at_once_each_keep_their_run(made: tuple[Run, Featur
     assert len(list(tmp_path.iterdir())) == 24
 
 
-def test_names_tell_runs_apart(made: tuple[Run, FeatureSet, ex.Report]):
+def test_names_tell_runs_apart(made: tuple[Run, FeatureSet, Report]):
     run, _, _ = made
     (member,) = run.members
 
     def with_config(**changes: Any) -> Run:
-        head = {name: changes.pop(name) for name in ("head", "D", "ablation") if name in changes}
+        head = {name: changes.pop(name) for name in ("head", "D", "sides") if name in changes}
         config = replace(member.config, head=replace(member.config.head, **head), **changes)
         return replace(run, members=[replace(member, config=config)])
 
-    others = [with_config(**c) for c in ({"head": "late"}, {"D": 9}, {"ablation": 1}, {"seed": 7})]
-    others += [replace(run, features={**run.features, "ttype": ["vader"]}), replace(run, members=[member] * 3)]
+    others = [with_config(**c) for c in ({"head": "late"}, {"D": 9}, {"sides": ("text",)}, {"seed": 7})]
+    others += [replace(run, source=replace(run.source, text=("vader",))), replace(run, members=[member] * 3)]
     assert len({run_name(each, 0) for each in [run, *others]}) == 7
     assert run_name(run, 0) != run_name(run, 1) and run_name(run, 0) == run_name(run, 0.4)
     assert run_name(run, 0).endswith("_clip_clip+vader_fusion_D8_a0_s42")
 
 
-def test_a_label_takes_the_place_of_the_head(made: tuple[Run, FeatureSet, ex.Report]):
+def test_a_label_takes_the_place_of_the_head(made: tuple[Run, FeatureSet, Report]):
     assert run_name(made[0], 0, label="auto").endswith("_clip_clip+vader_auto_s42")
 
 
-def test_caches_in_folders_and_many_of_them(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+def test_caches_in_folders_and_many_of_them(made: tuple[Run, FeatureSet, Report], tmp_path: Path):
     run, _, report = made
 
     def reading(*names: str) -> Run:
-        return replace(run, features={**run.features, "vtype": list(names), "ttype": []})
+        return replace(run, source=replace(run.source, image=names, text=()))
 
     many = [f"кэш-{k}" for k in range(100)]
     odd = [reading("sub/clip"), reading(*many), reading(*many, "clip"), reading("../a b:c")]
@@ -437,15 +432,13 @@ def test_caches_in_folders_and_many_of_them(made: tuple[Run, FeatureSet, ex.Repo
     assert len(set(names)) == 4 and "_sub-clip_none_fusion_" in names[0] and "кэш-0+кэш-1+" in names[1]
     for each, name in zip(odd, names, strict=True):
         path = save(each, report, tmp_path / "runs", name)
-        assert path == tmp_path / "runs" / name and load_run(path).features == each.features
-    with pytest.raises(UsageError, match="can't write the run"):
-        save(run, report, tmp_path / "runs", "no/such/folder")
+        assert path == tmp_path / "runs" / name and load_run(path).source == each.source
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(names)
 
 
-def test_the_newest_is_the_last_created_and_whole(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+def test_the_newest_is_the_last_created_and_whole(made: tuple[Run, FeatureSet, Report], tmp_path: Path):
     run, _, report = made
-    with pytest.raises(UsageError, match="no complete run in .*train_head.py --vtype clip --D 256"):
+    with pytest.raises(UsageError, match="no complete run in .*train_head.py `vtype` clip `D` 256"):
         newest_run(tmp_path)
     with pytest.raises(UsageError, match="no complete run"):
         newest_run(tmp_path / "nowhere")
@@ -474,7 +467,7 @@ def in_a_child(work: Callable[[], Any]) -> int:
 
 
 @pytest.mark.parametrize("kill", ["after the tensors", "in the predictions"])
-def test_a_killed_save_leaves_no_run(kill: str, made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+def test_a_killed_save_leaves_no_run(kill: str, made: tuple[Run, FeatureSet, Report], tmp_path: Path):
     run, _, report = made
     ids = len(report.ids)
 
@@ -500,7 +493,7 @@ def test_a_killed_save_leaves_no_run(kill: str, made: tuple[Run, FeatureSet, ex.
     assert not left.exists()
 
 
-def test_only_what_dead_processes_left_is_removed(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+def test_only_what_dead_processes_left_is_removed(made: tuple[Run, FeatureSet, Report], tmp_path: Path):
     run, _, report = made
     dead = multiprocessing.get_context("fork").Process(target=int)
     dead.start()
@@ -517,7 +510,7 @@ def test_only_what_dead_processes_left_is_removed(made: tuple[Run, FeatureSet, e
 
 
 @pytest.mark.parametrize("limit", [0, 300, 10_000])
-def test_a_full_disk_is_one_clear_line(limit: int, made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+def test_a_full_disk_is_one_clear_line(limit: int, made: tuple[Run, FeatureSet, Report], tmp_path: Path):
     run, _, report = made
     size = sum(t.numel() * t.element_size() for t in runs._tensors(run).values())
     assert 300 < size < 10_000  # so that tensors don't fit in the first two, and what comes after not in the third
@@ -535,7 +528,7 @@ def test_a_full_disk_is_one_clear_line(limit: int, made: tuple[Run, FeatureSet, 
     assert not list(tmp_path.iterdir())
 
 
-def test_predictions_that_do_not_fit_leave_nothing(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+def test_predictions_that_do_not_fit_leave_nothing(made: tuple[Run, FeatureSet, Report], tmp_path: Path):
     run, _, report = made
     with pytest.raises(ValueError, match="shorter"):
         save(run, report, tmp_path, predictions=(report.ids, report.tags[:-1], report.probabilities))
@@ -543,7 +536,7 @@ def test_predictions_that_do_not_fit_leave_nothing(made: tuple[Run, FeatureSet, 
 
 
 @pytest.mark.parametrize("where", ["file", "file/below"])
-def test_a_folder_that_is_a_file(where: str, made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+def test_a_folder_that_is_a_file(where: str, made: tuple[Run, FeatureSet, Report], tmp_path: Path):
     (tmp_path / "file").write_text("kept")
     with pytest.raises(UsageError, match="can't write the run .*give another --runs folder") as error:
         save(made[0], made[2], tmp_path / where)

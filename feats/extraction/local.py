@@ -42,9 +42,9 @@ from feats.extraction.preparation import (
     Preparation,
     Texts,
     blank_pixels,
+    hash_of_text,
     picture_changed,
     prepare,
-    hash_of_text,
 )
 from feats.images import AUGMENTATION
 from feats.records import LAYOUTS, DataSet, Record, read_dataset

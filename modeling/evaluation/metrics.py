@@ -13,7 +13,7 @@ LEVEL = 0.95
 AVERAGES = ("accuracy", "weighted_f1", "macro_f1")  # the figures that get intervals and tests
 
 
-def evaluate(
+def figures(
     labels: np.ndarray | Sequence[int],
     probabilities: np.ndarray,
     classes: Sequence[str],
@@ -239,7 +239,7 @@ def mean_std(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float 
 
 
 def figure_rows(figures: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """Figures of `evaluate` as rows for `format_table` whose column "rows" says what they are: the figures under
+    """Results of `figures` as rows for `format_table` whose column "rows" says what they are: the figures under
     `name`, their intervals, and the majority baseline."""
     interval, majority = figures["interval"], figures["majority"]
     edges = {key: "{:.3f}-{:.3f}".format(*interval[key]) for key in AVERAGES}

@@ -11,13 +11,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from feats.errors import UsageError
+from modeling.features.joined import FeatureSet
 
 PARTS = ("train", "val", "test")
 ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
@@ -53,10 +54,86 @@ def load_split(path: Path | str) -> Split | list[Split]:
     return [Split(**fold) for fold in content["folds"]] if "folds" in content else Split(**content)
 
 
-# -- making splits ----------------------------------------------------------------------------------------------
+# -- splits of features -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SplitSettings:
+    """How the labelled rows are split: by `files`, else into `folds`, else by the ratios."""
+
+    val_ratio: float = 0.1
+    test_ratio: float = 0.0
+    seed: int = 42
+    folds: int | None = None
+    files: tuple[Path, ...] = ()
+    duplicates_together: bool = True  # pairs with the same picture or text: in one part, or wherever they fall
 
 
 def make_split(
+    data: FeatureSet,
+    val_ratio: float = SplitSettings.val_ratio,
+    test_ratio: float = SplitSettings.test_ratio,
+    seed: int = SplitSettings.seed,
+    *,
+    duplicates_together: bool = True,
+) -> Split:
+    """Split the labelled rows of `data`: stratified, seeded, the same whichever caches of a data set were joined.
+
+    Raises `UsageError` as `deal_split`, and when a part has no features at all.
+    """
+    [split] = make_splits(data, SplitSettings(val_ratio, test_ratio, seed, duplicates_together=duplicates_together))
+    return split
+
+
+def make_folds(
+    data: FeatureSet, folds: int = 5, seed: int = SplitSettings.seed, *, duplicates_together: bool = True
+) -> list[Split]:
+    """As `make_split`: splits, each row in the validation part of exactly one."""
+    return make_splits(data, SplitSettings(seed=seed, folds=folds, duplicates_together=duplicates_together))
+
+
+def make_splits(data: FeatureSet, settings: SplitSettings) -> list[Split]:
+    """One split of the labelled rows or several. Rows in quarantine are dealt out too and left out afterwards, so that
+    every choice of caches gets the same split. Raises `UsageError` when there is nothing to split, or a part has no row
+    left."""
+    tag_of = {i: tag for i, tag in zip(data.dataset.ids, data.dataset.tags, strict=True) if tag}
+    if not tag_of:
+        raise UsageError("none of the rows has a label; there is nothing to train on")
+    ids, tags = list(tag_of), list(tag_of.values())
+    group_of = duplicates_of(data) if settings.duplicates_together else None
+    groups = None if group_of is None else [group_of[i] for i in ids]
+    if settings.files:
+        splits = read_split_file(settings.files, data.dataset.ids, data.dataset.tags)
+        # Without a label there is nothing to test.
+        splits = [replace(split, test=[i for i in split.test if i in tag_of]) for split in splits]
+    elif settings.folds:
+        splits = deal_folds(ids, tags, settings.folds, settings.seed, groups)
+    else:
+        splits = [deal_split(ids, tags, settings.val_ratio, settings.seed, groups, settings.test_ratio)]
+    splits = [split.without(data.left_out) for split in splits]
+    for split in splits:
+        for part, rows in (("training", split.train), ("validation", split.val)):
+            if not rows:
+                raise UsageError(
+                    f"every {part} row was left out; extract again what is in quarantine, or split otherwise"
+                )
+    return splits
+
+
+def duplicates_of(data: FeatureSet) -> dict[str, int] | None:
+    """The duplicate group of each labelled row, by id; None where no joined cache knows its contents."""
+    dataset = data.dataset
+    if not dataset.image_hash.any() and not dataset.text_key.any():
+        return None
+    labelled = [row for row, tag in enumerate(dataset.tags) if tag]
+    groups = duplicate_groups(dataset.image_hash[labelled], dataset.text_key[labelled])
+    return dict(zip([dataset.ids[row] for row in labelled], groups.tolist(), strict=True))
+
+
+# -- making splits ----------------------------------------------------------------------------------------------
+
+
+def deal_split(
     ids: Sequence[str],
     labels: Sequence[str],
     val_ratio: float = 0.1,
@@ -80,7 +157,7 @@ def make_split(
         if round(share * len(ids)) < len(classes):
             raise UsageError(
                 f"the {part} split, {share:g} of {len(ids)} rows, is too small to hold {len(classes)} classes; give "
-                "another ratio (--val-ratio) or more rows"
+                "another ratio (`val_ratio`, `test_ratio`) or more rows"
             )
     part_of = _assign(ids, labels, groups, list(shares.values()), seed)
     names = list(shares)
@@ -90,14 +167,14 @@ def make_split(
     return Split(*(parts.get(part, []) for part in PARTS), how=how)
 
 
-def make_folds(
+def deal_folds(
     ids: Sequence[str],
     labels: Sequence[str],
     k: int = 5,
     seed: int = 42,
     groups: Sequence[int] | np.ndarray | None = None,
 ) -> list[Split]:
-    """k splits, each row in the validation part of exactly one; otherwise as `make_split`.
+    """k splits, each row in the validation part of exactly one; otherwise as `deal_split`.
 
     Raises `UsageError` for fewer than two folds, and for a class that can't be in every fold.
     """
@@ -235,7 +312,7 @@ def _check_every_class_in(
                 found += f" in {len(set(np.asarray(groups)[rows].tolist()))} duplicate groups"
             raise UsageError(
                 f"class {name!r} ({found}) is too rare: none is left for {names[min(empty)]}; give a larger "
-                "--val-ratio or fewer --folds, or leave that class out"
+                "`val_ratio` or fewer `folds`, or leave that class out"
             )
 
 
