@@ -9,7 +9,6 @@ The file format stays below HDF5 1.10: from there on a killed writer leaves a ma
 file until a separate tool clears it.
 """
 
-import csv
 import errno
 import hashlib
 import json
@@ -24,6 +23,7 @@ import h5py
 import numpy as np
 from filelock import FileLock, Timeout
 
+from feats.csv_files import parse_csv, write_csv
 from feats.errors import UsageError, first_line
 
 FORMAT_VERSION = 2
@@ -652,8 +652,8 @@ def quarantine_path(path: Path) -> Path:
 def _read_reasons(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:  # whoever edited it: only a report
-        rows = [row for row in csv.reader(file) if len(row) == 2]
+    rows = parse_csv(path.read_bytes().decode(errors="replace"))  # whoever edited it: only a report
+    rows = [row for row in rows if len(row) == 2]
     return {i: reason for i, reason in rows if (i, reason) != ("id", "reason")}
 
 
@@ -662,10 +662,7 @@ def _write_reasons(path: Path, reasons: Mapping[str, str]) -> None:
         path.unlink(missing_ok=True)
         return
     unfinished = path.with_name(path.name + ".writing")
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", "reason"])
-        writer.writerows(reasons.items())
+    write_csv(unfinished, [["id", "reason"], *reasons.items()])
     os.replace(unfinished, path)
 
 

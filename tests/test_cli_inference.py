@@ -509,7 +509,7 @@ def test_an_interruption_leaves_nothing_half_written(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     class Interrupting:
-        def writerow(self, row: object) -> None:
+        def writerows(self, rows: object) -> None:
             raise KeyboardInterrupt
 
     before = sorted(home.iterdir())

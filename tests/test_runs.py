@@ -194,6 +194,18 @@ def test_predictions_are_read_as_written(tmp_path: Path):
     assert [row["pred"] for row in rows] == [classes[k] for k in probabilities.argmax(1)]
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"id,tag", b"id,tag,pred,p_a\n1,a,a\n", b"id,tag,pred,p_a\n1,a,a,x\n", b"\xff"]
+)
+def test_damaged_predictions_are_one_clear_line(tmp_path: Path, content: bytes):
+    (tmp_path / "p.csv").write_bytes(content)
+    with pytest.raises(
+        UsageError, match="p.csv can't be read as predictions .*remove its folder and train again"
+    ) as error:
+        read_predictions(tmp_path / "p.csv")
+    one_line(error)
+
+
 # -- predicting ---------------------------------------------------------------------------------------------------
 
 

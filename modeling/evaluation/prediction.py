@@ -1,7 +1,6 @@
 """Predictions of one run or several that vote, from cached features: block by block, so that caches may be larger than
 memory. And what comes of them: the submission file, the figures."""
 
-import csv
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from feats.csv_files import write_rows
 from feats.errors import UsageError
 from modeling.evaluation import metrics
 from modeling.features.joined import FeatureSet, Rows, iter_features
@@ -268,14 +268,13 @@ def write_submission(path: Path, predictions: Predictions, proba: bool = False) 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with unfinished.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["guid", "tag", *(f"p_{name}" for name in names if proba)])
+            write_rows(file, [["guid", "tag", *(f"p_{name}" for name in names if proba)]])
             for low in range(0, len(predictions), WRITE_ROWS):
                 rows = slice(low, low + WRITE_ROWS)
                 columns = [predictions.rows.ids[rows], names[predictions.predicted[rows]]]
                 if proba:
                     columns += [map("%.6f".__mod__, column) for column in predictions.probabilities[rows].T.tolist()]
-                writer.writerows(zip(*columns, strict=True))
+                write_rows(file, zip(*columns, strict=True))
         os.replace(unfinished, path)
     except OSError as error:
         raise UsageError(f"can't write {path} ({error.strerror}); give another file with --out") from None

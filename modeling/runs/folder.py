@@ -5,7 +5,6 @@
 its probabilities are the mean of its members' calibrated ones, or what a logistic regression makes of their opinions.
 """
 
-import csv
 import hashlib
 import json
 import os
@@ -13,7 +12,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import groupby
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from feats.csv_files import read_csv, write_csv, write_table
 from feats.errors import UsageError, first_line
 from feats.store import fingerprint_difference
 from modeling.evaluation.metrics import softmax
@@ -207,7 +207,7 @@ def save_run(
         _write_json(unfinished / CONFIG, config)
         _write_json(unfinished / METRICS, metrics)
         save_split(run.split, unfinished / SPLIT)
-        _write_history(unfinished / HISTORY, history)
+        write_table(unfinished / HISTORY, history)
         write_predictions(unfinished / PREDICTIONS, *predictions, run.classes)
         if exact_name:
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -321,14 +321,6 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_history(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def write_tensorboard(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
     """Event files of every member's history under <path>/tensorboard."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -345,18 +337,28 @@ def write_predictions(
     path: Path, ids: Iterable[str], tags: Iterable[str], probabilities: np.ndarray, classes: Sequence[str]
 ) -> None:
     """CSV of id, tag, pred and a column "p_<class>" for each class: probabilities (N, C)."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["id", "tag", "pred", *(f"p_{name}" for name in classes)])
-        for name, tag, row in zip(ids, tags, probabilities, strict=True):
-            writer.writerow([name, tag, classes[int(row.argmax())], *(f"{p:.6f}" for p in row)])
+    write_csv(path, prediction_rows(ids, tags, probabilities, classes))
+
+
+def prediction_rows(
+    ids: Iterable[str], tags: Iterable[str], probabilities: np.ndarray, classes: Sequence[str]
+) -> Iterator[list[str]]:
+    """The lines of `write_predictions`, the header first."""
+    yield ["id", "tag", "pred", *(f"p_{name}" for name in classes)]
+    for name, tag, row in zip(ids, tags, probabilities, strict=True):
+        yield [name, tag, classes[int(row.argmax())], *(f"{p:.6f}" for p in row)]
 
 
 def read_predictions(path: Path) -> tuple[list[str], list[str], np.ndarray]:
-    """Ids, tags and probabilities (N, C) that `write_predictions` wrote."""
-    with path.open(encoding="utf-8", newline="") as file:
-        _, *rows = csv.reader(file)
-    return [r[0] for r in rows], [r[1] for r in rows], np.array([r[3:] for r in rows], np.float64)
+    """Ids, tags and probabilities (N, C) that `write_predictions` wrote. Raises `UsageError` for anything else."""
+    try:
+        header, *rows = read_csv(path)
+        probabilities = np.array([r[3:] for r in rows], np.float64).reshape(len(rows), len(header) - 3)
+        return [r[0] for r in rows], [r[1] for r in rows], probabilities
+    except (OSError, ValueError, IndexError) as error:
+        raise UsageError(
+            f"{path} can't be read as predictions ({first_line(error)}); remove its folder and train again"
+        ) from None
 
 
 # -- loading ----------------------------------------------------------------------------------------------------
