@@ -19,13 +19,15 @@ import numpy as np
 
 from feats.acceleration import resolve_device
 from feats.cli import EXIT_DONE, positive
+from feats.csv_files import write_rows
 from feats.errors import UsageError
 from modeling import cli as options
 from modeling import experiment as ex
 from modeling.evaluation import metrics
 from modeling.evaluation.prediction import open_runs
 from modeling.features.splits import Split, make_split
-from modeling.runs.folder import Run, write_predictions
+from modeling.runs.files import check_replaceable, user_file
+from modeling.runs.folder import PREDICTION_COLUMNS, Run, prediction_rows
 
 
 def build_parser() -> ArgumentParser:
@@ -40,13 +42,16 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    return options.guarded(lambda: export(args), "nothing was written")
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    return options.guarded(lambda: export(args), "nothing was written", parser)
 
 
 def export(args: Namespace) -> int:
     [run] = open_runs(args.runs, [args.run] if args.run else None)
     split = single_split(run)
+    out = args.out or run.path / "bad_cases.csv"
+    check_replaceable(out, PREDICTION_COLUMNS)
     experiment = ex.experiment_of_run(run, args.feats, resolve_device(args.device))
     train_ids = labelled(split.train, experiment, run.feature_folder(args.feats))
     folds = unseen_folds(train_ids, args.folds, experiment, len(split.val) / len(split.train + split.val))
@@ -54,10 +59,9 @@ def export(args: Namespace) -> int:
     labels, predicted = experiment.labels(train_ids), probabilities.argmax(1)
     wrong = np.flatnonzero((predicted != labels) & (probabilities.max(1) >= args.min_confidence))
     wrong = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")]  # the surest first
-    out = args.out or run.path / "bad_cases.csv"
-    out.parent.mkdir(parents=True, exist_ok=True)
     ids = [train_ids[k] for k in wrong]
-    write_predictions(out, ids, experiment.tags(ids), probabilities[wrong], run.classes)
+    with user_file(out, PREDICTION_COLUMNS) as file:
+        write_rows(file, prediction_rows(ids, experiment.tags(ids), probabilities[wrong], run.classes))
     confusion = metrics.confusion_matrix(labels, predicted, len(run.classes))
     rows = [
         {"true \\ predicted": name, **dict(zip(run.classes, counts, strict=True))}

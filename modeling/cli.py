@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from feats.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE, HelpFormatter, positive
+from feats.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE, HelpFormatter, as_typed, positive
 from feats.errors import UsageError
 from modeling.features import joined as features
 from modeling.features.splits import make_split
@@ -299,12 +299,13 @@ def command_line(argv: Sequence[str] | None) -> str:
     return shlex.join(["python", sys.argv[0], *(sys.argv[1:] if argv is None else argv)])
 
 
-def guarded(work: Callable[[], int], interrupted: str) -> int:
-    """Run a script's work: unusable input ends with one line and status 2, an interruption with `interrupted`, 130."""
+def guarded(work: Callable[[], int], interrupted: str, parser: ArgumentParser | None = None) -> int:
+    """Run a script's work: unusable input ends with one line and status 2, an interruption with `interrupted`, 130.
+    Settings that a message names in backquotes become options of `parser`."""
     try:
         return work()
     except (UsageError, OSError) as error:  # what can't be read or written names its file
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_typed(error, parser) if parser else error}", file=sys.stderr)
         return EXIT_UNUSABLE
     except torch.OutOfMemoryError:
         print("error: the GPU's memory is full; use --device cpu, or to train a smaller --bs", file=sys.stderr)

@@ -18,6 +18,7 @@ from feats.cli import EXIT_DONE
 from feats.errors import UsageError
 from modeling import cli as options
 from modeling.evaluation import prediction as pr
+from modeling.runs.files import check_replaceable
 from modeling.runs.folder import Run
 
 SHOWN = 50  # left out rows named on stderr
@@ -61,8 +62,9 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    return options.guarded(lambda: predict(args), "nothing was written")
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    return options.guarded(lambda: predict(args), "nothing was written", parser)
 
 
 def predict(args: Namespace) -> int:
@@ -73,6 +75,9 @@ def predict(args: Namespace) -> int:
         raise UsageError("--weights is for raw pairs; cached rows are read as they are")
     runs = pr.open_runs(args.runs, args.run)
     device = resolve_device(args.device)
+    out = output_file(args, runs)
+    if out:
+        check_replaceable(out, pr.SUBMISSION)
     print("\n".join(f"run {run.path}" for run in runs))
     if one_pair or args.csv:
         predictions = predict_raw(args, runs, device)
@@ -84,16 +89,24 @@ def predict(args: Namespace) -> int:
     else:
         print(pr.distribution(predictions))
         print_figures(predictions, runs)
-    if args.out or not one_pair:
-        name = args.csv.stem if args.csv else args.split
-        out = args.out or (runs[0].path if len(runs) == 1 else args.runs) / f"submission_{name}.csv"
+    if out:
         pr.write_submission(out, predictions, args.proba)
         print(f"{len(predictions)} predictions -> {out}")
     return EXIT_DONE
 
 
+def output_file(args: Namespace, runs: Sequence[Run]) -> Path | None:
+    """Where the predictions go; one raw pair's to the screen only, unless --out says otherwise."""
+    if args.out or args.image is not None or args.text is not None:
+        return args.out
+    name = args.csv.stem if args.csv else args.split
+    return (runs[0].path if len(runs) == 1 else args.runs) / f"submission_{name}.csv"
+
+
 def predict_raw(args: Namespace, runs: Sequence[Run], device: torch.device) -> pr.Predictions:
-    from modeling.evaluation import raw_pairs  # encoders and their libraries: slow to import, and needed for raw pairs only
+    from modeling.evaluation import (
+        raw_pairs,
+    )  # encoders and their libraries: slow to import, and needed for raw pairs only
 
     weights = raw_pairs.named_weights(args.weights)
     records = raw_pairs.read_manifest(args.csv) if args.csv else raw_pairs.one_pair(args.image, args.text, runs)

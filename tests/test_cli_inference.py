@@ -505,6 +505,22 @@ def test_a_file_that_cant_be_written(home: Path, capsys: pytest.CaptureFixture):
     assert "give another file with --out" in line and (home / "file").read_text() == "kept"
 
 
+def test_what_isnt_ours_is_not_replaced_and_nothing_is_computed_for_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    cache = home / "feats" / "pix_test.h5"
+    before = cache.read_bytes()
+    (home / "link.csv").symlink_to(home / "target.csv")
+    assert infer(home, "--out", str(home / "link.csv")) == 0
+    assert (home / "link.csv").is_symlink() and len(submission(home / "target.csv")[1]) == len(TEST)
+    assert infer(home, "--proba", "--out", str(home / "target.csv")) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(prediction, "predict", lambda *args, **options: pytest.fail("predicted in vain"))
+    line = refused(capsys, infer(home, "--out", str(cache)))
+    assert str(cache) in line and "give another file with --out" in line
+    assert cache.read_bytes() == before
+
+
 def test_an_interruption_leaves_nothing_half_written(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):

@@ -1,10 +1,8 @@
 """Predictions of one run or several that vote, from cached features: block by block, so that caches may be larger than
 memory. And what comes of them: the submission file, the figures."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,11 @@ from feats.csv_files import write_rows
 from feats.errors import UsageError
 from modeling.evaluation import metrics
 from modeling.features.joined import FeatureSet, Rows, iter_features
+from modeling.runs.files import user_file
 from modeling.runs.folder import Run, load_run, newest_run, read_metrics
 
 VOTES = ("soft", "majority")
+SUBMISSION = ("guid", "tag")  # columns
 TIE = "neutral"
 BLOCK_ROWS = 1 << 11  # temporaries of more than some ten megabytes get fresh pages each time, at several times the cost
 WRITE_ROWS = 1 << 16
@@ -261,26 +261,17 @@ def _read_ahead(blocks: Iterator[FeatureSet]) -> Iterator[FeatureSet]:
 def write_submission(path: Path, predictions: Predictions, proba: bool = False) -> None:
     """CSV of guid and tag in the data set's order; with `proba` also a column "p_<class>" for each class.
 
-    The file appears when it is whole. Raises `UsageError` when it can't be written.
+    For what is there already see `user_file`. Raises `UsageError` when it can't be written.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.writing")
     names = np.array(predictions.classes, object)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("w", encoding="utf-8", newline="") as file:
-            write_rows(file, [["guid", "tag", *(f"p_{name}" for name in names if proba)]])
-            for low in range(0, len(predictions), WRITE_ROWS):
-                rows = slice(low, low + WRITE_ROWS)
-                columns = [predictions.rows.ids[rows], names[predictions.predicted[rows]]]
-                if proba:
-                    columns += [map("%.6f".__mod__, column) for column in predictions.probabilities[rows].T.tolist()]
-                write_rows(file, zip(*columns, strict=True))
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise UsageError(f"can't write {path} ({error.strerror}); give another file with --out") from None
-    finally:
-        with suppress(OSError):  # it isn't there, most often
-            unfinished.unlink()
+    with user_file(path, SUBMISSION) as file:
+        write_rows(file, [[*SUBMISSION, *(f"p_{name}" for name in names if proba)]])
+        for low in range(0, len(predictions), WRITE_ROWS):
+            rows = slice(low, low + WRITE_ROWS)
+            columns = [predictions.rows.ids[rows], names[predictions.predicted[rows]]]
+            if proba:
+                columns += [map("%.6f".__mod__, column) for column in predictions.probabilities[rows].T.tolist()]
+            write_rows(file, zip(*columns, strict=True))
 
 
 def distribution(predictions: Predictions) -> str:

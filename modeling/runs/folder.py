@@ -45,6 +45,7 @@ CONFIG, TENSORS, SPLIT, METRICS, HISTORY, PREDICTIONS = (
     "history.csv",
     "predictions_val.csv",
 )
+PREDICTION_COLUMNS = ("id", "tag", "pred")
 LONGEST_PART = 80  # bytes of the caches in a run's name; a file system takes 255 of the whole
 # What of a cache's fingerprint may differ between training and prediction: other rows, another machine. (The last two
 # follow from the dtype.)
@@ -344,7 +345,7 @@ def prediction_rows(
     ids: Iterable[str], tags: Iterable[str], probabilities: np.ndarray, classes: Sequence[str]
 ) -> Iterator[list[str]]:
     """The lines of `write_predictions`, the header first."""
-    yield ["id", "tag", "pred", *(f"p_{name}" for name in classes)]
+    yield [*PREDICTION_COLUMNS, *(f"p_{name}" for name in classes)]
     for name, tag, row in zip(ids, tags, probabilities, strict=True):
         yield [name, tag, classes[int(row.argmax())], *(f"{p:.6f}" for p in row)]
 
