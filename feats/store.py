@@ -222,6 +222,14 @@ class FeatureStore:
         with _damage(self.path, name):
             return self._dataset(name)[:] if name in self._file else np.zeros(len(self), np.uint64)
 
+    def content_digest(self) -> str:
+        """Hex sha256 of which rows these are: ids, pictures and texts. Labels, features and the file's place don't
+        count."""
+        digest = hashlib.sha256(json.dumps(self.ids.tolist()).encode())
+        for name in ("image_hash", "text_hash"):
+            digest.update(self.facts(name).tobytes())
+        return digest.hexdigest()
+
     def token_counts(self) -> np.ndarray:
         """Tokens there is room for, per row (N,); only in a cache with `text_tokens`."""
         return np.diff(self._offsets)

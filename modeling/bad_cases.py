@@ -52,8 +52,10 @@ def export(args: Namespace) -> int:
     split = single_split(run)
     out = args.out or run.path / "bad_cases.csv"
     check_replaceable(out, PREDICTION_COLUMNS)
-    experiment = ex.experiment_of_run(run, args.feats, resolve_device(args.device))
-    train_ids = labelled(split.train, experiment, run.feature_folder(args.feats))
+    folder = run.feature_folder(args.feats)
+    print(f"caches {folder}")
+    experiment = ex.experiment_of_run(run, folder, resolve_device(args.device))
+    train_ids = labelled(split.train, experiment, folder)
     folds = unseen_folds(train_ids, args.folds, experiment, len(split.val) / len(split.train + split.val))
     probabilities = out_of_fold(run, replace(experiment, splits=folds), train_ids)
     labels, predicted = experiment.labels(train_ids), probabilities.argmax(1)

@@ -17,7 +17,7 @@ from feats.store import FeatureStore
 from modeling.cli import named_values, reads
 from modeling.evaluation import metrics
 from modeling.features.inputs import TOKENS, Preprocessing
-from modeling.features.joined import DATASETS, NORMS, FeatureSet, load_features, with_known_duplicates
+from modeling.features.joined import DATASETS, NORMS, FeatureSet, content_digests, load_features, with_known_duplicates
 from modeling.features.splits import Split, duplicate_groups, make_folds, make_split, read_split_file
 from modeling.heads.registry import HEADS, SIDES, n_parameters
 from modeling.runs.folder import Member, Run
@@ -131,7 +131,13 @@ def load_experiment(args: Namespace, values: Mapping[str, Any], heads: Sequence[
         features, told_by = with_known_duplicates(features, args.feats)
         if told_by:
             print(f"duplicates are also told by {', '.join(told_by)}")
-    source = {"folder": str(args.feats), "vtype": vtypes, "ttype": ttypes, "fingerprints": features.fingerprints}
+    source = {
+        "folder": str(args.feats.resolve()),
+        "vtype": vtypes,
+        "ttype": ttypes,
+        "fingerprints": features.fingerprints,
+        "contents": content_digests(args.feats, "train", features.fingerprints),
+    }
     splits, group_of = make_splits(features, args, values)
     classes, splits = known_classes(features, splits)
     return Experiment(
@@ -372,8 +378,8 @@ def needed_caches(members: Sequence[Member], source: Mapping[str, Any]) -> dict[
     kept = {"vtype": "image", "ttype": "text"}
     kept = {option: [name for name in source[option] if name in read[side]] for option, side in kept.items()}
     used = {name for names in kept.values() for name in names}
-    fingerprints = {name: f for name, f in source["fingerprints"].items() if name in used}
-    return {**source, **kept, "fingerprints": fingerprints, "tokens": tokens}
+    facts = {key: {name: f for name, f in source[key].items() if name in used} for key in ("fingerprints", "contents")}
+    return {**source, **kept, **facts, "tokens": tokens}
 
 
 # -- measuring --------------------------------------------------------------------------------------------------

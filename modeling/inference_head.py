@@ -83,6 +83,7 @@ def predict(args: Namespace) -> int:
         predictions = predict_raw(args, runs, device)
     else:
         predictions = pr.predict(runs, args.feats, args.split, vote=args.vote, tie=args.tie, device=device)
+        print("\n".join(f"caches {folder}" for folder in predictions.folders))
     warn_of_gaps(predictions)
     if one_pair:
         print(pr.describe_row(predictions, 0))

@@ -97,7 +97,7 @@ def test_submissions_come_back(tmp_path: Path, ids: list[str], data: st.DataObje
     probabilities = np.random.default_rng(0).dirichlet(np.ones(len(classes)), n)
     rows = Rows(ids, [""] * n, np.zeros(n, np.uint64), np.zeros(n, np.uint64))
     predicted = probabilities.argmax(1)
-    predictions = Predictions("test", classes, "soft", rows, probabilities, predicted, {}, {}, "")
+    predictions = Predictions("test", classes, "soft", rows, probabilities, predicted, {}, {}, "", [])
     write_submission(tmp_path / "s.csv", predictions, proba=data.draw(st.booleans()))
     header, *rows = read_csv(tmp_path / "s.csv")
     assert header[:2] == ["guid", "tag"] and header[2:] in ([], [f"p_{name}" for name in classes])

@@ -30,7 +30,7 @@ class Predictions:
 
     `probabilities` (N, C) are the runs' mean under vote soft, the shares of votes under majority; `predicted` (N,)
     int64 are positions in `classes`. `left_out` says why rows have features for none of the runs (these get the class
-    `fallback`), `partly` why others were judged by some of the runs only.
+    `fallback`), `partly` why others were judged by some of the runs only. `folders`: where the caches were read.
     """
 
     split: str
@@ -42,6 +42,7 @@ class Predictions:
     left_out: dict[str, str]
     partly: dict[str, str]
     fallback: str
+    folders: list[Path]
 
     def __len__(self) -> int:
         return len(self.predicted)
@@ -126,8 +127,9 @@ def predict(
     if len(nobody):
         fallback, probabilities[nobody] = class_shares(runs[0])
         predicted[nobody] = classes.index(fallback)
+    folders = list(dict.fromkeys(source.folder for source in by_source))
     left_out = {rows.ids[row]: reasons.pop(rows.ids[row]) for row in nobody.tolist()}
-    return Predictions(split, classes, vote, rows, probabilities, predicted, left_out, reasons, fallback)
+    return Predictions(split, classes, vote, rows, probabilities, predicted, left_out, reasons, fallback, folders)
 
 
 def combine(votes: np.ndarray, seen: np.ndarray, vote: str, tie: int | None) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """Feature caches joined by id into tensors, and their normalisation. No encoder, no picture, no text."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -205,6 +205,16 @@ def with_known_duplicates(features: FeatureSet, folder: Path | str) -> tuple[Fea
             told_by.append(path.name)
             known = {fact: np.where(values == 0, others[fact], values) for fact, values in known.items()}
     return replace(features, dataset=replace(features.dataset, **known)), told_by
+
+
+def content_digests(folder: Path | str, split: str, names: Iterable[str]) -> dict[str, str]:
+    """`FeatureStore.content_digest` of the caches `<folder>/<name>_<split>.h5`, by name. Raises `UsageError` for those
+    that are missing or damaged."""
+    digests = {}
+    for name in names:
+        with FeatureStore.open(_path(Path(folder), split, name)) as store:
+            digests[name] = store.content_digest()
+    return digests
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,12 @@ from feats.errors import UsageError, first_line
 from feats.store import fingerprint_difference
 from modeling.evaluation.metrics import softmax
 from modeling.features.inputs import Preprocessing
-from modeling.features.joined import FeatureSet, Ragged
+from modeling.features.joined import FeatureSet, Ragged, content_digests
 from modeling.features.splits import Split, load_split, save_split
 from modeling.heads.registry import Head, HeadConfig, build_head, n_parameters
 from modeling.training.fit import TrainConfig, predict_stack
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DEFAULT_FOLDER = Path("saved/runs")
 CONFIG, TENSORS, SPLIT, METRICS, HISTORY, PREDICTIONS = (
     "config.json",
@@ -126,7 +126,9 @@ def opinion(logits: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Run:
-    """A trained classifier. `features` says which caches it reads: folder, vtype, ttype, tokens and `fingerprints`."""
+    """A trained classifier. `features` says which caches it reads: folder (absolute), vtype, ttype, tokens, and by name
+    their `fingerprints` and the `contents` of the training rows (`FeatureStore.content_digest`). `nearby` is where the
+    folder lies if it moved along with the run."""
 
     classes: list[str]
     members: list[Member]
@@ -134,6 +136,7 @@ class Run:
     split: Split | list[Split]
     stacking: Stacking | None = None
     path: Path | None = None
+    nearby: Path | None = None
 
     def probabilities(self, features: FeatureSet, rows: torch.Tensor | None = None) -> np.ndarray:
         """Calibrated class probabilities (N, C) float64 of features joined from the run's caches, or of `rows` of them."""
@@ -148,14 +151,38 @@ class Run:
         return replace(self, members=[m.to(device) for m in self.members])
 
     def feature_folder(self, given: Path | None = None) -> Path:
-        """`given`, or else the folder of the caches the run was trained on. Raises `UsageError` when that is gone."""
-        folder = Path(self.features["folder"]) if given is None else given
-        if given is None and not folder.is_dir():
-            raise UsageError(
-                f"{self.path} was trained on caches in {folder}, and there is no such folder (now, or as seen from here); "
-                "name the folder of caches with --feats"
-            )
-        return folder
+        """`given`, or else the folder of the caches the run was trained on. Raises `UsageError` when that isn't found."""
+        if given is not None:
+            return given
+        # The working directory has no say: another project's caches have the same names. As long as the run and the
+        # caches lie where they lay, they need no proof. After a move the project as a whole (then `nearby` is right) or
+        # the run alone (then the absolute folder is) may have moved, and other caches may lie where these did: those
+        # that still hold the run's own training rows are taken.
+        trained_on = Path(self.features["folder"])
+        places = list(dict.fromkeys([self.nearby or trained_on, trained_on]))
+        reasons = {}
+        for place in places:
+            reasons[place] = self._why_not(place, moved=len(places) > 1)
+            if not reasons[place]:
+                return place
+        raise UsageError(
+            f"the caches that {self.path} was trained on aren't found: "
+            f"{', '.join(f'{place}: {reason}' for place, reason in reasons.items())}; name their folder with `feats`"
+        )
+
+    def _why_not(self, folder: Path, moved: bool) -> str:
+        """Why `folder` doesn't hold the run's caches, '' if it does; where nothing `moved` it does if it exists."""
+        if not folder.is_dir():
+            return "no such folder"
+        contents = self.features["contents"]
+        lacking = [f"{name}_train.h5" for name in contents if not (folder / f"{name}_train.h5").is_file()]
+        if moved and lacking:
+            return f"no {lacking[0]} to know it by"
+        try:
+            others = moved and content_digests(folder, "train", contents) != contents
+        except UsageError as error:
+            return str(error)
+        return "its training rows are others" if others else ""
 
     def check_fingerprints(self, features: FeatureSet, source: str, same_rows: bool = False) -> None:
         """Raise `UsageError` when a cache of `features` was made by another encoder than the run was trained on, or,
@@ -204,7 +231,7 @@ def save_run(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         save_file(_tensors(run), unfinished / TENSORS)
-        config = _config(run, command, _sha256(unfinished / TENSORS))
+        config = _config(run, folder / name, command, _sha256(unfinished / TENSORS))
         _write_json(unfinished / CONFIG, config)
         _write_json(unfinished / METRICS, metrics)
         save_split(run.split, unfinished / SPLIT)
@@ -275,7 +302,12 @@ def _plain(text: str) -> str:
     return f"{plain.encode()[: LONGEST_PART - 9].decode(errors='ignore')}-{digest}"
 
 
-def _config(run: Run, command: str, sha256: str) -> dict[str, Any]:
+def _config(run: Run, path: Path, command: str, sha256: str) -> dict[str, Any]:
+    trained_on = Path(run.features["folder"]).resolve()
+    try:
+        from_run = os.path.relpath(trained_on, path.resolve())
+    except ValueError:  # on another drive
+        from_run = str(trained_on)
     members = [
         {
             "train": asdict(m.config),
@@ -299,7 +331,8 @@ def _config(run: Run, command: str, sha256: str) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(),
         "command": command,
         "classes": run.classes,
-        "features": run.features,
+        "features": {**run.features, "folder": str(trained_on)},
+        "features_from_run": from_run,
         "split": [s.how for s in run.split] if isinstance(run.split, list) else run.split.how,
         "stacked": run.stacking is not None,
         "members": members,
@@ -384,7 +417,8 @@ def load_run(path: Path | str) -> Run:
         stacking = None
         if config["stacked"]:
             stacking = Stacking(tensors.pop("stacking/weight"), tensors.pop("stacking/bias"))
-        run = Run(config["classes"], members, config["features"], split, stacking, path)
+        nearby = (path / config["features_from_run"]).resolve()
+        run = Run(config["classes"], members, config["features"], split, stacking, path, nearby)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]  # torch says which tensors don't fit below its first line
         raise UsageError(f"{path} is damaged ({reason}); train again") from None
