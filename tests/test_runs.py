@@ -1,6 +1,8 @@
 """Run folders: what is saved comes back bit for bit, what is damaged is refused, and no folder is half a run."""
 
 import csv
+import errno
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -41,6 +43,7 @@ from modeling.runs.folder import (
 )
 from modeling.search import auto
 
+fork = multiprocessing.get_context("fork")
 SHORT = ["--ep", "2", "--D", "8", "--bs", "16"]
 
 
@@ -406,7 +409,6 @@ def test_processes_that_save_at_once_each_keep_their_run(made: tuple[Run, Featur
         for i in range(6):
             save(run, report, tmp_path, command=str(10 * number + i))
 
-    fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=work, args=(number,)) for number in range(4)]
     for process in processes:
         process.start()
@@ -480,7 +482,7 @@ def test_the_newest_is_the_last_created_and_whole(made: tuple[Run, FeatureSet, e
 
 def in_a_child(work: Callable[[], Any]) -> int:
     """Exit code of a forked process that does `work`."""
-    process = multiprocessing.get_context("fork").Process(target=work)
+    process = fork.Process(target=work)
     process.start()
     process.join()
     return process.exitcode
@@ -506,26 +508,93 @@ def test_a_killed_save_leaves_no_run(kill: str, made: tuple[Run, FeatureSet, ex.
             save(run, report, tmp_path, metrics=Fatal(a=1))
 
     assert in_a_child(work) == -signal.SIGKILL
-    (left,) = tmp_path.iterdir()
+    (left,) = tmp_path.glob("*.writing")
     assert left.name.startswith(".") and (left / "head.safetensors").is_file()
     assert list_runs(tmp_path) == []
     assert load_run(save(run, report, tmp_path)).path.name == "run"
-    assert not left.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_only_what_dead_processes_left_is_removed(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+def test_what_a_living_process_writes_is_left_to_it(
+    made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It may count its processes otherwise: a container's numbers, under the same host name, mean nothing here."""
     run, _, report = made
-    dead = multiprocessing.get_context("fork").Process(target=int)
-    dead.start()
-    dead.join()
-    host, alive = socket.gethostname(), os.getppid()
-    kept = [f".run.{host}.{alive}.writing", f".run.elsewhere.{dead.pid}.writing", f".run.{host}.x.writing", ".writing"]
-    kept += [f".{host}.{'9' * 30}.writing", f"run.{host}.{dead.pid}.writing", f".run.{host}.{dead.pid}"]
-    for name in [*kept, f".other.{host}.{dead.pid}.writing"]:
+    gone = fork.Process(target=int)
+    gone.start()
+    gone.join()
+    writing, go_on = fork.Event(), fork.Event()
+
+    def ids() -> Iterator[str]:
+        yield report.ids[0]
+        writing.set()
+        assert go_on.wait(60)
+        yield from report.ids[1:]
+
+    def work() -> None:
+        monkeypatch.setattr(os, "getpid", lambda: gone.pid)
+        save(run, report, tmp_path, "other", predictions=(ids(), report.tags, report.probabilities))
+
+    process = fork.Process(target=work)
+    process.start()
+    assert writing.wait(60)
+    (unfinished,) = tmp_path.glob(".*.writing")
+    save(run, report, tmp_path)
+    assert (unfinished / "head.safetensors").is_file()
+    go_on.set()
+    process.join(60)
+    assert process.exitcode == 0
+    assert load_run(tmp_path / "other").split == run.split
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "run"]
+
+
+def test_what_a_killed_process_left_is_removed_whoever_has_its_number_now(
+    made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run, _, report = made
+    alive = os.getppid()
+
+    def ids() -> Iterator[str]:
+        yield report.ids[0]
+        os.kill(own, signal.SIGKILL)
+
+    def work() -> None:
+        nonlocal own
+        own = os.getpid()
+        monkeypatch.setattr(os, "getpid", lambda: alive)
+        save(run, report, tmp_path, predictions=(ids(), report.tags, report.probabilities))
+
+    own = 0
+    assert in_a_child(work) == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".*.writing"))) == 1
+    save(run, report, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("lock", ["none", "a folder", "of a file system without locks"])
+def test_what_cant_be_judged_stays(
+    lock: str, made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run, _, report = made
+    gone = fork.Process(target=int)
+    gone.start()
+    gone.join()
+    kept = [f".{socket.gethostname()}.{gone.pid}.writing", ".abc.writing", ".writing", "abc.writing"]
+    for name in kept:
         (tmp_path / name).mkdir()
         (tmp_path / name / "head.safetensors").write_text("half")
-    save(run, report, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {*kept, "run"}
+    if lock == "a folder":
+        (tmp_path / ".abc.writing.lock").mkdir()
+    elif lock != "none":
+        (tmp_path / ".abc.writing.lock").touch()
+
+        def refuse(*args: Any) -> None:
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(fcntl, "flock", refuse)
+    before = set(tmp_path.iterdir())
+    path = save(run, report, tmp_path)
+    assert set(tmp_path.iterdir()) == {*before, path} and load_run(path).split == run.split
     assert all((tmp_path / name / "head.safetensors").read_text() == "half" for name in kept)
 
 

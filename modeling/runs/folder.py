@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +32,7 @@ from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSet, Ragged, content_digests
 from modeling.features.splits import Split, load_split, save_split
 from modeling.heads.registry import Head, HeadConfig, build_head, n_parameters
+from modeling.runs.unfinished import unfinished_folder
 from modeling.training.fit import TrainConfig, predict_stack
 
 FORMAT_VERSION = 2
@@ -225,47 +225,21 @@ def save_run(
     Raises `UsageError` when the folder can't be written.
     """
     folder = Path(folder)
-    unfinished = folder / f".{socket.gethostname()}.{os.getpid()}.writing"
     try:
-        _remove_leftovers(folder)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        save_file(_tensors(run), unfinished / TENSORS)
-        config = _config(run, folder / name, command, _sha256(unfinished / TENSORS))
-        _write_json(unfinished / CONFIG, config)
-        _write_json(unfinished / METRICS, metrics)
-        save_split(run.split, unfinished / SPLIT)
-        write_table(unfinished / HISTORY, history)
-        write_predictions(unfinished / PREDICTIONS, *predictions, run.classes)
-        if exact_name:
-            shutil.rmtree(folder / name, ignore_errors=True)
-        return _under_a_free_name(unfinished, folder / name)
+        with unfinished_folder(folder) as unfinished:
+            save_file(_tensors(run), unfinished / TENSORS)
+            config = _config(run, folder / name, command, _sha256(unfinished / TENSORS))
+            _write_json(unfinished / CONFIG, config)
+            _write_json(unfinished / METRICS, metrics)
+            save_split(run.split, unfinished / SPLIT)
+            write_table(unfinished / HISTORY, history)
+            write_predictions(unfinished / PREDICTIONS, *predictions, run.classes)
+            if exact_name:
+                shutil.rmtree(folder / name, ignore_errors=True)
+            return _under_a_free_name(unfinished, folder / name)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UsageError(f"can't write the run {folder / name}: {reason}; give another --runs folder") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left unfinished: of this machine's only, another's may be alive and share the
-    folder."""
-    for path in folder.glob(".*.writing"):
-        _, _, written_by = path.stem.rpartition(f".{socket.gethostname()}.")
-        if written_by.isdigit() and not _is_alive(int(written_by)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    if os.name != "posix":
-        return True  # elsewhere signal 0 isn't harmless
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        pass  # another user's process, or no number of one
-    return True
 
 
 def _under_a_free_name(unfinished: Path, wanted: Path) -> Path:
