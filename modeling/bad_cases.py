@@ -17,11 +17,13 @@ import feats.threads  # noqa: F401
 import numpy as np
 
 from feats.cli import EXIT_DONE, positive
+from feats.csv_files import write_rows
 from modeling import cli
 from modeling.evaluation.metrics import confusion_matrix, format_table
 from modeling.evaluation.out_of_fold import labelled, out_of_fold, single_split, unseen_folds
 from modeling.experiment import experiment_of_run, total_epochs
-from modeling.runs.folder import open_runs, write_predictions
+from modeling.runs.files import check_replaceable, user_file
+from modeling.runs.folder import PREDICTION_COLUMNS, open_runs, prediction_rows
 
 
 def build_parser() -> ArgumentParser:
@@ -43,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def export(args: Namespace) -> int:
     [run] = open_runs(args.runs, [args.run] if args.run else None)
     split = single_split(run)
+    out = args.out or run.path / "bad_cases.csv"
+    check_replaceable(out, PREDICTION_COLUMNS)
     source = replace(run.source, folder=run.feature_folder(args.feats))
+    print(f"caches {source.folder}")
     experiment = experiment_of_run(run, source, args.device)
     train_ids = labelled(split.train, experiment, source.folder)
     folds = unseen_folds(train_ids, args.folds, experiment, len(split.val) / len(split.train + split.val))
@@ -54,10 +59,10 @@ def export(args: Namespace) -> int:
     labels, predicted = experiment.labels(train_ids), probabilities.argmax(1)
     wrong = np.flatnonzero((predicted != labels) & (probabilities.max(1) >= args.min_confidence))
     wrong = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")]  # the surest first
-    out = args.out or run.path / "bad_cases.csv"
-    out.parent.mkdir(parents=True, exist_ok=True)
     ids = [train_ids[k] for k in wrong]
-    write_predictions(out, ids, experiment.features.tags_of(ids), probabilities[wrong], run.classes)
+    tags = experiment.features.tags_of(ids)
+    with user_file(out, PREDICTION_COLUMNS) as file:
+        write_rows(file, prediction_rows(ids, tags, probabilities[wrong], run.classes))
     confusion = confusion_matrix(labels, predicted, len(run.classes))
     rows = [
         {"true \\ predicted": name, **dict(zip(run.classes, counts, strict=True))}

@@ -381,9 +381,12 @@ def needed_source(members: Sequence[Member], source: FeatureSource) -> FeatureSo
     """`source` without the caches that no member reads."""
     read = {side: {c for m in members for c in m.preprocessing.caches[side]} for side in SIDES}
     image, text = (tuple(name for name in source.of(side) if name in read[side]) for side in SIDES)
-    fingerprints = {name: f for name, f in source.fingerprints.items() if name in (*image, *text)}
+    fingerprints, contents = (
+        {name: fact for name, fact in facts.items() if name in (*image, *text)}
+        for facts in (source.fingerprints, source.contents)
+    )
     tokens = any(key.split("/")[0].endswith("_tokens") for m in members for key in m.preprocessing.normalizers)
-    return FeatureSource(source.folder, image, text, tokens, fingerprints)
+    return FeatureSource(source.folder, image, text, tokens, fingerprints, contents)
 
 
 # -- measuring --------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from feats.errors import UsageError
 from modeling import cli
 from modeling.evaluation import prediction
 from modeling.evaluation.prediction import Predictions, VoteSettings
+from modeling.runs.files import check_replaceable
 from modeling.runs.folder import open_runs
 from modeling.runs.run import Run
 
@@ -76,23 +77,33 @@ def work(args: Namespace) -> int:
     runs = open_runs(args.runs, args.run)
     device = resolve_device(args.device)
     voting = VoteSettings(args.vote, args.tie)
+    out = output_file(args, runs)
+    if out:
+        check_replaceable(out, prediction.SUBMISSION)
     print("\n".join(f"run {run.path}" for run in runs))
     if one_pair or args.csv:
         predictions = predict_raw(args, runs, voting, device)
     else:
         predictions = prediction.predict_caches(runs, args.feats, args.split, voting, device)
+        print("\n".join(f"caches {folder}" for folder in predictions.folders))
     warn_of_gaps(predictions)
     if one_pair:
         print(prediction.row_line(predictions, 0))
     else:
         print(prediction.distribution_table(predictions))
         print_figures(predictions, runs)
-    if args.out or not one_pair:
-        name = args.csv.stem if args.csv else args.split
-        out = args.out or (runs[0].path if len(runs) == 1 else args.runs) / f"submission_{name}.csv"
+    if out:
         prediction.write_submission(out, predictions, args.proba)
         print(f"{len(predictions)} predictions -> {out}")
     return EXIT_DONE
+
+
+def output_file(args: Namespace, runs: Sequence[Run]) -> Path | None:
+    """Where the predictions go; one raw pair's to the screen only, unless --out says otherwise."""
+    if args.out or args.image is not None or args.text is not None:
+        return args.out
+    name = args.csv.stem if args.csv else args.split
+    return (runs[0].path if len(runs) == 1 else args.runs) / f"submission_{name}.csv"
 
 
 def predict_raw(args: Namespace, runs: Sequence[Run], voting: VoteSettings, device: torch.device) -> Predictions:

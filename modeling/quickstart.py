@@ -4,7 +4,6 @@ Every step is an ordinary command of this project and is printed before it runs.
 encoders.
 """
 
-import csv
 import hashlib
 import shlex
 import subprocess
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from feats.cli import EXIT_DONE, EXIT_INTERRUPTED
+from feats.csv_files import read_csv
 from feats.errors import UsageError
 from modeling import cli
 from modeling.heads.registry import HeadConfig
@@ -110,8 +110,7 @@ def step(what: str, *command: object) -> None:
 
 def print_score(predictions: Path, truth: Path) -> None:
     """How the predictions of the synthetic sample fare against the labels its generator kept aside."""
-    tables = [dict(csv.reader(path.read_text(encoding="utf-8").splitlines())) for path in (predictions, truth)]
-    predicted, true = tables
+    predicted, true = (dict(read_csv(path)) for path in (predictions, truth))
     right = sum(predicted[name] == true[name] for name in true if name != "guid")
     print(
         f"of the sample's {len(true) - 1} unlabelled pairs {right} are predicted right (drawn data: only a demonstration)"

@@ -95,6 +95,20 @@ def test_training_rows_that_are_wrong_the_surest_first(feats: Path, tmp_path: Pa
     assert not (older / "bad_cases.csv").exists()
 
 
+def test_a_file_that_isnt_ours_is_not_replaced(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    path = train(feats, tmp_path)
+    cache, before = feats / "clip_train.h5", (feats / "clip_train.h5").read_bytes()
+    (tmp_path / "submission.csv").write_text("guid,tag\n1,a\n")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "target.csv")
+    for out in (cache, tmp_path / "submission.csv"):
+        line = refused(capsys, tmp_path, "--out", str(out))
+        assert str(out) in line and "id,tag,pred" in line and "give another file with --out" in line
+    for _ in range(2):
+        assert export(tmp_path, "--run", str(path), "--folds", "2", "--out", str(tmp_path / "link.csv")) == 0
+    assert (tmp_path / "link.csv").is_symlink() and rows_of(tmp_path / "target.csv")
+    assert cache.read_bytes() == before and (tmp_path / "submission.csv").read_text() == "guid,tag\n1,a\n"
+
+
 def test_every_misclassified_row_is_there(feats: Path, tmp_path: Path):
     """scikit-learn's logistic regression, trained on the same rows."""
     argv = ["--head", "linear", "--C", "0.1", "--norm", "standard", "--val-ratio", "0.2"]

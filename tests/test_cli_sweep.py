@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import sklearn.metrics as reference
@@ -259,6 +260,21 @@ def test_an_interrupted_sweep_goes_on(
     assert finished.items() <= times(folder).items() and len(runs_in(folder)) == COUNT
     for name in ("table.csv", "table.md"):
         assert (folder / name).read_text() == (uninterrupted / name).read_text()
+
+
+def test_ids_and_labels_that_hold_line_ends(tmp_path: Path, capsys: pytest.CaptureFixture):
+    path = make_cache(tmp_path / "feats", "clip", tags=["a\rb", "c", "\n,d"] * 20)
+    with h5py.File(path, "r+") as file:
+        file["id"][:] = [f"\r{i:02}".encode() for i in range(60)]
+    command = ["--head", "fusion", "mlp", "--D", "4", *SHORT]
+    for done in (0, 2):
+        assert sweep(tmp_path / "feats", tmp_path, *command) == 0, capsys.readouterr().err
+        assert f"2 trainings, {done} of them finished before" in capsys.readouterr().out
+    for path in runs_in(tmp_path / "sweep"):
+        found, tags, probabilities = read_predictions(path / "predictions_val.csv")
+        assert found == content(path, "split")["val"] and len(found) == len(tags) == len(probabilities)
+        assert set(tags) == {"a\rb", "c", "\n,d"}
+    assert best_run(tmp_path / "sweep") in runs_in(tmp_path / "sweep")
 
 
 def test_half_a_run_is_trained_again(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -1,6 +1,8 @@
 """Run folders: what is saved comes back bit for bit, what is damaged is refused, and no folder is half a run."""
 
 import csv
+import errno
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -41,6 +43,7 @@ from modeling.runs.folder import (
 from modeling.runs.run import Report, Run
 from modeling.search import auto
 
+fork = multiprocessing.get_context("fork")
 SHORT = ["--ep", "2", "--D", "8", "--bs", "16"]
 
 
@@ -119,10 +122,10 @@ def test_a_loaded_run_is_saved_as_what_it_has_become(saved: Path, made: tuple[Ru
     (member,) = loaded.members
     with torch.no_grad():
         next(member.head.parameters()).mul_(2)
-    changed = replace(loaded, source=replace(loaded.source, folder=Path("elsewhere")))
+    changed = replace(loaded, source=replace(loaded.source, folder=saved / "elsewhere"))
     again = load_run(save(changed, made[2], saved.parent, command="another"))
     config, before = read_config(again.path), read_config(saved)
-    assert (config["command"], config["features"]["folder"]) == ("another", "elsewhere")
+    assert (config["command"], config["features"]["folder"]) == ("another", str(saved / "elsewhere"))
     assert config["tensors_sha256"] != before["tensors_sha256"] and config["created"] > before["created"]
     assert np.array_equal(again.probabilities(made[1]), loaded.probabilities(made[1]))
 
@@ -187,6 +190,18 @@ def test_predictions_are_read_as_written(tmp_path: Path):
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["id", "tag", "pred", "p_a", "p_b,c", "p_ü", 'p_d"']
     assert [row["pred"] for row in rows] == [classes[k] for k in probabilities.argmax(1)]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"id,tag", b"id,tag,pred,p_a\n1,a,a\n", b"id,tag,pred,p_a\n1,a,a,x\n", b"\xff"]
+)
+def test_damaged_predictions_are_one_clear_line(tmp_path: Path, content: bytes):
+    (tmp_path / "p.csv").write_bytes(content)
+    with pytest.raises(
+        UsageError, match="p.csv can't be read as predictions .*remove its folder and train again"
+    ) as error:
+        read_predictions(tmp_path / "p.csv")
+    one_line(error)
 
 
 # -- predicting ---------------------------------------------------------------------------------------------------
@@ -305,7 +320,8 @@ def having(value: Any, *path: str | int) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     "change",
     [
-        having(2, "format_version"),
+        having(1, "format_version"),
+        without("features_from_run"),
         without("format_version"),
         without("members"),
         without("classes"),
@@ -376,7 +392,9 @@ def test_names_never_collide(made: tuple[Run, FeatureSet, Report], tmp_path: Pat
     paths = [save(run, report, tmp_path, command=f"number {i}") for i in range(4)]
     assert [p.name for p in paths] == ["run", "run-2", "run-4", "run-5"]
     assert [read_config(p)["command"] for p in paths] == [f"number {i}" for i in range(4)]
-    again = save(run, report, tmp_path, command="number 9", exact_name=True)
+    again = save_run(run, tmp_path / "run", overwrite=True, command="number 9").path
+    with pytest.raises(UsageError, match="run is there already; give another name, or replace it with `overwrite`"):
+        run.save(tmp_path / "run")
     assert again == paths[0] and read_config(again)["command"] == "number 9"
     assert not list(tmp_path.glob(".*"))
 
@@ -388,7 +406,6 @@ def test_processes_that_save_at_once_each_keep_their_run(made: tuple[Run, Featur
         for i in range(6):
             save(run, report, tmp_path, command=str(10 * number + i))
 
-    fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=work, args=(number,)) for number in range(4)]
     for process in processes:
         process.start()
@@ -460,7 +477,7 @@ def test_the_newest_is_the_last_created_and_whole(made: tuple[Run, FeatureSet, R
 
 def in_a_child(work: Callable[[], Any]) -> int:
     """Exit code of a forked process that does `work`."""
-    process = multiprocessing.get_context("fork").Process(target=work)
+    process = fork.Process(target=work)
     process.start()
     process.join()
     return process.exitcode
@@ -481,31 +498,98 @@ def test_a_killed_save_leaves_no_run(kill: str, made: tuple[Run, FeatureSet, Rep
 
     def work() -> None:
         if kill == "in the predictions":
-            save(run, report, tmp_path, predictions=(fatal(), report.tags, report.probabilities))
+            save(run, report, tmp_path, ids=fatal())
         else:
-            save(run, report, tmp_path, metrics=Fatal(a=1))
+            save(run, report, tmp_path, figures=Fatal(a=1))
 
     assert in_a_child(work) == -signal.SIGKILL
-    (left,) = tmp_path.iterdir()
+    (left,) = tmp_path.glob("*.writing")
     assert left.name.startswith(".") and (left / "head.safetensors").is_file()
     assert list_runs(tmp_path) == []
     assert load_run(save(run, report, tmp_path)).path.name == "run"
-    assert not left.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_only_what_dead_processes_left_is_removed(made: tuple[Run, FeatureSet, Report], tmp_path: Path):
+def test_what_a_living_process_writes_is_left_to_it(
+    made: tuple[Run, FeatureSet, Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It may count its processes otherwise: a container's numbers, under the same host name, mean nothing here."""
     run, _, report = made
-    dead = multiprocessing.get_context("fork").Process(target=int)
-    dead.start()
-    dead.join()
-    host, alive = socket.gethostname(), os.getppid()
-    kept = [f".run.{host}.{alive}.writing", f".run.elsewhere.{dead.pid}.writing", f".run.{host}.x.writing", ".writing"]
-    kept += [f".{host}.{'9' * 30}.writing", f"run.{host}.{dead.pid}.writing", f".run.{host}.{dead.pid}"]
-    for name in [*kept, f".other.{host}.{dead.pid}.writing"]:
+    gone = fork.Process(target=int)
+    gone.start()
+    gone.join()
+    writing, go_on = fork.Event(), fork.Event()
+
+    def ids() -> Iterator[str]:
+        yield report.ids[0]
+        writing.set()
+        assert go_on.wait(60)
+        yield from report.ids[1:]
+
+    def work() -> None:
+        monkeypatch.setattr(os, "getpid", lambda: gone.pid)
+        save(run, report, tmp_path, "other", ids=ids())
+
+    process = fork.Process(target=work)
+    process.start()
+    assert writing.wait(60)
+    (unfinished,) = tmp_path.glob(".*.writing")
+    save(run, report, tmp_path)
+    assert (unfinished / "head.safetensors").is_file()
+    go_on.set()
+    process.join(60)
+    assert process.exitcode == 0
+    assert load_run(tmp_path / "other").split == run.split
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "run"]
+
+
+def test_what_a_killed_process_left_is_removed_whoever_has_its_number_now(
+    made: tuple[Run, FeatureSet, Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run, _, report = made
+    alive = os.getppid()
+
+    def ids() -> Iterator[str]:
+        yield report.ids[0]
+        os.kill(own, signal.SIGKILL)
+
+    def work() -> None:
+        nonlocal own
+        own = os.getpid()
+        monkeypatch.setattr(os, "getpid", lambda: alive)
+        save(run, report, tmp_path, ids=ids())
+
+    own = 0
+    assert in_a_child(work) == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".*.writing"))) == 1
+    save(run, report, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("lock", ["none", "a folder", "of a file system without locks"])
+def test_what_cant_be_judged_stays(
+    lock: str, made: tuple[Run, FeatureSet, Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run, _, report = made
+    gone = fork.Process(target=int)
+    gone.start()
+    gone.join()
+    kept = [f".{socket.gethostname()}.{gone.pid}.writing", ".abc.writing", ".writing", "abc.writing"]
+    for name in kept:
         (tmp_path / name).mkdir()
         (tmp_path / name / "head.safetensors").write_text("half")
-    save(run, report, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {*kept, "run"}
+    if lock == "a folder":
+        (tmp_path / ".abc.writing.lock").mkdir()
+    elif lock != "none":
+        (tmp_path / ".abc.writing.lock").touch()
+
+        def refuse(*args: Any) -> None:
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(fcntl, "flock", refuse)
+    before = set(tmp_path.iterdir())
+    path = save(run, report, tmp_path)
+    assert set(tmp_path.iterdir()) == {*before, path} and load_run(path).split == run.split
     assert all((tmp_path / name / "head.safetensors").read_text() == "half" for name in kept)
 
 
@@ -517,11 +601,11 @@ def test_a_full_disk_is_one_clear_line(limit: int, made: tuple[Run, FeatureSet, 
 
     def work() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        metrics = {"figures": list(range(10_000))}
+        figures = {"figures": list(range(10_000))}
         with pytest.raises(
-            UsageError, match="can't write the run .*run: .*File too large.*; give another --runs"
+            UsageError, match="can't write the run .*run: .*File too large.*; give another folder for `runs`"
         ) as error:
-            save(run, report, tmp_path, metrics=metrics)
+            save(run, report, tmp_path, figures=figures)
         one_line(error)
 
     assert in_a_child(work) == 0
@@ -531,14 +615,14 @@ def test_a_full_disk_is_one_clear_line(limit: int, made: tuple[Run, FeatureSet, 
 def test_predictions_that_do_not_fit_leave_nothing(made: tuple[Run, FeatureSet, Report], tmp_path: Path):
     run, _, report = made
     with pytest.raises(ValueError, match="shorter"):
-        save(run, report, tmp_path, predictions=(report.ids, report.tags[:-1], report.probabilities))
+        save(run, report, tmp_path, tags=report.tags[:-1])
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("where", ["file", "file/below"])
 def test_a_folder_that_is_a_file(where: str, made: tuple[Run, FeatureSet, Report], tmp_path: Path):
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(UsageError, match="can't write the run .*give another --runs folder") as error:
+    with pytest.raises(UsageError, match="can't write the run .*give another folder for `runs`") as error:
         save(made[0], made[2], tmp_path / where)
     assert one_line(error) and (tmp_path / "file").read_text() == "kept"
 
@@ -572,12 +656,12 @@ def test_features_of_another_encoder_are_refused(changed: dict[str, Any], refuse
     run = load_run(save(run, report, tmp_path))
     other = features_made_by(tmp_path / "b", **changed)
     if refused:
-        with pytest.raises(UsageError, match=f"the cache clip in here isn't what .*{next(iter(changed))}") as error:
-            run.check_fingerprints(other, "here")
+        with pytest.raises(UsageError, match=f"the cache clip in .* isn't what .*{next(iter(changed))}") as error:
+            run.check(other)
         value = changed.get("weights_sha256") or str(next(iter(changed.values())))
         assert value in one_line(error) and str(run.path) in one_line(error)
     else:
-        run.check_fingerprints(other, "here")
+        run.check(other)
 
 
 def test_text_cleaning_does_not_matter_to_pictures(tmp_path: Path):
@@ -585,4 +669,4 @@ def test_text_cleaning_does_not_matter_to_pictures(tmp_path: Path):
     run, _, report = trained(tmp_path / "a", "--ablation", "2")
     run = load_run(save(run, report, tmp_path))
     make_cache(tmp_path / "b", "clip", 60, fingerprint={"text_clean": "tweet"})
-    run.check_fingerprints(load_features(tmp_path / "b", "train", ["clip"], []), "b")
+    run.check(load_features(tmp_path / "b", "train", ["clip"], []))

@@ -1,11 +1,8 @@
 """Predictions of one run or several that vote, from cached features: block by block, so that caches may be larger than
 memory. And what comes of them: the submission file, the figures."""
 
-import csv
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from feats.csv_files import write_rows
 from feats.errors import UsageError
 from feats.store import SIDES
 from modeling.evaluation import metrics
 from modeling.features.joined import FeatureSet, FeatureSource, Rows, iter_features
+from modeling.runs.files import user_file
 from modeling.runs.run import Run
 
 VOTES = ("soft", "majority")
+SUBMISSION = ("guid", "tag")  # columns
 TIE = "neutral"
 BLOCK_ROWS = 1 << 11  # temporaries of more than some ten megabytes get fresh pages each time, at several times the cost
 WRITE_ROWS = 1 << 16
@@ -43,6 +43,7 @@ class Predictions:
     left_out: dict[str, str]
     partly: dict[str, str]
     fallback: str
+    folders: list[Path]  # where the caches lie
 
     def __len__(self) -> int:
         return len(self.predicted)
@@ -103,8 +104,11 @@ def predict_caches(
         counts = np.array([runs[0].training_rows[name] for name in classes], np.float64)
         probabilities[nobody] = counts / counts.sum()
         predicted[nobody] = classes.index(fallback)
+    folders = list(dict.fromkeys(source.folder for source in by_source))
     left_out = {rows.ids[row]: reasons.pop(rows.ids[row]) for row in nobody.tolist()}
-    return Predictions(split, classes, voting.vote, rows, probabilities, predicted, left_out, reasons, fallback)
+    return Predictions(
+        split, classes, voting.vote, rows, probabilities, predicted, left_out, reasons, fallback, folders
+    )
 
 
 def combine(votes: np.ndarray, seen: np.ndarray, vote: str, tie: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -214,27 +218,17 @@ def _read_ahead(blocks: Iterator[FeatureSet]) -> Iterator[FeatureSet]:
 def write_submission(path: Path, predictions: Predictions, proba: bool = False) -> None:
     """CSV of guid and tag in the data set's order; with `proba` also a column "p_<class>" for each class.
 
-    The file appears when it is whole. Raises `UsageError` when it can't be written.
+    For what is there already see `user_file`. Raises `UsageError` when it can't be written.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.writing")
     names = np.array(predictions.classes, object)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["guid", "tag", *(f"p_{name}" for name in names if proba)])
-            for low in range(0, len(predictions), WRITE_ROWS):
-                rows = slice(low, low + WRITE_ROWS)
-                columns = [predictions.rows.ids[rows], names[predictions.predicted[rows]]]
-                if proba:
-                    columns += [map("%.6f".__mod__, column) for column in predictions.probabilities[rows].T.tolist()]
-                writer.writerows(zip(*columns, strict=True))
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise UsageError(f"can't write {path} ({error.strerror}); give another file as `out`") from None
-    finally:
-        with suppress(OSError):  # it isn't there, most often
-            unfinished.unlink()
+    with user_file(path, SUBMISSION) as file:
+        write_rows(file, [[*SUBMISSION, *(f"p_{name}" for name in names if proba)]])
+        for low in range(0, len(predictions), WRITE_ROWS):
+            rows = slice(low, low + WRITE_ROWS)
+            columns = [predictions.rows.ids[rows], names[predictions.predicted[rows]]]
+            if proba:
+                columns += [map("%.6f".__mod__, column) for column in predictions.probabilities[rows].T.tolist()]
+            write_rows(file, zip(*columns, strict=True))
 
 
 def distribution_table(predictions: Predictions) -> str:

@@ -1,7 +1,7 @@
 """Feature caches joined by id into tensors, and their normalisation. No encoder, no picture, no text."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -24,13 +24,15 @@ BLOCK_ROWS = 1 << 16
 class FeatureSource:
     """Which caches features are joined from: `<folder>/<name>_<split>.h5`, for each side the names of some.
 
-    `tokens`: whether token features are read. `fingerprints` say what made each cache; filled in when they are read."""
+    `tokens`: whether token features are read. `fingerprints` say what made each cache, `contents` which rows it
+    holds (`FeatureStore.content_digest`); both are filled in when they are read."""
 
     folder: Path = DEFAULT_FOLDER
     image: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
     tokens: bool = False
     fingerprints: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False, repr=False)
+    contents: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def of(self, side: str) -> tuple[str, ...]:
         """The caches of a side, "image" or "text"."""
@@ -208,7 +210,9 @@ def load_features(
     ids, texts, pictures or labels), values that aren't finite, and no row in common.
     """
     with _join(source_of(folder, image, text, tokens), split) as join:
-        return _with_known_duplicates(join.read(join.kept, views))
+        contents = {name: store.content_digest() for name, store in join.caches.items()}
+        data = join.read(join.kept, views)
+        return _with_known_duplicates(replace(data, source=replace(data.source, contents=contents)))
 
 
 def iter_features(
@@ -264,6 +268,16 @@ def _with_known_duplicates(features: FeatureSet) -> FeatureSet:
             told_by.append(path.name)
             known = {fact: np.where(values == 0, others[fact], values) for fact, values in known.items()}
     return replace(features, dataset=replace(features.dataset, **known), told_by=tuple(told_by))
+
+
+def content_digests(folder: Path | str, split: str, names: Iterable[str]) -> dict[str, str]:
+    """`FeatureStore.content_digest` of the caches `<folder>/<name>_<split>.h5`, by name. Raises `UsageError` for those
+    that are missing or damaged."""
+    digests = {}
+    for name in names:
+        with FeatureStore.open(_path(Path(folder), split, name)) as store:
+            digests[name] = store.content_digest()
+    return digests
 
 
 @dataclass(frozen=True)

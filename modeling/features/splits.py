@@ -6,17 +6,17 @@ runs comparable row by row. Hence a hash of (seed, id) in place of a generator, 
 scikit-learn's StratifiedGroupKFold, whose folds are multiples of 1/k and vary in size, at a second per 4000 rows.
 """
 
-import csv
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from feats.csv_files import parse_csv
 from feats.errors import UsageError
 from modeling.features.joined import FeatureSet
 
@@ -323,9 +323,10 @@ def read_split_file(paths: Path | str | Sequence[Path | str], ids: Sequence[str]
     """The split in one file or three; several only from a file of folds.
 
     One JSON: `{"train": [ids], "val": [ids], "test": [ids]}`, also a run's split.json, or `{"folds": [...]}` of such,
-    as a run with folds leaves. One CSV: columns `id` (or `guid`) and `split`. Two or three text files: one id per line
-    (what follows a comma is ignored), for the part in the file's name (`val.txt`, `my_train_ids.csv`), or, where no
-    name tells, for train, val, test in that order.
+    as a run with folds leaves. One CSV: columns `id` (or `guid`) and `split`. Two or three lists: CSV files whose first
+    column are ids, or text files of one id per line (what follows a comma is ignored, unless it belongs to an id of
+    `ids`), for the part in the file's name (`val.txt`, `my_train_ids.csv`), or, where no name tells, for train, val,
+    test in that order. Blanks around an id of a CSV or list are ignored, unless `ids` has it with them.
     Ids of `ids` that no part names stay unused. `labels` (N,) of `ids`, '' where unknown.
     Raises `UsageError` for unreadable files, unknown ids, ids named twice, an empty train or val part, rows without
     a label in them, one class only, a class that train or val lacks, and folds with a test part or that validate a row
@@ -333,13 +334,13 @@ def read_split_file(paths: Path | str | Sequence[Path | str], ids: Sequence[str]
     """
     paths = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
     source = ", ".join(map(str, paths))
+    label_of = dict(zip(ids, labels, strict=True))
     if len(paths) == 1:
-        found = _read_json(paths[0]) if paths[0].suffix.lower() == ".json" else [_read_csv(paths[0])]
+        found = _read_json(paths[0]) if paths[0].suffix.lower() == ".json" else [_read_csv(paths[0], label_of)]
     elif len(paths) in (2, 3):
-        found = [{part: _read_lines(path) for part, path in zip(_parts_of_files(paths), paths, strict=True)}]
+        found = [{part: _read_list(path, label_of) for part, path in zip(_parts_of_files(paths), paths, strict=True)}]
     else:
         raise UsageError(f"{len(paths)} split files; give one (JSON or CSV), or three lists of ids: train, val, test")
-    label_of = dict(zip(ids, labels, strict=True))
     names = [source] if len(found) == 1 else [f"{source}, fold {k} of {len(found)}" for k in range(1, len(found) + 1)]
     for parts, name in zip(found, names, strict=True):
         _check_parts(parts, label_of, name)
@@ -413,31 +414,47 @@ def _parts_of(content: Any, path: Path) -> dict[str, list[str]]:
 _FORM = '{"train": [ids], "val": [ids], "test": [ids]}'
 
 
-def _read_csv(path: Path) -> dict[str, list[str]]:
-    rows = list(csv.DictReader(_read(path).splitlines()))
-    columns = list(rows[0]) if rows else []
+def _read_csv(path: Path, known: Collection[str]) -> dict[str, list[str]]:
+    columns, *rows = [row for row in parse_csv(_read(path)) if row] or [[]]
     key = next((name for name in ("id", "guid") if name in columns), None)
     if key is None or "split" not in columns:
-        raise UsageError(f"{path} has columns {', '.join(map(str, columns)) or '(none)'}; expected id and split")
+        raise UsageError(f"{path} has columns {', '.join(columns) or '(none)'}; expected id and split")
     parts: dict[str, list[str]] = {}
     for number, row in enumerate(rows, 2):
-        part = (row["split"] or "").strip().lower()
+        cells = {**dict.fromkeys(columns, ""), **dict(zip(columns, row, strict=False))}
+        part = cells["split"].strip().lower()
         part = ALIASES.get(part, part)
         if part not in PARTS:
             raise UsageError(f"{path}, line {number}: split {part!r}; expected train, val or test")
-        parts.setdefault(part, []).append(row[key].strip())
+        parts.setdefault(part, []).append(_known([cells[key]], known))
     return parts
 
 
-def _read_lines(path: Path) -> list[str]:
-    names = [line.split(",")[0].strip() for line in _read(path).splitlines()]
-    names = [name for name in names if name]
+def _read_list(path: Path, known: Collection[str]) -> list[str]:
+    content = _read(path)
+    if path.suffix.lower() == ".csv":
+        candidates = [row[:1] for row in parse_csv(content) if row]
+    else:
+        # "\r" ends lines where no "\n" does; else it is part of an id, as Unicode's line separators are anywhere.
+        lines = content.split("\n" if "\n" in content else "\r")
+        candidates = [
+            [line, line.removesuffix("\r"), line.rpartition(",")[0], line.partition(",")[0]] for line in lines if line
+        ]
+    names = [name for texts in candidates if (name := _known(texts, known))]
     return names[1:] if names and names[0].lower() in ("id", "guid") else names
 
 
+def _known(candidates: Sequence[str], known: Collection[str]) -> str:
+    """The first candidate that is a known id, as it stands or without the blanks around it; the last one without them
+    where none is."""
+    tried = [form for text in candidates for form in (text, text.strip())]
+    return next((form for form in tried if form in known), tried[-1])
+
+
 def _read(path: Path) -> str:
+    """A file's text with the line ends it has there."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = "it isn't UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise UsageError(f"can't read the split file {path}: {reason}") from None

@@ -4,15 +4,13 @@
 `split.json` (ids), `metrics.json`, `history.csv`, `predictions_val.csv`.
 """
 
-import csv
 import hashlib
 import json
 import os
 import re
 import shutil
-import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from itertools import groupby
@@ -24,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from feats.csv_files import read_csv, read_table, write_csv, write_table
 from feats.errors import UsageError, first_line
 from feats.store import SIDES
 from modeling.features.inputs import Preprocessing
@@ -32,6 +31,7 @@ from modeling.features.splits import load_split, save_split
 from modeling.heads.base import HeadConfig, ablation_number, n_parameters
 from modeling.heads.registry import build_head
 from modeling.runs.run import Member, Report, Run, Stacking
+from modeling.runs.unfinished import unfinished_folder
 from modeling.training.config import TrainConfig
 
 FORMAT_VERSION = 2
@@ -44,6 +44,7 @@ CONFIG, TENSORS, SPLIT, METRICS, HISTORY, PREDICTIONS = (
     "history.csv",
     "predictions_val.csv",
 )
+PREDICTION_COLUMNS = ("id", "tag", "pred")
 LONGEST_PART = 80  # bytes of the caches in a run's name; a file system takes 255 of the whole
 
 
@@ -64,47 +65,21 @@ def save_run(
     report = run.report or (None if run.path is None else read_report(run.path))
     if report is None:
         raise UsageError("this run has no report of its training and can't be saved; get one from fit_head")
-    unfinished = path.parent / f".{socket.gethostname()}.{os.getpid()}.writing"
     try:
-        _remove_leftovers(path.parent)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        save_file(_tensors(run), unfinished / TENSORS)
-        config = _config(run, command, _sha256(unfinished / TENSORS))
-        _write_json(unfinished / CONFIG, config)
-        _write_json(unfinished / METRICS, report.figures)
-        save_split(run.split, unfinished / SPLIT)
-        _write_history(unfinished / HISTORY, report.history)
-        write_predictions(unfinished / PREDICTIONS, report.ids, report.tags, report.probabilities, run.classes)
-        if overwrite:
-            shutil.rmtree(path, ignore_errors=True)
-        return replace(run, path=_under_a_free_name(unfinished, path), report=report)
+        with unfinished_folder(path.parent) as unfinished:
+            save_file(_tensors(run), unfinished / TENSORS)
+            config = _config(run, path, command, _sha256(unfinished / TENSORS))
+            _write_json(unfinished / CONFIG, config)
+            _write_json(unfinished / METRICS, report.figures)
+            save_split(run.split, unfinished / SPLIT)
+            write_table(unfinished / HISTORY, report.history)
+            write_predictions(unfinished / PREDICTIONS, report.ids, report.tags, report.probabilities, run.classes)
+            if overwrite:
+                shutil.rmtree(path, ignore_errors=True)
+            return replace(run, path=_under_a_free_name(unfinished, path), report=report)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UsageError(f"can't write the run {path}: {reason}; give another folder for `runs`") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left unfinished: of this machine's only, another's may be alive and share the
-    folder."""
-    for path in folder.glob(".*.writing"):
-        _, _, written_by = path.stem.rpartition(f".{socket.gethostname()}.")
-        if written_by.isdigit() and not _is_alive(int(written_by)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    if os.name != "posix":
-        return True  # elsewhere signal 0 isn't harmless
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        pass  # another user's process, or no number of one
-    return True
 
 
 def _under_a_free_name(unfinished: Path, wanted: Path) -> Path:
@@ -141,7 +116,12 @@ def _plain(text: str) -> str:
     return f"{plain.encode()[: LONGEST_PART - 9].decode(errors='ignore')}-{digest}"
 
 
-def _config(run: Run, command: str | None, sha256: str) -> dict[str, Any]:
+def _config(run: Run, path: Path, command: str | None, sha256: str) -> dict[str, Any]:
+    trained_on = run.source.folder.resolve()
+    try:
+        from_run = os.path.relpath(trained_on, path.resolve())
+    except ValueError:  # on another drive
+        from_run = str(trained_on)
     members = [
         {
             "train": asdict(m.config),
@@ -166,7 +146,8 @@ def _config(run: Run, command: str | None, sha256: str) -> dict[str, Any]:
         "command": command,
         "classes": run.classes,
         "training_rows": run.training_rows,
-        "features": {**asdict(run.source), "folder": str(run.source.folder)},
+        "features": {**asdict(run.source), "folder": str(trained_on)},
+        "features_from_run": from_run,
         "split": [s.how for s in run.split] if isinstance(run.split, list) else run.split.how,
         "stacked": run.stacking is not None,
         "members": members,
@@ -189,14 +170,6 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_history(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def write_tensorboard(run: Run) -> None:
     """Event files of every member's history under the saved run's folder, in `tensorboard`."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -214,18 +187,28 @@ def write_predictions(
     path: Path, ids: Iterable[str], tags: Iterable[str], probabilities: np.ndarray, classes: Sequence[str]
 ) -> None:
     """CSV of id, tag, pred and a column "p_<class>" for each class: probabilities (N, C)."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["id", "tag", "pred", *(f"p_{name}" for name in classes)])
-        for name, tag, row in zip(ids, tags, probabilities, strict=True):
-            writer.writerow([name, tag, classes[int(row.argmax())], *(f"{p:.6f}" for p in row)])
+    write_csv(path, prediction_rows(ids, tags, probabilities, classes))
+
+
+def prediction_rows(
+    ids: Iterable[str], tags: Iterable[str], probabilities: np.ndarray, classes: Sequence[str]
+) -> Iterator[list[str]]:
+    """The lines of `write_predictions`, the header first."""
+    yield [*PREDICTION_COLUMNS, *(f"p_{name}" for name in classes)]
+    for name, tag, row in zip(ids, tags, probabilities, strict=True):
+        yield [name, tag, classes[int(row.argmax())], *(f"{p:.6f}" for p in row)]
 
 
 def read_predictions(path: Path) -> tuple[list[str], list[str], np.ndarray]:
-    """Ids, tags and probabilities (N, C) that `write_predictions` wrote."""
-    with path.open(encoding="utf-8", newline="") as file:
-        _, *rows = csv.reader(file)
-    return [r[0] for r in rows], [r[1] for r in rows], np.array([r[3:] for r in rows], np.float64)
+    """Ids, tags and probabilities (N, C) that `write_predictions` wrote. Raises `UsageError` for anything else."""
+    try:
+        header, *rows = read_csv(path)
+        probabilities = np.array([r[3:] for r in rows], np.float64).reshape(len(rows), len(header) - 3)
+        return [r[0] for r in rows], [r[1] for r in rows], probabilities
+    except (OSError, ValueError, IndexError) as error:
+        raise UsageError(
+            f"{path} can't be read as predictions ({first_line(error)}); remove its folder and train again"
+        ) from None
 
 
 # -- loading ----------------------------------------------------------------------------------------------------
@@ -250,9 +233,8 @@ def load_run(path: Path | str) -> Run:
         stacking = None
         if config["stacked"]:
             stacking = Stacking(tensors.pop("stacking/weight"), tensors.pop("stacking/bias"))
-        run = Run(
-            config["classes"], members, _source(config["features"]), split, config["training_rows"], stacking, path
-        )
+        source, nearby = _source(config["features"]), (path / config["features_from_run"]).resolve()
+        run = Run(config["classes"], members, source, split, config["training_rows"], stacking, path, nearby)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]  # torch says which tensors don't fit below its first line
         raise UsageError(f"{path} is damaged ({reason}); train again") from None
@@ -264,9 +246,8 @@ def load_run(path: Path | str) -> Run:
 
 
 def _source(saved: Mapping[str, Any]) -> FeatureSource:
-    return FeatureSource(
-        Path(saved["folder"]), tuple(saved["image"]), tuple(saved["text"]), saved["tokens"], saved["fingerprints"]
-    )
+    names = {side: tuple(saved[side]) for side in SIDES}
+    return FeatureSource(**{**saved, "folder": Path(saved["folder"]), **names})
 
 
 def _member(k: int, saved: dict[str, Any], tensors: dict[str, torch.Tensor], n_classes: int) -> Member:
@@ -324,10 +305,8 @@ def read_metrics(path: Path) -> dict[str, Any]:
 def read_report(path: Path) -> Report:
     """What a saved run's training said. Raises `UsageError` when its files can't be read."""
     try:
-        with (path / HISTORY).open(encoding="utf-8", newline="") as file:
-            history = list(csv.DictReader(file))
-        return Report(*read_predictions(path / PREDICTIONS), read_metrics(path), history)
-    except (OSError, ValueError, IndexError) as error:
+        return Report(*read_predictions(path / PREDICTIONS), read_metrics(path), read_table(path / HISTORY))
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path} is damaged ({first_line(error)}); train again") from None
 
 

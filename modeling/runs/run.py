@@ -15,7 +15,7 @@ from feats.errors import UsageError
 from feats.store import fingerprint_difference
 from modeling.evaluation.metrics import softmax
 from modeling.features.inputs import Preprocessing
-from modeling.features.joined import FeatureSet, FeatureSource, Ragged
+from modeling.features.joined import FeatureSet, FeatureSource, Ragged, content_digests
 from modeling.features.splits import Split
 from modeling.heads.base import Head
 from modeling.training.config import TrainConfig
@@ -112,6 +112,7 @@ class Run:
     training_rows: dict[str, int]  # of each class, of all folds
     stacking: Stacking | None = None
     path: Path | None = None
+    nearby: Path | None = None  # where the folder of caches lies if it moved along with the run
     report: Report | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -167,14 +168,38 @@ class Run:
         return replace(self, members=[m.to(device) for m in self.members])
 
     def feature_folder(self, given: Path | None = None) -> Path:
-        """`given`, or else the folder of the caches the run was trained on. Raises `UsageError` when that is gone."""
-        folder = self.source.folder if given is None else given
-        if given is None and not folder.is_dir():
-            raise UsageError(
-                f"{self.named} was trained on caches in {folder}, and there is no such folder (now, or as seen from here); "
-                "name the folder of caches with `feats`"
-            )
-        return folder
+        """`given`, or else the folder of the caches the run was trained on. Raises `UsageError` when that isn't found."""
+        if given is not None:
+            return given
+        # The working directory has no say: another project's caches have the same names. As long as the run and the
+        # caches lie where they lay, they need no proof. After a move the project as a whole (then `nearby` is right) or
+        # the run alone (then the absolute folder is) may have moved, and other caches may lie where these did: those
+        # that still hold the run's own training rows are taken.
+        trained_on = self.source.folder
+        places = list(dict.fromkeys([self.nearby or trained_on, trained_on]))
+        reasons = {}
+        for place in places:
+            reasons[place] = self._why_not(place, moved=len(places) > 1)
+            if not reasons[place]:
+                return place
+        raise UsageError(
+            f"the caches that {self.named} was trained on aren't found: "
+            f"{', '.join(f'{place}: {reason}' for place, reason in reasons.items())}; name their folder with `feats`"
+        )
+
+    def _why_not(self, folder: Path, moved: bool) -> str:
+        """Why `folder` doesn't hold the run's caches, '' if it does; where nothing `moved` it does if it exists."""
+        if not folder.is_dir():
+            return "no such folder"
+        contents = self.source.contents
+        lacking = [f"{name}_train.h5" for name in contents if not (folder / f"{name}_train.h5").is_file()]
+        if moved and lacking:
+            return f"no {lacking[0]} to know it by"
+        try:
+            others = moved and content_digests(folder, "train", contents) != contents
+        except UsageError as error:
+            return str(error)
+        return "its training rows are others" if others else ""
 
     def check(self, data: FeatureSet, *, same_rows: bool = False) -> None:
         """Raise `UsageError` when `data` lacks features that the run reads, when another encoder made them than the run

@@ -1,6 +1,5 @@
 """A sweep's bookkeeping and its comparison tables."""
 
-import csv
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from feats.csv_files import read_table, write_table
 from feats.errors import UsageError
 from modeling.evaluation import metrics
 from modeling.experiment import Experiment
@@ -80,11 +80,7 @@ class Tables:
 
     def write(self, folder: Path) -> None:
         """table.csv, with every number in full, and table.md."""
-        with (folder / TABLE).open("w", encoding="utf-8", newline="") as file:
-            names = list(dict.fromkeys(name for row in self.rows for name in row))
-            writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_table(folder / TABLE, self.rows)
         parts = [metrics.format_table(self.rows, self.columns, markdown=True)]
         parts += [
             f"### {title}\n\n{metrics.format_table(*pivot, markdown=True)}" for title, pivot in self.pivots.items()
@@ -95,9 +91,8 @@ class Tables:
 def best_run(folder: Path) -> Path:
     """The first run in a sweep's table: the best configuration's. Raises `UsageError` when there is no table."""
     try:
-        with (folder / TABLE).open(encoding="utf-8", newline="") as file:
-            return folder / next(csv.DictReader(file))["run"]
-    except (OSError, StopIteration, KeyError):
+        return folder / read_table(folder / TABLE)[0]["run"]
+    except (OSError, ValueError, IndexError, KeyError):
         raise UsageError(f"no finished sweep in {folder}; make one with python modeling/sweep_heads.py") from None
 
 
