@@ -190,10 +190,10 @@ def test_a_rare_class_costs_no_training_rows(tmp_path: Path):
     path = train(tmp_path / "feats", tmp_path)
     ids = split_of(path)["train"]
     experiment = of_run(path)
-    assert len(ids) == 108 and experiment.tags(ids).count("c") == 3
+    assert len(ids) == 108 and experiment.features.tags_of(ids).count("c") == 3
     folds = unseen_folds(ids, 5, experiment, 0.1)
     assert [(len(f.train), len(f.val), len(f.test)) for f in folds] == [(65, 7, 36)] * 3
-    assert all("c" in experiment.tags(part) for f in folds for part in (f.train, f.val, f.test))
+    assert all("c" in experiment.features.tags_of(part) for f in folds for part in (f.train, f.val, f.test))
     assert export(tmp_path) == 0
 
 

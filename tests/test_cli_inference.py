@@ -594,7 +594,7 @@ def test_what_isnt_ours_is_not_replaced_and_nothing_is_computed_for_it(
     assert (home / "link.csv").is_symlink() and len(submission(home / "target.csv")[1]) == len(TEST)
     assert infer(home, "--proba", "--out", str(home / "target.csv")) == 0
     capsys.readouterr()
-    monkeypatch.setattr(prediction, "predict", lambda *args, **options: pytest.fail("predicted in vain"))
+    monkeypatch.setattr(prediction, "predict_caches", lambda *args, **options: pytest.fail("predicted in vain"))
     line = refused(capsys, infer(home, "--out", str(cache)))
     assert str(cache) in line and "give another file with --out" in line
     assert cache.read_bytes() == before

@@ -461,7 +461,7 @@ def test_unusable_sweeps(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     for argv, told in (
         (["--head", "fusion", "fusoin"], "did you mean fusion"),
         (["--lr", "1e-3", "0"], "expected lr > 0"),
-        (["--runs", str(tmp_path / "file"), "--ep", "1"], "give another --runs folder"),
+        (["--runs", str(tmp_path / "file"), "--ep", "1"], "give another folder for --runs"),
         (["--vtype", "clap"], "no cache .*clap_train.h5.*Did you mean clip"),
     ):
         assert sweep(feats, tmp_path / "runs", *argv) == 2
@@ -567,7 +567,7 @@ def test_what_auto_does_not_use_is_refused(
 def test_auto_with_what_it_reads(feats: Path, tmp_path: Path):
     argv = ["--head", "kernel", "--ablation", "1", "--gamma", "1", "--ridge", "1", "--recipe", "A"]
     run = load_run(searched(feats, tmp_path, *argv))
-    assert run.split.how["test_ratio"] == 0.1 and {m.config.class_weights for m in run.members} == {"neutral=1.2"}
+    assert run.split.how["test_ratio"] == 0.1 and {m.config.class_weights for m in run.members} == {(("neutral", 1.2),)}
 
 
 def test_auto_keeps_to_the_side_it_is_told(feats: Path, tmp_path: Path):

@@ -540,6 +540,8 @@ def test_recipes_fill_in_what_was_not_typed(recipe: str, feats: Path, tmp_path: 
     path = newest_run(tmp_path)
     expected = {**RECIPES[recipe], "ep": 2}
     settings = trained_with(path)
+    if not isinstance(settings["class_weights"], str):
+        settings["class_weights"] = dict(settings["class_weights"])
     how = content(path, "config")["split"]
     for name, value in expected.items():
         assert value == how.get(name.removeprefix("split_"), settings.get(name)), name
@@ -724,7 +726,7 @@ def test_classes_too_rare_for_inner_folds(feats: Path, tmp_path: Path, capsys: p
 def test_a_runs_folder_that_cannot_be_written(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "file").write_text("kept")
     for runs in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert "give another --runs folder" in refused(capsys, feats, runs)
+        assert "give another folder for --runs" in refused(capsys, feats, runs)
     assert (tmp_path / "file").read_text() == "kept"
 
 
