@@ -20,6 +20,7 @@ import sklearn.metrics as reference
 from caches import CLASSES, make_cache, make_tags
 from conftest import ROOT
 from safetensors.torch import load_file
+from scipy.stats import beta
 
 from feats.errors import UsageError
 from feats.store import FeatureStore
@@ -367,6 +368,19 @@ def test_the_ranked_figure_is_the_compared_one(feats: Path, tmp_path: Path, caps
     assert float(second["to best"]) == pytest.approx(float(second["macro_f1"]) - float(first["macro_f1"]))
     expected = min(1, 2 * min((difference <= 0).mean(), (difference >= 0).mean()))
     assert float(second["p"]) == pytest.approx(expected, abs=0.1)
+
+
+def test_all_right_is_not_sure_to_be_right(tmp_path: Path):
+    """What 27 of 27 right, of several seeds even, can tell: Jeffreys's interval."""
+    told = np.eye(3, 8)[[CLASSES.index(tag) for tag in make_tags(90)]].astype(np.float16)
+    make_cache(tmp_path / "feats", "clip", changed={"image_feats": told, "text_feats": told})
+    argv = ["--head", "linear", "mlp", "--penalty", "1", "--ep", "30", "--lr", "1e-1", "--seeds", "2"]
+    assert sweep(tmp_path / "feats", tmp_path, *argv, "--val-ratio", "0.3") == 0
+    low, _ = beta(27.5, 0.5).ppf([0.025, 0.975])
+    for row in table(tmp_path / "sweep")[:-1]:
+        assert row["accuracy"] == row["high"] == "1.0" and float(row["low"]) == pytest.approx(low, abs=0.02)
+        interval = content(tmp_path / "sweep" / row["run"], "metrics")["val"]["interval"]
+        assert interval["accuracy"] == [pytest.approx(low, abs=0.02), 1] and interval["macro_f1"][0] < 0.95
 
 
 def test_heads_without_epochs_choose_none(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
