@@ -144,7 +144,8 @@ def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
     add("label_smoothing", "share of the target spread over all classes", type=float, **several)
     add("class_weights", "none, balanced, sqrt, or NAME=VALUE,NAME=VALUE", **several)
     add("balanced_sampler", "draw every class equally often", action="store_true")
-    add("monitor", f"what decides the best epoch: {', '.join(MONITORS)}", **several)
+    ranks = "; ranks the table too (of several the first; accuracy in place of loss)" if grid else ""
+    add("monitor", f"what decides the best epoch: {', '.join(MONITORS)}{ranks}", **several)
     add("patience", "epochs without a better one before stopping", type=int, **several)
     add("precision", "of the products in training: " + ", ".join(PRECISIONS), **several)
     add("seed", "of weights, batches and dropout", type=int)

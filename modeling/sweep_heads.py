@@ -8,6 +8,8 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
+import numpy as np
+
 from feats.cli import EXIT_DONE
 from feats.errors import UsageError
 from modeling import cli as options
@@ -70,7 +72,10 @@ def run_sweep(args: Namespace, command: str) -> int:
             exact_name=True,
         )
     diverged = {names[waiting[k]]: reason for k, reason in failed.items()}
-    tables = sweep.compare(folder, configs, names, experiment, grid[0].monitor, diverged)
+    # One figure for all, whichever head stands first: typed, or of the one recipe of all. Under --recipe own every head
+    # has another.
+    [monitor, *_] = np.atleast_1d(values.get("monitor", TrainConfig.monitor)).tolist()
+    tables = sweep.compare(folder, configs, names, experiment, monitor, diverged)
     print(tables.text)
     tables.write(folder)
     best = folder / tables.best

@@ -370,6 +370,34 @@ def test_the_ranked_figure_is_the_compared_one(feats: Path, tmp_path: Path, caps
     assert float(second["p"]) == pytest.approx(expected, abs=0.1)
 
 
+@pytest.mark.parametrize(
+    ("argv", "figure"),
+    [
+        (["--recipe", "own", "--head", "concat", "fusion", "late_512", "linear"], "accuracy"),
+        (["--recipe", "own", "--head", "late_512", "concat"], "accuracy"),
+        (["--recipe", "own", "--head", "concat", "fusion", "--monitor", "macro_f1"], "macro_f1"),
+        (["--recipe", "A", "--head", "linear", "concat"], "weighted_f1"),
+        (["--head", "concat", "fusion", "--monitor", "loss"], "accuracy"),
+        (["--head", "concat", "fusion", "--monitor", "weighted_f1", "accuracy"], "weighted_f1"),
+        (["--head", "concat", "fusion"], "accuracy"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_one_figure_ranks_whichever_head_stands_first(
+    argv: list[str], figure: str, feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    split = [] if "A" in argv else ["--val-ratio", "0.3"]
+    assert sweep(feats, tmp_path, *argv, "--penalty", "0.1", "--D", "4", "--ep", "2", *split) == 0
+    out, rows = capsys.readouterr().out, table(tmp_path / "sweep")[:-1]
+    found = [float(row[figure]) for row in rows]
+    assert found == sorted(found, reverse=True)
+    named = re.findall(r"each at its best (\w+)|Of the (\w+): ±|best by validation (\w+):", out)
+    assert [name for names in named for name in names if name] == [figure] * 3
+    for row in rows[1:]:
+        assert float(row["to best"]) == pytest.approx(float(row[figure]) - found[0], abs=1e-12)
+    assert float(rows[0]["low"]) <= found[0] <= float(rows[0]["high"])
+
+
 def test_all_right_is_not_sure_to_be_right(tmp_path: Path):
     """What 27 of 27 right, of several seeds even, can tell: Jeffreys's interval."""
     told = np.eye(3, 8)[[CLASSES.index(tag) for tag in make_tags(90)]].astype(np.float16)

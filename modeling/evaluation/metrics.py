@@ -186,8 +186,8 @@ def interval_of_mean(
     (true, *predicted), counts = _cells([labels, *predictions], n_classes)
     of_class, alike, prior = _prior(n_classes)
     true, weights = np.concatenate([true, of_class]), np.concatenate([counts, prior])
-    predicted = np.stack([np.concatenate([column, alike]) for column in predicted])
-    drawn = _posterior(true, predicted, weights, n_classes, draws, seed)[figure]
+    with_prior = np.stack([np.concatenate([column, alike]) for column in predicted])
+    drawn = _posterior(true, with_prior, weights, n_classes, draws, seed)[figure]
     found = [scores(confusion_matrix(labels, p, n_classes))[figure] for p in predictions]
     return _interval(drawn, float(np.mean(found)), level)
 
