@@ -401,8 +401,7 @@ def measure(outcomes: Sequence[Outcome], experiment: Experiment, run: Run) -> Re
     report = report_of(experiment, run, np.concatenate(calibrated), np.concatenate(raw))
     singles = [metrics.evaluate(experiment.labels(o.split.val), o.calibrated, experiment.classes) for o in outcomes]
     report.figures["members"] = {"count": len(outcomes), "mean_std": metrics.mean_std(singles)}
-    chosen = "best epoch and temperature chosen on the validation rows"
-    report.figures["protocol"] = f"{protocol(experiment)}; {chosen}"
+    report.figures["protocol"] = f"{protocol(experiment)}; {chosen(run.members)}"
     report.history.extend(
         {"fold": o.member.fold or "", "seed": o.member.config.seed, **row}
         for o in outcomes
@@ -454,6 +453,18 @@ def protocol(experiment: Experiment) -> str:
         split = f"stratified split, {how['val_ratio']:g} for validation, seed {how['seed']}"
     together = "" if "files" in how else ", duplicates together" if experiment.group_of else ", duplicates anywhere"
     return f"{split}{together}"
+
+
+def chosen(members: Sequence[Member]) -> str:
+    """What was chosen by data in training the members, and on which rows."""
+    epoch = "best epoch and " if any(m.best_epoch is not None for m in members) else ""
+    by_folds = [
+        name
+        for name in ("penalty", "gamma")
+        if any(name in reads(m.config.head.head) and getattr(m.config, name) is None for m in members)
+    ]
+    folds = f", {' and '.join(by_folds)} by inner folds of the training rows" if by_folds else ""
+    return f"{epoch}temperature chosen on the validation rows{folds}"
 
 
 def print_report(report: Report, run: Run) -> None:

@@ -208,7 +208,7 @@ def test_a_class_too_rare_to_part_in_three(twins: bool, tmp_path: Path, capsys: 
     path = train(tmp_path / "feats", tmp_path, "--val-ratio", "0.4" if twins else "0.1")
     line = refused(capsys, tmp_path)
     assert f"class 'c' has {4 if twins else 2} training rows, expected at least 3 that are no duplicates" in line
-    assert "one to choose the epoch by" in line and "kernel" not in line and not (path / "bad_cases.csv").exists()
+    assert "one to validate by" in line and "kernel" not in line and not (path / "bad_cases.csv").exists()
 
 
 def test_a_rare_class_of_duplicates(tmp_path: Path):

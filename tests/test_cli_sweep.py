@@ -552,8 +552,9 @@ def test_auto_leaves_a_run_that_beats_guessing(feats: Path, tmp_path: Path, caps
     assert len({m.group for m in run.members}) == len(families)
     assert all(c["caches"] in out for c in candidates)
     with (path / "history.csv").open() as file:
-        told = [(row["head"], row["caches"], float(row["val_loss"])) for row in csv.DictReader(file)]
-    assert told == [(c["head"], c["caches"], c["log_loss"]) for c in candidates if c["stacked"]]
+        told = [(row["head"], row["caches"], row["epoch"], float(row["val_loss"])) for row in csv.DictReader(file)]
+    assert told == [(c["head"], c["caches"], "", c["log_loss"]) for c in candidates if c["stacked"]]
+    assert {member["best_epoch"] for member in content(path, "config")["members"]} == {None}
 
 
 def test_auto_stacks_the_sides_of_one_cache(feats: Path, tmp_path: Path):

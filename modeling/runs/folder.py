@@ -62,7 +62,7 @@ class Member:
     widths: dict[str, int]
     temperature: float = 1.0
     group: int = 0  # stacking: members of one group (the folds of one head) speak with one voice
-    best_epoch: int = 0
+    best_epoch: int | None = None  # None: its head has no epochs
     facts: dict[str, Any] = field(default_factory=dict)
     fold: int | None = None  # which fold's split it was trained on, from 1
 
@@ -338,7 +338,7 @@ def write_tensorboard(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
             for row in rows:
                 for name, value in row.items():
                     if name not in ("fold", "seed", "epoch"):
-                        writer.add_scalar(name, value, row["epoch"])
+                        writer.add_scalar(name, value, row["epoch"] or 0)  # 0: a head without epochs
 
 
 def write_predictions(
