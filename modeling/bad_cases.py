@@ -18,6 +18,7 @@ import numpy as np
 
 from feats.cli import EXIT_DONE, positive
 from feats.csv_files import write_rows
+from feats.errors import UsageError
 from modeling import cli
 from modeling.evaluation.metrics import confusion_matrix, format_table
 from modeling.evaluation.out_of_fold import labelled, out_of_fold, single_split, unseen_folds
@@ -31,7 +32,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
     parser.add_argument("--run", metavar="RUN", help="a path, or a name in --runs (default: the newest)")
     parser.add_argument("--folds", type=positive, default=5, metavar="K", help="folds of the training rows")
-    parser.add_argument("--min-confidence", type=float, default=0.0, metavar="P", help="only rows as surely wrong")
+    parser.add_argument("--min-confidence", type=float, default=0.0, metavar="P", help="list rows as sure, 0 to 1")
     parser.add_argument("--out", type=Path, metavar="FILE", help="(default: bad_cases.csv in the run's folder)")
     cli.add_run_options(parser)
     return parser
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(args: Namespace) -> int:
+    if not 0 <= args.min_confidence <= 1:
+        raise UsageError(f"--min-confidence {args.min_confidence:g}: expected a probability, 0 to 1")
     [run] = open_runs(args.runs, [args.run] if args.run else None)
     split = single_split(run)
     out = args.out or run.path / "bad_cases.csv"
@@ -57,21 +60,24 @@ def export(args: Namespace) -> int:
     with cli.progress_bar("train", total_epochs(configs, experiment), "epoch") as progress:
         probabilities = out_of_fold(run, experiment, train_ids, progress)
     labels, predicted = experiment.labels(train_ids), probabilities.argmax(1)
-    wrong = np.flatnonzero((predicted != labels) & (probabilities.max(1) >= args.min_confidence))
-    wrong = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")]  # the surest first
-    ids = [train_ids[k] for k in wrong]
+    confidence = probabilities.max(1)
+    wrong = np.flatnonzero(predicted != labels)
+    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")]  # the surest first
+    listed = wrong[confidence[wrong] >= args.min_confidence]
+    ids = [train_ids[k] for k in listed]
     tags = experiment.features.tags_of(ids)
     with user_file(out, PREDICTION_COLUMNS) as file:
-        write_rows(file, prediction_rows(ids, tags, probabilities[wrong], run.classes))
+        write_rows(file, prediction_rows(ids, tags, probabilities[listed], run.classes))
     confusion = confusion_matrix(labels, predicted, len(run.classes))
     rows = [
         {"true \\ predicted": name, **dict(zip(run.classes, counts, strict=True))}
         for name, counts in zip(run.classes, confusion.tolist(), strict=True)
     ]
     print(format_table(rows, ["true \\ predicted", *run.classes]))
+    as_sure = f", {len(listed)} of them with confidence {args.min_confidence:g} or more" if args.min_confidence else ""
     print(
-        f"{len(wrong)} of {len(train_ids)} training rows wrong in {len(folds)}-fold out-of-fold predictions, the surest "
-        f"first -> {out}"
+        f"{len(wrong)} of {len(train_ids)} training rows wrong in {len(folds)}-fold out-of-fold predictions{as_sure}, the "
+        f"surest first -> {out}"
     )
     return EXIT_DONE
 

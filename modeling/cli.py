@@ -129,7 +129,8 @@ def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
     add("label_smoothing", "share of the target spread over all classes", type=float, **several)
     add("class_weights", "none, balanced, sqrt, or NAME=VALUE,NAME=VALUE", **several)
     add("balanced_sampler", "draw every class equally often", action="store_true")
-    add("monitor", f"what decides the best epoch: {', '.join(MONITORS)}", **several)
+    ranks = "; ranks the table too (of several the first; accuracy in place of loss)" if grid else ""
+    add("monitor", f"what decides the best epoch: {', '.join(MONITORS)}{ranks}", **several)
     add("patience", "epochs without a better one before stopping", type=int, **several)
     add("precision", "of the products in training: " + ", ".join(PRECISIONS), **several)
     add("seed", "of weights, batches and dropout", type=int)
@@ -148,16 +149,12 @@ class Grid:
     """The trainings a command line asks for: the settings of each, flat, with class weights as they were typed."""
 
     points: tuple[dict[str, Any], ...]
+    monitor: str = TrainConfig.monitor  # one figure for all: typed, or of the one recipe of all
 
     @property
     def heads(self) -> list[HeadConfig]:
         """The head of each training."""
         return [config.head for config in self._configs(lambda weights: "none")]
-
-    @property
-    def monitor(self) -> str:
-        """What decides the best epoch of the first training."""
-        return str(self.points[0].get("monitor", TrainConfig.monitor))
 
     def configs(self, classes: Sequence[str]) -> list[TrainConfig]:
         """The trainings on data of `classes`. Raises `UsageError` for class weights of others."""
@@ -185,12 +182,13 @@ def grid_from(args: Namespace, **fixed: Any) -> Grid:
     axes = {name: value for name, value in values.items() if isinstance(value, list)}
     if "all" in axes.get("head", ()):
         axes["head"] = [name for name, head in HEADS.items() if not head.tokens]
+    monitor = values.get("monitor", TrainConfig.monitor)
     points = [{**values, **dict(zip(axes, point, strict=True))} for point in product(*axes.values())]
     if args.recipe == OWN:
         own = [RECIPES.get(head_class(p.get("head", HeadConfig.head)).recipe, {}) for p in points]
         of_head = [{name: value for name, value in r.items() if name in known} for r in own]
         points = [{**settings, **point} for settings, point in zip(of_head, points, strict=True)]
-    grid = Grid(tuple(points))
+    grid = Grid(tuple(points), monitor[0] if isinstance(monitor, list) else monitor)
     _ = grid.heads  # says now, before any data are read, what is out of range
     return grid
 

@@ -17,7 +17,7 @@ from modeling.features.joined import FeatureSet, FeatureSource, load_features
 from modeling.features.splits import Split, SplitSettings, deal_folds, duplicates_of, make_splits
 from modeling.heads.base import HeadConfig, head_class
 from modeling.runs.run import Member, Report, Run
-from modeling.training.config import TrainConfig, with_seeds
+from modeling.training.config import TrainConfig, settings_read, with_seeds
 from modeling.training.fit import Problem, Trained, n_epochs, stacks
 from modeling.training.workers import LARGEST_COPY, run_jobs
 
@@ -403,8 +403,7 @@ def measure(outcomes: Sequence[Outcome], experiment: Experiment, run: Run) -> Re
     report = report_of(experiment, run, np.concatenate(calibrated), np.concatenate(raw))
     singles = [metrics.figures(experiment.labels(o.split.val), o.calibrated, experiment.classes) for o in outcomes]
     report.figures["members"] = {"count": len(outcomes), "mean_std": metrics.mean_std(singles)}
-    chosen = "best epoch and temperature chosen on the validation rows"
-    report.figures["protocol"] = f"{protocol(experiment)}; {chosen}"
+    report.figures["protocol"] = f"{protocol(experiment)}; {_chosen(run.members)}"
     report.history.extend(
         {"fold": o.member.fold or "", "seed": o.member.config.seed, **row}
         for o in outcomes
@@ -456,3 +455,15 @@ def protocol(experiment: Experiment) -> str:
         split = f"stratified split, {how['val_ratio']:g} for validation, seed {how['seed']}"
     together = "" if "files" in how else ", duplicates together" if experiment.group_of else ", duplicates anywhere"
     return f"{split}{together}"
+
+
+def _chosen(members: Sequence[Member]) -> str:
+    """What was chosen by data in training the members, and on which rows."""
+    epoch = "best epoch and " if any(m.best_epoch is not None for m in members) else ""
+    by_folds = [
+        name
+        for name in ("C", "ridge", "gamma")
+        if any(name in settings_read(m.config.head.head) and getattr(m.config, name) is None for m in members)
+    ]
+    folds = f", {' and '.join(by_folds)} by inner folds of the training rows" if by_folds else ""
+    return f"{epoch}temperature chosen on the validation rows{folds}"

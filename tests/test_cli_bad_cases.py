@@ -135,17 +135,32 @@ def test_every_misclassified_row_is_there(feats: Path, tmp_path: Path):
     assert {row["id"]: row["pred"] for row in rows} == wrong and len(wrong) > 2
 
 
-def test_only_those_as_sure_as_asked(feats: Path, tmp_path: Path):
+def test_only_those_as_sure_as_asked(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     path = train(feats, tmp_path, "--head", "linear", "--C", "0.1")
+    capsys.readouterr()
     export(tmp_path)
     every = read_predictions(path / "bad_cases.csv")
+    wrong = f"{len(every[0])} of {len(split_of(path)['train'])} training rows wrong"
+    out = capsys.readouterr().out
+    assert wrong in out and "confidence" not in out
     middle = np.median(every[2].max(1)) + 1e-6
     export(tmp_path, "--min-confidence", str(middle), "--out", str(tmp_path / "sure.csv"))
     sure = read_predictions(tmp_path / "sure.csv")
     wanted = [i for i, row in zip(every[0], every[2], strict=True) if row.max() >= middle]
     assert sure[0] == wanted and 0 < len(wanted) < len(every[0])
-    export(tmp_path, "--min-confidence", "1.1", "--out", str(tmp_path / "none.csv"))
-    assert rows_of(tmp_path / "none.csv") == []
+    out = capsys.readouterr().out
+    assert wrong in out and f", {len(wanted)} of them with confidence {middle:g} or more, the surest first" in out
+    export(tmp_path, "--min-confidence", "1", "--out", str(tmp_path / "certain.csv"))
+    certain = read_predictions(tmp_path / "certain.csv")[0]
+    assert set(certain) < set(wanted)
+    assert f"{wrong} in 5-fold out-of-fold predictions, {len(certain)} of them with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", ["nan", "9", "-0.1", "inf"])
+def test_a_confidence_that_is_no_probability(given: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert refused(capsys, tmp_path, f"--min-confidence={given}").startswith(
+        f"error: --min-confidence {given}: expected a probability, 0 to 1"
+    )
 
 
 def test_of_a_sweeps_run_and_of_several_seeds(feats: Path, tmp_path: Path):
@@ -213,7 +228,7 @@ def test_a_class_too_rare_to_part_in_three(twins: bool, tmp_path: Path, capsys: 
     path = train(tmp_path / "feats", tmp_path, "--val-ratio", "0.4" if twins else "0.1")
     line = refused(capsys, tmp_path)
     assert f"class 'c' has {4 if twins else 2} training rows, expected at least 3 that are no duplicates" in line
-    assert "one to choose the epoch by" in line and "kernel" not in line and not (path / "bad_cases.csv").exists()
+    assert "one to validate by" in line and "kernel" not in line and not (path / "bad_cases.csv").exists()
 
 
 def test_a_rare_class_of_duplicates(tmp_path: Path):

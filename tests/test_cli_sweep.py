@@ -21,6 +21,7 @@ import sklearn.metrics as reference
 from caches import CLASSES, make_cache, make_tags
 from conftest import ROOT
 from safetensors.torch import load_file
+from scipy.stats import beta
 
 from feats.errors import UsageError
 from feats.store import FeatureStore
@@ -385,6 +386,47 @@ def test_the_ranked_figure_is_the_compared_one(feats: Path, tmp_path: Path, caps
     assert float(second["p"]) == pytest.approx(expected, abs=0.1)
 
 
+@pytest.mark.parametrize(
+    ("argv", "figure"),
+    [
+        (["--recipe", "own", "--head", "concat", "fusion", "late_512", "linear"], "accuracy"),
+        (["--recipe", "own", "--head", "late_512", "concat"], "accuracy"),
+        (["--recipe", "own", "--head", "concat", "fusion", "--monitor", "macro_f1"], "macro_f1"),
+        (["--recipe", "A", "--head", "linear", "concat"], "weighted_f1"),
+        (["--head", "concat", "fusion", "--monitor", "loss"], "accuracy"),
+        (["--head", "concat", "fusion", "--monitor", "weighted_f1", "accuracy"], "weighted_f1"),
+        (["--head", "concat", "fusion"], "accuracy"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_one_figure_ranks_whichever_head_stands_first(
+    argv: list[str], figure: str, feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    split = [] if "A" in argv else ["--val-ratio", "0.3"]
+    assert sweep(feats, tmp_path, *argv, "--C", "0.1", "--D", "4", "--ep", "2", *split) == 0
+    out, rows = capsys.readouterr().out, table(tmp_path / "sweep")[:-1]
+    found = [float(row[figure]) for row in rows]
+    assert found == sorted(found, reverse=True)
+    named = re.findall(r"each at its best (\w+)|Of the (\w+): ±|best by validation (\w+):", out)
+    assert [name for names in named for name in names if name] == [figure] * 3
+    for row in rows[1:]:
+        assert float(row["to best"]) == pytest.approx(float(row[figure]) - found[0], abs=1e-12)
+    assert float(rows[0]["low"]) <= found[0] <= float(rows[0]["high"])
+
+
+def test_all_right_is_not_sure_to_be_right(tmp_path: Path):
+    """What 27 of 27 right, of several seeds even, can tell: Jeffreys's interval."""
+    told = np.eye(3, 8)[[CLASSES.index(tag) for tag in make_tags(90)]].astype(np.float16)
+    make_cache(tmp_path / "feats", "clip", changed={"image_feats": told, "text_feats": told})
+    argv = ["--head", "linear", "mlp", "--C", "1", "--ep", "30", "--lr", "1e-1", "--seeds", "2"]
+    assert sweep(tmp_path / "feats", tmp_path, *argv, "--val-ratio", "0.3") == 0
+    low, _ = beta(27.5, 0.5).ppf([0.025, 0.975])
+    for row in table(tmp_path / "sweep")[:-1]:
+        assert row["accuracy"] == row["high"] == "1.0" and float(row["low"]) == pytest.approx(low, abs=0.02)
+        interval = content(tmp_path / "sweep" / row["run"], "metrics")["val"]["interval"]
+        assert interval["accuracy"] == [pytest.approx(low, abs=0.02), 1] and interval["macro_f1"][0] < 0.95
+
+
 def test_heads_without_epochs_choose_none(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert sweep(feats, tmp_path, "--head", "linear", "--C", "0.1", "1", "--val-ratio", "0.3") == 0
     assert "best epoch" not in capsys.readouterr().out
@@ -526,8 +568,9 @@ def test_auto_leaves_a_run_that_beats_guessing(feats: Path, tmp_path: Path, caps
     assert len({m.group for m in run.members}) == len(families)
     assert all(c["caches"] in out for c in candidates)
     with (path / "history.csv").open() as file:
-        told = [(row["head"], row["caches"], float(row["val_loss"])) for row in csv.DictReader(file)]
-    assert told == [(c["head"], c["caches"], c["log_loss"]) for c in candidates if c["stacked"]]
+        told = [(row["head"], row["caches"], row["epoch"], float(row["val_loss"])) for row in csv.DictReader(file)]
+    assert told == [(c["head"], c["caches"], "", c["log_loss"]) for c in candidates if c["stacked"]]
+    assert {member["best_epoch"] for member in content(path, "config")["members"]} == {None}
 
 
 def test_auto_stacks_the_sides_of_one_cache(feats: Path, tmp_path: Path):

@@ -137,8 +137,45 @@ def test_every_head_leaves_a_run_that_predicts_what_it_reports(name: str, feats:
     found = run.probabilities(features, features.positions(ids))
     np.testing.assert_allclose(found, probabilities, atol=1e-5)
     with (path / "history.csv").open() as file:
-        epochs = [int(row["epoch"]) for row in csv.DictReader(file)]
-    assert epochs == ([1, 2, 3] if HEADS[name].closed_form() is False else [1])
+        history = list(csv.DictReader(file))
+    [best] = [member["best_epoch"] for member in content(path, "config")["members"]]
+    assert best == run.members[0].best_epoch
+    if not HEADS[name].closed_form():
+        assert [row["epoch"] for row in history] == ["1", "2", "3"] and best in (1, 2, 3)
+    else:  # one row that is of no epoch
+        assert [row["epoch"] for row in history] == [""] and best is None
+        assert float(history[0]["accuracy"]) == content(path, "metrics")["val"]["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "chosen"),
+    [
+        (["--head", "mlp"], "; best epoch and temperature chosen on the validation rows"),
+        (
+            ["--head", "linear"],
+            "; temperature chosen on the validation rows, C by inner folds of the training rows",
+        ),
+        (["--head", "linear", "--C", "1"], "; temperature chosen on the validation rows"),
+        (
+            ["--head", "kernel"],
+            "; temperature chosen on the validation rows, ridge and gamma by inner folds of the training rows",
+        ),
+        (
+            ["--head", "kernel", "--ridge", "1"],
+            "; temperature chosen on the validation rows, gamma by inner folds of the training rows",
+        ),
+        (["--head", "kernel", "--ridge", "1", "--gamma", "1"], "; temperature chosen on the validation rows"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_protocol_says_what_was_chosen(
+    argv: list[str], chosen: str, feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    capsys.readouterr()
+    path = train(feats, tmp_path, *argv)
+    out = capsys.readouterr().out
+    assert content(path, "metrics")["protocol"].endswith(f"duplicates together{chosen}")
+    assert f"duplicates together{chosen}\n" in out and ("best epoch" in out) == ("mlp" in argv)
 
 
 def test_the_saved_epoch_is_the_best_one(feats: Path, tmp_path: Path):
@@ -199,6 +236,10 @@ def test_tensorboard_shows_the_history(feats: Path, tmp_path: Path):
             found = [(event.step, event.value) for event in events.Scalars(scalar)]
             assert found == [(int(r["epoch"]), pytest.approx(float(r[scalar]), rel=1e-6)) for r in rows]
     assert not (train(feats, tmp_path) / "tensorboard").exists()
+    path = train(feats, tmp_path, "--tensorboard", "--head", "linear", "--C", "1")  # without epochs
+    events = EventAccumulator(str(path / "tensorboard" / "seed42")).Reload()
+    [event] = events.Scalars("accuracy")
+    assert event.value == pytest.approx(content(path, "metrics")["val"]["accuracy"])
 
 
 # -- splits -----------------------------------------------------------------------------------------------------

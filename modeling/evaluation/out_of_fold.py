@@ -43,7 +43,7 @@ def labelled(ids: Sequence[str], experiment: Experiment, folder: Path) -> list[s
 
 
 def unseen_folds(ids: Sequence[str], k: int, experiment: Experiment, val_ratio: float) -> list[Split]:
-    """k splits: each row in the test part of exactly one. The validation part, which chooses epoch and temperature, is
+    """k splits: each row in the test part of exactly one. The validation part, which chooses temperature and epoch, is
     `val_ratio` of the other rows (more where that can't hold every class): a fold that did the choosing would not be
     unseen. Raises `UsageError` for a class too rare to be in all three parts."""
     check_every_class_parts_in_three(ids, experiment)
@@ -57,7 +57,7 @@ def unseen_folds(ids: Sequence[str], k: int, experiment: Experiment, val_ratio: 
         if len(set(tags)) < 2:
             raise
         raise UsageError(
-            f"with `folds` {k} some class isn't left both to learn from and to choose the epoch by, a fold's own rows "
+            f"with `folds` {k} some class isn't left both to learn from and to validate by, a fold's own rows "
             f"aside; give more `folds`, or leave the rarest class, {min(tags, key=tags.count)!r}, out and train again"
         ) from None
 
@@ -79,7 +79,7 @@ def check_every_class_parts_in_three(ids: Sequence[str], experiment: Experiment)
     if len(distinct) > 1 and len(distinct[rarest]) < 3:
         raise UsageError(
             f"class {rarest!r} has {tags.count(rarest)} training row{'s' if tags.count(rarest) > 1 else ''}, expected at "
-            "least 3 that are no duplicates: one to predict, one to learn from, one to choose the epoch by; add rows of "
+            "least 3 that are no duplicates: one to predict, one to learn from, one to validate by; add rows of "
             "it, or leave it out, and train again"
         )
 

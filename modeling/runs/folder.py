@@ -180,7 +180,7 @@ def write_tensorboard(run: Run) -> None:
             for row in rows:
                 for name, value in row.items():
                     if name not in ("fold", "seed", "epoch"):
-                        writer.add_scalar(name, value, row["epoch"])
+                        writer.add_scalar(name, value, row["epoch"] or 0)  # 0: a head without epochs
 
 
 def write_predictions(

@@ -37,7 +37,7 @@ class Member:
     widths: dict[str, int]
     temperature: float = 1.0
     group: int = 0  # stacking: members of one group (the folds of one head) speak with one voice
-    best_epoch: int = 0
+    best_epoch: int | None = None  # None: its head has no epochs
     facts: dict[str, Any] = field(default_factory=dict)
     fold: int | None = None  # which fold's split it was trained on, from 1
 

@@ -137,7 +137,7 @@ def search(experiment: Experiment, ids: Sequence[str], configs: Sequence[TrainCo
     members, history = [], []
     for group, (fitted, row) in enumerate(best.values()):
         row["stacked"] = "yes"
-        held_out = {"epoch": 1, "val_loss": row["log_loss"], **{name: row[name] for name in metrics.AVERAGES}}
+        held_out = {"epoch": None, "val_loss": row["log_loss"], **{name: row[name] for name in metrics.AVERAGES}}
         for member, epochs in zip(fitted.members, fitted.histories, strict=True):
             history += [
                 {"member": len(members), "head": row["head"], "caches": row["caches"], **e}

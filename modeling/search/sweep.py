@@ -106,7 +106,7 @@ def compare(
 ) -> Tables:
     """Read the runs `names` of `configs` in `folder` back and compare them, seeds of one configuration together, on the
     same validation rows, best first by `monitor` (by accuracy, where that is the loss): of that figure, the mean and
-    standard deviation over seeds, a bootstrap interval over rows, and a paired bootstrap against the best.
+    standard deviation over seeds, an interval over rows, and a paired bootstrap against the best.
 
     A configuration of which a seed `diverged` (why, by name) is left out with all its seeds, since the others would
     flatter it. Raises `UsageError` when none is left."""
@@ -127,7 +127,7 @@ def compare(
     ends = np.cumsum([len(e["runs"]) for e in entries])[:-1]
     drawn = [of_entry.mean(1) for of_entry in np.split(of_runs, ends, axis=1)]  # resampled rows, the seeds as they are
     for entry, of_entry in zip(entries, drawn, strict=True):
-        low, high = metrics.interval(of_entry)
+        low, high = metrics.interval_of_mean(labels, entry["predictions"], len(experiment.classes), monitor)
         entry["row"] |= {"95 %": f"{low:.3f}-{high:.3f}", "low": low, "high": high}
         if entry is not best:
             difference = entry["row"][monitor] - best["row"][monitor]

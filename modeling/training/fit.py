@@ -52,7 +52,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Trained:
-    """One trained configuration: the head of its best epoch (one model, on the CPU, in evaluation mode).
+    """One trained configuration: the head of its best epoch, or of its closed form (one model, on the CPU, in evaluation
+    mode). `history` has a row for each epoch; of a closed form, which has none, one row of validation figures.
 
     `failure` says why a training ended early whose loss was no longer finite; such a head is of no use."""
 
@@ -60,7 +61,7 @@ class Trained:
     head: Head
     widths: dict[str, int]  # what `head` was built for
     val_logits: np.ndarray  # (len(val), C) float32
-    best_epoch: int
+    best_epoch: int | None  # None: a closed form
     history: list[dict[str, Any]]
     facts: dict[str, Any] = field(default_factory=dict)  # what a closed-form head chose
     held_out: np.ndarray | None = None  # (len(train), C): a closed-form head's logits of each inner fold without it
@@ -477,8 +478,8 @@ def _solved(
         head.cpu().eval(),
         widths,
         logits[0].cpu().numpy(),
-        1,
-        [{"epoch": 1, **figures}],
+        None,
+        [{"epoch": None, **figures}],
         facts,
         held_out.cpu().numpy(),
     )
