@@ -1,19 +1,29 @@
-"""Stage 1: image-text pairs -> encoders -> HDF5 feature caches."""
+"""Stage 1: image-text pairs -> encoders -> HDF5 feature caches.
+
+    from feats import read_dataset, load_encoder, extract, FeatureStore
+
+The names below are found when they are first used: reading a cache needs no torch.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from feats.encoders.base import Encoder
-    from feats.encoders.registry import ENCODERS, load_encoder
-    from feats.errors import RowError, UsageError
-    from feats.extraction.local import Summary, extract
-    from feats.extraction.settings import ExtractionSettings
-    from feats.records import DataSet, Record, read_dataset
-    from feats.source import Source
-    from feats.store import CacheError, FeatureStore, Frame, MissingRowsError
+    from feats.encoders.base import Encoder as Encoder
+    from feats.encoders.registry import ENCODERS as ENCODERS, load_encoder as load_encoder
+    from feats.errors import RowError as RowError, UsageError as UsageError
+    from feats.extraction.local import Summary as Summary, extract as extract
+    from feats.extraction.settings import ExtractionSettings as ExtractionSettings
+    from feats.records import DataSet as DataSet, Record as Record, read_dataset as read_dataset
+    from feats.source import Source as Source
+    from feats.store import (
+        CacheError as CacheError,
+        FeatureStore as FeatureStore,
+        Frame as Frame,
+        MissingRowsError as MissingRowsError,
+    )
 
-# Public name -> its home, imported when the name is first asked for: reading a cache needs no torch.
+# Public name -> its home.
 _HOMES = {
     "ENCODERS": "feats.encoders.registry",
     "CacheError": "feats.store",
@@ -32,31 +42,14 @@ _HOMES = {
     "load_encoder": "feats.encoders.registry",
     "read_dataset": "feats.records",
 }
-__all__ = [
-    "ENCODERS",
-    "CacheError",
-    "DataSet",
-    "Encoder",
-    "ExtractionSettings",
-    "FeatureStore",
-    "Frame",
-    "MissingRowsError",
-    "Record",
-    "RowError",
-    "Source",
-    "Summary",
-    "UsageError",
-    "extract",
-    "load_encoder",
-    "read_dataset",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(_HOMES)}")
     return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted([*globals(), *_HOMES])

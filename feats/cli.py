@@ -12,7 +12,7 @@ from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentPa
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from feats.encoders.registry import ENCODERS, load_encoder
 from feats.errors import UsageError
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from feats.records import DataSet
 
 EXIT_DONE, EXIT_UNUSABLE, EXIT_QUARANTINE, EXIT_INTERRUPTED = 0, 2, 3, 130
-# Messages about a cache name this setting of the scripts that make caches, wherever the message is read.
-ELSEWHERE = {"overwrite": "--overwrite"}
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter):
@@ -46,43 +44,26 @@ def positive(text: str) -> int:
 positive.__name__ = "positive integer"  # argparse shows it: "invalid positive integer value: '0'"
 
 
-def as_typed(message: object, parser: ArgumentParser, named: Mapping[str, str] = {}) -> str:
-    """A library's message in the words of a command line: the settings that it names in backquotes become options.
+def as_typed(message: object, named: Mapping[str, str] = {}) -> str:
+    """A library's message in the words of a command line: settings, which it names in backquotes, become options.
 
-    "give a larger `val_ratio`" -> "give a larger --val-ratio". `named` maps settings to the options of other names.
-    What the parser has no option for stays as it is.
+    "give a larger `val_ratio`" -> "give a larger --val-ratio". `named` maps settings to options of other names.
     """
-    own = {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
-    flags = {**ELSEWHERE, **own}
-
-    def flag(match: re.Match[str]) -> str:
-        setting = match[1]
-        return flags.get(named.get(setting, setting), match[0])
-
-    return re.sub(r"`(\w+)`", flag, str(message))
+    return re.sub(r"`(\w+)`", lambda match: "--" + named.get(match[1], match[1]).replace("_", "-"), str(message))
 
 
-@contextmanager
-def warnings_shown(parser: ArgumentParser) -> Iterator[None]:
-    """While this lasts, libraries' warnings are lines of stderr, in the words of the parser's command line."""
+def show_warning(named: Mapping[str, str] = {}) -> Callable[..., None]:
+    """What to set `warnings.showwarning` to: this project's warnings become one line on stderr, others stay as they are."""
     usual = warnings.showwarning
+    home = Path(__file__).parents[1]
 
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        if category is UserWarning:
-            print(f"warning: {as_typed(message, parser)}", file=sys.stderr)
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+        if category is UserWarning and Path(filename).parent.is_relative_to(home):
+            print(f"warning: {as_typed(message, named)}", file=sys.stderr)
         else:
-            usual(message, category, filename, lineno, file, line)
+            usual(message, category, filename, lineno, *rest)
 
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield
+    return show
 
 
 # -- extraction --------------------------------------------------------------------------------------------------
@@ -154,11 +135,12 @@ def run(name: str, parser: ArgumentParser, argv: Sequence[str] | None = None) ->
     """Extract every asked split with encoder `name`; returns the exit status. All of a script's output is here."""
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with warnings_shown(parser):
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning()
         try:
             return _extract(name, args)
         except UsageError as error:
-            print(f"error: {as_typed(error, parser)}", file=sys.stderr)
+            print(f"error: {as_typed(error)}", file=sys.stderr)
             return EXIT_UNUSABLE
         except RuntimeError as error:
             said = _resources_spent(error)

@@ -25,8 +25,7 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     sound = True
     for path in args.files:
         try:
@@ -35,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if args.verify:
                     problems = store.verify()
                     for problem in problems:
-                        print(f"error: {path}: {as_typed(problem, parser)}", file=sys.stderr)
+                        print(f"error: {path}: {as_typed(problem)}", file=sys.stderr)
                     print(f"  verify: {f'{len(problems)} problems' if problems else 'every chunk is sound'}")
                     sound &= not problems
         except UsageError as error:
-            print(f"error: {as_typed(error, parser)}", file=sys.stderr)
+            print(f"error: {as_typed(error)}", file=sys.stderr)
             sound = False
     return EXIT_DONE if sound else EXIT_UNUSABLE
 

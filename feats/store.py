@@ -9,7 +9,6 @@ The file format stays below HDF5 1.10: from there on a killed writer leaves a ma
 file until a separate tool clears it.
 """
 
-import csv
 import errno
 import hashlib
 import json
@@ -25,10 +24,12 @@ import h5py
 import numpy as np
 from filelock import FileLock, Timeout
 
+from feats.csv_files import parse_csv, write_csv
 from feats.errors import UsageError, first_line
 from feats.source import Source
 
 FORMAT_VERSION = 2
+SIDES = ("image", "text")  # of a pair
 PENDING, DONE, QUARANTINED = 0, 1, 2
 STATUS_NAMES = {PENDING: "pending", DONE: "done", QUARANTINED: "quarantined"}
 
@@ -250,6 +251,14 @@ class FeatureStore:
         """A dataset of `ROW_FACTS`, (N,); 0 where the row isn't done, and throughout where the encoder lacks the side."""
         with _damage(self.path, name):
             return self._dataset(name)[:] if name in self._file else np.zeros(len(self), np.uint64)
+
+    def content_digest(self) -> str:
+        """Hex sha256 of which rows these are: ids, pictures and texts. Labels, features and the file's place don't
+        count."""
+        digest = hashlib.sha256(json.dumps(self.ids.tolist()).encode())
+        for name in ("image_hash", "text_hash"):
+            digest.update(self.facts(name).tobytes())
+        return digest.hexdigest()
 
     def token_counts(self) -> np.ndarray:
         """Tokens there is room for, per row (N,); only in a cache with `text_tokens`."""
@@ -737,8 +746,8 @@ def quarantine_path(path: Path) -> Path:
 def _read_reasons(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:  # whoever edited it: only a report
-        rows = [row for row in csv.reader(file) if len(row) == 2]
+    rows = parse_csv(path.read_bytes().decode(errors="replace"))  # whoever edited it: only a report
+    rows = [row for row in rows if len(row) == 2]
     return {i: reason for i, reason in rows if (i, reason) != ("id", "reason")}
 
 
@@ -747,10 +756,7 @@ def _write_reasons(path: Path, reasons: Mapping[str, str]) -> None:
         path.unlink(missing_ok=True)
         return
     unfinished = path.with_name(path.name + ".writing")
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", "reason"])
-        writer.writerows(reasons.items())
+    write_csv(unfinished, [["id", "reason"], *reasons.items()])
     os.replace(unfinished, path)
 
 

@@ -1,1 +1,37 @@
-"""Stage 2: cached features -> heads -> runs, predictions, reports."""
+"""Stage 2: cached features -> heads -> runs, predictions, reports.
+
+    from modeling import load_features, make_split, HeadConfig, fit_head, evaluate, load_run
+
+The names below are found when they are first used, so that `import modeling` costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "FeatureSet": "modeling.features.joined",
+    "HeadConfig": "modeling.heads.base",
+    "Run": "modeling.runs.run",
+    "Split": "modeling.features.splits",
+    "TrainConfig": "modeling.training.config",
+    "UsageError": "feats.errors",
+    "evaluate": "modeling.experiment",
+    "fit_head": "modeling.experiment",
+    "list_runs": "modeling.runs.folder",
+    "load_features": "modeling.features.joined",
+    "load_run": "modeling.runs.folder",
+    "make_folds": "modeling.features.splits",
+    "make_split": "modeling.features.splits",
+    "newest_run": "modeling.runs.folder",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(_HOMES)}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,62 +1,46 @@
-"""The command-line options that the scripts of this stage share, and the studies' recipes. Defaults live in the
-dataclasses they fill; help shows them."""
+"""The command line of this stage: the options that scripts share, the typed settings that they fill, and how messages
+are shown. Defaults live in the dataclasses; help shows them."""
 
 import math
 import shlex
 import sys
+import warnings
 from argparse import SUPPRESS, ArgumentParser, Namespace
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
-from inspect import signature
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from feats.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE, HelpFormatter, positive
+from feats.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE, HelpFormatter, as_typed, positive, show_warning
 from feats.errors import UsageError
-from modeling.features import joined as features
-from modeling.features.splits import make_split
-from modeling.heads.registry import ABLATIONS, HEADS, HeadConfig
-from modeling.runs import folder as runs
-from modeling.training.fit import MONITORS, OPTIMIZERS, PRECISIONS, SCHEDULES, TrainConfig
+from modeling.experiment import ExperimentSettings
+from modeling.features.joined import DEFAULT_FOLDER, FeatureSource, caches_with
+from modeling.features.normalizer import NORMS
+from modeling.features.splits import SplitSettings
+from modeling.heads.base import ABLATIONS, HeadConfig, ablation_words, head_class
+from modeling.heads.registry import HEADS
+from modeling.runs import folder as run_folder
+from modeling.training.config import (
+    CLASS_WEIGHTS,
+    MONITORS,
+    OPTIMIZERS,
+    PRECISIONS,
+    SCHEDULES,
+    TrainConfig,
+    flat,
+    from_flat,
+    settings_read,
+)
+from modeling.training.recipes import RECIPES, SPLIT_SETTINGS
 
-# What each study trained its heads with; what a study doesn't tell is left at the default. C has no recipe: it tuned
-# its encoders. "neutral" of A counts where there is such a class.
-RECIPES: dict[str, dict[str, Any]] = {
-    "A": {
-        "optimizer": "adamw",
-        "weight_decay": 0.01,
-        "lr": 1e-4,
-        "schedule": "onecycle",
-        "bs": 64,
-        "ep": 10,
-        "patience": 2,
-        "monitor": "weighted_f1",
-        "label_smoothing": 0.1,
-        "class_weights": "neutral=1.2",
-        "val_ratio": 0.1,
-        "test_ratio": 0.1,
-    },
-    "B": {"optimizer": "adamw", "weight_decay": 0.01, "bs": 8, "ep": 10, "val_ratio": 0.1},
-    "D": {"optimizer": "adam", "lr": 1e-4, "bs": 512, "ep": 100, "val_ratio": 0.1, "split_seed": 42},
-    "E": {
-        "optimizer": "adamw",
-        "weight_decay": 0.01,
-        "lr": 1e-5,
-        "bs": 16,
-        "ep": 6,
-        "dropout": 0.5,
-        "patience": 3,
-        "monitor": "macro_f1",
-        "val_ratio": 0.2,
-    },
-}
 OWN = "own"
-# What heads don't read of what the others of their kind do.
-UNREAD = {"late_512": {"D"}, "query_attention": {"D"}, "attention_linear": {"dropout"}}
-READ_IN_CLOSED_FORM = {"logistic": {"class_weights", "penalty"}, "kernel": {"class_weights", "penalty", "gamma"}}
+# Settings that the command line knows by another name.
+OPTION_OF = {"sides": "ablation", "image": "vtype", "text": "ttype"}
 
 
 def new_parser(doc: str) -> ArgumentParser:
@@ -65,7 +49,7 @@ def new_parser(doc: str) -> ArgumentParser:
 
 def add_feature_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("features")
-    group.add_argument("--feats", type=Path, default=features.DEFAULT_FOLDER, metavar="DIR", help="folder of caches")
+    group.add_argument("--feats", type=Path, default=DEFAULT_FOLDER, metavar="DIR", help="folder of caches")
     group.add_argument(
         "--vtype", nargs="*", metavar="CACHE", help="caches of the image side (default: clip; none with --ttype alone)"
     )
@@ -76,20 +60,20 @@ def add_feature_options(parser: ArgumentParser) -> None:
         "--norm",
         nargs="+",
         metavar="KIND|CACHE=KIND",
-        help=f"normalisation of each cache: {', '.join(features.NORMS)} (default: none)",
+        help=f"normalisation of each cache: {', '.join(NORMS)} (default: none)",
     )
     group.add_argument("--scale", nargs="+", metavar="CACHE=FACTOR", help="factor behind a normalisation")
 
 
 def add_split_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("split")
-    defaults = {name: parameter.default for name, parameter in signature(make_split).parameters.items()}
-    for name, kind, parameter, text in (
+    defaults = SplitSettings()
+    for name, kind, field, text in (
         ("--val-ratio", float, "val_ratio", "share of rows for validation"),
         ("--test-ratio", float, "test_ratio", "share of rows for testing"),
         ("--split-seed", int, "seed", "seed of the split"),
     ):
-        shown = f"{text} (default: {defaults[parameter]}, or the recipe's)"
+        shown = f"{text} (default: {getattr(defaults, field)}, or the recipe's)"
         group.add_argument(name, type=kind, default=SUPPRESS, help=shown)
     group.add_argument("--folds", type=positive, metavar="K", help="k-fold cross-validation instead of one split")
     group.add_argument(
@@ -109,14 +93,14 @@ def add_split_options(parser: ArgumentParser) -> None:
 
 def add_run_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("output and compute")
-    group.add_argument("--runs", type=Path, default=runs.DEFAULT_FOLDER, metavar="DIR", help="folder of runs")
+    group.add_argument("--runs", type=Path, default=run_folder.DEFAULT_FOLDER, metavar="DIR", help="folder of runs")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 
 
 def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
     """Options for every field of `TrainConfig` and `HeadConfig`. With `grid` they take several values. Options that
     weren't typed are absent from the namespace, so that a recipe can tell them from typed ones."""
-    defaults = flat(TrainConfig())
+    defaults = {**flat(TrainConfig()), "ablation": 0}
     several = {"nargs": "+"} if grid else {}
     group = parser.add_argument_group("head and training")
     group.add_argument(
@@ -133,7 +117,8 @@ def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
     add("head", f"{'all, or some' if grid else 'one'} of {', '.join(HEADS)}", **several)
     add("D", "width of the common space or hidden layer", type=int, **several)
     add("dropout", "(default: the head's own)", type=float, **several)
-    add("ablation", ", ".join(f"{k} {v}" for k, v in ABLATIONS.items()), type=int, choices=tuple(ABLATIONS), **several)
+    words = ", ".join(f"{number} {ablation_words(sides)}" for number, sides in enumerate(ABLATIONS))
+    add("ablation", words, type=int, choices=range(len(ABLATIONS)), **several)
     add("image_positions", "coattention: learnable positions of image tokens", action="store_true")
     add("optimizer", ", ".join(OPTIMIZERS), **several)
     add("lr", "learning rate, or its peak", type=float, **several)
@@ -144,74 +129,83 @@ def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
     add("label_smoothing", "share of the target spread over all classes", type=float, **several)
     add("class_weights", "none, balanced, sqrt, or NAME=VALUE,NAME=VALUE", **several)
     add("balanced_sampler", "draw every class equally often", action="store_true")
-    add("monitor", f"what decides the best epoch: {', '.join(MONITORS)}", **several)
+    ranks = "; ranks the table too (of several the first; accuracy in place of loss)" if grid else ""
+    add("monitor", f"what decides the best epoch: {', '.join(MONITORS)}{ranks}", **several)
     add("patience", "epochs without a better one before stopping", type=int, **several)
     add("precision", "of the products in training: " + ", ".join(PRECISIONS), **several)
     add("seed", "of weights, batches and dropout", type=int)
-    add(
-        "penalty",
-        "linear: C, smaller is stronger; kernel: the ridge, larger is stronger; chosen by inner folds where not given",
-        type=float,
-        **several,
-    )
-    add(
-        "gamma",
-        "kernel: gamma of the RBF times the mean squared distance; chosen by inner folds where not given",
-        type=float,
-        **several,
-    )
+    by_folds = "chosen by inner folds where not given"
+    add("C", f"linear: inverse strength of the penalty; {by_folds}", type=float, **several)
+    add("ridge", f"kernel: strength of the penalty; {by_folds}", type=float, **several)
+    add("gamma", f"kernel: gamma of the RBF times the mean squared distance; {by_folds}", type=float, **several)
     group.add_argument("--seeds", type=positive, metavar="N", help="train with N seeds, from --seed up (default: 1)")
 
 
-def config_from(values: Mapping[str, Any]) -> TrainConfig:
-    """A configuration from flat values; the fields of `HeadConfig` and `TrainConfig` that are absent keep defaults."""
-    of_head = {f.name for f in fields(HeadConfig)}
-    of_train = {f.name for f in fields(TrainConfig)} - {"head"}
-    head = HeadConfig(**{name: value for name, value in values.items() if name in of_head})
-    return replace(TrainConfig(head), **{name: value for name, value in values.items() if name in of_train})
+# -- from options to settings -----------------------------------------------------------------------------------
 
 
-def fit_to_data(
-    config: TrainConfig, recipe: str | None, classes: Sequence[str], source: Mapping[str, Any]
-) -> TrainConfig:
-    """One-sided where the caches are; without the recipe's class weights for classes the data don't have."""
-    named = {part.partition("=")[0] for part in config.class_weights.split(",")}
-    of_recipes = {settings.get("class_weights") for settings in RECIPES.values()}
-    if recipe and config.class_weights in of_recipes and not named <= set(classes):
-        config = replace(config, class_weights="none")
-    if not source["vtype"] or not source["ttype"]:
-        only = 1 if source["ttype"] else 2
-        if config.head.ablation not in (0, only):
-            raise UsageError(
-                f"ablation {config.head.ablation} leaves nothing of the caches; name one of the other side"
-            )
-        config = replace(config, head=replace(config.head, ablation=only))
-    return config
+@dataclass(frozen=True)
+class Grid:
+    """The trainings a command line asks for: the settings of each, flat, with class weights as they were typed."""
+
+    points: tuple[dict[str, Any], ...]
+    monitor: str = TrainConfig.monitor  # one figure for all: typed, or of the one recipe of all
+
+    @property
+    def heads(self) -> list[HeadConfig]:
+        """The head of each training."""
+        return [config.head for config in self._configs(lambda weights: "none")]
+
+    def configs(self, classes: Sequence[str]) -> list[TrainConfig]:
+        """The trainings on data of `classes`. Raises `UsageError` for class weights of others."""
+
+        def weights(chosen: str | Mapping[str, float]) -> str | Mapping[str, float]:
+            if isinstance(chosen, str):
+                return parse_class_weights(chosen, classes)
+            return chosen if set(chosen) <= set(classes) else "none"  # a recipe's, made for other data
+
+        return self._configs(weights)
+
+    def _configs(self, weights: Callable[[Any], Any]) -> list[TrainConfig]:
+        of_default = TrainConfig.class_weights
+        return [from_flat({**p, "class_weights": weights(p.get("class_weights", of_default))}) for p in self.points]
 
 
-def grid_points(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every combination of the training options that have several values. Head `all` is every head that needs no token
-    features; with recipe `own` each head gets its own study's settings, the split aside."""
-    of_config = flat(TrainConfig())
-    axes = {name: value for name, value in values.items() if name in of_config and isinstance(value, list)}
+def grid_from(args: Namespace, **fixed: Any) -> Grid:
+    """Every combination of the typed training options that have several values, over the recipe's settings. Head `all`
+    is every head that needs no token features; with recipe `own` each head gets its own study's settings, the split
+    aside. `fixed` stand in for options that weren't typed. Raises `UsageError` for values out of range."""
+    known = set(flat(TrainConfig()))
+    typed = {name: value for name, value in _training_settings(args).items() if name in known}
+    recipe = RECIPES.get(args.recipe or "", {})
+    values = {**fixed, **{name: value for name, value in recipe.items() if name in known}, **typed}
+    axes = {name: value for name, value in values.items() if isinstance(value, list)}
     if "all" in axes.get("head", ()):
         axes["head"] = [name for name, head in HEADS.items() if not head.tokens]
+    monitor = values.get("monitor", TrainConfig.monitor)
     points = [{**values, **dict(zip(axes, point, strict=True))} for point in product(*axes.values())]
-    if values.get("recipe") != OWN:
-        return points
-    heads = [HeadConfig(**{"head": point["head"]} if "head" in point else {}).head for point in points]
-    return [{**RECIPES.get(HEADS[head].study, {}), **point} for head, point in zip(heads, points, strict=True)]
+    if args.recipe == OWN:
+        own = [RECIPES.get(head_class(p.get("head", HeadConfig.head)).recipe, {}) for p in points]
+        of_head = [{name: value for name, value in r.items() if name in known} for r in own]
+        points = [{**settings, **point} for settings, point in zip(of_head, points, strict=True)]
+    grid = Grid(tuple(points), monitor[0] if isinstance(monitor, list) else monitor)
+    _ = grid.heads  # says now, before any data are read, what is out of range
+    return grid
 
 
-def with_seeds(config: TrainConfig, n: int | None) -> list[TrainConfig]:
-    """`n` seeds (one unless given) from the configuration's own up; a closed-form head gives the same for all of them
-    and gets one."""
-    n = n or 1 if HEADS[config.head.head].solver == "sgd" else 1
-    return [replace(config, seed=config.seed + k) for k in range(n)]
+def _training_settings(args: Namespace) -> dict[str, Any]:
+    """What was typed, by the settings' names."""
+    typed = dict(vars(args))
+    if "ablation" in typed:
+        given = typed.pop("ablation")
+        typed["sides"] = [ABLATIONS[k] for k in given] if isinstance(given, list) else ABLATIONS[given]
+    return typed
 
 
-def with_recipe(args: Namespace) -> dict[str, Any]:
-    """The typed options over those of the recipe. Raises `UsageError` for two typed ones that both make the split."""
+def experiment_settings(args: Namespace) -> ExperimentSettings:
+    """From the options of `add_feature_options`, `add_split_options` and `add_run_options`.
+
+    Raises `UsageError` for two typed ones that both make the split, and norms or scales of caches that aren't named."""
     for option, others in (
         ("split_file", ("folds", "val_ratio", "test_ratio", "split_seed")),
         ("folds", ("val_ratio", "test_ratio")),
@@ -221,45 +215,88 @@ def with_recipe(args: Namespace) -> dict[str, Any]:
             raise UsageError(
                 f"{_typed(option)} leaves no use for {', '.join(idle)}: both say how to split; give one or the other"
             )
-    return {**RECIPES.get(args.recipe or "", {}), **vars(args)}
+    chosen = {**RECIPES.get(args.recipe or "", {}), **vars(args)}
+    given = {name.removeprefix("split_"): chosen[name] for name in SPLIT_SETTINGS if name in chosen}
+    split = SplitSettings(
+        **given,
+        folds=args.folds,
+        files=tuple(args.split_file or ()),
+        duplicates_together=args.duplicates == "together",
+    )
+    source = feature_source(args)
+    norms = named_norms(args.norm or ["none"], source.names)
+    return ExperimentSettings(source, split, norms, named_values(args.scale or [], "--scale"), args.device)
+
+
+def feature_source(args: Namespace) -> FeatureSource:
+    """The caches of each side. With --ttype alone there is no image side; without it the text side comes from the image
+    side's caches that have one; without both they are CLIP's."""
+    image = args.vtype if args.vtype is not None else [] if args.ttype else ["clip"]
+    text = args.ttype if args.ttype is not None else caches_with("text", args.feats, "train", image)
+    return FeatureSource(args.feats, tuple(image), tuple(text))
+
+
+def named_norms(items: Sequence[str], caches: Sequence[str]) -> dict[str, str]:
+    """{"clip": "l2", "vader": "none"} of ["l2", "vader=none"]."""
+    norms = dict.fromkeys(caches, "none")
+    targets = [item.rpartition("=")[0] for item in items]
+    if len(set(targets)) < len(targets):
+        raise UsageError(
+            f"--norm {' '.join(items)}: expected one KIND for all caches, and at most one CACHE=KIND for each; run the "
+            "command once for each kind to compare them"
+        )
+    for item in sorted(items, key=lambda item: "=" in item):  # a named one wins
+        name, named, kind = item.rpartition("=")
+        if kind not in NORMS or (named and name not in norms):
+            raise UsageError(
+                f"--norm {item}: expected one of {', '.join(NORMS)}, or CACHE=KIND with a cache in use "
+                f"({', '.join(norms)})"
+            )
+        norms |= {name: kind} if named else dict.fromkeys(norms, kind)
+    return norms
+
+
+def parse_class_weights(text: str, classes: Sequence[str]) -> str | dict[str, float]:
+    """none, balanced, sqrt, or {"a": 2.0, "b": 0.5} of "a=2,b=0.5". Raises `UsageError` for anything else."""
+    if text in CLASS_WEIGHTS:
+        return text
+    weights: dict[str, float] = {}
+    rest, more = text, ","
+    while more:
+        # A name may hold commas and equals signs: the longest class that fits is meant.
+        name = max((c for c in classes if rest.startswith(f"{c}=")), key=len, default=rest.partition("=")[0])
+        if name not in classes:
+            raise UsageError(
+                f"class weights {text!r}: {name!r} is no class (there are {', '.join(classes)}); expected none, "
+                "balanced, sqrt or name=value"
+            )
+        value, more, rest = rest[len(name) + 1 :].partition(",")
+        try:
+            weights[name] = float(value)
+        except ValueError:
+            raise UsageError(f"class weights {text!r}: {value!r} of {name} is no number") from None
+    if not all(0 < value < math.inf for value in weights.values()):
+        raise UsageError(f"class weights {text!r}: every weight must be a finite number above 0")
+    return weights
 
 
 # -- what heads read --------------------------------------------------------------------------------------------
 
 
-def reads(head: str) -> set[str]:
-    """The fields of `HeadConfig` and `TrainConfig` that decide what becomes of a head."""
-    solver = HEADS[head].solver
-    if solver != "sgd":
-        return {"head", "ablation"} | READ_IN_CLOSED_FORM[solver]
-    idle = {"penalty", "gamma"} | UNREAD.get(head, set()) | (set() if head == "coattention" else {"image_positions"})
-    return set(flat(TrainConfig())) - idle
-
-
-def as_read(config: TrainConfig) -> TrainConfig:
-    """The same training with what its head doesn't read at the defaults: so that equal trainings are equal."""
-    read = reads(config.head.head)
-    return config_from({name: value for name, value in flat(config).items() if name in read})
-
-
-def flat(config: TrainConfig) -> dict[str, Any]:
-    """The fields of a configuration and of its head by name, as `config_from` takes them."""
-    return {**vars(config.head), **{name: value for name, value in vars(config).items() if name != "head"}}
-
-
 def unread(args: Namespace, heads: Sequence[str]) -> list[str]:
     """The typed options of `add_training_options` that nothing reads when `heads` are trained, as one types them."""
-    read = set().union(*map(reads, heads))
-    idle = [name for name in vars(args) if name in flat(TrainConfig()) and name not in read]
-    if args.seeds and not any(HEADS[head].solver == "sgd" for head in heads):
+    read = set().union(*map(settings_read, heads))
+    gradient = [head for head in heads if not head_class(head).closed_form()]
+    idle = [name for name in _training_settings(args) if name in flat(TrainConfig()) and name not in read]
+    if args.seeds and not gradient:
         idle.append("seeds")
     if args.recipe:
-        recipes = [args.recipe] if args.recipe != OWN else [HEADS[head].study for head in heads]
+        recipes = [args.recipe] if args.recipe != OWN else [head_class(head).recipe for head in heads]
         settings = set().union(*(RECIPES.get(recipe, {}) for recipe in recipes))
         alone = args.recipe == OWN or args.folds or args.split_file  # what makes the split without the recipe's ratios
         if not settings & (read if alone else read | {"val_ratio"}):
             idle.append("recipe")
-    return [_typed(name) for name in idle]
+    return [_typed(OPTION_OF.get(name, name)) for name in idle]
 
 
 def print_unread(args: Namespace, heads: Sequence[str], besides: Sequence[str] = ()) -> None:
@@ -299,16 +336,26 @@ def command_line(argv: Sequence[str] | None) -> str:
     return shlex.join(["python", sys.argv[0], *(sys.argv[1:] if argv is None else argv)])
 
 
-def guarded(work: Callable[[], int], interrupted: str) -> int:
-    """Run a script's work: unusable input ends with one line and status 2, an interruption with `interrupted`, 130."""
-    try:
-        return work()
-    except (UsageError, OSError) as error:  # what can't be read or written names its file
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_UNUSABLE
-    except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full; use --device cpu, or to train a smaller --bs", file=sys.stderr)
-        return EXIT_UNUSABLE
-    except KeyboardInterrupt:
-        print(f"interrupted: {interrupted}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+@contextmanager
+def progress_bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], Any]]:
+    """A bar on stderr while the block runs, and the function that moves it on by some steps."""
+    with tqdm(total=total, desc=what, unit=unit, leave=False, disable=None) as bar:
+        yield bar.update
+
+
+def guarded(work: Callable[[], int], interrupted: str, named: Mapping[str, str] = OPTION_OF) -> int:
+    """Run a script's work and show what libraries say. Unusable input ends with one line and status 2, an interruption
+    with `interrupted` and 130. `named`: settings that the script knows by another name."""
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning(named)
+        try:
+            return work()
+        except (UsageError, OSError) as error:  # what can't be read or written names its file
+            print(f"error: {as_typed(error, named)}", file=sys.stderr)
+            return EXIT_UNUSABLE
+        except torch.OutOfMemoryError:
+            print("error: the GPU's memory is full; use --device cpu, or to train a smaller --bs", file=sys.stderr)
+            return EXIT_UNUSABLE
+        except KeyboardInterrupt:
+            print(f"interrupted: {interrupted}", file=sys.stderr)
+            return EXIT_INTERRUPTED

@@ -1,31 +1,42 @@
-"""What lies between the options and a saved run: load, split, train, measure. Scripts compose these steps."""
+"""What lies between settings and a trained run: load, split, train, measure. Scripts and notebooks compose these steps."""
 
-import sys
-from argparse import Namespace
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from feats.acceleration import resolve_device
 from feats.errors import UsageError
-from feats.store import FeatureStore
-from modeling.cli import named_values, reads
+from feats.store import SIDES
 from modeling.evaluation import metrics
-from modeling.features.inputs import TOKENS, Preprocessing
-from modeling.features.joined import DATASETS, NORMS, FeatureSet, load_features, with_known_duplicates
-from modeling.features.splits import Split, duplicate_groups, make_folds, make_split, read_split_file
-from modeling.heads.registry import HEADS, SIDES, n_parameters
-from modeling.runs.folder import Member, Run
-from modeling.training.fit import Problem, TrainConfig, Trained, n_epochs, stacks
+from modeling.features.inputs import Preprocessing
+from modeling.features.joined import FeatureSet, FeatureSource, load_features
+from modeling.features.splits import Split, SplitSettings, deal_folds, duplicates_of, make_splits
+from modeling.heads.base import HeadConfig, head_class
+from modeling.runs.run import Member, Report, Run
+from modeling.training.config import TrainConfig, settings_read, with_seeds
+from modeling.training.fit import Problem, Trained, n_epochs, stacks
 from modeling.training.workers import LARGEST_COPY, run_jobs
 
 INNER_FOLDS = 5
 TEMPERATURES = (0.1, 10.0)  # a validation set of a few rows can be fitted perfectly, which asks for a temperature of 0
+
+Progress = Callable[[int], Any]  # is told epochs as they are done
+
+
+@dataclass(frozen=True)
+class ExperimentSettings:
+    """Which features, how they are split and normalised, and where training takes place. `norms` and `scales` are by
+    cache, "none" and 1 where not named."""
+
+    source: FeatureSource
+    split: SplitSettings = SplitSettings()
+    norms: Mapping[str, str] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,26 @@ class Experiment:
     norms: dict[str, str]
     scales: dict[str, float]
     device: torch.device
-    source: dict[str, Any]  # which caches: what a run's config says under "features"
+    notes: tuple[str, ...] = ()  # what a user should hear of how it came about
+
+    @classmethod
+    def of(
+        cls,
+        data: FeatureSet,
+        splits: Sequence[Split],
+        norms: Mapping[str, str] = {},
+        scales: Mapping[str, float] = {},
+        device: str = "auto",
+        *,
+        duplicates_together: bool = True,
+        notes: Sequence[str] = (),
+    ) -> "Experiment":
+        """An experiment on `splits` of `data`. Warns of test rows whose class no training or validation row has: they
+        are left out, since nothing could predict them."""
+        on = resolve_device(device)
+        classes, kept = _known_classes(data, splits)
+        group_of = duplicates_of(data) if duplicates_together else None
+        return cls(data.to(on), classes, kept, group_of, dict(norms), dict(scales), on, tuple(notes))
 
     def problem(self, split: Split, heads: Iterable[str]) -> tuple[Problem, Preprocessing]:
         """One split, ready for training `heads` on it, and the preprocessing fitted on its training rows."""
@@ -48,11 +78,11 @@ class Experiment:
         labels = torch.full((len(self.features),), -1, device=self.device)
         for ids, rows in ((split.train, train), (split.val, val)):
             labels[rows] = torch.from_numpy(self.labels(ids)).to(self.device)
-        closed_form = sorted(head for head in heads if HEADS[head].solver != "sgd")
-        if closed_form and (lacking := set(self.classes) - set(self.tags(split.train))):
+        closed_form = sorted(head for head in heads if head_class(head).closed_form())
+        if closed_form and (lacking := set(self.classes) - set(self.features.tags_of(split.train))):
             raise UsageError(
-                f"class {min(lacking)!r} has no training row, and {', '.join(closed_form)} can't learn it; move some there, "
-                "extract again what is in quarantine, or leave that class out"
+                f"class {min(lacking)!r} has no training row, and {', '.join(closed_form)} can't learn it; move some "
+                "there, extract again what is in quarantine, or leave that class out"
             )
         folds = self.inner_folds(split.train).to(self.device) if closed_form else None
         return Problem(preprocessing.apply(self.features), labels, train, val, self.classes, folds), preprocessing
@@ -66,14 +96,13 @@ class Experiment:
 
     def folds_of(self, ids: Sequence[str], k: int, seed: int = 0) -> list[Split]:
         """`k` folds of training rows, or as many as the rarest class allows. Raises `UsageError` when it allows none."""
-        tags = self.tags(ids)
-        groups = None if self.group_of is None else [self.group_of[i] for i in ids]
+        tags, groups = self.features.tags_of(ids), self.groups(ids)
         for fewer in range(max(k, 2), 1, -1):
             try:
-                return make_folds(ids, tags, fewer, seed, groups)
+                return deal_folds(ids, tags, fewer, seed, groups)
             except UsageError as error:
                 refusal = error
-        distinct = {name: set() for name in tags}
+        distinct: dict[str, set[Any]] = {name: set() for name in tags}
         for name, group in zip(tags, ids if groups is None else groups, strict=True):
             distinct[name].add(group)
         name = min(distinct, key=lambda name: (len(distinct[name]), name))
@@ -85,24 +114,23 @@ class Experiment:
             "it, leave it out, or do without such folds (of the heads only linear and kernel need them)"
         )
 
-    def tags(self, ids: Sequence[str]) -> list[str]:
-        return [self.features.tags[row] for row in self.features.positions(ids).tolist()]
+    def groups(self, ids: Sequence[str]) -> list[int] | None:
+        """The duplicate group of each id; None when duplicates may part."""
+        return None if self.group_of is None else [self.group_of[i] for i in ids]
 
     def labels(self, ids: Sequence[str]) -> np.ndarray:
         """(len(ids),) int64, positions in `classes`. Raises `UsageError` for a label that is none of them: it must not
         become one of them."""
-        number, tags = {name: k for k, name in enumerate(self.classes)}, self.tags(ids)
-        foreign = sorted({tag or "(none)" for tag in tags if tag not in number})
-        if foreign:
-            raise UsageError(
-                f"labels {', '.join(foreign)} in the data, expected {', '.join(self.classes)}; train again"
-            )
-        return np.array([number[tag] for tag in tags], np.int64)
+        return class_numbers(self.features.tags_of(ids), self.classes)
 
     def class_counts(self, ids: Iterable[str]) -> dict[str, int]:
         """How many of the rows are of each class."""
         counts = np.bincount(self.labels(list(ids)), minlength=len(self.classes))
         return dict(zip(self.classes, counts.tolist(), strict=True))
+
+    def training_rows(self) -> dict[str, int]:
+        """How many training rows, of all folds, are of each class."""
+        return self.class_counts({i for split in self.splits for i in split.train})
 
     def majority(self, split: Split) -> str:
         """The most common class of the split's training rows."""
@@ -110,173 +138,144 @@ class Experiment:
         return max(counts, key=counts.__getitem__)
 
 
+def class_numbers(tags: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+    """(len(tags),) int64, positions in `classes`. Raises `UsageError` for a label that is none of them."""
+    number = {name: k for k, name in enumerate(classes)}
+    foreign = sorted({tag or "(none)" for tag in tags if tag not in number})
+    if foreign:
+        raise UsageError(f"labels {', '.join(foreign)} in the data, expected {', '.join(classes)}; train again")
+    return np.array([number[tag] for tag in tags], np.int64)
+
+
+# -- from a notebook --------------------------------------------------------------------------------------------
+
+
+def fit_head(
+    data: FeatureSet,
+    split: Split | Sequence[Split],
+    head: HeadConfig | str = "fusion",
+    *,
+    norm: str | Mapping[str, str] = "none",
+    scale: Mapping[str, float] = {},
+    seeds: int = 1,
+    device: str = "auto",
+    progress: Progress = lambda epochs: None,
+    **training: Any,
+) -> Run:
+    """Train a head on the training rows of `split`; its best epoch and temperature are chosen on the validation rows.
+
+    `norm` is one normalisation (none, l2, standard) for all caches, or by cache; `scale` a factor behind it, by cache.
+    `training` are the other fields of `TrainConfig`: lr, ep, bs, optimizer, ... Several `seeds`, or several splits
+    (folds), give an ensemble. What the training said of the validation rows is the run's `report`.
+    Raises `UsageError` for whatever doesn't fit.
+    """
+    head = HeadConfig(head) if isinstance(head, str) else head
+    splits = [split] if isinstance(split, Split) else list(split)
+    norms = dict.fromkeys(data.source.names, norm) if isinstance(norm, str) else norm
+    data = with_fitting_tokens(data, [head])[0]
+    experiment = Experiment.of(data, splits, norms, scale, device)
+    config = on_features(TrainConfig(head, **training), data)
+    return train_run(with_seeds(config, seeds), experiment, progress)
+
+
+def evaluate(run: Run, data: FeatureSet, ids: Sequence[str] | None = None) -> dict[str, Any]:
+    """Figures of a run on the labelled rows of `ids` (of all without): accuracy, weighted and macro averages, per class,
+    confusion, log-loss, ECE, their intervals, and what the majority class of the run's training rows would score.
+
+    See `metrics.figures`. Raises `UsageError` for labels that are no class of the run, and when no row has a label.
+    """
+    kept, tags = data.labelled(ids)
+    labels = class_numbers(tags, run.classes)
+    return metrics.figures(labels, run.predict_proba(data, kept), run.classes, run.majority)
+
+
 # -- loading and splitting --------------------------------------------------------------------------------------
 
 
-def load_experiment(args: Namespace, values: Mapping[str, Any], heads: Sequence[str]) -> Experiment:
-    """Join the caches `args` names, take the rows with a label, and split them as `values` says (val_ratio, test_ratio,
-    split_seed; the other options of `options.add_split_options` are in `args`). `heads` decides whether token
-    features are read.
+def load_experiment(settings: ExperimentSettings, heads: Sequence[HeadConfig]) -> Experiment:
+    """Join the caches, take the rows with a label, and split them. `heads` decides whether token features are read.
 
     Raises `UsageError` for whatever doesn't fit.
     """
-    device = resolve_device(args.device)
-    vtypes, ttypes = named_caches(args)
-    tokens = any(HEADS[head].tokens or HEADS[head].optional_tokens for head in heads)
-    features = load_features(args.feats, "train", vtypes, ttypes, tokens=tokens)
-    ablations = np.atleast_1d(values.get("ablation", 0)).tolist()  # a grid's are several
-    features = with_fitting_tokens(features, heads, {side for ablation in ablations for side in SIDES[ablation]})
-    print(features.describe())
-    if args.duplicates == "together":
-        features, told_by = with_known_duplicates(features, args.feats)
-        if told_by:
-            print(f"duplicates are also told by {', '.join(told_by)}")
-    source = {"folder": str(args.feats), "vtype": vtypes, "ttype": ttypes, "fingerprints": features.fingerprints}
-    splits, group_of = make_splits(features, args, values)
-    classes, splits = known_classes(features, splits)
-    return Experiment(
-        features.to(device),
-        classes,
+    source = settings.source
+    tokens = any(head_class(head.head).tokens or head_class(head.head).optional_tokens for head in heads)
+    data = load_features(source.folder, "train", source.image, source.text, tokens=tokens)
+    data, notes = with_fitting_tokens(data, heads)
+    notes.append(data.summary())
+    together = settings.split.duplicates_together
+    if together and data.told_by:
+        notes.append(f"duplicates are also told by {', '.join(data.told_by)}")
+    splits = make_splits(data, settings.split)
+    return Experiment.of(
+        data,
         splits,
-        group_of,
-        named_norms(args.norm or ["none"], [*vtypes, *ttypes]),
-        named_values(args.scale or [], "--scale"),
-        device,
-        source,
+        settings.norms,
+        settings.scales,
+        settings.device,
+        duplicates_together=together,
+        notes=notes,
     )
 
 
-def experiment_of_run(run: Run, folder: Path | None, device: torch.device) -> Experiment:
-    """The experiment a saved run came from, for training its configuration again on other parts of its rows. `folder`
-    of caches: the run's own where it is None. Raises `UsageError` when they aren't those the run was trained on."""
-    source = run.features
-    folder = run.feature_folder(folder)
-    features = load_features(folder, "train", source["vtype"], source["ttype"], tokens=source["tokens"])
-    run.check_fingerprints(features, str(folder), same_rows=True)
-    features, _ = with_known_duplicates(features, folder)
+def experiment_of_run(run: Run, source: FeatureSource, device: str = "auto") -> Experiment:
+    """The experiment a saved run came from, on the caches of `source`, for training its configuration again on other
+    parts of its rows. Raises `UsageError` when they aren't those the run was trained on."""
+    data = load_features(source.folder, "train", source.image, source.text, tokens=source.tokens)
+    run.check(data, same_rows=True)
     first = run.members[0].preprocessing
-    dataset = features.dataset
-    splits = [run.split] if isinstance(run.split, Split) else run.split
-    group_of = None
-    if splits[0].how.get("duplicates_together", True):
-        groups = duplicate_groups(dataset.image_hash, dataset.text_key)
-        group_of = dict(zip(dataset.ids, groups.tolist(), strict=True))
-    return Experiment(
-        features.to(device),
-        run.classes,
-        splits,
-        group_of,
-        {key.partition("/")[2]: kind for key, kind in first.kinds.items()},
-        first.scales,
-        device,
-        source,
-    )
+    group_of = duplicates_of(data) if run.splits[0].how.get("duplicates_together", True) else None
+    norms = {key.partition("/")[2]: kind for key, kind in first.kinds.items()}
+    on = resolve_device(device)
+    return Experiment(data.to(on), run.classes, run.splits, group_of, norms, first.scales, on)
 
 
-def named_caches(args: Namespace) -> tuple[list[str], list[str]]:
-    """The caches of the image side and of the text side. With --ttype alone there is no image side; without it the text
-    side comes from the image side's caches that have one; without both they are CLIP's."""
-    if args.vtype is None:
-        vtypes = [] if args.ttype else ["clip"]
-    else:
-        vtypes = args.vtype
-    if args.ttype is not None:
-        return vtypes, args.ttype
-    found = []
-    for name in vtypes:
-        path = args.feats / f"{name}_train.h5"
-        if path.is_file():  # what is missing is said when it is loaded
-            with FeatureStore.open(path) as store:
-                found += [name] if "text_feats" in store.features else []
-    return vtypes, found
+def with_fitting_tokens(data: FeatureSet, heads: Sequence[HeadConfig]) -> tuple[FeatureSet, list[str]]:
+    """The features without the tokens of a side of which several caches have some, where `heads` can do without; and a
+    note on that.
 
-
-def with_fitting_tokens(features: FeatureSet, heads: Sequence[str], sides: Collection[str]) -> FeatureSet:
-    """The features without the tokens of a side of which several caches have some, where `heads` can do without.
-
-    Raises `UsageError` when a head needs tokens of one of `sides` and no cache of that side has them."""
-    needed = {side for head in heads for side in HEADS[head].tokens if side in sides}
-    for side in DATASETS:
-        owners = getattr(features, TOKENS[side])
-        if side in needed and getattr(features, side):  # without any cache the head is trained on the other side alone
-            features.require_tokens(side)
+    Raises `UsageError` when a head needs tokens of a side it reads and no cache of that side has them."""
+    read = {side for head in heads for side in head.sides}
+    needed = {side for head in heads for side in head_class(head.head).tokens} & read
+    notes = []
+    for side in SIDES:
+        tokens = f"{side}_tokens"
+        owners = getattr(data, tokens)
+        if side in needed and getattr(data, side):  # without any cache the head is trained on the other side alone
+            data.require_tokens(side)
         elif len(owners) > 1:
-            print(
+            notes.append(
                 f"note: {', '.join(owners)} all hold {side} tokens, none are used; name one such cache to use its own"
             )
-            features = replace(features, **{TOKENS[side]: {}})
-    return features
+            data = replace(data, **{tokens: {}})
+    return data, notes
 
 
-def known_classes(features: FeatureSet, splits: Sequence[Split]) -> tuple[list[str], list[Split]]:
-    """The classes of the training and validation rows, and the splits less the test rows of others, which nothing could
-    predict; a warning counts these."""
-    tag_of = dict(zip(features.ids, features.tags, strict=True))
-    classes = {tag_of[i] for split in splits for i in (*split.train, *split.val)}
+def _known_classes(data: FeatureSet, splits: Sequence[Split]) -> tuple[list[str], list[Split]]:
+    """The classes of the training and validation rows, and the splits less the test rows of others."""
+    tag_of = dict(zip(data.ids, data.tags, strict=True))
+    for split in splits:
+        data.positions([*split.train, *split.val, *split.test])  # names the ids that aren't there
+    classes = {tag_of[i] for split in splits for i in (*split.train, *split.val)} - {""}
     foreign = [i for split in splits for i in split.test if tag_of[i] not in classes]
     if foreign:
-        print(
-            f"warning: {len(foreign)} test rows are of classes that no training or validation row has "
+        warnings.warn(
+            f"{len(foreign)} test rows are of classes that no training or validation row has "
             f"({', '.join(sorted({tag_of[i] for i in foreign}))}): left out",
-            file=sys.stderr,
+            stacklevel=2,
         )
     return sorted(classes), [split.without(foreign) for split in splits]
 
 
-def make_splits(
-    features: FeatureSet, args: Namespace, values: Mapping[str, Any]
-) -> tuple[list[Split], dict[str, int] | None]:
-    """The splits of the labelled rows, quarantined ones included while dealing: the same for every choice of caches."""
-
-    def given(**names: str) -> dict[str, Any]:
-        return {parameter: values[option] for option, parameter in names.items() if option in values}
-
-    dataset = features.dataset
-    labelled = [row for row, tag in enumerate(dataset.tags) if tag]
-    ids, tags = [dataset.ids[row] for row in labelled], [dataset.tags[row] for row in labelled]
-    if not ids:
-        raise UsageError("none of the rows has a label; there is nothing to train on")
-    groups = None
-    if args.duplicates == "together" and (dataset.image_hash.any() or dataset.text_key.any()):
-        groups = duplicate_groups(dataset.image_hash[labelled], dataset.text_key[labelled])
-    if args.split_file:
-        splits = read_split_file(args.split_file, dataset.ids, dataset.tags)
-        known = set(ids)  # without a label there is nothing to test
-        splits = [replace(split, test=[i for i in split.test if i in known]) for split in splits]
-    elif args.folds:
-        splits = make_folds(ids, tags, args.folds, groups=groups, **given(split_seed="seed"))
-    else:
-        how = given(split_seed="seed", val_ratio="val_ratio", test_ratio="test_ratio")
-        splits = [make_split(ids, tags, groups=groups, **how)]
-    group_of = None if groups is None else dict(zip(ids, groups.tolist(), strict=True))
-    splits = [split.without(features.left_out) for split in splits]
-    for split in splits:
-        for part, rows in (("training", split.train), ("validation", split.val)):
-            if not rows:
-                raise UsageError(
-                    f"every {part} row was left out; extract again what is in quarantine, or split otherwise"
-                )
-    return splits, group_of
-
-
-def named_norms(items: Sequence[str], caches: Sequence[str]) -> dict[str, str]:
-    """{"clip": "l2", "vader": "none"} of ["l2", "vader=none"]."""
-    norms = dict.fromkeys(caches, "none")
-    targets = [item.rpartition("=")[0] for item in items]
-    if len(set(targets)) < len(targets):
+def on_features(config: TrainConfig, data: FeatureSet) -> TrainConfig:
+    """The same training, of one side where the data have no other. Raises `UsageError` when nothing is left to read."""
+    there = tuple(side for side in SIDES if getattr(data, side))
+    read = tuple(side for side in config.head.sides if side in there)
+    if not read:
         raise UsageError(
-            f"--norm {' '.join(items)}: expected one KIND for all caches, and at most one CACHE=KIND for each; run the "
-            "command once for each kind to compare them"
+            f"head {config.head.head} is to read {', '.join(config.head.sides)}, and the caches give "
+            f"{', '.join(there)}: nothing is left; name a cache of that side"
         )
-    for item in sorted(items, key=lambda item: "=" in item):  # a named one wins
-        name, named, kind = item.rpartition("=")
-        if kind not in NORMS or (named and name not in norms):
-            raise UsageError(
-                f"--norm {item}: expected one of {', '.join(NORMS)}, or CACHE=KIND with a cache in use "
-                f"({', '.join(norms)})"
-            )
-        norms |= {name: kind} if named else dict.fromkeys(norms, kind)
-    return norms
+    return replace(config, head=replace(config.head, sides=read))
 
 
 # -- training ---------------------------------------------------------------------------------------------------
@@ -292,11 +291,26 @@ class Outcome:
 
     @property
     def calibrated(self) -> np.ndarray:
+        """Probabilities (len(split.val), C)."""
         return metrics.softmax(self.trained.val_logits, self.member.temperature)
 
 
-def train(
-    configs: Sequence[TrainConfig], experiment: Experiment, failed: dict[int, str] | None = None
+def train_run(configs: Sequence[TrainConfig], experiment: Experiment, progress: Progress = lambda epochs: None) -> Run:
+    """The ensemble of all configurations on all splits, with its report. Raises `UsageError` when one diverges."""
+    outcomes = [outcome for _, of_config in train_all(configs, experiment, progress) for outcome in of_config]
+    return run_of(outcomes, experiment)
+
+
+def total_epochs(configs: Sequence[TrainConfig], experiment: Experiment) -> int:
+    """What `train_all` and `train_run` report in all."""
+    return n_epochs(configs) * len(experiment.splits)
+
+
+def train_all(
+    configs: Sequence[TrainConfig],
+    experiment: Experiment,
+    progress: Progress = lambda epochs: None,
+    failed: dict[int, str] | None = None,
 ) -> Iterator[tuple[int, list[Outcome]]]:
     """Train every configuration on every split. As soon as one is through, its number and an outcome for each split.
 
@@ -315,29 +329,28 @@ def train(
     batches = [jobs] if side_by_side else [[job] for job in jobs]
     del first
     found: dict[int, list[Outcome]] = {i: [] for i in range(len(configs))}
-    with tqdm(total=n_epochs(configs) * len(splits), desc="train", unit="epoch", leave=False, disable=None) as bar:
-        for batch in batches:
-            wanted = sorted({k for _, k in batch})
-            heads = {configs[i].head.head for members, _ in batch for i in members}
-            problems = {k: problem for k, problem in problems.items() if k in wanted}
-            problems |= {k: experiment.problem(splits[k], heads) for k in wanted if k not in problems}
-            tasks = [([configs[i] for i in members], wanted.index(k)) for members, k in batch]
-            for number, results in run_jobs(tasks, [problems[k][0] for k in wanted], bar.update):
-                members, k = batch[number]
-                for i, trained in zip(members, results, strict=True):
-                    if trained.failure:
-                        if failed is None:
-                            raise UsageError(trained.failure)
-                        failed.setdefault(i, trained.failure)
-                        continue
-                    fold = k + 1 if len(splits) > 1 else None
-                    found[i].append(outcome(trained, *problems[k], splits[k], fold))
-                for i in members:
-                    if len(found.get(i, ())) == len(splits):
-                        yield i, sorted(found.pop(i), key=lambda o: o.member.fold or 0)
+    for batch in batches:
+        wanted = sorted({k for _, k in batch})
+        heads = {configs[i].head.head for members, _ in batch for i in members}
+        problems = {k: problem for k, problem in problems.items() if k in wanted}
+        problems |= {k: experiment.problem(splits[k], heads) for k in wanted if k not in problems}
+        tasks = [([configs[i] for i in members], wanted.index(k)) for members, k in batch]
+        for number, results in run_jobs(tasks, [problems[k][0] for k in wanted], progress):
+            members, k = batch[number]
+            for i, trained in zip(members, results, strict=True):
+                if trained.failure:
+                    if failed is None:
+                        raise UsageError(trained.failure)
+                    failed.setdefault(i, trained.failure)
+                    continue
+                fold = k + 1 if len(splits) > 1 else None
+                found[i].append(_outcome(trained, *problems[k], splits[k], fold))
+            for i in members:
+                if len(found.get(i, ())) == len(splits):
+                    yield i, sorted(found.pop(i), key=lambda o: o.member.fold or 0)
 
 
-def outcome(
+def _outcome(
     trained: Trained, problem: Problem, preprocessing: Preprocessing, split: Split, fold: int | None
 ) -> Outcome:
     labels = problem.labels[problem.val].cpu().numpy()
@@ -354,40 +367,29 @@ def outcome(
     return Outcome(member, split, trained)
 
 
-def make_run(outcomes: Sequence[Outcome], experiment: Experiment) -> Run:
-    """The ensemble of all outcomes, equally weighted."""
+def run_of(outcomes: Sequence[Outcome], experiment: Experiment) -> Run:
+    """The ensemble of all outcomes, equally weighted, with its report."""
     members = [o.member for o in outcomes]
-    return Run(
-        experiment.classes,
-        members,
-        needed_caches(members, experiment.source),
-        experiment.splits if len(experiment.splits) > 1 else experiment.splits[0],
-    )
+    splits = experiment.splits
+    source = needed_source(members, experiment.features.source)
+    counts = experiment.training_rows()
+    run = Run(experiment.classes, members, source, splits if len(splits) > 1 else splits[0], counts)
+    return replace(run, report=measure(outcomes, experiment, run))
 
 
-def needed_caches(members: Sequence[Member], source: Mapping[str, Any]) -> dict[str, Any]:
+def needed_source(members: Sequence[Member], source: FeatureSource) -> FeatureSource:
     """`source` without the caches that no member reads."""
-    read = {side: {c for m in members for c in m.preprocessing.caches[side]} for side in ("image", "text")}
-    tokens = any(key.split("/")[0] in TOKENS.values() for m in members for key in m.preprocessing.normalizers)
-    kept = {"vtype": "image", "ttype": "text"}
-    kept = {option: [name for name in source[option] if name in read[side]] for option, side in kept.items()}
-    used = {name for names in kept.values() for name in names}
-    fingerprints = {name: f for name, f in source["fingerprints"].items() if name in used}
-    return {**source, **kept, "fingerprints": fingerprints, "tokens": tokens}
+    read = {side: {c for m in members for c in m.preprocessing.caches[side]} for side in SIDES}
+    image, text = (tuple(name for name in source.of(side) if name in read[side]) for side in SIDES)
+    fingerprints, contents = (
+        {name: fact for name, fact in facts.items() if name in (*image, *text)}
+        for facts in (source.fingerprints, source.contents)
+    )
+    tokens = any(key.split("/")[0].endswith("_tokens") for m in members for key in m.preprocessing.normalizers)
+    return FeatureSource(source.folder, image, text, tokens, fingerprints, contents)
 
 
 # -- measuring --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Report:
-    """Figures of a run on its validation rows, each predicted by members that weren't trained on it."""
-
-    ids: list[str]
-    tags: list[str]
-    probabilities: np.ndarray  # (N, C), calibrated
-    figures: dict[str, Any]  # what goes into metrics.json
-    history: list[dict[str, Any]]
 
 
 def measure(outcomes: Sequence[Outcome], experiment: Experiment, run: Run) -> Report:
@@ -399,10 +401,9 @@ def measure(outcomes: Sequence[Outcome], experiment: Experiment, run: Run) -> Re
         raw.append(np.mean([metrics.softmax(o.trained.val_logits) for o in own], axis=0))
         calibrated.append(np.mean([o.calibrated for o in own], axis=0))
     report = report_of(experiment, run, np.concatenate(calibrated), np.concatenate(raw))
-    singles = [metrics.evaluate(experiment.labels(o.split.val), o.calibrated, experiment.classes) for o in outcomes]
+    singles = [metrics.figures(experiment.labels(o.split.val), o.calibrated, experiment.classes) for o in outcomes]
     report.figures["members"] = {"count": len(outcomes), "mean_std": metrics.mean_std(singles)}
-    chosen = "best epoch and temperature chosen on the validation rows"
-    report.figures["protocol"] = f"{protocol(experiment)}; {chosen}"
+    report.figures["protocol"] = f"{protocol(experiment)}; {_chosen(run.members)}"
     report.history.extend(
         {"fold": o.member.fold or "", "seed": o.member.config.seed, **row}
         for o in outcomes
@@ -415,25 +416,25 @@ def report_of(experiment: Experiment, run: Run, calibrated: np.ndarray, raw: np.
     """Figures of probabilities (n, C) on the validation rows of all splits, and on the test part where there is one."""
     ids = [i for split in experiment.splits for i in split.val]
     majority = experiment.majority(experiment.splits[0])
-    figures = {"val": _figures(experiment, ids, raw, calibrated, majority)}
+    figures: dict[str, Any] = {"val": _figures(experiment, ids, raw, calibrated, majority)}
     if len(experiment.splits) == 1 and experiment.splits[0].test:
         test = experiment.splits[0].test
         features, rows = experiment.features.to("cpu"), experiment.features.positions(test)
         final = raw_test = run.probabilities(features, rows)
         if run.stacking is None:  # what stacks the members also calibrates them
-            raw_test = np.mean([metrics.softmax(m.logits(features, rows)) for m in run.members], axis=0)
+            raw_test = np.asarray(np.mean([metrics.softmax(m.logits(features, rows)) for m in run.members], axis=0))
         figures["test"] = _figures(experiment, test, raw_test, final, majority)
     figures["protocol"] = protocol(experiment)
-    figures["training_rows"] = experiment.class_counts({i for split in experiment.splits for i in split.train})
-    return Report(ids, experiment.tags(ids), calibrated, figures, [])
+    figures["training_rows"] = experiment.training_rows()
+    return Report(ids, experiment.features.tags_of(ids), calibrated, figures, [])
 
 
 def _figures(
     experiment: Experiment, ids: Sequence[str], raw: np.ndarray, calibrated: np.ndarray, majority: str
 ) -> dict[str, Any]:
-    """`metrics.evaluate` of the calibrated predictions; log-loss and ECE before calibration beside those after."""
+    """`metrics.figures` of the calibrated predictions; log-loss and ECE before calibration beside those after."""
     labels = experiment.labels(ids)
-    figures = metrics.evaluate(labels, calibrated, experiment.classes, majority)
+    figures = metrics.figures(labels, calibrated, experiment.classes, majority)
     after = {f"{name}_calibrated": figures[name] for name in ("log_loss", "ece")}
     before = {
         "log_loss": metrics.log_loss(labels, raw),
@@ -456,35 +457,13 @@ def protocol(experiment: Experiment) -> str:
     return f"{split}{together}"
 
 
-def print_report(report: Report, run: Run) -> None:
-    """The figures as tables, for a terminal."""
-    columns = ["rows", "n", "accuracy", "weighted_f1", "macro_f1", "log_loss", "ece", "ece_calibrated"]
-    rows = []
-    for part in ("val", "test"):
-        if part in report.figures:
-            rows += metrics.figure_rows(report.figures[part], part)
-    members = report.figures.get("members", {"count": 1})
-    if members["count"] > 1:
-        spread = {name: f"{v['mean']:.3f}±{v['std']:.3f}" for name, v in members["mean_std"].items() if name != "n"}
-        rows.insert(1, {"rows": f"  each of {members['count']}", **spread})
-    print(metrics.format_table(rows, columns))
-    last = report.figures["test" if "test" in report.figures else "val"]
-    per_class = [
-        {"class": name, **figures, **dict(zip(run.classes, confused, strict=True))}
-        for (name, figures), confused in zip(last["per_class"].items(), last["confusion"], strict=True)
+def _chosen(members: Sequence[Member]) -> str:
+    """What was chosen by data in training the members, and on which rows."""
+    epoch = "best epoch and " if any(m.best_epoch is not None for m in members) else ""
+    by_folds = [
+        name
+        for name in ("C", "ridge", "gamma")
+        if any(name in settings_read(m.config.head.head) and getattr(m.config, name) is None for m in members)
     ]
-    table = [{**row, "predicted:": ""} for row in per_class]
-    print(
-        "\n"
-        + metrics.format_table(table, ["class", "precision", "recall", "f1", "support", "predicted:", *run.classes])
-    )
-    print(f"\nprotocol: {report.figures['protocol']}")
-
-
-def describe_heads(members: Sequence[Member]) -> str:
-    """One line on what was trained: head, parameters, settings."""
-    config = members[0].config
-    counts = sorted({n_parameters(m.head) for m in members})
-    count = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
-    width = f", D {config.head.D}" if "D" in reads(config.head.head) else ""
-    return f"head {config.head.head}{width}, ablation {config.head.ablation}: {count} parameters"
+    folds = f", {' and '.join(by_folds)} by inner folds of the training rows" if by_folds else ""
+    return f"{epoch}temperature chosen on the validation rows{folds}"

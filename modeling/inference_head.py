@@ -16,15 +16,18 @@ import torch
 from feats.acceleration import resolve_device
 from feats.cli import EXIT_DONE
 from feats.errors import UsageError
-from modeling import cli as options
-from modeling.evaluation import prediction as pr
-from modeling.runs.folder import Run
+from modeling import cli
+from modeling.evaluation import prediction
+from modeling.evaluation.prediction import Predictions, VoteSettings
+from modeling.runs.files import check_replaceable
+from modeling.runs.folder import open_runs
+from modeling.runs.run import Run
 
 SHOWN = 50  # left out rows named on stderr
 
 
 def build_parser() -> ArgumentParser:
-    parser = options.new_parser(__doc__)
+    parser = cli.new_parser(__doc__)
     cached = parser.add_argument_group("cached rows")
     cached.add_argument(
         "--feats", type=Path, metavar="DIR", help="folder of caches (default: of each run, the one it was trained from)"
@@ -41,17 +44,17 @@ def build_parser() -> ArgumentParser:
     which.add_argument("--run", nargs="+", metavar="RUN", help="a path, or a name in --runs (default: the newest)")
     which.add_argument(
         "--vote",
-        choices=pr.VOTES,
-        default="soft",
+        choices=prediction.VOTES,
+        default=VoteSettings.vote,
         help="several runs: mean of their calibrated probabilities, or most votes",
     )
     which.add_argument(
         "--tie",
         metavar="CLASS",
         help=f"who gets a tie, if among the tied; else, or without such a class, the tied class of the highest mean "
-        f"probability (default: {pr.TIE})",
+        f"probability (default: {prediction.TIE})",
     )
-    options.add_run_options(parser)
+    cli.add_run_options(parser)
     output = parser.add_argument_group("predictions")
     output.add_argument(
         "--out", type=Path, metavar="FILE", help="(default: submission_<split>.csv in the run, of several in --runs)"
@@ -62,49 +65,66 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    return options.guarded(lambda: predict(args), "nothing was written")
+    return cli.guarded(lambda: work(args), "nothing was written", named={})
 
 
-def predict(args: Namespace) -> int:
+def work(args: Namespace) -> int:
     one_pair = args.image is not None or args.text is not None
     if one_pair and args.csv:
         raise UsageError("--csv together with --image or --text; give a manifest or one pair")
     if args.weights and not one_pair and not args.csv:
         raise UsageError("--weights is for raw pairs; cached rows are read as they are")
-    runs = pr.open_runs(args.runs, args.run)
+    runs = open_runs(args.runs, args.run)
     device = resolve_device(args.device)
+    voting = VoteSettings(args.vote, args.tie)
+    out = output_file(args, runs)
+    if out:
+        check_replaceable(out, prediction.SUBMISSION)
     print("\n".join(f"run {run.path}" for run in runs))
     if one_pair or args.csv:
-        predictions = predict_raw(args, runs, device)
+        predictions = predict_raw(args, runs, voting, device)
     else:
-        predictions = pr.predict(runs, args.feats, args.split, vote=args.vote, tie=args.tie, device=device)
+        predictions = prediction.predict_caches(runs, args.feats, args.split, voting, device)
+        print("\n".join(f"caches {folder}" for folder in predictions.folders))
     warn_of_gaps(predictions)
     if one_pair:
-        print(pr.describe_row(predictions, 0))
+        print(prediction.row_line(predictions, 0))
     else:
-        print(pr.distribution(predictions))
+        print(prediction.distribution_table(predictions))
         print_figures(predictions, runs)
-    if args.out or not one_pair:
-        name = args.csv.stem if args.csv else args.split
-        out = args.out or (runs[0].path if len(runs) == 1 else args.runs) / f"submission_{name}.csv"
-        pr.write_submission(out, predictions, args.proba)
+    if out:
+        prediction.write_submission(out, predictions, args.proba)
         print(f"{len(predictions)} predictions -> {out}")
     return EXIT_DONE
 
 
-def predict_raw(args: Namespace, runs: Sequence[Run], device: torch.device) -> pr.Predictions:
-    from modeling.evaluation import (
-        raw_pairs,
-    )  # encoders and their libraries: slow to import, and needed for raw pairs only
+def output_file(args: Namespace, runs: Sequence[Run]) -> Path | None:
+    """Where the predictions go; one raw pair's to the screen only, unless --out says otherwise."""
+    if args.out or args.image is not None or args.text is not None:
+        return args.out
+    name = args.csv.stem if args.csv else args.split
+    return (runs[0].path if len(runs) == 1 else args.runs) / f"submission_{name}.csv"
 
-    weights = raw_pairs.named_weights(args.weights)
+
+def predict_raw(args: Namespace, runs: Sequence[Run], voting: VoteSettings, device: torch.device) -> Predictions:
+    from modeling.evaluation import raw_pairs  # encoders and their libraries: slow to import, for raw pairs only
+
+    weights = named_weights(args.weights)
     records = raw_pairs.read_manifest(args.csv) if args.csv else raw_pairs.one_pair(args.image, args.text, runs)
     with TemporaryDirectory() as folder:
         raw_pairs.encode(runs, records, Path(folder), weights=weights, device=device)
-        return pr.predict(runs, Path(folder), raw_pairs.SPLIT, vote=args.vote, tie=args.tie, device=device)
+        return prediction.predict_caches(runs, Path(folder), raw_pairs.SPLIT, voting, device)
 
 
-def warn_of_gaps(predictions: pr.Predictions) -> None:
+def named_weights(items: Sequence[str]) -> dict[str, str]:
+    """{"clip": "x.pt"} of ["clip=x.pt"]. Raises `UsageError` for anything else."""
+    for item in items:
+        if not all(item.partition("=")):
+            raise UsageError(f"--weights {item}: expected CACHE=PATH")
+    return dict(item.split("=", 1) for item in items)
+
+
+def warn_of_gaps(predictions: Predictions) -> None:
     for rows, what in (
         (predictions.left_out, f"have no features and get the most common class, {predictions.fallback}"),
         (predictions.partly, "lack features of some runs and are left to the others"),
@@ -117,17 +137,17 @@ def warn_of_gaps(predictions: pr.Predictions) -> None:
                 print(f"  ... and {len(rows) - SHOWN} more", file=sys.stderr)
 
 
-def print_figures(predictions: pr.Predictions, runs: Sequence[Run]) -> None:
+def print_figures(predictions: Predictions, runs: Sequence[Run]) -> None:
     """How good the predictions are, where the rows have labels."""
     if not any(predictions.rows.tags):
         return
     try:
-        figures = pr.evaluate(predictions, pr.class_shares(runs[0])[0])
+        figures = prediction.figures_of(predictions, runs[0].majority)
     except UsageError as error:
         print(f"warning: no figures ({error})", file=sys.stderr)
         return
-    print("\n" + pr.figures_table(figures, predictions.split, calibrated=predictions.vote == "soft") + "\n")
-    known = pr.known_rows(runs, predictions)
+    print(f"\n{prediction.figures_table(figures, predictions)}\n")
+    known = prediction.known_rows(runs, predictions)
     if known:
         print(
             f"warning: {known} of these rows were trained on or validated with; figures on them flatter",

@@ -4,7 +4,6 @@ Every step is an ordinary command of this project and is printed before it runs.
 encoders.
 """
 
-import csv
 import hashlib
 import shlex
 import subprocess
@@ -15,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from feats.cli import EXIT_DONE, EXIT_INTERRUPTED
+from feats.csv_files import read_csv
 from feats.errors import UsageError
-from modeling import cli as options
+from modeling import cli
 from modeling.heads.registry import HeadConfig
 from modeling.search.sweep import best_run
 
@@ -27,7 +27,7 @@ HEADS = ("fusion", "concat", "weighted_sum", "mlp", "linear", "kernel")
 
 
 def build_parser() -> ArgumentParser:
-    parser = options.new_parser(__doc__)
+    parser = cli.new_parser(__doc__)
     parser.add_argument("--data", type=Path, metavar="DIR|FILE", help="your own pairs (default: a synthetic sample)")
     parser.add_argument("--vtype", nargs="+", default=["efficientnet"], metavar="ENCODER", help="of the image side")
     parser.add_argument("--ttype", nargs="+", default=["minilm", "vader"], metavar="ENCODER", help="of the text side")
@@ -44,7 +44,7 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    return options.guarded(lambda: quickstart(args), "run the same command to go on where it was")
+    return cli.guarded(lambda: quickstart(args), "run the same command to go on where it was")
 
 
 def quickstart(args: Namespace) -> int:
@@ -110,8 +110,7 @@ def step(what: str, *command: object) -> None:
 
 def print_score(predictions: Path, truth: Path) -> None:
     """How the predictions of the synthetic sample fare against the labels its generator kept aside."""
-    tables = [dict(csv.reader(path.read_text(encoding="utf-8").splitlines())) for path in (predictions, truth)]
-    predicted, true = tables
+    predicted, true = (dict(read_csv(path)) for path in (predictions, truth))
     right = sum(predicted[name] == true[name] for name in true if name != "guid")
     print(
         f"of the sample's {len(true) - 1} unlabelled pairs {right} are predicted right (drawn data: only a demonstration)"

@@ -10,22 +10,23 @@ import feats.threads  # noqa: F401
 
 from feats.cli import EXIT_DONE
 from feats.errors import UsageError
-from modeling import cli as options
-from modeling import experiment as ex
+from modeling import cli
 from modeling.evaluation.metrics import format_table
+from modeling.evaluation.tables import report_tables
+from modeling.experiment import Experiment, load_experiment, on_features, run_of, total_epochs, train_all
 from modeling.runs.folder import is_whole, run_name, save_run
 from modeling.search import auto, sweep
-from modeling.training.fit import TrainConfig
+from modeling.training.config import TrainConfig, as_read, with_seeds
 
 NAME = "sweep"
 
 
 def build_parser() -> ArgumentParser:
-    parser = options.new_parser(__doc__)
-    options.add_feature_options(parser)
-    options.add_split_options(parser)
-    options.add_training_options(parser, grid=True)
-    options.add_run_options(parser)
+    parser = cli.new_parser(__doc__)
+    cli.add_feature_options(parser)
+    cli.add_split_options(parser)
+    cli.add_training_options(parser, grid=True)
+    cli.add_run_options(parser)
     parser.add_argument(
         "--auto",
         action="store_true",
@@ -36,42 +37,32 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    args, command = build_parser().parse_args(argv), cli.command_line(argv)
     if args.auto:
-        return options.guarded(lambda: run_auto(args, options.command_line(argv)), "nothing was saved")
+        return cli.guarded(lambda: search(args, command), "nothing was saved")
     again = "what is finished is kept, run the same command to go on"
-    return options.guarded(lambda: run_sweep(args, options.command_line(argv)), again)
+    return cli.guarded(lambda: compare(args, command), again)
 
 
-def run_sweep(args: Namespace, command: str) -> int:
-    values = options.with_recipe(args)
-    grid = [options.config_from(point) for point in options.grid_points(values)]
-    heads = [config.head.head for config in grid]
-    options.print_unread(args, heads, besides=["--monitor"])
-    experiment = ex.load_experiment(args, values, heads)
-    configs = [c for config in distinct(grid, args, experiment) for c in options.with_seeds(config, args.seeds)]
+def compare(args: Namespace, command: str) -> int:
+    grid, settings = cli.grid_from(args), cli.experiment_settings(args)
+    cli.print_unread(args, [head.head for head in grid.heads], besides=["--monitor"])
+    experiment = load_experiment(settings, grid.heads)
+    print("\n".join(experiment.notes))
+    configs = [c for config in distinct(grid, experiment) for c in with_seeds(config, args.seeds or 1)]
     folder = args.runs / (args.name or NAME)
     data = sweep.data_digest(experiment)
-    names = [sweep.run_name(config, data) for config in configs]
+    names = [sweep.name_of(config, data) for config in configs]
     waiting = [i for i, name in enumerate(names) if not is_whole(folder / name)]
     print(f"{len(configs)} trainings, {len(configs) - len(waiting)} of them finished before")
     failed: dict[int, str] = {}
-    for k, outcomes in ex.train([configs[i] for i in waiting], experiment, failed):
-        run = ex.make_run(outcomes, experiment)
-        report = ex.measure(outcomes, experiment, run)
-        save_run(
-            run,
-            folder,
-            names[waiting[k]],
-            metrics=report.figures,
-            history=report.history,
-            predictions=(report.ids, report.tags, report.probabilities),
-            command=command,
-            exact_name=True,
-        )
+    missing = [configs[i] for i in waiting]
+    with cli.progress_bar("train", total_epochs(missing, experiment), "epoch") as progress:
+        for k, outcomes in train_all(missing, experiment, progress, failed):
+            save_run(run_of(outcomes, experiment), folder / names[waiting[k]], overwrite=True, command=command)
     diverged = {names[waiting[k]]: reason for k, reason in failed.items()}
-    tables = sweep.compare(folder, configs, names, experiment, grid[0].monitor, diverged)
-    print(tables.text)
+    tables = sweep.compare(folder, configs, names, experiment, grid.monitor, diverged)
+    print(cli.as_typed(tables.text, cli.OPTION_OF))
     tables.write(folder)
     best = folder / tables.best
     print(f"{len(configs)} runs, table.csv and table.md -> {folder}")
@@ -79,51 +70,41 @@ def run_sweep(args: Namespace, command: str) -> int:
     return EXIT_DONE
 
 
-def distinct(grid: Sequence[TrainConfig], args: Namespace, experiment: ex.Experiment) -> list[TrainConfig]:
+def distinct(grid: cli.Grid, experiment: Experiment) -> list[TrainConfig]:
     """The trainings of a grid on these data. A head that doesn't read what varies is trained once."""
-    fitted = [options.fit_to_data(config, args.recipe, experiment.classes, experiment.source) for config in grid]
-    return list(dict.fromkeys(map(options.as_read, fitted)))
+    fitted = [on_features(config, experiment.features) for config in grid.configs(experiment.classes)]
+    return list(dict.fromkeys(map(as_read, fitted)))
 
 
-def run_auto(args: Namespace, command: str) -> int:
-    values = options.with_recipe(args)
+def search(args: Namespace, command: str) -> int:
     chosen = [f"--{name}" for name in ("norm", "scale", "seeds", "name") if getattr(args, name)]
     if chosen:
         raise UsageError(
             f"--auto with {', '.join(chosen)}: it chooses normalisation and scales by itself, trains one seed and leaves "
             "a run beside the sweeps; leave these out, or compare heads without --auto"
         )
-    typed = options.grid_points(values) if "head" in values else []
-    experiment = ex.load_experiment(args, values, [options.config_from(point).head.head for point in typed])
-    n_columns = sum(width for of_side in experiment.features.widths.values() for width in of_side.values())
-    heads = auto.default_heads(auto.most_rows(experiment), n_columns)
-    points = typed or options.grid_points({**values, "head": list(heads)})
-    grid = [options.config_from(point) for point in points]
-    heads = list(dict.fromkeys(config.head.head for config in grid))
-    idle = options.unread(args, heads)
+    grid, settings = cli.grid_from(args), cli.experiment_settings(args)
+    named = "head" in vars(args)
+    experiment = load_experiment(settings, grid.heads if named else [])
+    print("\n".join(experiment.notes))
+    if not named:
+        n_columns = sum(width for of_side in experiment.features.widths.values() for width in of_side.values())
+        grid = cli.grid_from(args, head=list(auto.default_heads(auto.most_rows(experiment), n_columns)))
+    heads = list(dict.fromkeys(head.head for head in grid.heads))
+    idle = cli.unread(args, heads)
     if idle:
         raise UsageError(
             f"--auto with {', '.join(idle)}: does nothing for the heads it searches ({', '.join(heads)}); leave it out, or "
             "name heads that read it with --head"
         )
-    configs = distinct(grid, args, experiment)
-    run, probabilities, found = auto.auto(experiment, configs)
-    print(format_table(found.table, list(dict.fromkeys(name for row in found.table for name in row))))
+    configs = distinct(grid, experiment)
+    with cli.progress_bar("search", auto.n_fits(experiment, configs), "fit") as progress:
+        found, candidates = auto.auto(experiment, configs, progress)
+    print(format_table(candidates, list(dict.fromkeys(name for row in candidates for name in row))))
     print("log-loss and figures of each candidate on training rows it hadn't seen\n")
-    report = ex.report_of(experiment, run, probabilities, probabilities)
-    report.figures["protocol"] += "; everything chosen by inner folds of the training rows (nested)"
-    report.figures["candidates"] = found.table
-    ex.print_report(report, run)
-    path = save_run(
-        run,
-        args.runs,
-        run_name(run, label="auto"),
-        metrics=report.figures,
-        history=found.history,
-        predictions=(report.ids, report.tags, report.probabilities),
-        command=command,
-    )
-    print(f"ensemble of {len(run.members)} heads -> {path}")
+    print(report_tables(found))
+    run = save_run(found, args.runs / run_name(found, label="auto"), numbered=True, command=command)
+    print(f"ensemble of {len(run.members)} heads -> {run.path}")
     return EXIT_DONE
 
 

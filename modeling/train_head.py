@@ -9,51 +9,43 @@ import feats.threads  # noqa: F401
 # isort: split
 
 from feats.cli import EXIT_DONE
-from modeling import cli as options
-from modeling import experiment as ex
+from modeling import cli
+from modeling.evaluation.tables import head_line, report_tables
+from modeling.experiment import load_experiment, on_features, total_epochs, train_run
 from modeling.runs.folder import run_name, save_run, write_tensorboard
+from modeling.training.config import with_seeds
 
 
 def build_parser() -> ArgumentParser:
-    parser = options.new_parser(__doc__)
-    options.add_feature_options(parser)
-    options.add_split_options(parser)
-    options.add_training_options(parser)
-    options.add_run_options(parser)
+    parser = cli.new_parser(__doc__)
+    cli.add_feature_options(parser)
+    cli.add_split_options(parser)
+    cli.add_training_options(parser)
+    cli.add_run_options(parser)
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files into the run")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    return options.guarded(lambda: train(args, options.command_line(argv)), "nothing was saved")
+    return cli.guarded(lambda: work(args, cli.command_line(argv)), "nothing was saved")
 
 
-def train(args: Namespace, command: str) -> int:
-    values = options.with_recipe(args)
-    [point] = options.grid_points(values)
-    config = options.config_from(point)
-    options.print_unread(args, [config.head.head])
-    experiment = ex.load_experiment(args, values, [config.head.head])
-    config = options.fit_to_data(config, args.recipe, experiment.classes, experiment.source)
-    configs = options.with_seeds(config, args.seeds)
-    outcomes = [outcome for _, of_seed in ex.train(configs, experiment) for outcome in of_seed]
-    run = ex.make_run(outcomes, experiment)
-    print(ex.describe_heads(run.members))
-    report = ex.measure(outcomes, experiment, run)
-    ex.print_report(report, run)
-    path = save_run(
-        run,
-        args.runs,
-        run_name(run),
-        metrics=report.figures,
-        history=report.history,
-        predictions=(report.ids, report.tags, report.probabilities),
-        command=command,
-    )
+def work(args: Namespace, command: str) -> int:
+    grid, settings = cli.grid_from(args), cli.experiment_settings(args)
+    cli.print_unread(args, [head.head for head in grid.heads])
+    experiment = load_experiment(settings, grid.heads)
+    print("\n".join(experiment.notes))
+    [config] = grid.configs(experiment.classes)
+    configs = with_seeds(on_features(config, experiment.features), args.seeds or 1)
+    with cli.progress_bar("train", total_epochs(configs, experiment), "epoch") as progress:
+        trained = train_run(configs, experiment, progress)
+    print(head_line(trained))
+    print(report_tables(trained))
+    run = save_run(trained, args.runs / run_name(trained), numbered=True, command=command)
     if args.tensorboard:
-        write_tensorboard(path, report.history)
-    print(f"run of {len(run.members)} head{'s' if len(run.members) > 1 else ''} -> {path}")
+        write_tensorboard(run)
+    print(f"run of {len(run.members)} head{'s' if len(run.members) > 1 else ''} -> {run.path}")
     return EXIT_DONE
 
 

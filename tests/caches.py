@@ -47,7 +47,9 @@ def make_cache(
     for side, width in widths.items():
         if width is None:
             continue
-        centres = np.random.default_rng([*name.encode(), *{"image": b"img", "text": b"txt"}[side]]).normal(size=(3, width)) * (2 / width**0.5)
+        centres = np.random.default_rng([*name.encode(), *{"image": b"img", "text": b"txt"}[side]]).normal(
+            size=(3, width)
+        ) * (2 / width**0.5)
         shapes[f"{side}_feats"] = (width,)
         arrays[f"{side}_feats"] = x = centres[place] * 1.2 + rng.normal(size=(rows, width))
         for fact in {"image": ("image_hash",), "text": ("text_hash", "text_key")}[side]:

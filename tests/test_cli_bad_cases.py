@@ -16,7 +16,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from modeling import bad_cases, sweep_heads, train_head
-from modeling import experiment as ex
+from modeling.evaluation.out_of_fold import unseen_folds
+from modeling.experiment import Experiment, experiment_of_run
 from modeling.runs.folder import load_run, newest_run, read_predictions
 
 SHORT = ["--ep", "4", "--D", "8", "--bs", "16", "--lr", "1e-2"]
@@ -49,6 +50,11 @@ def train(feats: Path, runs: Path, *argv: str) -> Path:
 
 def export(runs: Path, *argv: str) -> int:
     return bad_cases.main(["--runs", str(runs), *argv])
+
+
+def of_run(path: Path) -> Experiment:
+    run = load_run(path)
+    return experiment_of_run(run, run.source, "cpu")
 
 
 def split_of(path: Path) -> dict[str, Any]:
@@ -89,14 +95,28 @@ def test_training_rows_that_are_wrong_the_surest_first(feats: Path, tmp_path: Pa
     assert not (older / "bad_cases.csv").exists()
 
 
+def test_a_file_that_isnt_ours_is_not_replaced(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    path = train(feats, tmp_path)
+    cache, before = feats / "clip_train.h5", (feats / "clip_train.h5").read_bytes()
+    (tmp_path / "submission.csv").write_text("guid,tag\n1,a\n")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "target.csv")
+    for out in (cache, tmp_path / "submission.csv"):
+        line = refused(capsys, tmp_path, "--out", str(out))
+        assert str(out) in line and "id,tag,pred" in line and "give another file with --out" in line
+    for _ in range(2):
+        assert export(tmp_path, "--run", str(path), "--folds", "2", "--out", str(tmp_path / "link.csv")) == 0
+    assert (tmp_path / "link.csv").is_symlink() and rows_of(tmp_path / "target.csv")
+    assert cache.read_bytes() == before and (tmp_path / "submission.csv").read_text() == "guid,tag\n1,a\n"
+
+
 def test_every_misclassified_row_is_there(feats: Path, tmp_path: Path):
     """scikit-learn's logistic regression, trained on the same rows."""
-    argv = ["--head", "linear", "--penalty", "0.1", "--norm", "standard", "--val-ratio", "0.2"]
+    argv = ["--head", "linear", "--C", "0.1", "--norm", "standard", "--val-ratio", "0.2"]
     path = train(feats, tmp_path, *argv)
     assert export(tmp_path, "--run", str(path), "--folds", "3", "--out", str(tmp_path / "new" / "bad.csv")) == 0
     rows = rows_of(tmp_path / "new" / "bad.csv")
-    experiment = ex.experiment_of_run(load_run(path), None, "cpu")
-    folds = bad_cases.unseen_folds(split_of(path)["train"], 3, experiment, 0.2)
+    experiment = of_run(path)
+    folds = unseen_folds(split_of(path)["train"], 3, experiment, 0.2)
     tag_of = dict(zip([f"p{i}" for i in range(90)], make_tags(90), strict=True))
 
     def matrix(ids: Sequence[str], like: Sequence[str]) -> np.ndarray:
@@ -115,17 +135,32 @@ def test_every_misclassified_row_is_there(feats: Path, tmp_path: Path):
     assert {row["id"]: row["pred"] for row in rows} == wrong and len(wrong) > 2
 
 
-def test_only_those_as_sure_as_asked(feats: Path, tmp_path: Path):
-    path = train(feats, tmp_path, "--head", "linear", "--penalty", "0.1")
+def test_only_those_as_sure_as_asked(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    path = train(feats, tmp_path, "--head", "linear", "--C", "0.1")
+    capsys.readouterr()
     export(tmp_path)
     every = read_predictions(path / "bad_cases.csv")
+    wrong = f"{len(every[0])} of {len(split_of(path)['train'])} training rows wrong"
+    out = capsys.readouterr().out
+    assert wrong in out and "confidence" not in out
     middle = np.median(every[2].max(1)) + 1e-6
     export(tmp_path, "--min-confidence", str(middle), "--out", str(tmp_path / "sure.csv"))
     sure = read_predictions(tmp_path / "sure.csv")
     wanted = [i for i, row in zip(every[0], every[2], strict=True) if row.max() >= middle]
     assert sure[0] == wanted and 0 < len(wanted) < len(every[0])
-    export(tmp_path, "--min-confidence", "1.1", "--out", str(tmp_path / "none.csv"))
-    assert rows_of(tmp_path / "none.csv") == []
+    out = capsys.readouterr().out
+    assert wrong in out and f", {len(wanted)} of them with confidence {middle:g} or more, the surest first" in out
+    export(tmp_path, "--min-confidence", "1", "--out", str(tmp_path / "certain.csv"))
+    certain = read_predictions(tmp_path / "certain.csv")[0]
+    assert set(certain) < set(wanted)
+    assert f"{wrong} in 5-fold out-of-fold predictions, {len(certain)} of them with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", ["nan", "9", "-0.1", "inf"])
+def test_a_confidence_that_is_no_probability(given: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert refused(capsys, tmp_path, f"--min-confidence={given}").startswith(
+        f"error: --min-confidence {given}: expected a probability, 0 to 1"
+    )
 
 
 def test_of_a_sweeps_run_and_of_several_seeds(feats: Path, tmp_path: Path):
@@ -158,7 +193,7 @@ def test_no_row_has_a_say_in_what_predicts_it(tmp_path: Path):
 def test_duplicates_fall_as_in_the_run(duplicates: str, tmp_path: Path):
     """Noise can be told only by a row's twin."""
     random_cache(tmp_path / "feats", list(np.random.default_rng(1).choice(CLASSES, 60).repeat(2)), twins=True)
-    head = ["--head", "kernel", "--gamma", "8", "--penalty", "0.001"]
+    head = ["--head", "kernel", "--gamma", "8", "--ridge", "0.001"]
     path = train(tmp_path / "feats", tmp_path, *head, "--duplicates", duplicates)
     assert export(tmp_path) == 0
     share = len(rows_of(path / "bad_cases.csv")) / len(split_of(path)["train"])
@@ -169,11 +204,11 @@ def test_a_rare_class_costs_no_training_rows(tmp_path: Path):
     random_cache(tmp_path / "feats", [*["a", "b"] * 58, *["c"] * 4])
     path = train(tmp_path / "feats", tmp_path)
     ids = split_of(path)["train"]
-    experiment = ex.experiment_of_run(load_run(path), None, "cpu")
-    assert len(ids) == 108 and experiment.tags(ids).count("c") == 3
-    folds = bad_cases.unseen_folds(ids, 5, experiment, 0.1)
+    experiment = of_run(path)
+    assert len(ids) == 108 and experiment.features.tags_of(ids).count("c") == 3
+    folds = unseen_folds(ids, 5, experiment, 0.1)
     assert [(len(f.train), len(f.val), len(f.test)) for f in folds] == [(65, 7, 36)] * 3
-    assert all("c" in experiment.tags(part) for f in folds for part in (f.train, f.val, f.test))
+    assert all("c" in experiment.features.tags_of(part) for f in folds for part in (f.train, f.val, f.test))
     assert export(tmp_path) == 0
 
 
@@ -181,8 +216,8 @@ def test_of_few_rows(tmp_path: Path):
     """The run's share of the other rows may be too few to hold every class: then it is one of each."""
     random_cache(tmp_path / "feats", make_tags(30))
     path = train(tmp_path / "feats", tmp_path)
-    experiment = ex.experiment_of_run(load_run(path), None, "cpu")
-    assert {len(f.val) for f in bad_cases.unseen_folds(split_of(path)["train"], 5, experiment, 0.1)} == {3}
+    experiment = of_run(path)
+    assert {len(f.val) for f in unseen_folds(split_of(path)["train"], 5, experiment, 0.1)} == {3}
     assert export(tmp_path) == 0
 
 
@@ -193,7 +228,7 @@ def test_a_class_too_rare_to_part_in_three(twins: bool, tmp_path: Path, capsys: 
     path = train(tmp_path / "feats", tmp_path, "--val-ratio", "0.4" if twins else "0.1")
     line = refused(capsys, tmp_path)
     assert f"class 'c' has {4 if twins else 2} training rows, expected at least 3 that are no duplicates" in line
-    assert "one to choose the epoch by" in line and "kernel" not in line and not (path / "bad_cases.csv").exists()
+    assert "one to validate by" in line and "kernel" not in line and not (path / "bad_cases.csv").exists()
 
 
 def test_a_rare_class_of_duplicates(tmp_path: Path):
@@ -275,7 +310,7 @@ def test_what_has_no_training_rows_of_its_own_is_refused(feats: Path, tmp_path: 
     folds = train(feats, tmp_path, "--folds", "2")
     assert "cross-validation" in refused_here("--run", str(folds)) and "--val-ratio" in refused_here()
     given = ["--vtype", "clip", "--feats", str(feats), "--runs", str(tmp_path), "--auto", "--head", "kernel"]
-    assert sweep_heads.main([*given, "--gamma", "1", "--penalty", "1"]) == 0
+    assert sweep_heads.main([*given, "--gamma", "1", "--ridge", "1"]) == 0
     line = refused_here()
     assert "ensemble of --auto" in line and "train with modeling/train_head.py" in line and "--run" in line
     assert not list(tmp_path.glob("*/bad_cases.csv"))

@@ -18,10 +18,11 @@ from conftest import ROOT, make_course
 
 from feats import efficientnet_extract_feats, minilm_extract_feats, vader_extract_feats
 from feats.store import DONE, QUARANTINED, FeatureStore
-from modeling import inference_head, train_head
+from modeling import bad_cases, inference_head, train_head
 from modeling.evaluation import metrics, prediction
+from modeling.evaluation.prediction import VoteSettings
 from modeling.features.joined import load_features
-from modeling.runs.folder import list_runs, load_run
+from modeling.runs.folder import list_runs, load_run, newest_run, open_runs
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 CLASSES = ["negative", "neutral", "positive"]
@@ -39,10 +40,12 @@ def make_cache(
     fingerprint: Mapping[str, object] | None = None,
     quarantined: Mapping[str, str] = {},
     broken: Sequence[str] = (),
+    content: int = 0,
 ) -> Path:
-    """Features around a corner for each class, noisy; those of untagged rows around the origin."""
+    """Features around a corner for each class, noisy; those of untagged rows around the origin. Another `content`: other
+    pictures and texts of the same ids."""
     dataset, width = WIDTHS[name]
-    rng = np.random.default_rng(len(ids) + width)
+    rng = np.random.default_rng(len(ids) + width + content)
     corners = np.eye(width) * 3
     values = np.array([corners[CLASSES.index(tag)] if tag in CLASSES else np.zeros(width) for tag in tags])
     values = (values + rng.normal(0, 1.5, values.shape)).astype(np.float16)
@@ -52,7 +55,10 @@ def make_cache(
     path = folder / f"{name}_{split}.h5"
     made_by = {"encoder": name, "text_clean": "tweet"} | dict(fingerprint or {})
     with FeatureStore.create(path, ids, tags, made_by, {dataset: (width,)}, overwrite=True) as store:
-        store.write(np.arange(len(ids)), status, {dataset: values}, quarantined)
+        hashes = (
+            {f"{dataset.partition('_')[0]}_hash": np.arange(len(ids), dtype=np.uint64) + content} if content else {}
+        )
+        store.write(np.arange(len(ids)), status, {dataset: values, **hashes}, quarantined)
         store.finish()
     return path
 
@@ -110,8 +116,7 @@ def edit_config(run: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 
 def probabilities(home: Path, run: str, split: str = "test") -> np.ndarray:
     loaded = load_run(home / "runs" / run)
-    source = loaded.features
-    return loaded.probabilities(load_features(home / "feats", split, source["vtype"], source["ttype"]))
+    return loaded.probabilities(load_features(home / "feats", split, loaded.source.image, loaded.source.text))
 
 
 # -- the submission ---------------------------------------------------------------------------------------------
@@ -121,14 +126,12 @@ def test_as_typed_the_newest_run_predicts_the_test_split(home: Path):
     (home / "saved").mkdir()
     (home / "feats").rename(home / "saved" / "feats")
     (home / "runs").rename(home / "saved" / "runs")
-    edit_config(home / "saved" / "runs" / "third", lambda config: config["features"].update(folder="saved/feats"))
     script = str(ROOT / "modeling" / "inference_head.py")
     out = subprocess.run([sys.executable, script], cwd=home, env=ENVIRONMENT, capture_output=True, text=True)
     assert (out.returncode, out.stderr) == (0, "")
     path = home / "saved" / "runs" / "third" / "submission_test.csv"
-    assert (
-        "run saved/runs/third" in out.stdout and "23 predictions -> saved/runs/third/submission_test.csv" in out.stdout
-    )
+    assert out.stdout.startswith(f"run saved/runs/third\ncaches {home / 'saved' / 'feats'}\n")
+    assert "23 predictions -> saved/runs/third/submission_test.csv" in out.stdout
     header, rows = submission(path)
     assert header == ["guid", "tag"] and [row[0] for row in rows] == TEST
     for name in CLASSES:
@@ -198,6 +201,7 @@ def infer_as_trained(home: Path, folders: Mapping[str, Path], *more: str) -> int
     """Without --feats, the runs having been trained on caches in `folders`."""
     for name, folder in folders.items():
         edit_config(home / "runs" / name, lambda config, folder=folder: config["features"].update(folder=str(folder)))
+        edit_config(home / "runs" / name, lambda config, folder=folder: config.update(features_from_run=str(folder)))
     return inference_head.main(["--runs", str(home / "runs"), "--device", "cpu", "--run", *folders, *more])
 
 
@@ -240,6 +244,81 @@ def test_a_run_whose_caches_are_gone_says_so(home: Path, capsys: pytest.CaptureF
     line = refused(capsys, infer_as_trained(home, {"third": home / "gone"}))
     assert str(home / "gone") in line and "no such folder" in line and "--feats" in line
     assert infer(home) == 0
+
+
+@pytest.fixture
+def projects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> tuple[Path, Path]:
+    """Two projects of the same ids and the same names, each with one run, made there by commands without paths."""
+    roots = tmp_path / "one", tmp_path / "two"
+    for k, root in enumerate(roots):
+        root.mkdir()
+        monkeypatch.chdir(root)
+        (root / "saved").mkdir()
+        for split, ids, tags in (("train", TRAIN, tags_of(TRAIN)), ("test", TEST, [""] * len(TEST))):
+            make_cache(root / "saved" / "feats", "pix", split, ids, tags, content=100 * (k + 1))
+        assert train_head.main(["--vtype", "pix", "--D", "4", "--ep", "2", "--lr", "0.1", "--device", "cpu"]) == 0
+        newest_run(root / "saved" / "runs").rename(root / "saved" / "runs" / f"run{k}")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    return roots
+
+
+def predicted_from(run: Path, capsys: pytest.CaptureFixture) -> Path:
+    """The folder whose caches a run reads, judging by what is printed and by the probabilities."""
+    status = inference_head.main(["--run", str(run), "--proba", "--device", "cpu"])
+    said = capsys.readouterr()
+    assert (status, said.err) == (0, "")
+    (folder,) = (Path(line.removeprefix("caches ")) for line in said.out.splitlines() if line.startswith("caches "))
+    _, rows = submission(run / "submission_test.csv")
+    expected = load_run(run).probabilities(load_features(folder, "test", ["pix"], []))
+    np.testing.assert_allclose(np.array([row[2:] for row in rows], float), expected, atol=1e-6)
+    return folder
+
+
+def test_the_working_directory_has_no_say_in_which_caches_are_read(
+    projects: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    one, two = projects
+    for here in (one, two, two / "saved", one / "saved" / "runs"):
+        monkeypatch.chdir(here)
+        run = Path(os.path.relpath(one / "saved" / "runs" / "run0"))
+        assert predicted_from(run, capsys) == one / "saved" / "feats"
+    assert bad_cases.main(["--run", str(run), "--folds", "2", "--device", "cpu"]) == 0
+    assert f"caches {one / 'saved' / 'feats'}\n" in capsys.readouterr().out
+
+
+def test_caches_that_move_along_with_the_run_are_found(projects: tuple[Path, Path], capsys: pytest.CaptureFixture):
+    one, two = projects
+    moved, copied = one.with_name("moved"), one.with_name("copied")
+    shutil.copytree(one, copied)
+    assert predicted_from(copied / "saved" / "runs" / "run0", capsys) == copied / "saved" / "feats"
+    one.rename(moved)
+    assert predicted_from(moved / "saved" / "runs" / "run0", capsys) == moved / "saved" / "feats"
+    two.rename(one)  # where the run's caches were there are others now
+    assert predicted_from(moved / "saved" / "runs" / "run0", capsys) == moved / "saved" / "feats"
+    (moved / "saved" / "feats" / "pix_train.h5").unlink()
+    line = refused(capsys, inference_head.main(["--run", str(moved / "saved" / "runs" / "run0"), "--device", "cpu"]))
+    assert f"{moved / 'saved' / 'feats'}: no pix_train.h5 to know it by" in line
+    assert f"{one / 'saved' / 'feats'}: its training rows are others" in line and line.endswith("with --feats")
+
+
+def test_a_run_that_moves_alone_never_reads_the_caches_it_comes_to(
+    projects: tuple[Path, Path], capsys: pytest.CaptureFixture
+):
+    one, two = projects
+    run = Path(shutil.move(one / "saved" / "runs" / "run0", two / "saved" / "runs"))
+    assert predicted_from(run, capsys) == one / "saved" / "feats"
+    shutil.rmtree(one)
+    for script in (inference_head, bad_cases):
+        line = refused(capsys, script.main(["--run", str(run), "--device", "cpu"]))
+        assert f"{two / 'saved' / 'feats'}: its training rows are others" in line
+        assert f"{one / 'saved' / 'feats'}: no such folder" in line and line.endswith("name their folder with --feats")
+
+
+def test_what_has_not_moved_needs_no_proof(projects: tuple[Path, Path], capsys: pytest.CaptureFixture):
+    one, _ = projects
+    (one / "saved" / "feats" / "pix_train.h5").unlink()
+    assert predicted_from(one / "saved" / "runs" / "run0", capsys) == one / "saved" / "feats"
 
 
 # -- votes ------------------------------------------------------------------------------------------------------
@@ -316,7 +395,7 @@ def test_labelled_rows_give_figures(home: Path, capsys: pytest.CaptureFixture, v
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     known = [row for row, tag in enumerate(tags) if tag]
     labels = [CLASSES.index(tags[row]) for row in known]
-    figures = metrics.evaluate(labels, probabilities(home, "third")[known], CLASSES, "negative")
+    figures = metrics.figures(labels, probabilities(home, "third")[known], CLASSES, "negative")
     shown = [f"{figures[name]:.3f}" for name in ("accuracy", "weighted_f1", "macro_f1")]
     calibration = [f"{figures[name]:.3f}" for name in ("log_loss", "ece")]
     assert ["test", "22", *shown, *(calibration if vote == "soft" else [])] in lines
@@ -329,9 +408,9 @@ def test_labelled_rows_give_figures(home: Path, capsys: pytest.CaptureFixture, v
 def test_tied_votes_count_as_what_they_were_settled_to(home: Path):
     make_cache(home / "feats", "pix", "test", TEST, tags_of(TEST))
     make_cache(home / "feats", "words", "test", TEST, tags_of(TEST))
-    runs = prediction.open_runs(home / "runs", ["first", "second"])
-    predictions = prediction.predict(runs, home / "feats", "test", vote="majority", tie="neutral")
-    figures = prediction.evaluate(predictions, "negative")
+    runs = open_runs(home / "runs", ["first", "second"])
+    predictions = prediction.predict_caches(runs, home / "feats", "test", VoteSettings("majority", "neutral"))
+    figures = prediction.figures_of(predictions, "negative")
     labels = np.array([CLASSES.index(tag) for tag in predictions.rows.tags])
     assert figures["accuracy"] == (predictions.predicted == labels).mean()
     assert figures["confusion"] == metrics.confusion_matrix(labels, predictions.predicted, 3).tolist()
@@ -505,11 +584,27 @@ def test_a_file_that_cant_be_written(home: Path, capsys: pytest.CaptureFixture):
     assert "give another file with --out" in line and (home / "file").read_text() == "kept"
 
 
+def test_what_isnt_ours_is_not_replaced_and_nothing_is_computed_for_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    cache = home / "feats" / "pix_test.h5"
+    before = cache.read_bytes()
+    (home / "link.csv").symlink_to(home / "target.csv")
+    assert infer(home, "--out", str(home / "link.csv")) == 0
+    assert (home / "link.csv").is_symlink() and len(submission(home / "target.csv")[1]) == len(TEST)
+    assert infer(home, "--proba", "--out", str(home / "target.csv")) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(prediction, "predict_caches", lambda *args, **options: pytest.fail("predicted in vain"))
+    line = refused(capsys, infer(home, "--out", str(cache)))
+    assert str(cache) in line and "give another file with --out" in line
+    assert cache.read_bytes() == before
+
+
 def test_an_interruption_leaves_nothing_half_written(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     class Interrupting:
-        def writerow(self, row: object) -> None:
+        def writerows(self, rows: object) -> None:
             raise KeyboardInterrupt
 
     before = sorted(home.iterdir())

@@ -14,19 +14,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import sklearn.metrics as reference
 from caches import CLASSES, make_cache, make_tags
 from conftest import ROOT
 from safetensors.torch import load_file
+from scipy.stats import beta
 
 from feats.errors import UsageError
 from feats.store import FeatureStore
-from modeling import cli as options
+from modeling import cli, sweep_heads, train_head
 from modeling import experiment as ex
-from modeling import sweep_heads, train_head
 from modeling.features.joined import load_features
+from modeling.heads.base import ABLATIONS
 from modeling.runs.folder import load_run, newest_run, read_predictions
 from modeling.search import auto
 from modeling.search import sweep as sweep_module
@@ -104,11 +106,11 @@ def test_finished_configurations_are_not_trained_again(feats: Path, swept: Path,
 def test_a_larger_grid_trains_what_is_new(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     sweep(feats, tmp_path, "--head", "fusion", "--D", "4", "4", *SHORT)  # twice the same is once
     before = times(tmp_path / "sweep")
-    sweep(feats, tmp_path, "--head", "fusion", "linear", "--D", "4", "--seeds", "3", "--penalty", "0.1", *SHORT)
+    sweep(feats, tmp_path, "--head", "fusion", "linear", "--D", "4", "--seeds", "3", "--C", "0.1", *SHORT)
     out = capsys.readouterr().out
     assert "1 trainings, 0 of them finished before" in out
-    assert "4 trainings, 1 of them" in out  # fusion doesn't read --penalty; linear has no seeds
-    sweep(feats, tmp_path, "--head", "fusion", "linear", "--D", "4", "--seeds", "2", "--penalty", "0.1", *SHORT)
+    assert "4 trainings, 1 of them" in out  # fusion doesn't read --C; linear has no seeds
+    sweep(feats, tmp_path, "--head", "fusion", "linear", "--D", "4", "--seeds", "2", "--C", "0.1", *SHORT)
     assert "3 trainings, 3 of them finished before" in capsys.readouterr().out
     sweep(feats, tmp_path, "--head", "fusion", "--D", "4", "--seeds", "2", *SHORT)
     assert "2 trainings, 2 of them finished before" in capsys.readouterr().out
@@ -119,29 +121,29 @@ def test_a_head_is_trained_once_whatever_varies_that_it_does_not_read(
     feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     grid = ["--head", "linear", "fusion", "late_512", "kernel", "--D", "4", "8", "--lr", "1e-3", "1e-2"]
-    grid += ["--penalty", "0.1", "--gamma", "1", "--seeds", "2", *SHORT]
+    grid += ["--C", "0.1", "--ridge", "0.1", "--gamma", "1", "--seeds", "2", *SHORT]
     assert sweep(feats, tmp_path, *grid, "--monitor", "macro_f1") == 0
     out = capsys.readouterr().out
     assert "14 trainings, 0 of them" in out and "note:" not in out  # fusion 8, late_512 4, linear and kernel 1 each
     assert len(runs_in(tmp_path / "sweep")) == 14
     rows = table(tmp_path / "sweep")[:-1]
     assert [float(r["macro_f1"]) for r in rows] == sorted((float(r["macro_f1"]) for r in rows), reverse=True)
-    cells = {(r["head"], r["D"], r["lr"], r["bs"], r["penalty"], r["gamma"], r["seeds"]) for r in rows}
+    cells = {(r["head"], r["D"], r["lr"], r["bs"], r["C"], r["ridge"], r["gamma"], r["seeds"]) for r in rows}
     assert cells == {
-        ("linear", "", "", "", "0.1", "", "1"),
-        ("kernel", "", "", "", "0.1", "1.0", "1"),
-        *(("fusion", D, lr, "32", "", "", "2") for D in "48" for lr in ("0.001", "0.01")),
-        *(("late_512", "", lr, "32", "", "", "2") for lr in ("0.001", "0.01")),
+        ("linear", "", "", "", "0.1", "", "", "1"),
+        ("kernel", "", "", "", "", "0.1", "1.0", "1"),
+        *(("fusion", D, lr, "32", "", "", "", "2") for D in "48" for lr in ("0.001", "0.01")),
+        *(("late_512", "", lr, "32", "", "", "", "2") for lr in ("0.001", "0.01")),
     }
     # Where D and learning rate are compared stand the heads that have one.
     by_rate = out.split("by D and learning rate, macro_f1\n")[1].split("\n\n")[0].splitlines()[2:]
     assert sorted(line.split()[0] for line in by_rate) == ["fusion", "fusion", "late_512"]
     assert not any("_D" in r["run"] or "_lr" in r["run"] for r in rows if r["head"] in ("linear", "kernel"))
     # Another value of what isn't read is no new training; the other way round it is.
-    assert sweep(feats, tmp_path, "--head", "linear", "--D", "16", "--penalty", "0.1", *SHORT) == 0
+    assert sweep(feats, tmp_path, "--head", "linear", "--D", "16", "--C", "0.1", *SHORT) == 0
     out = capsys.readouterr().out
     assert "1 trainings, 1 of them finished before" in out and "note: --D, --ep, --bs do nothing for linear" in out
-    assert sweep(feats, tmp_path, "--head", "linear", "--D", "16", "--penalty", "0.2", *SHORT) == 0
+    assert sweep(feats, tmp_path, "--head", "linear", "--D", "16", "--C", "0.2", *SHORT) == 0
     assert "1 trainings, 0 of them finished before" in capsys.readouterr().out
 
 
@@ -261,6 +263,21 @@ def test_an_interrupted_sweep_goes_on(
         assert (folder / name).read_text() == (uninterrupted / name).read_text()
 
 
+def test_ids_and_labels_that_hold_line_ends(tmp_path: Path, capsys: pytest.CaptureFixture):
+    path = make_cache(tmp_path / "feats", "clip", tags=["a\rb", "c", "\n,d"] * 20)
+    with h5py.File(path, "r+") as file:
+        file["id"][:] = [f"\r{i:02}".encode() for i in range(60)]
+    command = ["--head", "fusion", "mlp", "--D", "4", *SHORT]
+    for done in (0, 2):
+        assert sweep(tmp_path / "feats", tmp_path, *command) == 0, capsys.readouterr().err
+        assert f"2 trainings, {done} of them finished before" in capsys.readouterr().out
+    for path in runs_in(tmp_path / "sweep"):
+        found, tags, probabilities = read_predictions(path / "predictions_val.csv")
+        assert found == content(path, "split")["val"] and len(found) == len(tags) == len(probabilities)
+        assert set(tags) == {"a\rb", "c", "\n,d"}
+    assert best_run(tmp_path / "sweep") in runs_in(tmp_path / "sweep")
+
+
 def test_half_a_run_is_trained_again(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     command = ["--head", "fusion", "mlp", "--D", "4", *SHORT]
     sweep(feats, tmp_path, *command)
@@ -369,8 +386,49 @@ def test_the_ranked_figure_is_the_compared_one(feats: Path, tmp_path: Path, caps
     assert float(second["p"]) == pytest.approx(expected, abs=0.1)
 
 
+@pytest.mark.parametrize(
+    ("argv", "figure"),
+    [
+        (["--recipe", "own", "--head", "concat", "fusion", "late_512", "linear"], "accuracy"),
+        (["--recipe", "own", "--head", "late_512", "concat"], "accuracy"),
+        (["--recipe", "own", "--head", "concat", "fusion", "--monitor", "macro_f1"], "macro_f1"),
+        (["--recipe", "A", "--head", "linear", "concat"], "weighted_f1"),
+        (["--head", "concat", "fusion", "--monitor", "loss"], "accuracy"),
+        (["--head", "concat", "fusion", "--monitor", "weighted_f1", "accuracy"], "weighted_f1"),
+        (["--head", "concat", "fusion"], "accuracy"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_one_figure_ranks_whichever_head_stands_first(
+    argv: list[str], figure: str, feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    split = [] if "A" in argv else ["--val-ratio", "0.3"]
+    assert sweep(feats, tmp_path, *argv, "--C", "0.1", "--D", "4", "--ep", "2", *split) == 0
+    out, rows = capsys.readouterr().out, table(tmp_path / "sweep")[:-1]
+    found = [float(row[figure]) for row in rows]
+    assert found == sorted(found, reverse=True)
+    named = re.findall(r"each at its best (\w+)|Of the (\w+): ±|best by validation (\w+):", out)
+    assert [name for names in named for name in names if name] == [figure] * 3
+    for row in rows[1:]:
+        assert float(row["to best"]) == pytest.approx(float(row[figure]) - found[0], abs=1e-12)
+    assert float(rows[0]["low"]) <= found[0] <= float(rows[0]["high"])
+
+
+def test_all_right_is_not_sure_to_be_right(tmp_path: Path):
+    """What 27 of 27 right, of several seeds even, can tell: Jeffreys's interval."""
+    told = np.eye(3, 8)[[CLASSES.index(tag) for tag in make_tags(90)]].astype(np.float16)
+    make_cache(tmp_path / "feats", "clip", changed={"image_feats": told, "text_feats": told})
+    argv = ["--head", "linear", "mlp", "--C", "1", "--ep", "30", "--lr", "1e-1", "--seeds", "2"]
+    assert sweep(tmp_path / "feats", tmp_path, *argv, "--val-ratio", "0.3") == 0
+    low, _ = beta(27.5, 0.5).ppf([0.025, 0.975])
+    for row in table(tmp_path / "sweep")[:-1]:
+        assert row["accuracy"] == row["high"] == "1.0" and float(row["low"]) == pytest.approx(low, abs=0.02)
+        interval = content(tmp_path / "sweep" / row["run"], "metrics")["val"]["interval"]
+        assert interval["accuracy"] == [pytest.approx(low, abs=0.02), 1] and interval["macro_f1"][0] < 0.95
+
+
 def test_heads_without_epochs_choose_none(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    assert sweep(feats, tmp_path, "--head", "linear", "--penalty", "0.1", "1", "--val-ratio", "0.3") == 0
+    assert sweep(feats, tmp_path, "--head", "linear", "--C", "0.1", "1", "--val-ratio", "0.3") == 0
     assert "best epoch" not in capsys.readouterr().out
 
 
@@ -400,7 +458,7 @@ def test_the_markdown_holds_the_same_tables(swept: Path):
 
 
 def test_ablations_are_tabled(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    command = ["--head", "fusion", "linear", "--penalty", "0.1", "--D", "4", "--ablation", "0", "1", "2", *SHORT]
+    command = ["--head", "fusion", "linear", "--C", "0.1", "--D", "4", "--ablation", "0", "1", "2", *SHORT]
     assert sweep(feats, tmp_path, *command, "--monitor", "macro_f1") == 0
     out = capsys.readouterr().out
     rows = table(tmp_path / "sweep")[:-1]
@@ -445,7 +503,7 @@ def test_unusable_sweeps(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     for argv, told in (
         (["--head", "fusion", "fusoin"], "did you mean fusion"),
         (["--lr", "1e-3", "0"], "expected lr > 0"),
-        (["--runs", str(tmp_path / "file"), "--ep", "1"], "give another --runs folder"),
+        (["--runs", str(tmp_path / "file"), "--ep", "1"], "give another folder for --runs"),
         (["--vtype", "clap"], "no cache .*clap_train.h5.*Did you mean clip"),
     ):
         assert sweep(feats, tmp_path / "runs", *argv) == 2
@@ -510,15 +568,16 @@ def test_auto_leaves_a_run_that_beats_guessing(feats: Path, tmp_path: Path, caps
     assert len({m.group for m in run.members}) == len(families)
     assert all(c["caches"] in out for c in candidates)
     with (path / "history.csv").open() as file:
-        told = [(row["head"], row["caches"], float(row["val_loss"])) for row in csv.DictReader(file)]
-    assert told == [(c["head"], c["caches"], c["log_loss"]) for c in candidates if c["stacked"]]
+        told = [(row["head"], row["caches"], row["epoch"], float(row["val_loss"])) for row in csv.DictReader(file)]
+    assert told == [(c["head"], c["caches"], "", c["log_loss"]) for c in candidates if c["stacked"]]
+    assert {member["best_epoch"] for member in content(path, "config")["members"]} == {None}
 
 
 def test_auto_stacks_the_sides_of_one_cache(feats: Path, tmp_path: Path):
     path = searched(feats, tmp_path, "--vtype", "clip", "--head", "kernel")
     stacked = {c["caches"] for c in content(path, "metrics")["candidates"] if c["stacked"]}
     assert stacked == {"image clip + text clip", "image clip", "text clip"}
-    assert sorted(m.config.head.ablation for m in load_run(path).members) == [0, 1, 2]
+    assert {m.config.head.sides for m in load_run(path).members} == set(ABLATIONS)
 
 
 @pytest.mark.parametrize(
@@ -532,7 +591,7 @@ def test_auto_stacks_the_sides_of_one_cache(feats: Path, tmp_path: Path):
             "--auto with --D, --lr: does nothing for the heads it searches .kernel, linear.",
         ),
         (["--head", "linear", "--gamma", "1"], "--auto with --gamma: .*.linear.*; leave it out"),
-        (["--head", "mlp", "--penalty", "1"], "--auto with --penalty: .*name heads that read it"),
+        (["--head", "mlp", "--C", "1"], "--auto with --C: .*name heads that read it"),
         (["--recipe", "own"], "--auto with --recipe: "),
         (["--recipe", "B", "--folds", "3"], "--auto with --recipe: "),
         (["--folds", "3", "--val-ratio", "0.2"], "--folds leaves no use for --val-ratio"),
@@ -549,16 +608,16 @@ def test_what_auto_does_not_use_is_refused(
 
 
 def test_auto_with_what_it_reads(feats: Path, tmp_path: Path):
-    argv = ["--head", "kernel", "--ablation", "1", "--gamma", "1", "--penalty", "1", "--recipe", "A"]
+    argv = ["--head", "kernel", "--ablation", "1", "--gamma", "1", "--ridge", "1", "--recipe", "A"]
     run = load_run(searched(feats, tmp_path, *argv))
-    assert run.split.how["test_ratio"] == 0.1 and {m.config.class_weights for m in run.members} == {"neutral=1.2"}
+    assert run.split.how["test_ratio"] == 0.1 and {m.config.class_weights for m in run.members} == {(("neutral", 1.2),)}
 
 
 def test_auto_keeps_to_the_side_it_is_told(feats: Path, tmp_path: Path):
     argv = ["--vtype", "clip", "--ttype", "clip", "vader", "--ablation", "1", "--head", "kernel"]
     path = searched(feats, tmp_path, *argv)
     run = load_run(path)
-    assert run.features["vtype"] == [] and {m.config.head.ablation for m in run.members} == {1}
+    assert run.source.image == () and {m.config.head.sides for m in run.members} == {("text",)}
     stacked = {c["caches"] for c in content(path, "metrics")["candidates"] if c["stacked"]}
     assert stacked == {"text clip + text vader", "text clip", "text vader"}
 
@@ -578,18 +637,19 @@ def test_auto_with_folds_is_nested(feats: Path, tmp_path: Path):
     """Other labels for the rows of one fold: that fold's predictions don't change, as no member of its search, nor the
     stacking, saw them; the other folds' do."""
     argv = ["--feats", str(feats), "--vtype", "clip", "--ttype", "vader", "--folds", "3", "--ep", "2"]
-    argv += ["--bs", "16", "--gamma", "1", "--penalty", "1"]
+    argv += ["--bs", "16", "--gamma", "1", "--ridge", "1"]
     args = train_head.build_parser().parse_args(argv)
-    experiment = ex.load_experiment(args, vars(args), [])
-    configs = [options.config_from({**vars(args), "head": head, "D": 4}) for head in ("kernel", "mlp")]
-    run, before, _ = auto.auto(experiment, configs)
+    experiment = ex.load_experiment(cli.experiment_settings(args), [])
+    configs = cli.grid_from(args, head=["kernel", "mlp"], D=4).configs(experiment.classes)
+    run, _ = auto.auto(experiment, configs)
+    before = run.report.probabilities
     held = set(experiment.splits[1].val)
     rows = experiment.features.rows
     tags = [
         CLASSES[(CLASSES.index(tag) + 1) % 3] if i in held else tag for i, tag in zip(rows.ids, rows.tags, strict=True)
     ]
     flipped = replace(experiment, features=replace(experiment.features, rows=replace(rows, tags=tags)))
-    _, after, _ = auto.auto(flipped, configs)
+    after = auto.auto(flipped, configs)[0].report.probabilities
     sizes = np.cumsum([len(split.val) for split in experiment.splits])[:-1]
     (one, two, three), (other_one, other_two, other_three) = np.split(before, sizes), np.split(after, sizes)
     np.testing.assert_array_equal(two, other_two)
@@ -605,7 +665,7 @@ def test_auto_with_folds_is_nested(feats: Path, tmp_path: Path):
 
 
 def test_the_test_part_of_a_stacked_run_is_of_that_run(feats: Path, tmp_path: Path):
-    path = searched(feats, tmp_path, "--val-ratio", "0.2", "--test-ratio", "0.3", "--gamma", "1", "--penalty", "1")
+    path = searched(feats, tmp_path, "--val-ratio", "0.2", "--test-ratio", "0.3", "--gamma", "1", "--ridge", "1")
     test, features = content(path, "metrics")["test"], load_features(feats, "train", ["clip"], ["clip"])
     ids = content(path, "split")["test"]
     probabilities = load_run(path).probabilities(features, features.positions(ids))
@@ -632,7 +692,7 @@ def test_the_run_after_folds_learns_from_rows_that_no_fold_validates(feats: Path
     ids = [f"p{i}" for i in range(90)]
     folds = [{"train": ids[30:], "val": ids[:30]}, {"train": ids[:30] + ids[60:], "val": ids[30:60]}]
     (tmp_path / "folds.json").write_text(json.dumps({"folds": folds}))
-    argv = ["--head", "kernel", "--gamma", "1", "--penalty", "1", "--split-file", str(tmp_path / "folds.json")]
+    argv = ["--head", "kernel", "--gamma", "1", "--ridge", "1", "--split-file", str(tmp_path / "folds.json")]
     path = searched(feats, tmp_path / "runs", *argv)
     assert all(m.head.support.shape[1] == 90 for m in load_run(path).members)
     assert read_predictions(path / "predictions_val.csv")[0] == sorted(ids[:30]) + sorted(ids[30:60])
@@ -656,5 +716,5 @@ def test_without_a_kernel_where_any_of_the_searches_has_too_many_rows(
     for module in (auto, closed_form):
         monkeypatch.setattr(module, "MAX_KERNEL_ROWS", 70)
     for argv, heads in ((["--val-ratio", "0.3"], {"kernel", "linear"}), (["--folds", "3"], {"linear", "mlp"})):
-        path = searched(feats, tmp_path, "--vtype", "--ttype", "vader", *argv, "--penalty", "0.3")
+        path = searched(feats, tmp_path, "--vtype", "--ttype", "vader", *argv, "--C", "0.3")
         assert {c["head"] for c in content(path, "metrics")["candidates"]} == heads

@@ -23,11 +23,12 @@ from sklearn.preprocessing import StandardScaler, normalize
 
 from modeling import experiment as ex
 from modeling import train_head
-from modeling.cli import RECIPES, reads
 from modeling.evaluation.metrics import softmax
 from modeling.features.joined import load_features
 from modeling.heads.registry import HEADS
 from modeling.runs.folder import load_run, newest_run, read_predictions
+from modeling.training.config import settings_read
+from modeling.training.recipes import RECIPES
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 SHORT = ["--ep", "3", "--D", "8", "--bs", "32", "--lr", "1e-2"]
@@ -92,7 +93,11 @@ def test_the_help_shows_defaults_and_every_head():
     text = " ".join(train_head.build_parser().format_help().split())
     for words in ("(default: fusion)", "(default: 256)", "(default: 0.0001)", "(default: saved/feats)", *HEADS):
         assert words in text
-    for words in ("(default: 0.1, or the recipe's)", "none with --ttype alone", "the ridge, larger is stronger"):
+    for words in (
+        "(default: 0.1, or the recipe's)",
+        "none with --ttype alone",
+        "linear: inverse strength of the penalty",
+    ):
         assert words in text
 
 
@@ -127,13 +132,50 @@ def test_every_head_leaves_a_run_that_predicts_what_it_reports(name: str, feats:
     assert tags == [tag_of[i] for i in ids]
     check_figures(content(path, "metrics")["val"], tags, probabilities)
     run = load_run(path)
-    assert run.features["tokens"] == bool(HEADS[name].tokens or HEADS[name].optional_tokens)
-    features = load_features(feats, "train", ["clip"], ["clip"], tokens=run.features["tokens"])
+    assert run.source.tokens == bool(HEADS[name].tokens or HEADS[name].optional_tokens)
+    features = load_features(feats, "train", ["clip"], ["clip"], tokens=run.source.tokens)
     found = run.probabilities(features, features.positions(ids))
     np.testing.assert_allclose(found, probabilities, atol=1e-5)
     with (path / "history.csv").open() as file:
-        epochs = [int(row["epoch"]) for row in csv.DictReader(file)]
-    assert epochs == ([1, 2, 3] if HEADS[name].solver == "sgd" else [1])
+        history = list(csv.DictReader(file))
+    [best] = [member["best_epoch"] for member in content(path, "config")["members"]]
+    assert best == run.members[0].best_epoch
+    if not HEADS[name].closed_form():
+        assert [row["epoch"] for row in history] == ["1", "2", "3"] and best in (1, 2, 3)
+    else:  # one row that is of no epoch
+        assert [row["epoch"] for row in history] == [""] and best is None
+        assert float(history[0]["accuracy"]) == content(path, "metrics")["val"]["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "chosen"),
+    [
+        (["--head", "mlp"], "; best epoch and temperature chosen on the validation rows"),
+        (
+            ["--head", "linear"],
+            "; temperature chosen on the validation rows, C by inner folds of the training rows",
+        ),
+        (["--head", "linear", "--C", "1"], "; temperature chosen on the validation rows"),
+        (
+            ["--head", "kernel"],
+            "; temperature chosen on the validation rows, ridge and gamma by inner folds of the training rows",
+        ),
+        (
+            ["--head", "kernel", "--ridge", "1"],
+            "; temperature chosen on the validation rows, gamma by inner folds of the training rows",
+        ),
+        (["--head", "kernel", "--ridge", "1", "--gamma", "1"], "; temperature chosen on the validation rows"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_protocol_says_what_was_chosen(
+    argv: list[str], chosen: str, feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    capsys.readouterr()
+    path = train(feats, tmp_path, *argv)
+    out = capsys.readouterr().out
+    assert content(path, "metrics")["protocol"].endswith(f"duplicates together{chosen}")
+    assert f"duplicates together{chosen}\n" in out and ("best epoch" in out) == ("mlp" in argv)
 
 
 def test_the_saved_epoch_is_the_best_one(feats: Path, tmp_path: Path):
@@ -194,6 +236,10 @@ def test_tensorboard_shows_the_history(feats: Path, tmp_path: Path):
             found = [(event.step, event.value) for event in events.Scalars(scalar)]
             assert found == [(int(r["epoch"]), pytest.approx(float(r[scalar]), rel=1e-6)) for r in rows]
     assert not (train(feats, tmp_path) / "tensorboard").exists()
+    path = train(feats, tmp_path, "--tensorboard", "--head", "linear", "--C", "1")  # without epochs
+    events = EventAccumulator(str(path / "tensorboard" / "seed42")).Reload()
+    [event] = events.Scalars("accuracy")
+    assert event.value == pytest.approx(content(path, "metrics")["val"]["accuracy"])
 
 
 # -- splits -----------------------------------------------------------------------------------------------------
@@ -385,7 +431,7 @@ def test_ablation_reads_one_side_only(feats: Path, tmp_path: Path):
     for ablation, sides, widths in (("1", ([], ["clip", "vader"]), {"text": 12}), ("2", (["clip"], []), {"image": 8})):
         path = train(feats, tmp_path, "--ttype", "clip", "vader", "--ablation", ablation, "--norm", "standard")
         config = content(path, "config")
-        assert (config["features"]["vtype"], config["features"]["ttype"]) == sides
+        assert (config["features"]["image"], config["features"]["text"]) == sides
         assert set(config["features"]["fingerprints"]) == set(sides[0] + sides[1])
         features = load_features(feats, "train", *sides)  # the other side isn't needed to predict
         assert load_run(path).probabilities(features).shape == (90, 3)
@@ -396,7 +442,7 @@ def test_ablation_reads_one_side_only(feats: Path, tmp_path: Path):
 def test_one_sided_caches_need_no_ablation(feats: Path, tmp_path: Path):
     text = train(feats, tmp_path, "--vtype", "--ttype", "roberta")
     image = train(feats, tmp_path, "--vtype", "resnet")
-    assert [trained_with(path)["ablation"] for path in (text, image)] == [1, 2]
+    assert [trained_with(path)["sides"] for path in (text, image)] == [["text"], ["image"]]
     assert "_none_roberta_" in text.name and "_resnet_none_" in image.name
 
 
@@ -404,7 +450,7 @@ def test_a_text_cache_alone_has_no_image_side(feats: Path, tmp_path: Path, capsy
     argv = ["--feats", str(feats), "--runs", str(tmp_path), *SHORT]
     assert train_head.main([*argv, "--ttype", "roberta"]) == 0
     path = newest_run(tmp_path)
-    assert "_none_roberta_" in path.name and trained_with(path)["ablation"] == 1
+    assert "_none_roberta_" in path.name and trained_with(path)["sides"] == ["text"]
     assert train_head.main(argv) == 0  # without any, CLIP's
     assert "_clip_clip_" in newest_run(tmp_path).name
 
@@ -418,7 +464,7 @@ def test_coattention_on_one_side_needs_tokens_of_that_side_only(
         ["--vtype", "resnet", "--ttype", "clip", "--ablation", "1"],
         ["--vtype", "clip", "--ttype", "roberta", "--ablation", "2"],
     ):
-        assert trained_with(train(feats, tmp_path, "--head", "coattention", *caches))["ablation"] > 0
+        assert len(trained_with(train(feats, tmp_path, "--head", "coattention", *caches))["sides"]) == 1
     for caches, side in ((["--vtype", "--ttype", "roberta"], "text"), (["--ttype", "roberta"], "text")):
         error = refused(capsys, feats, tmp_path, "--head", "coattention", *caches)
         assert f"needs {side} tokens" in error and "--tokens" in error
@@ -433,7 +479,7 @@ def test_a_cache_whose_name_says_tokens(feats: Path, tmp_path: Path):
 
 def test_normalisation_and_scale_of_each_cache(feats: Path, tmp_path: Path):
     """scikit-learn's pipeline on the same caches."""
-    argv = ["--vtype", "clip", "--ttype", "roberta", "vader", "--head", "linear", "--penalty", "0.3"]
+    argv = ["--vtype", "clip", "--ttype", "roberta", "vader", "--head", "linear", "--C", "0.3"]
     argv += ["--norm", "standard", "roberta=l2", "vader=none", "--scale", "vader=3", "clip=0.5"]
     path = train(feats, tmp_path, *argv, "--val-ratio", "0.3")
     run = load_run(path)
@@ -506,17 +552,26 @@ def test_what_a_head_reads_decides_what_becomes_of_it(
 ):
     """... and nothing else: comparing runs that differ in nothing but what isn't read."""
     caches = ["--vtype", "clip"] if name == "coattention" else ["--vtype", "resnet", "--ttype", "clip"]
-    base = train(feats, tmp_path, "--head", name, *caches, "--dropout", "0.2", "--gamma", "2", "--penalty", "2")
-    idle = [option for option in ("D", "dropout", "penalty", "gamma") if option not in reads(name)]
+    base = train(
+        feats, tmp_path, "--head", name, *caches, "--dropout", "0.2", "--gamma", "2", "--C", "2", "--ridge", "2"
+    )
+    idle = [option for option in ("D", "dropout", "C", "ridge", "gamma") if option not in settings_read(name)]
     note = next((line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")), "")
     assert set(re.findall("--([a-z]+)", note, re.IGNORECASE)) >= set(idle) and note.endswith(name if idle else "")
-    options = [["--D", "16"], ["--dropout", "0.6"], ["--penalty", "0.1"], ["--gamma", "0.5"], ["--image-positions"]]
+    options = [
+        ["--D", "16"],
+        ["--dropout", "0.6"],
+        ["--C", "0.1"],
+        ["--ridge", "0.1"],
+        ["--gamma", "0.5"],
+        ["--image-positions"],
+    ]
     options += [["--lr", "0.5"], ["--seed", "3"], ["--label-smoothing", "0.3"], ["--class-weights", "neutral=5"]]
     for option in options:
-        settings = ["--dropout", "0.2", "--gamma", "2", "--penalty", "2", *option]
+        settings = ["--dropout", "0.2", "--gamma", "2", "--C", "2", "--ridge", "2", *option]
         other = train(feats, tmp_path, "--head", name, *caches, *settings)
         same = (base / "head.safetensors").read_bytes() == (other / "head.safetensors").read_bytes()
-        assert same == (option[0].lstrip("-").replace("-", "_") not in reads(name)), option
+        assert same == (option[0].lstrip("-").replace("-", "_") not in settings_read(name)), option
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -526,6 +581,8 @@ def test_recipes_fill_in_what_was_not_typed(recipe: str, feats: Path, tmp_path: 
     path = newest_run(tmp_path)
     expected = {**RECIPES[recipe], "ep": 2}
     settings = trained_with(path)
+    if not isinstance(settings["class_weights"], str):
+        settings["class_weights"] = dict(settings["class_weights"])
     how = content(path, "config")["split"]
     for name, value in expected.items():
         assert value == how.get(name.removeprefix("split_"), settings.get(name)), name
@@ -544,7 +601,7 @@ def test_recipe_a_on_data_without_a_neutral_class(tmp_path: Path):
 
 def test_class_weights_move_predictions(feats: Path, tmp_path: Path):
     def predicted(*argv: str) -> dict[str, int]:
-        path = train(feats, tmp_path, "--head", "linear", "--penalty", "0.01", "--val-ratio", "0.3", *argv)
+        path = train(feats, tmp_path, "--head", "linear", "--C", "0.01", "--val-ratio", "0.3", *argv)
         found = read_predictions(path / "predictions_val.csv")[2].argmax(1)
         return {name: int((found == k).sum()) for k, name in enumerate(CLASSES)}
 
@@ -618,10 +675,10 @@ def refused(capsys: pytest.CaptureFixture, feats: Path, runs: Path, *argv: str) 
         (["--vtype", "clip", "clip"], "names clip twice"),
         (["--vtype", "roberta"], "roberta_train.h5 has no image side.*clip, resnet"),
         (["--vtype", "--ttype"], "no cache was named"),
-        (["--vtype", "resnet", "--ablation", "1"], "ablation 1 leaves nothing"),
+        (["--vtype", "resnet", "--ablation", "1"], "is to read text, and the caches give image: nothing is left"),
         (["--vtype", "resnet", "--head", "coattention"], "needs image tokens.*--tokens"),
         (["--vtype", "clipp"], "no cache .*clipp_train.h5.*Did you mean clip"),
-        (["--head", "linear", "--penalty", "0"], "--penalty 0: expected a number above 0"),
+        (["--head", "linear", "--C", "0"], "--C 0: expected a number above 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -710,7 +767,7 @@ def test_classes_too_rare_for_inner_folds(feats: Path, tmp_path: Path, capsys: p
 def test_a_runs_folder_that_cannot_be_written(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "file").write_text("kept")
     for runs in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert "give another --runs folder" in refused(capsys, feats, runs)
+        assert "give another folder for --runs" in refused(capsys, feats, runs)
     assert (tmp_path / "file").read_text() == "kept"
 
 

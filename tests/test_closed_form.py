@@ -9,8 +9,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics.pairwise import rbf_kernel
 
 from feats.errors import UsageError
+from modeling.heads.layers import kernel_logits
 from modeling.training import closed_form
-from modeling.training.closed_form import fit_kernel, fit_logistic, kernel_logits
+from modeling.training.closed_form import fit_kernel, fit_logistic
 
 CS = [1e-4, 1e-2, 1.0, 1e3]
 
@@ -126,14 +127,14 @@ def test_kernel_is_ridge_regression_calibrated(n_classes: int, balanced: bool):
     for fold in range(4):
         known, held = folds != fold, folds == fold
         some = weights[known] if balanced else None
-        scores[held] = refit(x[known], y[known], n_classes, fit.gamma, fit.penalty, some, x[held])
+        scores[held] = refit(x[known], y[known], n_classes, fit.gamma, fit.ridge, some, x[held])
     calibration = LogisticRegression(C=closed_form.CALIBRATION_C, tol=1e-12, max_iter=10_000)
     calibration.fit(scores / scores.std(ddof=1), y, sample_weight=weights)
     expected = calibration.predict_proba(scores / scores.std(ddof=1))
     assert np.allclose(fit.held_out.softmax(1).numpy(), expected, atol=1e-5)
     assert fit.loss == pytest.approx(np.average(-np.log(expected[np.arange(120), y]), weights=weights), abs=1e-5)
     expected = calibration.predict_proba(
-        refit(x, y, n_classes, fit.gamma, fit.penalty, weights, new) / scores.std(ddof=1)
+        refit(x, y, n_classes, fit.gamma, fit.ridge, weights, new) / scores.std(ddof=1)
     )
     logits = kernel_logits(torch.tensor(new), fit.support, fit.dual, fit.bias, fit.gamma)
     assert np.allclose(logits.softmax(1).numpy(), expected, atol=1e-5)
@@ -142,14 +143,14 @@ def test_kernel_is_ridge_regression_calibrated(n_classes: int, balanced: bool):
 def test_the_best_of_the_search_is_kept():
     x, y = map(torch.tensor, problem(3, rows=90))
     folds = torch.tensor(fold_numbers(90))
-    fit = fit_kernel(x, y, 3, folds, gammas=(0.1, 1.0), penalties=(0.01, 0.1, 10.0))
+    fit = fit_kernel(x, y, 3, folds, gammas=(0.1, 1.0), ridges=(0.01, 0.1, 10.0))
     assert len(fit.search) == 6
     best = min(fit.search, key=lambda row: row["loss"])
-    assert (fit.gamma, fit.penalty, fit.loss) == (best["gamma"], best["penalty"], best["loss"])
+    assert (fit.gamma, fit.ridge, fit.loss) == (best["gamma"], best["ridge"], best["loss"])
     distances = torch.cdist(x, x).square()
     relative = best["gamma"] * float(distances.mean())
     assert min(abs(relative - 0.1), abs(relative - 1)) < 1e-9
-    alone = fit_kernel(x, y, 3, folds, [relative], [best["penalty"]])
+    alone = fit_kernel(x, y, 3, folds, [relative], [best["ridge"]])
     assert torch.allclose(alone.dual, fit.dual) and torch.allclose(alone.held_out, fit.held_out)
 
 
@@ -157,7 +158,7 @@ def test_kernel_does_not_depend_on_scale_or_on_fold_numbers():
     x, y = map(torch.tensor, problem(3, rows=90))
     folds = torch.tensor(fold_numbers(90))
     fit, other = fit_kernel(x, y, 3, folds), fit_kernel(x * 8, y, 3, 7 - 2 * folds)
-    assert torch.allclose(fit.held_out, other.held_out, atol=1e-6) and fit.penalty == other.penalty
+    assert torch.allclose(fit.held_out, other.held_out, atol=1e-6) and fit.ridge == other.ridge
     logits = [kernel_logits(s * x, f.support, f.dual, f.bias, f.gamma) for s, f in ((1, fit), (8, other))]
     assert torch.allclose(*logits, atol=1e-6)
 
@@ -225,7 +226,7 @@ def test_numbers_that_are_not_finite(bad: float):
 def test_penalties_too_weak_to_be_solved():
     x = torch.randn(60, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     y = (x[:, 0] > 0).long() + ((x[:, 1] > 0.5) & (x[:, 0] > 0)).long()  # told apart by planes
-    with pytest.raises(UsageError, match="give a smaller --penalty"):
+    with pytest.raises(UsageError, match="give a smaller `C`"):
         fit_logistic(x, y, 3, [1e15])
-    with pytest.raises(UsageError, match="too weak; give a larger --penalty"):
-        fit_kernel(x, y, 3, torch.arange(60) % 4, gammas=[1e-12], penalties=[1e-20])
+    with pytest.raises(UsageError, match="too weak; give a larger `ridge`"):
+        fit_kernel(x, y, 3, torch.arange(60) % 4, gammas=[1e-12], ridges=[1e-20])

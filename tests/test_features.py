@@ -11,8 +11,9 @@ from sklearn.preprocessing import StandardScaler, normalize
 
 from feats.errors import UsageError
 from feats.store import DONE, QUARANTINED, FeatureStore
-from modeling.features.joined import FeatureSet, Normalizer, Ragged, iter_features, load_features
-from modeling.features.splits import make_split
+from modeling.features.joined import FeatureSet, FeatureSource, Ragged, iter_features, load_features
+from modeling.features.normalizer import Normalizer
+from modeling.features.splits import deal_split
 
 IDS = [f"{i}é" for i in range(40)]
 TAGS = [("happy", "sad", "")[i % 3] for i in range(40)]
@@ -103,9 +104,9 @@ def test_joins_by_id_whatever_the_order(tmp_path: Path):
     check(joined.views["clip"], "clip", "image_views", IDS)
     assert list(joined.views) == ["clip"] and not joined.image_tokens and not joined.text_tokens
     assert joined.widths == {"image": {"clip": 5, "resnet": 5}, "text": {"roberta": 3, "clip": 3}}
-    assert joined.fingerprints == {name: {"encoder": name} for name in ("clip", "resnet", "roberta")}
+    assert joined.source.fingerprints == {name: {"encoder": name} for name in ("clip", "resnet", "roberta")}
     assert joined.image_hash.tolist() == joined.text_key.tolist() == list(range(1000, 1040))
-    assert joined.describe().startswith("train: 40 rows (image clip 5, image resnet 5, text roberta 3, text clip 3)")
+    assert joined.summary().startswith("train: 40 rows (image clip 5, image resnet 5, text roberta 3, text clip 3)")
     # The first cache named gives the order.
     assert load_features(tmp_path, "train", ["resnet"], ["clip"]).ids == [IDS[i] for i in order]
     assert not load_features(tmp_path, "train", ["clip"], [], views=False).views
@@ -124,7 +125,7 @@ def test_quarantined_rows_are_left_out_by_name(tmp_path: Path):
     check(joined.image["resnet"], "resnet", "image_feats", kept)
     check(joined.text["roberta"], "roberta", "text_feats", kept)
     assert joined.dataset.ids == IDS and joined.dataset.tags == TAGS
-    assert "left out 2: 3é (resnet: picture is truncated)" in joined.describe()
+    assert "left out 2: 3é (resnet: picture is truncated)" in joined.summary()
     with pytest.raises(UsageError, match="1 row: 3é not among .*left out .resnet: picture is truncated"):
         joined.positions(["1é", "3é"])
     assert joined.positions(["4é", "0é"]).tolist() == [3, 0]
@@ -136,7 +137,7 @@ def test_the_split_does_not_depend_on_which_rows_a_cache_lacks(tmp_path: Path):
     make(tmp_path, "clip", tags=tags, quarantined={"3é": "values that overflow half precision"})
     make(tmp_path, "roberta", ["text_feats"], tags=tags)
     sets = [load_features(tmp_path, "train", [name], ["roberta"]) for name in ("resnet", "clip")]
-    splits = [make_split(each.dataset.ids, each.dataset.tags, 0.2) for each in sets]
+    splits = [deal_split(each.dataset.ids, each.dataset.tags, 0.2) for each in sets]
     assert splits[0] == splits[1] and len(sets[1]) == 39
     assert sets[1].positions(splits[1].without(sets[1].left_out).train) is not None
 
@@ -166,7 +167,7 @@ def test_blocks_are_the_whole(tmp_path: Path):
     make(tmp_path, "bert", SHAPES, [IDS[i] for i in order], [TAGS[i] for i in order])
     asked = (tmp_path, "train", ["clip"], ["roberta", "bert"])
     whole = load_features(*asked, tokens=True)
-    blocks = list(iter_features(*asked, block_rows=7, tokens=True))
+    blocks = list(iter_features(whole.source, "train", block_rows=7))
     assert [len(block) for block in blocks] == [7, 7, 7, 7, 7, 3] and not blocks[0].views
     kept = [i for i in IDS if i not in ("3é", "30é")]
     assert [i for block in blocks for i in block.ids] == whole.ids == kept
@@ -185,7 +186,7 @@ def test_a_bad_value_is_named_in_its_block(tmp_path: Path):
     rows = np.stack([values("clip", "image_feats", i) for i in IDS])
     rows[20, 1] = np.inf
     make(tmp_path, "clip", ["image_feats"], changed={"image_feats": rows}, quarantined={"3é": "bad"})
-    blocks = iter_features(tmp_path, "train", ["clip"], [], block_rows=10)
+    blocks = iter_features(FeatureSource(tmp_path, ("clip",)), "train", block_rows=10)
     assert next(blocks).ids[-1] == "10é"
     with pytest.raises(UsageError, match="image_feats holds NaN or infinite values .1 row: 20é"):
         next(blocks)
@@ -207,7 +208,7 @@ def test_tokens_on_request(tmp_path: Path):
     assert joined.text_tokens["clip"].padded(torch.tensor([0]))[0].shape == (1, 0, 7)
     joined.require_tokens("image"), joined.require_tokens("text")
     plain = load_features(tmp_path, "train", ["clip"], ["roberta"])
-    with pytest.raises(UsageError, match=r"needs text tokens, and no text cache has them \(there: roberta\).*--tokens"):
+    with pytest.raises(UsageError, match=r"needs text tokens, and no text cache has them \(there: roberta\).*`tokens`"):
         plain.require_tokens("text")
 
 
@@ -237,7 +238,7 @@ def test_missing_cache_names_the_command(tmp_path: Path, monkeypatch: pytest.Mon
     assert "caches there: minilm_train" in line
     with pytest.raises(UsageError, match="Did you mean minilm"):
         load_features(folder, "train", [], ["minlm"])
-    with pytest.raises(UsageError, match="<encoder>_extract_feats.py --name mine --out elsewhere .caches there: none"):
+    with pytest.raises(UsageError, match="<encoder>_extract_feats.py `name` mine `out` elsewhere .caches there: none"):
         load_features("elsewhere", "train", [], ["mine"])
     with pytest.raises(UsageError, match="minilm_test.h5; make it with: python feats/minilm_extract_feats.py"):
         load_features(folder, "test", [], ["minilm"])
@@ -249,14 +250,14 @@ def test_a_cache_without_the_asked_side(tmp_path: Path):
     (tmp_path / "junk_train.h5").write_bytes(b"no cache")
     with pytest.raises(UsageError) as error:
         load_features(tmp_path, "train", ["vader"], ["clip"])
-    expected = "vader_train.h5 has no image side; vader can be --ttype only. For --vtype there are: clip"
+    expected = "vader_train.h5 has no image side; vader can be `text` only. For `image` there are: clip"
     assert one_line(error).endswith(expected)
 
 
-@pytest.mark.parametrize("vtypes, ttypes, match", [([], [], "no cache was named"), (["a", "a"], [], "a twice")])
-def test_names_that_make_no_sense(tmp_path: Path, vtypes: list[str], ttypes: list[str], match: str):
+@pytest.mark.parametrize("image, text, match", [([], [], "no cache was named"), (["a", "a"], [], "a twice")])
+def test_names_that_make_no_sense(tmp_path: Path, image: list[str], text: list[str], match: str):
     with pytest.raises(UsageError, match=match):
-        load_features(tmp_path, "train", vtypes, ttypes)
+        load_features(tmp_path, "train", image, text)
 
 
 def test_caches_of_different_data_sets(tmp_path: Path):

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from feats.errors import UsageError
 from modeling.features.inputs import Inputs
 from modeling.features.joined import Ragged
-from modeling.heads.registry import HEADS, Batch, Head, HeadConfig, build_head, n_parameters
-from modeling.training.fit import Problem, TrainConfig, fit
+from modeling.heads.base import Batch, Head, HeadConfig, n_parameters
+from modeling.heads.registry import HEADS, build_head
+from modeling.training.config import TrainConfig
+from modeling.training.fit import Problem, fit
 
 WIDTHS = {
     "equal": {"image": 6, "text": 6, "image_tokens": 6, "image_positions": 4, "text_tokens": 6, "support": 4},
     "odd": {"image": 5, "text": 13, "image_tokens": 7, "image_positions": 4, "text_tokens": 3, "support": 4},
 }
-SIDES = {1: "image", 2: "text"}  # what each ablation leaves out
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -57,12 +58,12 @@ def shake(head: Head) -> Head:
 def constant(config: HeadConfig, name: str, widths: dict[str, int]) -> bool:
     """Whether a parameter's gradient is 0 by mathematics: softmax doesn't see what all its arguments share, so a key's
     bias has no effect, and of a single key nothing but its value has."""
-    lone = {"attention", "attention_linear", "gated_transformer"} if config.ablation else set()
-    if "image_tokens" not in widths or config.ablation == 1:
+    lone = {"attention", "attention_linear", "gated_transformer"} if len(config.sides) == 1 else set()
+    if "image_tokens" not in widths or config.sides == ("text",):
         lone.add("query_attention")
     if config.head in lone and re.search(r"\b(query|key)\.", name):
         return True
-    return name.endswith("key.bias") or (name == "mix" and config.ablation > 0)
+    return name.endswith("key.bias") or (name == "mix" and len(config.sides) == 1)
 
 
 def check_gradients(head: Head, batch: Batch, widths: dict[str, int]) -> None:
@@ -94,17 +95,17 @@ def test_shape_gradients_and_saving(name: str, width: str, n_classes: int):
     assert torch.equal(other(batch), logits)
 
 
-@pytest.mark.parametrize("ablation", [1, 2])
+@pytest.mark.parametrize("side, absent", [("text", "image"), ("image", "text")])
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", HEADS)
-def test_ablation_ignores_the_absent_side(name: str, width: str, ablation: int):
-    widths, absent = WIDTHS[width], SIDES[ablation]
+def test_ablation_ignores_the_absent_side(name: str, width: str, side: str, absent: str):
+    widths = WIDTHS[width]
     batch = make_batch(widths)
     of_side = [f.name for f in fields(Batch) if f.name.startswith(absent) and f.name != "text_mask"]
     nans = Batch(**vars(batch) | {n: torch.full_like(getattr(batch, n), torch.nan) for n in of_side})
     none = Batch(**vars(batch) | dict.fromkeys([*of_side, *(["text_mask"] if absent == "text" else [])]))
     without = {n: w for n, w in widths.items() if not n.startswith(absent)}
-    config = HeadConfig(name, D=9, dropout=0.0, ablation=ablation)
+    config = HeadConfig(name, D=9, dropout=0.0, sides=(side,))
     head = shake(build_head(config, widths, 3)).eval()
     logits = head(batch)
     assert logits.shape == (1, 9, 3) and torch.equal(head(nans), logits) and torch.equal(head(none), logits)
@@ -148,8 +149,8 @@ def toy(image_shows: list[int], text_shows: list[int], tokens: bool = True) -> P
     return Problem(inputs, labels, train, val, ["a", "b", "c"], folds=train // 50)
 
 
-def learnt(name: str, problem: Problem, ablation: int = 0) -> float:
-    config = TrainConfig(HeadConfig(name, D=16, ablation=ablation), lr=1e-2, ep=12, bs=25, monitor="loss", seed=0)
+def learnt(name: str, problem: Problem, sides: tuple[str, ...] = ("image", "text")) -> float:
+    config = TrainConfig(HeadConfig(name, D=16, sides=sides), lr=1e-2, ep=12, bs=25, monitor="loss", seed=0)
     (trained,) = fit([config], problem)
     return (trained.val_logits.argmax(1) == problem.labels[problem.val].numpy()).mean()
 
@@ -159,13 +160,13 @@ def test_learns_from_both_sides(name: str):
     """Neither side knows two of the classes apart, so a head that reads one only can't do it."""
     problem = toy([0], [2], tokens=name == "coattention")
     assert learnt(name, problem) >= 0.9
-    assert learnt(name, problem, ablation=1) < 0.85 and learnt(name, problem, ablation=2) < 0.85
+    assert learnt(name, problem, sides=("text",)) < 0.85 and learnt(name, problem, sides=("image",)) < 0.85
 
 
-@pytest.mark.parametrize("ablation", [1, 2])
+@pytest.mark.parametrize("side", ["text", "image"])
 @pytest.mark.parametrize("name", HEADS)
-def test_learns_from_one_side(name: str, ablation: int):
-    assert learnt(name, toy([0, 1, 2], [0, 1, 2]), ablation) >= 0.95
+def test_learns_from_one_side(name: str, side: str):
+    assert learnt(name, toy([0, 1, 2], [0, 1, 2]), (side,)) >= 0.95
 
 
 # -- single heads -----------------------------------------------------------------------------------------------
@@ -254,7 +255,7 @@ def test_coattention_of_texts_without_a_token():
 def test_cross_attention_is_attention_over_two_positions():
     widths = vectors_only(WIDTHS["odd"])
     head, batch = shake(build_head(HeadConfig("cross_attention", D=16), widths, 3)).eval(), make_batch(WIDTHS["odd"])
-    sides = {side: head.project[side](batch.side(side)) for side in ("image", "text")}
+    sides = {side: head.project[side](batch.of(side)) for side in ("image", "text")}
     q, k, v = (
         torch.stack(
             [x[0] @ head.qkv[s].weight[0, cut].T + head.qkv[s].bias[0, cut] for s, x in sides.items()], 1
@@ -309,7 +310,7 @@ def test_late_is_the_mean_of_two_classifiers():
     widths, batch = vectors_only(WIDTHS["odd"]), make_batch(WIDTHS["odd"])
     head = build_head(HeadConfig("late", D=8), widths, 3).eval()
     both = head(batch)
-    parts = [head.classifiers[side](batch.side(side)) for side in ("image", "text")]
+    parts = [head.classifiers[side](batch.of(side)) for side in ("image", "text")]
     torch.testing.assert_close(both, (parts[0] + parts[1]) / 2)
 
 
@@ -340,7 +341,8 @@ def test_a_head_s_own_dropout():
         ({"D": 0}, "D=0: the width of a head must be 1 or more"),
         ({"dropout": 1.0}, "dropout 1: expected 0 <= dropout < 1"),
         ({"dropout": -0.5}, "dropout -0.5"),
-        ({"ablation": 3}, "ablation 3: expected 0 .both., 1 .text only. or 2 .image only."),
+        ({"sides": ("image", "sound")}, "sides image, sound: expected image, text or both"),
+        ({"sides": ()}, "sides .none.: expected image, text or both"),
     ],
 )
 def test_configurations_that_make_no_head(wrong: dict, match: str):
@@ -352,9 +354,9 @@ def test_configurations_that_make_no_head(wrong: dict, match: str):
     "config, widths, match",
     [
         (HeadConfig("fusion"), {"text": 5}, "head fusion needs image features, and there are text"),
-        (HeadConfig("concat", ablation=1), {"image": 5}, "head concat needs text features, and there are image"),
+        (HeadConfig("concat", sides=("text",)), {"image": 5}, "head concat needs text features, and there are image"),
         (HeadConfig("coattention"), {"image": 5, "text": 5}, "head coattention needs image tokens features"),
-        (HeadConfig("coattention", ablation=1), {"text": 5}, "head coattention needs text tokens features"),
+        (HeadConfig("coattention", sides=("text",)), {"text": 5}, "head coattention needs text tokens features"),
         (HeadConfig("linear"), {}, "needs image features, and there are none"),
     ],
 )

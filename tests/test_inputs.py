@@ -11,8 +11,10 @@ from torch import Tensor
 
 from feats.errors import UsageError
 from modeling.features.inputs import Inputs, Preprocessing
-from modeling.features.joined import NORMS, FeatureSet, Ragged, Rows
-from modeling.heads.registry import HEADS, HeadConfig
+from modeling.features.joined import FeatureSet, FeatureSource, Ragged, Rows
+from modeling.features.normalizer import NORMS
+from modeling.heads.base import ABLATIONS, HeadConfig
+from modeling.heads.registry import HEADS
 
 N = 12
 TRAIN = torch.tensor([7, 0, 3, 11, 4, 9])
@@ -34,7 +36,7 @@ def features(**parts: Any) -> FeatureSet:
     image = {"resnet": normal(N, 5), "clip": normal(N, 3, seed=1)}
     text = {"clip": normal(N, 3, seed=2), "vader": normal(N, 2, seed=3)}
     tables = {"image": image, "text": text, "views": {}, "image_tokens": {}, "text_tokens": {}} | parts
-    return FeatureSet("train", rows, **tables, fingerprints={}, left_out={}, dataset=rows)
+    return FeatureSet("train", rows, **tables, source=FeatureSource(), left_out={}, dataset=rows)
 
 
 def standard(x: Tensor, train: Tensor) -> np.ndarray:
@@ -182,9 +184,9 @@ def test_what_one_side_needs_of_a_preparation_for_two(side: str, other: str):
 
 
 def test_what_can_not_be_prepared():
-    with pytest.raises(UsageError, match="--scale names roberta; the caches in use are clip, resnet, vader"):
+    with pytest.raises(UsageError, match="`scale` names roberta; the caches in use are clip, resnet, vader"):
         Preprocessing.fit(features(), TRAIN, scales={"roberta": 0.5, "clip": 1.0})
-    with pytest.raises(UsageError, match="--norm names bert; the caches in use are clip"):
+    with pytest.raises(UsageError, match="`norm` names bert; the caches in use are clip"):
         Preprocessing.fit(features(), TRAIN, {"bert": "l2"})
     tokens = {"clip": normal(N, 4, 6), "resnet": normal(N, 9, 2)}
     with pytest.raises(UsageError, match="clip, resnet all hold image tokens; name one cache"):
@@ -256,17 +258,16 @@ def test_one_batch_for_all_models():
     assert Inputs(text=torch.ones(4, 2)).batch(ROWS[:1, :1]).expand(3).image is None
 
 
-@pytest.mark.parametrize("ablation", [0, 1, 2])
+@pytest.mark.parametrize("sides", ABLATIONS)
 @pytest.mark.parametrize("head", HEADS)
-def test_a_head_gets_no_more_than_it_reads(head: str, ablation: int):
-    config = HeadConfig(head, ablation=ablation)
+def test_a_head_gets_no_more_than_it_reads(head: str, sides: tuple[str, ...]):
+    config = HeadConfig(head, sides=sides)
     inputs = everything().for_head(config)
     read = {"coattention": {"image_tokens", "text_tokens"}, "query_attention": {"image", "text", "image_tokens"}}.get(
         head, {"image", "text"}
     )
-    absent = {1: "image", 2: "text"}.get(ablation, "neither")
-    read = {name for name in read if not name.startswith(absent)} | ({"image_views"} if "image" in read else set())
-    read = {name for name in read if not name.startswith(absent)}
+    read |= {"image_views"} if "image" in read else set()
+    read = {name for name in read if name.startswith(sides)}
     there = {
         n for n in ("image", "text", "image_views", "image_tokens", "text_tokens") if getattr(inputs, n) is not None
     }

@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 import sklearn.metrics as reference
 from scipy.optimize import minimize_scalar
-from scipy.stats import binomtest
+from scipy.stats import beta, binomtest
 
 from modeling.evaluation import metrics
 from modeling.evaluation.metrics import (
-    bootstrap_intervals,
     confusion_matrix,
-    evaluate,
     expected_calibration_error,
     fit_temperature,
     format_table,
+    intervals,
     log_loss,
     majority_baseline,
     mean_std,
@@ -36,7 +35,7 @@ def test_figures_are_scikit_learn_s(n: int, n_classes: int):
     labels, logits = example(n, n_classes)
     probabilities = softmax(logits)
     classes = [f"class {c}" for c in range(n_classes)]
-    found = evaluate(labels, probabilities, classes, majority="class 1", resamples=200)
+    found = metrics.figures(labels, probabilities, classes, majority="class 1", draws=200)
     predictions = logits.argmax(1)
     every = list(range(n_classes))
     for average in ("weighted", "macro"):
@@ -145,51 +144,127 @@ def test_softmax_does_not_overflow():
 # -- intervals and tests ----------------------------------------------------------------------------------------
 
 
-def test_bootstrap_is_that_of_resampled_rows():
-    labels, logits = example(200, 3)
-    predictions = logits.argmax(1)
-    found = bootstrap_intervals(confusion_matrix(labels, predictions, 3), resamples=20_000, seed=1)
-    rng = np.random.default_rng(2)
-    drawn = []
-    for _ in range(4000):  # brute force: draw the rows themselves
-        rows = rng.integers(0, 200, 200)
-        figures = scores(confusion_matrix(labels[rows], predictions[rows], 3))
-        drawn.append([figures[name] for name in ("accuracy", "weighted_f1", "macro_f1")])
-    expected = np.percentile(drawn, [2.5, 97.5], axis=0).T
-    np.testing.assert_allclose([found[k] for k in ("accuracy", "weighted_f1", "macro_f1")], expected, atol=0.008)
-    assert found["level"] == 0.95
+FIGURES = ("accuracy", "weighted_f1", "macro_f1")
 
 
-def test_bootstrap_of_accuracy_is_binomial_and_seeded():
+@pytest.mark.parametrize("right, n", [(300, 400), (6, 6), (0, 6), (1, 20), (19, 20), (1, 1)])
+def test_interval_of_the_accuracy_is_jeffreys_s(right: int, n: int):
+    """Whatever the classes: three of them, the rows spread unevenly."""
+    confusion = np.zeros((3, 3), int)
+    confusion[0, 0], confusion[1, 1], confusion[2, 0] = right - right // 3, right // 3, n - right
+    found = intervals(confusion, draws=50_000)
+    expected = beta(right + 0.5, n - right + 0.5).ppf([0.025, 0.975])
+    expected = [0 if right == 0 else expected[0], 1 if right == n else expected[1]]
+    np.testing.assert_allclose(found["accuracy"], expected, atol=0.008)
+    assert found["level"] == 0.95 and found == intervals(confusion, draws=50_000) != intervals(confusion, seed=1)
+    narrower = intervals(confusion, level=0.5)["accuracy"]
+    assert np.diff(narrower) < 0.6 * np.diff(found["accuracy"])
+
+
+@pytest.mark.parametrize("n, n_classes", [(200, 3), (12, 2), (30, 5)])
+def test_intervals_are_those_of_the_posterior(n: int, n_classes: int):
+    """Confusion matrices drawn from the Dirichlet distribution as numpy knows it, and the figures' definitions."""
+    labels, logits = example(n, n_classes)
+    confusion = confusion_matrix(labels, logits.argmax(1), n_classes)
+    found = intervals(confusion, draws=20_000)
+    right = np.eye(n_classes, dtype=bool)
+    prior = np.where(right, 0.5 / right.sum(), 0.5 / (~right).sum())
+    drawn = np.random.default_rng(3).dirichlet((confusion + prior).ravel(), 20_000).reshape(-1, n_classes, n_classes)
+    of_class, accuracy = drawn.sum(2), sum(drawn[:, c, c] for c in range(n_classes))
+    f1 = np.stack([2 * drawn[:, c, c] / (of_class[:, c] + drawn[:, :, c].sum(1)) for c in range(n_classes)], 1)
+    expected = np.percentile([accuracy, (f1 * of_class).sum(1), f1.mean(1)], [2.5, 97.5], axis=1).T
+    np.testing.assert_allclose([found[name] for name in FIGURES], expected, atol=0.01)
+
+
+def test_intervals_at_the_edges():
+    """All right: down to what as many rows can tell; all wrong; a class without rows; a single class."""
+    for confusion, figure in ((np.diag([5, 5]), 1.0), (np.diag([5, 5])[::-1], 0.0)):
+        found = intervals(confusion)
+        for name in FIGURES:
+            low, high = found[name]
+            assert figure in (low, high) and 0.15 < high - low < 0.5
+    low, high = intervals(np.diag([5, 5, 0]))["macro_f1"]  # 2 / 3, yet of the absent class nothing is known
+    assert low < 0.6 and high > 0.95
+    assert intervals(np.array([[4]]))["macro_f1"] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("n, shares, recalls", [
+    (6, (0.5, 0.5), (0.9, 0.9)),
+    (6, (0.6, 0.3, 0.1), (0.95, 0.9, 0.6)),
+    (20, (0.8, 0.2), (0.99, 0.99)),
+    (20, (0.6, 0.3, 0.1), (0.8, 0.7, 0.5)),
+    (100, (0.6, 0.3, 0.1), (0.99, 0.99, 0.95)),
+    (400, (0.6, 0.3, 0.1), (0.8, 0.6, 0.3)),
+])  # fmt: skip
+def test_intervals_cover_the_truth_as_often_as_they_say(n: int, shares: tuple[float, ...], recalls: tuple[float, ...]):
+    """Of rows drawn from known shares of cells, and without being wider than Wilson's interval of the accuracy."""
+    right, n_classes = np.eye(len(shares), dtype=bool), len(shares)
+    missed = np.array(shares) * (1 - np.array(recalls)) / (n_classes - 1)
+    cells = np.where(right, (np.array(shares) * recalls)[:, None], missed[:, None])
+    truth = scores(cells)
+    covered, width, wilson = {name: [] for name in FIGURES}, [], []
+    for seed, counts in enumerate(np.random.default_rng(0).multinomial(n, cells.ravel(), 400)):
+        confusion = counts.reshape(cells.shape)
+        found = intervals(confusion, draws=400, seed=seed)
+        for name in FIGURES:
+            low, high = found[name]
+            covered[name].append(low - 1e-12 <= truth[name] <= high + 1e-12)
+        width.append(np.diff(found["accuracy"]))
+        exact = binomtest(int(np.trace(confusion)), n).proportion_ci(method="wilson")
+        wilson.append(exact.high - exact.low)
+    shares_covered = {name: np.mean(of_figure) for name, of_figure in covered.items()}
+    assert min(shares_covered["accuracy"], shares_covered["weighted_f1"]) > 0.91, shares_covered
+    assert shares_covered["macro_f1"] > (0.91 if n > 20 else 0.84), shares_covered
+    assert np.mean(width) < 1.02 * np.mean(wilson)
+
+
+def test_interval_of_the_mean_over_seeds():
+    """Of one prediction, or of equal ones: that of its confusion matrix. Of others that of drawing rows, if of many."""
+    labels, logits = example(400, 3)
+    predictions = (logits + np.random.default_rng(5).normal(size=(4, *logits.shape)) * 2).argmax(2)
+    rng, drawn = np.random.default_rng(2), []
+    for _ in range(2000):
+        rows = rng.integers(0, 400, 400)
+        figures = scores(np.stack([confusion_matrix(labels[rows], p[rows], 3) for p in predictions]))
+        drawn.append([figures[name].mean() for name in FIGURES])
+    expected = dict(zip(FIGURES, np.percentile(drawn, [2.5, 97.5], axis=0).T, strict=True))
+    alone = intervals(confusion_matrix(labels, predictions[0], 3), draws=10_000)
+    for name in FIGURES:
+        for same in (predictions[:1], predictions[[0, 0, 0]]):
+            found = metrics.interval_of_mean(labels, same, 3, name, draws=10_000)
+            np.testing.assert_allclose(found, alone[name], atol=0.004)
+        found = metrics.interval_of_mean(labels, predictions, 3, name, draws=10_000)
+        np.testing.assert_allclose(found, expected[name], atol=0.008)
+        assert np.diff(found) < np.diff(alone[name])
+    right = np.tile([0, 1, 2, 2, 2, 0], (3, 1))
+    low, high = metrics.interval_of_mean(right[0], right, 3, "accuracy", draws=20_000)
+    assert high == 1 and low == pytest.approx(beta(6.5, 0.5).ppf(0.025), abs=0.01)
+
+
+def test_draws_in_blocks_are_as_many(monkeypatch: pytest.MonkeyPatch):
     confusion = np.array([[240, 60], [40, 60]])
-    first, again, other = (bootstrap_intervals(confusion, resamples=20_000, seed=s) for s in (0, 0, 1))
-    assert first == again != other
-    exact = binomtest(300, 400).proportion_ci(method="wilson")
-    np.testing.assert_allclose(first["accuracy"], [exact.low, exact.high], atol=0.005)
+    whole = intervals(confusion)
+    monkeypatch.setattr(metrics, "BLOCK_COUNTS", 1000)
+    assert intervals(confusion) == whole
 
 
-def test_interval_of_perfect_predictions():
-    found = bootstrap_intervals(np.diag([5, 5]))
-    assert found["accuracy"] == found["weighted_f1"] == [1.0, 1.0]
-
-
-@pytest.mark.parametrize("figure", ["accuracy", "weighted_f1", "macro_f1"])
+@pytest.mark.parametrize("figure", FIGURES)
 def test_resampled_figures_are_those_of_resampled_rows(figure: str, monkeypatch: pytest.MonkeyPatch):
     """The same rows for all predictions: differences are as narrow as paired ones are."""
     labels, logits = example(200, 3)
     noise = np.random.default_rng(5).normal(size=logits.shape) * 1.5
     predictions = np.stack([logits.argmax(1), (logits + noise).argmax(1), logits.argmax(1)])
     monkeypatch.setattr(metrics, "BLOCK_COUNTS", 100_000)  # several blocks
-    found = metrics.resampled(labels, predictions, 3, figure, resamples=20_000)
+    found = metrics.resampled(labels, predictions, 3, figure, draws=20_000)
     assert found.shape == (20_000, 3) and (found[:, 0] == found[:, 2]).all()
     rng, drawn = np.random.default_rng(2), []
     for _ in range(3000):
         rows = rng.integers(0, 200, 200)
         drawn.append([scores(confusion_matrix(labels[rows], p[rows], 3))[figure] for p in predictions[:2]])
     drawn = np.array(drawn)
-    np.testing.assert_allclose(metrics.interval(found[:, 0]), np.percentile(drawn[:, 0], [2.5, 97.5]), atol=0.008)
+    np.testing.assert_allclose(*(np.percentile(x, [2.5, 97.5], axis=0) for x in (found[:, :2], drawn)), atol=0.008)
     found, drawn = found[:, 1] - found[:, 0], drawn[:, 1] - drawn[:, 0]
-    np.testing.assert_allclose(metrics.interval(found), np.percentile(drawn, [2.5, 97.5]), atol=0.008)
+    np.testing.assert_allclose(*(np.percentile(x, [2.5, 97.5]) for x in (found, drawn)), atol=0.008)
     expected = min(1, 2 * min((drawn <= 0).mean(), (drawn >= 0).mean()))
     assert metrics.two_sided_p(found) == pytest.approx(expected, abs=0.02)
 
@@ -246,7 +321,7 @@ def test_markdown_table():
 )
 def test_what_is_no_prediction(labels: list, probabilities: list, match: str):
     with pytest.raises(ValueError, match=match):
-        evaluate(labels, np.array(probabilities), ["a", "b"])
+        metrics.figures(labels, np.array(probabilities), ["a", "b"])
 
 
 def test_vectors_of_other_rows():

@@ -101,7 +101,7 @@ def test_what_cannot_work_stops_at_once(tmp_path: Path, capfd: pytest.CaptureFix
 
 
 def test_score_of_the_synthetic_sample(tmp_path: Path, capsys: pytest.CaptureFixture):
-    (tmp_path / "truth.csv").write_text("guid,tag\n1,a\n2,b\n3,c\n")
-    (tmp_path / "predictions.csv").write_text("guid,tag\n3,c\n1,b\n2,b\n")
+    (tmp_path / "truth.csv").write_text("guid,tag\n1,a\n2\u2028,b\n3,c\n", encoding="utf-8")
+    (tmp_path / "predictions.csv").write_text("guid,tag\n3,c\n1,b\n2\u2028,b\n", encoding="utf-8")
     quickstart.print_score(tmp_path / "predictions.csv", tmp_path / "truth.csv")
     assert capsys.readouterr().out.startswith("of the sample's 3 unlabelled pairs 2 are predicted right")

@@ -1,6 +1,8 @@
 """Run folders: what is saved comes back bit for bit, what is damaged is refused, and no folder is half a run."""
 
 import csv
+import errno
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -20,15 +22,14 @@ from caches import make_cache
 from safetensors.torch import load_file, save_file
 
 from feats.errors import UsageError
-from modeling import cli as options
+from modeling import cli, train_head
 from modeling import experiment as ex
-from modeling import train_head
 from modeling.evaluation.metrics import softmax
-from modeling.features.joined import FeatureSet, Normalizer, load_features
+from modeling.features.joined import FeatureSet, load_features
+from modeling.features.normalizer import Normalizer
 from modeling.heads.registry import HEADS
 from modeling.runs import folder as runs
 from modeling.runs.folder import (
-    Run,
     is_whole,
     list_runs,
     load_run,
@@ -39,8 +40,10 @@ from modeling.runs.folder import (
     save_run,
     write_predictions,
 )
+from modeling.runs.run import Report, Run
 from modeling.search import auto
 
+fork = multiprocessing.get_context("fork")
 SHORT = ["--ep", "2", "--D", "8", "--bs", "16"]
 
 
@@ -52,29 +55,26 @@ def feats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def trained(feats: Path, *argv: str) -> tuple[Run, FeatureSet, ex.Report]:
+def trained(feats: Path, *argv: str) -> tuple[Run, FeatureSet, Report]:
     """What train_head.py has in hand before it saves."""
     args = train_head.build_parser().parse_args(["--feats", str(feats), "--vtype", "clip", *SHORT, *argv])
-    config = options.config_from(vars(args))
-    experiment = ex.load_experiment(args, vars(args), [config.head.head])
-    (outcomes,) = [o for _, o in ex.train([config], experiment)]
-    run = ex.make_run(outcomes, experiment)
-    return run, experiment.features, ex.measure(outcomes, experiment, run)
+    grid = cli.grid_from(args)
+    experiment = ex.load_experiment(cli.experiment_settings(args), grid.heads)
+    run = ex.train_run(grid.configs(experiment.classes), experiment)
+    return run, experiment.features, run.report
 
 
-def save(run: Run, report: ex.Report, folder: Path, name: str = "run", **options: Any) -> Path:
-    predictions = (report.ids, report.tags, report.probabilities)
-    given = {"metrics": report.figures, "history": report.history, "predictions": predictions, "command": "a test"}
-    return save_run(run, folder, name, **{**given, **options})
+def save(run: Run, report: Report, folder: Path, name: str = "run", command: str = "a test", **changed: Any) -> Path:
+    return save_run(replace(run, report=replace(report, **changed)), folder / name, numbered=True, command=command).path
 
 
 @pytest.fixture(scope="module")
-def made(feats: Path) -> tuple[Run, FeatureSet, ex.Report]:
+def made(feats: Path) -> tuple[Run, FeatureSet, Report]:
     return trained(feats, "--ttype", "clip", "vader", "--norm", "standard", "vader=l2")
 
 
 @pytest.fixture
-def saved(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path) -> Path:
+def saved(made: tuple[Run, FeatureSet, Report], tmp_path: Path) -> Path:
     return save(made[0], made[2], tmp_path)
 
 
@@ -91,7 +91,7 @@ def test_every_head_comes_back_bit_for_bit(name: str, feats: Path, tmp_path: Pat
     run, features, report = trained(feats, "--head", name, "--norm", "standard", "--scale", "clip=0.5")
     back = load_run(save(run, report, tmp_path))
     assert [m.config for m in back.members] == [m.config for m in run.members] and back.classes == run.classes
-    assert (back.split, back.features) == (run.split, run.features) and back.stacking is None
+    assert (back.split, back.source) == (run.split, run.source) and back.stacking is None
     for member, other in zip(run.members, back.members, strict=True):
         logits = member.logits(features)
         assert np.array_equal(other.logits(features), logits) and np.abs(logits).max() > 0
@@ -117,15 +117,15 @@ def test_folds_come_back(feats: Path, tmp_path: Path):
     np.testing.assert_allclose(back.probabilities(features), mean, atol=1e-12)
 
 
-def test_a_loaded_run_is_saved_as_what_it_has_become(saved: Path, made: tuple[Run, FeatureSet, ex.Report]):
+def test_a_loaded_run_is_saved_as_what_it_has_become(saved: Path, made: tuple[Run, FeatureSet, Report]):
     loaded = load_run(saved)
     (member,) = loaded.members
     with torch.no_grad():
         next(member.head.parameters()).mul_(2)
-    changed = replace(loaded, features={**loaded.features, "folder": "elsewhere"})
+    changed = replace(loaded, source=replace(loaded.source, folder=saved / "elsewhere"))
     again = load_run(save(changed, made[2], saved.parent, command="another"))
     config, before = read_config(again.path), read_config(saved)
-    assert (config["command"], config["features"]["folder"]) == ("another", "elsewhere")
+    assert (config["command"], config["features"]["folder"]) == ("another", str(saved / "elsewhere"))
     assert config["tensors_sha256"] != before["tensors_sha256"] and config["created"] > before["created"]
     assert np.array_equal(again.probabilities(made[1]), loaded.probabilities(made[1]))
 
@@ -133,11 +133,9 @@ def test_a_loaded_run_is_saved_as_what_it_has_become(saved: Path, made: tuple[Ru
 def test_a_stacked_ensemble_comes_back(feats: Path, tmp_path: Path):
     argv = ["--feats", str(feats), "--vtype", "clip", "--ttype", "vader", *SHORT]
     args = train_head.build_parser().parse_args(argv)
-    experiment = ex.load_experiment(args, vars(args), [])
-    configs = [options.config_from({**vars(args), "head": head}) for head in ("kernel", "linear", "mlp")]
-    run, probabilities, _ = auto.auto(experiment, configs)
-    report = ex.report_of(experiment, run, probabilities, probabilities)
-    back = load_run(save(run, report, tmp_path))
+    experiment = ex.load_experiment(cli.experiment_settings(args), [])
+    run, _ = auto.auto(experiment, cli.grid_from(args, head=["kernel", "linear", "mlp"]).configs(experiment.classes))
+    back = load_run(save(run, run.report, tmp_path))
     features = experiment.features
     found = back.probabilities(features)
     assert np.array_equal(found, run.probabilities(features)) and len({m.group for m in back.members}) > 2
@@ -152,7 +150,7 @@ def test_a_stacked_ensemble_comes_back(feats: Path, tmp_path: Path):
     np.testing.assert_allclose(found, softmax(logits), atol=1e-12)
 
 
-def test_the_folder_is_readable_without_this_program(saved: Path, made: tuple[Run, FeatureSet, ex.Report]):
+def test_the_folder_is_readable_without_this_program(saved: Path, made: tuple[Run, FeatureSet, Report]):
     run, features, report = made
     assert {p.name for p in saved.iterdir()} == {
         "config.json",
@@ -194,6 +192,18 @@ def test_predictions_are_read_as_written(tmp_path: Path):
     assert [row["pred"] for row in rows] == [classes[k] for k in probabilities.argmax(1)]
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"id,tag", b"id,tag,pred,p_a\n1,a,a\n", b"id,tag,pred,p_a\n1,a,a,x\n", b"\xff"]
+)
+def test_damaged_predictions_are_one_clear_line(tmp_path: Path, content: bytes):
+    (tmp_path / "p.csv").write_bytes(content)
+    with pytest.raises(
+        UsageError, match="p.csv can't be read as predictions .*remove its folder and train again"
+    ) as error:
+        read_predictions(tmp_path / "p.csv")
+    one_line(error)
+
+
 # -- predicting ---------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +240,7 @@ def rewrite(saved: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> N
     (saved / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def test_the_rewriting_itself_does_no_harm(saved: Path, made: tuple[Run, FeatureSet, ex.Report]):
+def test_the_rewriting_itself_does_no_harm(saved: Path, made: tuple[Run, FeatureSet, Report]):
     rewrite(saved, lambda tensors: None)
     assert np.array_equal(load_run(saved).probabilities(made[1]), made[0].probabilities(made[1]))
 
@@ -310,7 +320,8 @@ def having(value: Any, *path: str | int) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     "change",
     [
-        having(2, "format_version"),
+        having(1, "format_version"),
+        without("features_from_run"),
         without("format_version"),
         without("members"),
         without("classes"),
@@ -375,25 +386,26 @@ def test_whole_or_not_without_a_look_at_the_neighbours(saved: Path, monkeypatch:
 # -- names, and which is the newest -----------------------------------------------------------------------------
 
 
-def test_names_never_collide(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+def test_names_never_collide(made: tuple[Run, FeatureSet, Report], tmp_path: Path):
     run, _, report = made
     (tmp_path / "run-3").write_text("a file of that name")
     paths = [save(run, report, tmp_path, command=f"number {i}") for i in range(4)]
     assert [p.name for p in paths] == ["run", "run-2", "run-4", "run-5"]
     assert [read_config(p)["command"] for p in paths] == [f"number {i}" for i in range(4)]
-    again = save(run, report, tmp_path, command="number 9", exact_name=True)
+    again = save_run(run, tmp_path / "run", overwrite=True, command="number 9").path
+    with pytest.raises(UsageError, match="run is there already; give another name, or replace it with `overwrite`"):
+        run.save(tmp_path / "run")
     assert again == paths[0] and read_config(again)["command"] == "number 9"
     assert not list(tmp_path.glob(".*"))
 
 
-def test_processes_that_save_at_once_each_keep_their_run(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+def test_processes_that_save_at_once_each_keep_their_run(made: tuple[Run, FeatureSet, Report], tmp_path: Path):
     run, _, report = made
 
     def work(number: int) -> None:
         for i in range(6):
             save(run, report, tmp_path, command=str(10 * number + i))
 
-    fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=work, args=(number,)) for number in range(4)]
     for process in processes:
         process.start()
@@ -405,31 +417,31 @@ def test_processes_that_save_at_once_each_keep_their_run(made: tuple[Run, Featur
     assert len(list(tmp_path.iterdir())) == 24
 
 
-def test_names_tell_runs_apart(made: tuple[Run, FeatureSet, ex.Report]):
+def test_names_tell_runs_apart(made: tuple[Run, FeatureSet, Report]):
     run, _, _ = made
     (member,) = run.members
 
     def with_config(**changes: Any) -> Run:
-        head = {name: changes.pop(name) for name in ("head", "D", "ablation") if name in changes}
+        head = {name: changes.pop(name) for name in ("head", "D", "sides") if name in changes}
         config = replace(member.config, head=replace(member.config.head, **head), **changes)
         return replace(run, members=[replace(member, config=config)])
 
-    others = [with_config(**c) for c in ({"head": "late"}, {"D": 9}, {"ablation": 1}, {"seed": 7})]
-    others += [replace(run, features={**run.features, "ttype": ["vader"]}), replace(run, members=[member] * 3)]
+    others = [with_config(**c) for c in ({"head": "late"}, {"D": 9}, {"sides": ("text",)}, {"seed": 7})]
+    others += [replace(run, source=replace(run.source, text=("vader",))), replace(run, members=[member] * 3)]
     assert len({run_name(each, 0) for each in [run, *others]}) == 7
     assert run_name(run, 0) != run_name(run, 1) and run_name(run, 0) == run_name(run, 0.4)
     assert run_name(run, 0).endswith("_clip_clip+vader_fusion_D8_a0_s42")
 
 
-def test_a_label_takes_the_place_of_the_head(made: tuple[Run, FeatureSet, ex.Report]):
+def test_a_label_takes_the_place_of_the_head(made: tuple[Run, FeatureSet, Report]):
     assert run_name(made[0], 0, label="auto").endswith("_clip_clip+vader_auto_s42")
 
 
-def test_caches_in_folders_and_many_of_them(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+def test_caches_in_folders_and_many_of_them(made: tuple[Run, FeatureSet, Report], tmp_path: Path):
     run, _, report = made
 
     def reading(*names: str) -> Run:
-        return replace(run, features={**run.features, "vtype": list(names), "ttype": []})
+        return replace(run, source=replace(run.source, image=names, text=()))
 
     many = [f"кэш-{k}" for k in range(100)]
     odd = [reading("sub/clip"), reading(*many), reading(*many, "clip"), reading("../a b:c")]
@@ -437,15 +449,13 @@ def test_caches_in_folders_and_many_of_them(made: tuple[Run, FeatureSet, ex.Repo
     assert len(set(names)) == 4 and "_sub-clip_none_fusion_" in names[0] and "кэш-0+кэш-1+" in names[1]
     for each, name in zip(odd, names, strict=True):
         path = save(each, report, tmp_path / "runs", name)
-        assert path == tmp_path / "runs" / name and load_run(path).features == each.features
-    with pytest.raises(UsageError, match="can't write the run"):
-        save(run, report, tmp_path / "runs", "no/such/folder")
+        assert path == tmp_path / "runs" / name and load_run(path).source == each.source
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(names)
 
 
-def test_the_newest_is_the_last_created_and_whole(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+def test_the_newest_is_the_last_created_and_whole(made: tuple[Run, FeatureSet, Report], tmp_path: Path):
     run, _, report = made
-    with pytest.raises(UsageError, match="no complete run in .*train_head.py --vtype clip --D 256"):
+    with pytest.raises(UsageError, match="no complete run in .*train_head.py `vtype` clip `D` 256"):
         newest_run(tmp_path)
     with pytest.raises(UsageError, match="no complete run"):
         newest_run(tmp_path / "nowhere")
@@ -467,14 +477,14 @@ def test_the_newest_is_the_last_created_and_whole(made: tuple[Run, FeatureSet, e
 
 def in_a_child(work: Callable[[], Any]) -> int:
     """Exit code of a forked process that does `work`."""
-    process = multiprocessing.get_context("fork").Process(target=work)
+    process = fork.Process(target=work)
     process.start()
     process.join()
     return process.exitcode
 
 
 @pytest.mark.parametrize("kill", ["after the tensors", "in the predictions"])
-def test_a_killed_save_leaves_no_run(kill: str, made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+def test_a_killed_save_leaves_no_run(kill: str, made: tuple[Run, FeatureSet, Report], tmp_path: Path):
     run, _, report = made
     ids = len(report.ids)
 
@@ -488,64 +498,131 @@ def test_a_killed_save_leaves_no_run(kill: str, made: tuple[Run, FeatureSet, ex.
 
     def work() -> None:
         if kill == "in the predictions":
-            save(run, report, tmp_path, predictions=(fatal(), report.tags, report.probabilities))
+            save(run, report, tmp_path, ids=fatal())
         else:
-            save(run, report, tmp_path, metrics=Fatal(a=1))
+            save(run, report, tmp_path, figures=Fatal(a=1))
 
     assert in_a_child(work) == -signal.SIGKILL
-    (left,) = tmp_path.iterdir()
+    (left,) = tmp_path.glob("*.writing")
     assert left.name.startswith(".") and (left / "head.safetensors").is_file()
     assert list_runs(tmp_path) == []
     assert load_run(save(run, report, tmp_path)).path.name == "run"
-    assert not left.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_only_what_dead_processes_left_is_removed(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+def test_what_a_living_process_writes_is_left_to_it(
+    made: tuple[Run, FeatureSet, Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It may count its processes otherwise: a container's numbers, under the same host name, mean nothing here."""
     run, _, report = made
-    dead = multiprocessing.get_context("fork").Process(target=int)
-    dead.start()
-    dead.join()
-    host, alive = socket.gethostname(), os.getppid()
-    kept = [f".run.{host}.{alive}.writing", f".run.elsewhere.{dead.pid}.writing", f".run.{host}.x.writing", ".writing"]
-    kept += [f".{host}.{'9' * 30}.writing", f"run.{host}.{dead.pid}.writing", f".run.{host}.{dead.pid}"]
-    for name in [*kept, f".other.{host}.{dead.pid}.writing"]:
+    gone = fork.Process(target=int)
+    gone.start()
+    gone.join()
+    writing, go_on = fork.Event(), fork.Event()
+
+    def ids() -> Iterator[str]:
+        yield report.ids[0]
+        writing.set()
+        assert go_on.wait(60)
+        yield from report.ids[1:]
+
+    def work() -> None:
+        monkeypatch.setattr(os, "getpid", lambda: gone.pid)
+        save(run, report, tmp_path, "other", ids=ids())
+
+    process = fork.Process(target=work)
+    process.start()
+    assert writing.wait(60)
+    (unfinished,) = tmp_path.glob(".*.writing")
+    save(run, report, tmp_path)
+    assert (unfinished / "head.safetensors").is_file()
+    go_on.set()
+    process.join(60)
+    assert process.exitcode == 0
+    assert load_run(tmp_path / "other").split == run.split
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "run"]
+
+
+def test_what_a_killed_process_left_is_removed_whoever_has_its_number_now(
+    made: tuple[Run, FeatureSet, Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run, _, report = made
+    alive = os.getppid()
+
+    def ids() -> Iterator[str]:
+        yield report.ids[0]
+        os.kill(own, signal.SIGKILL)
+
+    def work() -> None:
+        nonlocal own
+        own = os.getpid()
+        monkeypatch.setattr(os, "getpid", lambda: alive)
+        save(run, report, tmp_path, ids=ids())
+
+    own = 0
+    assert in_a_child(work) == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".*.writing"))) == 1
+    save(run, report, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("lock", ["none", "a folder", "of a file system without locks"])
+def test_what_cant_be_judged_stays(
+    lock: str, made: tuple[Run, FeatureSet, Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run, _, report = made
+    gone = fork.Process(target=int)
+    gone.start()
+    gone.join()
+    kept = [f".{socket.gethostname()}.{gone.pid}.writing", ".abc.writing", ".writing", "abc.writing"]
+    for name in kept:
         (tmp_path / name).mkdir()
         (tmp_path / name / "head.safetensors").write_text("half")
-    save(run, report, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {*kept, "run"}
+    if lock == "a folder":
+        (tmp_path / ".abc.writing.lock").mkdir()
+    elif lock != "none":
+        (tmp_path / ".abc.writing.lock").touch()
+
+        def refuse(*args: Any) -> None:
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(fcntl, "flock", refuse)
+    before = set(tmp_path.iterdir())
+    path = save(run, report, tmp_path)
+    assert set(tmp_path.iterdir()) == {*before, path} and load_run(path).split == run.split
     assert all((tmp_path / name / "head.safetensors").read_text() == "half" for name in kept)
 
 
 @pytest.mark.parametrize("limit", [0, 300, 10_000])
-def test_a_full_disk_is_one_clear_line(limit: int, made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+def test_a_full_disk_is_one_clear_line(limit: int, made: tuple[Run, FeatureSet, Report], tmp_path: Path):
     run, _, report = made
     size = sum(t.numel() * t.element_size() for t in runs._tensors(run).values())
     assert 300 < size < 10_000  # so that tensors don't fit in the first two, and what comes after not in the third
 
     def work() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        metrics = {"figures": list(range(10_000))}
+        figures = {"figures": list(range(10_000))}
         with pytest.raises(
-            UsageError, match="can't write the run .*run: .*File too large.*; give another --runs"
+            UsageError, match="can't write the run .*run: .*File too large.*; give another folder for `runs`"
         ) as error:
-            save(run, report, tmp_path, metrics=metrics)
+            save(run, report, tmp_path, figures=figures)
         one_line(error)
 
     assert in_a_child(work) == 0
     assert not list(tmp_path.iterdir())
 
 
-def test_predictions_that_do_not_fit_leave_nothing(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+def test_predictions_that_do_not_fit_leave_nothing(made: tuple[Run, FeatureSet, Report], tmp_path: Path):
     run, _, report = made
     with pytest.raises(ValueError, match="shorter"):
-        save(run, report, tmp_path, predictions=(report.ids, report.tags[:-1], report.probabilities))
+        save(run, report, tmp_path, tags=report.tags[:-1])
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("where", ["file", "file/below"])
-def test_a_folder_that_is_a_file(where: str, made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path):
+def test_a_folder_that_is_a_file(where: str, made: tuple[Run, FeatureSet, Report], tmp_path: Path):
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(UsageError, match="can't write the run .*give another --runs folder") as error:
+    with pytest.raises(UsageError, match="can't write the run .*give another folder for `runs`") as error:
         save(made[0], made[2], tmp_path / where)
     assert one_line(error) and (tmp_path / "file").read_text() == "kept"
 
@@ -579,12 +656,12 @@ def test_features_of_another_encoder_are_refused(changed: dict[str, Any], refuse
     run = load_run(save(run, report, tmp_path))
     other = features_made_by(tmp_path / "b", **changed)
     if refused:
-        with pytest.raises(UsageError, match=f"the cache clip in here isn't what .*{next(iter(changed))}") as error:
-            run.check_fingerprints(other, "here")
+        with pytest.raises(UsageError, match=f"the cache clip in .* isn't what .*{next(iter(changed))}") as error:
+            run.check(other)
         value = changed.get("weights_sha256") or str(next(iter(changed.values())))
         assert value in one_line(error) and str(run.path) in one_line(error)
     else:
-        run.check_fingerprints(other, "here")
+        run.check(other)
 
 
 def test_text_cleaning_does_not_matter_to_pictures(tmp_path: Path):
@@ -592,4 +669,4 @@ def test_text_cleaning_does_not_matter_to_pictures(tmp_path: Path):
     run, _, report = trained(tmp_path / "a", "--ablation", "2")
     run = load_run(save(run, report, tmp_path))
     make_cache(tmp_path / "b", "clip", 60, fingerprint={"text_clean": "tweet"})
-    run.check_fingerprints(load_features(tmp_path / "b", "train", ["clip"], []), "b")
+    run.check(load_features(tmp_path / "b", "train", ["clip"], []))

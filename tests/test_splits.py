@@ -14,10 +14,10 @@ from feats.images import hash64
 from modeling.features.splits import (
     EMPTY_TEXT_KEY,
     Split,
+    deal_folds,
+    deal_split,
     duplicate_groups,
     load_split,
-    make_folds,
-    make_split,
     read_split_file,
     save_split,
 )
@@ -51,7 +51,7 @@ def no_leak(split: Split) -> None:
 @pytest.mark.parametrize("ratio", [0.01, 0.1, 0.15, 0.2, 1 / 3, 0.4, 0.8])
 @pytest.mark.parametrize("groups", [None, GROUPS], ids=["rows", "groups"])
 def test_ratios_are_met_class_by_class(ratio: float, groups: np.ndarray | None):
-    split = make_split(IDS, LABELS, ratio, groups=groups)
+    split = deal_split(IDS, LABELS, ratio, groups=groups)
     disjoint_and_whole(split)
     assert abs(len(split.val) - 4000 * ratio) <= 1
     for label, n in Counter(LABEL_OF[i] for i in split.val).items():
@@ -61,7 +61,7 @@ def test_ratios_are_met_class_by_class(ratio: float, groups: np.ndarray | None):
 
 
 def test_eight_one_one():
-    split = make_split(IDS, LABELS, 0.1, groups=GROUPS, test_ratio=0.1)
+    split = deal_split(IDS, LABELS, 0.1, groups=GROUPS, test_ratio=0.1)
     disjoint_and_whole(split)
     no_leak(split)
     assert [len(split.val), len(split.test)] == pytest.approx([400, 400], abs=1)
@@ -72,26 +72,26 @@ def test_duplicates_are_in_every_part_by_their_share():
     """A val part without duplicates would be another population than the training rows."""
     sizes = Counter(GROUP_OF.values())
     share = np.mean(
-        [np.mean([sizes[GROUP_OF[i]] > 1 for i in make_split(IDS, LABELS, 0.1, s, GROUPS).val]) for s in range(5)]
+        [np.mean([sizes[GROUP_OF[i]] > 1 for i in deal_split(IDS, LABELS, 0.1, s, GROUPS).val]) for s in range(5)]
     )
     assert share == pytest.approx(np.mean([sizes[GROUP_OF[i]] > 1 for i in IDS]), rel=0.15)
 
 
 def test_depends_on_seed_and_ids_not_on_order_nor_group_numbers():
-    split = make_split(IDS, LABELS, groups=GROUPS)
+    split = deal_split(IDS, LABELS, groups=GROUPS)
     ids, labels, groups = shuffled(IDS, LABELS, GROUPS)
     renumbered = [hash64(str(group).encode()) >> 1 for group in groups]
-    assert make_split(ids, labels, groups=renumbered) == split
+    assert deal_split(ids, labels, groups=renumbered) == split
     assert split.val == sorted(split.val) and split.train == sorted(split.train)
-    other = make_split(IDS, LABELS, seed=43, groups=GROUPS)
+    other = deal_split(IDS, LABELS, seed=43, groups=GROUPS)
     assert 0.02 < len(set(other.val) & set(split.val)) / 400 < 0.2  # a tenth by chance
-    assert make_folds(ids, labels, 5, groups=renumbered) == make_folds(IDS, LABELS, 5, groups=GROUPS)
+    assert deal_folds(ids, labels, 5, groups=renumbered) == deal_folds(IDS, LABELS, 5, groups=GROUPS)
 
 
 def test_a_split_never_changes():
     """The ids of a small split, for good: a new library must not make yesterday's runs incomparable."""
     ids = [str(i) for i in range(30)]
-    split = make_split(ids, ["a", "b", "b"] * 10, 0.2, seed=7)
+    split = deal_split(ids, ["a", "b", "b"] * 10, 0.2, seed=7)
     assert split.val == PINNED
 
 
@@ -101,7 +101,7 @@ PINNED = ["12", "16", "18", "20", "26", "28"]
 @pytest.mark.parametrize("groups", [None, GROUPS], ids=["rows", "groups"])
 @pytest.mark.parametrize("k", [2, 5, 10])
 def test_folds_partition_the_rows(k: int, groups: np.ndarray | None):
-    folds = make_folds(IDS, LABELS, k, groups=groups)
+    folds = deal_folds(IDS, LABELS, k, groups=groups)
     assert sorted(i for fold in folds for i in fold.val) == sorted(IDS)
     for number, fold in enumerate(folds, 1):
         disjoint_and_whole(fold)
@@ -120,10 +120,10 @@ def test_small_and_crooked_sets(seed: int):
     ids = [f"r{i}" for i in range(n)]
     labels = [f"c{min(c, 2)}" for c in rng.geometric(0.5, n) - 1]
     groups = np.where(rng.random(n) < 0.4, rng.integers(0, 8, n), np.arange(n) + 100)
-    split = make_split(ids, labels, 0.25, seed, groups)
+    split = deal_split(ids, labels, 0.25, seed, groups)
     disjoint_and_whole(split, ids)
     assert abs(len(split.val) / n - 0.25) < 0.08
-    folds = make_folds(ids, labels, k, seed, groups)
+    folds = deal_folds(ids, labels, k, seed, groups)
     assert sorted(i for fold in folds for i in fold.val) == sorted(ids)
     of = dict(zip(ids, groups.tolist(), strict=True))
     for each in (split, *folds):
@@ -133,21 +133,21 @@ def test_small_and_crooked_sets(seed: int):
 
 def test_refusals():
     with pytest.raises(UsageError, match="all 3 rows are 'a': a classifier needs two"):
-        make_split(["1", "2", "3"], ["a"] * 3)
+        deal_split(["1", "2", "3"], ["a"] * 3)
     with pytest.raises(UsageError, match="2 of 3 rows have no label"):
-        make_split(["1", "2", "3"], ["a", "", ""])
+        deal_split(["1", "2", "3"], ["a", "", ""])
     with pytest.raises(UsageError, match="the val split, 0.1 of 20 rows, is too small to hold 3 classes"):
-        make_split(list(map(str, range(20))), ["a", "b", "c", "a", "b"] * 4)
+        deal_split(list(map(str, range(20))), ["a", "b", "c", "a", "b"] * 4)
     with pytest.raises(UsageError, match=r"class 'c' \(1 row\) is too rare: none is left for"):
-        make_split(list(map(str, range(100))), ["a", "b"] * 49 + ["a", "c"])
+        deal_split(list(map(str, range(100))), ["a", "b"] * 49 + ["a", "c"])
     with pytest.raises(
         UsageError, match=r"class 'c' \(4 rows in 1 duplicate groups\) is too rare: none is left for val"
     ):
-        make_split(list(map(str, range(100))), ["a", "b"] * 48 + ["c"] * 4, groups=[*range(96), 96, 96, 96, 96])
+        deal_split(list(map(str, range(100))), ["a", "b"] * 48 + ["c"] * 4, groups=[*range(96), 96, 96, 96, 96])
     with pytest.raises(UsageError, match=r"class 'c' \(4 rows\) is too rare: none is left for fold 5 of 5"):
-        make_folds(list(map(str, range(100))), ["a", "b"] * 48 + ["c"] * 4, 5)
+        deal_folds(list(map(str, range(100))), ["a", "b"] * 48 + ["c"] * 4, 5)
     with pytest.raises(UsageError, match="1 folds: there must be at least 2"):
-        make_folds(IDS, LABELS, 1)
+        deal_folds(IDS, LABELS, 1)
     for ratios in (
         {"val_ratio": 0},
         {"val_ratio": 1},
@@ -155,9 +155,9 @@ def test_refusals():
         {"val_ratio": float("nan")},
     ):
         with pytest.raises(UsageError, match="must be in"):
-            make_split(IDS, LABELS, **ratios)
+            deal_split(IDS, LABELS, **ratios)
     with pytest.raises(ValueError, match="unique"):
-        make_split(["1", "1", "2"] * 2, ["a", "b", "a"] * 2, 0.5)
+        deal_split(["1", "1", "2"] * 2, ["a", "b", "a"] * 2, 0.5)
 
 
 def test_without():
@@ -199,7 +199,7 @@ WANTED = Split(["a", "b"], ["c", "d"], ["e", "g"])
 
 
 def test_save_and_load(tmp_path: Path):
-    split = make_split(IDS, LABELS, groups=GROUPS)
+    split = deal_split(IDS, LABELS, groups=GROUPS)
     save_split(split, tmp_path / "split.json")
     assert load_split(tmp_path / "split.json") == split
     (again,) = read_split_file(tmp_path / "split.json", IDS, LABELS)
@@ -211,7 +211,7 @@ def test_save_and_load(tmp_path: Path):
 
 
 def test_folds_come_back_from_their_file(tmp_path: Path):
-    folds = make_folds(IDS, LABELS, 3, groups=GROUPS)
+    folds = deal_folds(IDS, LABELS, 3, groups=GROUPS)
     save_split(folds, tmp_path / "split.json")
     assert load_split(tmp_path / "split.json") == folds
     again = read_split_file(tmp_path / "split.json", IDS, LABELS)

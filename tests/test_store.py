@@ -446,6 +446,22 @@ def test_fingerprints_differ_only_where_it_matters():
     assert "extra: the cache has null, this run 1" in fingerprint_difference(cached, {**cached, "extra": 1})
 
 
+def test_the_digest_of_the_content_tells_rows_pictures_and_texts_apart(tmp_path: Path):
+    def digest(name: str, ids: list[str], tags: list[str], picture: int = 1, text: int = 2, value: float = 0) -> str:
+        shapes = {"image_feats": (2,), "text_feats": (2,)}
+        values = {side: np.full((2, 2), value, np.float16) for side in shapes}
+        hashes = {"image_hash": np.array([7, picture], np.uint64), "text_hash": np.array([7, text], np.uint64)}
+        with FeatureStore.create(tmp_path / f"{name}_train.h5", ids, tags, {"made by": name}, shapes) as store:
+            store.write(np.arange(2), np.full(2, DONE), {**values, **hashes})
+        with FeatureStore.open(tmp_path / f"{name}_train.h5") as store:
+            return store.content_digest()
+
+    same = {digest("a", ["x", "y"], ["", ""]), digest("b", ["x", "y"], ["q", ""], value=1)}
+    others = {digest("c", ["x", "z"], ["", ""]), digest("d", ["y", "x"], ["", ""])}
+    others |= {digest("e", ["x", "y"], ["", ""], picture=3), digest("f", ["x", "y"], ["", ""], text=3)}
+    assert len(same) == 1 and len(others) == 4 and not same & others
+
+
 def test_chunks_stay_small_whatever_the_number_of_rows(tmp_path: Path):
     """A set smaller than a block, of wide rows: reading one row must not read them all."""
     for rows in (511, 512, 513):

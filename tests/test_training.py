@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from feats.errors import UsageError
 from modeling.features.inputs import Inputs
 from modeling.features.joined import Ragged
-from modeling.heads.registry import HEADS, HeadConfig, build_head
+from modeling.heads.base import HeadConfig
+from modeling.heads.registry import HEADS, build_head
 from modeling.training import fit as training
+from modeling.training.config import MONITORS, SCHEDULES, TrainConfig
 from modeling.training.fit import (
-    SCHEDULES,
     Problem,
-    TrainConfig,
     Trained,
     class_weights,
     cross_entropy,
@@ -33,7 +33,7 @@ from modeling.training.fit import (
     stacks,
 )
 
-SGD = [name for name, head in HEADS.items() if head.solver == "sgd"]
+SGD = [name for name, head in HEADS.items() if head.closed_form() is False]
 N_TRAIN, N = 49, 70  # batches of 16 leave one row over
 CLASSES = ["a", "b", "c"]
 
@@ -77,7 +77,7 @@ VARIED = [  # one shape; everything that a model of a stack has for its own
     {"lr": 1e-2, "seed": 5},
     {"lr": 3e-3, "seed": 3, "weight_decay": 0.1, "schedule": "onecycle", "class_weights": "balanced"},
     {"lr": 1e-2, "seed": 5, "label_smoothing": 0.2, "monitor": "macro_f1"},
-    {"lr": 2e-3, "seed": 9, "schedule": "cosine", "monitor": "loss", "class_weights": "c=3,a=0.5"},
+    {"lr": 2e-3, "seed": 9, "schedule": "cosine", "monitor": "loss", "class_weights": {"c": 3, "a": 0.5}},
     {"lr": 1e-2, "seed": 8, "weight_decay": 0.3, "monitor": "weighted_f1", "patience": 1},
     {"lr": 2e-2, "seed": 1, "patience": 2, "monitor": "loss", "class_weights": "sqrt"},
 ]
@@ -116,7 +116,7 @@ def test_many_shapes_at_once_in_the_order_asked(monkeypatch: pytest.MonkeyPatch)
     heads = [
         HeadConfig("late", D=8),
         HeadConfig("early", D=4),
-        HeadConfig("late", D=8, ablation=1),
+        HeadConfig("late", D=8, sides=("text",)),
         HeadConfig("late", D=6),
     ]
     configs = [TrainConfig(heads[i % 4], lr=1e-2 / (1 + i), ep=2, bs=16, seed=20 - i) for i in range(12)]
@@ -156,10 +156,10 @@ def test_deterministic_for_a_seed_bit_for_bit(name: str):
     assert differ(*first)
 
 
-@pytest.mark.parametrize("ablation, side", [(1, "image"), (2, "text")])
+@pytest.mark.parametrize("kept, side", [("text", "image"), ("image", "text")])
 @pytest.mark.parametrize("name", SGD)
-def test_ablation_trains_without_the_absent_side(name: str, ablation: int, side: str):
-    config = TrainConfig(HeadConfig(name, D=8, ablation=ablation), lr=1e-2, ep=2, bs=16)
+def test_ablation_trains_without_the_absent_side(name: str, kept: str, side: str):
+    config = TrainConfig(HeadConfig(name, D=8, sides=(kept,)), lr=1e-2, ep=2, bs=16)
     problem = make_problem()
     parts = [side, f"{side}_tokens"] + ["image_views"] * (side == "image")
     none = make_problem(**dict.fromkeys(parts))
@@ -299,36 +299,23 @@ def test_class_weights():
         "none": [1, 1, 1],
         "balanced": balanced,
         "sqrt": np.sqrt(balanced),
-        "b=2.5": [1, 2.5, 1],
-        "c=3,a=.5": [0.5, 1, 3],
+        (("b", 2.5),): [1, 2.5, 1],
+        (("c", 3), ("a", 0.5)): [0.5, 1, 3],
     }.items():
         assert class_weights(spec, problem).tolist() == pytest.approx(list(expected), rel=1e-6)
 
 
 @pytest.mark.parametrize(
-    "spec, match",
+    "chosen, match",
     [
-        ("neutral=2", "class weights 'neutral=2': 'neutral' is no class .there are a, b, c.; expected none, balanced"),
-        ("balance", "'balance' is no class"),
-        ("a=two", "'two' of a is no number"),
-        ("a=1,b=0", "every weight must be a finite number above 0"),
-        ("a=-1", "finite number above 0"),
-        ("a=nan", "finite number above 0"),
-        ("a=inf", "finite number above 0"),
-        ("", "'' is no class"),
+        ({"neutral": 2}, "class weight of 'neutral': no such class; there are a, b, c"),
+        ("balance", "class weights 'balance': expected none, balanced, sqrt, or a weight for each"),
+        *(({"a": 1, "b": value}, "every weight must be a finite number above 0") for value in (0, -1, np.nan, np.inf)),
     ],
 )
-def test_class_weights_that_make_no_sense(spec: str, match: str):
+def test_class_weights_that_make_no_sense(chosen: str | dict[str, float], match: str):
     with pytest.raises(UsageError, match=match):
-        fit([TrainConfig(HeadConfig("early", D=4), class_weights=spec, ep=1)], make_problem())
-
-
-def test_class_weights_of_names_with_commas_and_equals_signs():
-    problem = replace(make_problem(), classes=["a", "a=1,b", "c, d"])
-    assert class_weights("c, d=2,a=1,b=3", problem).tolist() == [1, 3, 2]
-    assert class_weights("a=1.5,c, d=2", problem).tolist() == [1.5, 1, 2]
-    with pytest.raises(UsageError, match="'d' is no class"):
-        class_weights("c, d=2,d=3", problem)
+        fit([TrainConfig(HeadConfig("early", D=4), class_weights=chosen, ep=1)], make_problem())
 
 
 @pytest.mark.parametrize("spec", ["balanced", "sqrt"])
@@ -345,7 +332,7 @@ def test_class_weights_where_a_class_has_no_training_row(spec: str):
         ({}, [0.6, 0.3, 0.1]),
         ({"balanced_sampler": True}, [1 / 3] * 3),
         ({"class_weights": "balanced"}, [1 / 3] * 3),
-        ({"class_weights": "c=6"}, [0.4, 0.2, 0.4]),
+        ({"class_weights": {"c": 6}}, [0.4, 0.2, 0.4]),
     ],
     ids=["none", "sampler", "weights", "by name"],
 )
@@ -353,7 +340,9 @@ def test_what_evens_out_classes(own: dict, expected: list[float]):
     """Without any information, a head learns how often it sees each class."""
     labels = torch.tensor([0] * 120 + [1] * 60 + [2] * 20)
     problem = Problem(Inputs(image=torch.zeros(200, 2)), labels, torch.arange(200), torch.arange(3), CLASSES)
-    config = TrainConfig(HeadConfig("early", D=2, dropout=0.0, ablation=2), lr=3e-2, ep=60, bs=100, schedule="cosine")
+    config = TrainConfig(
+        HeadConfig("early", D=2, dropout=0.0, sides=("image",)), lr=3e-2, ep=60, bs=100, schedule="cosine"
+    )
     # The last epoch is the one to look at: patience and the best epoch play no part.
     (found,) = fit([replace(config, **own, monitor="accuracy")], problem)
     train_loss = found.history[-1]["train_loss"]
@@ -364,7 +353,7 @@ def test_what_evens_out_classes(own: dict, expected: list[float]):
 def test_the_balanced_sampler_draws_classes_alike():
     labels = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
     problem = Problem(Inputs(image=torch.zeros(1000, 1)), labels, torch.arange(1000), torch.arange(3), CLASSES)
-    config = TrainConfig(HeadConfig("early", ablation=2), balanced_sampler=True)
+    config = TrainConfig(HeadConfig("early", sides=("image",)), balanced_sampler=True)
     draws = training._Draws([config, replace(config, seed=1)], problem, problem.inputs)
     for rows in draws.epoch()[0]:
         counts = torch.bincount(labels[rows], minlength=3)
@@ -423,7 +412,7 @@ def test_evaluation_in_steps_is_evaluation_at_once(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("patience", [1, 3, None])
-@pytest.mark.parametrize("monitor", training.MONITORS)
+@pytest.mark.parametrize("monitor", MONITORS)
 def test_the_best_epoch_is_kept_and_patience_ends_the_rest(monitor: str, patience: int | None):
     problem = make_problem()
     config = TrainConfig(HeadConfig("fusion", D=16), lr=3e-2, ep=30, bs=16, monitor=monitor, patience=patience, seed=3)
@@ -480,13 +469,13 @@ def test_a_trained_head_stands_alone():
         ({"optimizer": "sgd"}, "unknown optimizer 'sgd'; there are adam, adamw"),
         ({"schedule": "step"}, "unknown schedule 'step'; there are constant, cosine, onecycle"),
         ({"monitor": "f1"}, "unknown monitor 'f1'; there are accuracy, weighted_f1, macro_f1, loss"),
-        ({"ep": 0}, "--ep 0: expected 1 or more"),
-        ({"bs": -1}, "--bs -1: expected 1 or more"),
+        ({"ep": 0}, "`ep` 0: expected 1 or more"),
+        ({"bs": -1}, "`bs` -1: expected 1 or more"),
         ({"lr": 0.0}, "lr 0, weight decay 0: expected lr > 0"),
         ({"lr": math.nan}, "lr nan"),
         ({"weight_decay": -1.0}, "weight decay -1"),
         ({"label_smoothing": 1.0}, "label smoothing 1: expected 0 <= smoothing < 1"),
-        ({"patience": 0}, "--patience 0: expected 1 or more epochs"),
+        ({"patience": 0}, "`patience` 0: expected 1 or more epochs"),
     ],
 )
 def test_configurations_that_can_not_train(wrong: dict, match: str):
@@ -511,7 +500,7 @@ def test_a_loss_that_is_not_finite(lr: float, ep: int):
     problem = make_problem()
     told: list[int] = []
     lost, kept = fit([wild, tame], problem, told.append)
-    assert re.match(r"the loss of late became (nan|inf) in epoch \d .lr .*; use a smaller --lr", lost.failure)
+    assert re.match(r"the loss of late became (nan|inf) in epoch \d .lr .*; use a smaller `lr`", lost.failure)
     assert kept.failure is None and len(kept.history) == ep and sum(told) == 2 * ep
     np.testing.assert_allclose(kept.val_logits, fit([tame], problem)[0].val_logits, atol=1e-5)
 

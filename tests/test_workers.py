@@ -8,9 +8,10 @@ import torch
 
 from feats.errors import UsageError
 from modeling.features.inputs import Inputs
-from modeling.heads.registry import HeadConfig
+from modeling.heads.base import HeadConfig
 from modeling.training import workers
-from modeling.training.fit import Problem, TrainConfig, fit, n_epochs
+from modeling.training.config import TrainConfig
+from modeling.training.fit import Problem, fit, n_epochs
 
 N = 60
 
@@ -65,8 +66,8 @@ def test_no_processes_for_data_too_large_to_copy(problem: Problem, monkeypatch: 
 def test_an_error_in_a_process_reaches_the_user(problem: Problem, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(workers, "LEAST_WORK", 0)
     monkeypatch.setattr(workers, "_cores", lambda: 2)
-    bad = [TrainConfig(HeadConfig("fusion", 4), ep=3, bs=16, class_weights="maybe=2")]
-    with pytest.raises(UsageError, match="'maybe' is no class"):
+    bad = [TrainConfig(HeadConfig("fusion", 4), ep=3, bs=16, class_weights={"maybe": 2})]
+    with pytest.raises(UsageError, match="'maybe': no such class"):
         dict(workers.run_jobs([(bad, 0), *jobs_of([problem])], [problem], lambda epochs: None))
 
 

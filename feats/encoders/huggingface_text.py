@@ -12,10 +12,8 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from huggingface_hub import constants as hub_constants
-from huggingface_hub.utils import HFValidationError
-from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub import HfApi, constants as hub_constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.utils import HFValidationError, logging as hub_logging
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging

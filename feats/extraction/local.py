@@ -172,7 +172,7 @@ def _resume(store: FeatureStore, encoder: Encoder, records: Sequence[Record], se
         warnings.warn(
             f"{store.path} was begun with batches of {planned}; with {asked} its features may differ in their last bit "
             "from those of an undisturbed run",
-            stacklevel=4,
+            stacklevel=1,
         )
     try:
         return resume_plan(

@@ -176,7 +176,7 @@ def _compiled_if_it_pays(encoder: Encoder, size: int, images: int) -> Encoder | 
         return None
     faster, why_not = _compiled(encoder, size)
     if faster is None:
-        warnings.warn(f"the forward pass isn't compiled, which costs some speed ({why_not})", stacklevel=3)
+        warnings.warn(f"the forward pass isn't compiled, which costs some speed ({why_not})", stacklevel=1)
     return faster
 
 

@@ -1,24 +1,25 @@
 """Predictions of one run or several that vote, from cached features: block by block, so that caches may be larger than
 memory. And what comes of them: the submission file, the figures."""
 
-import csv
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from feats.csv_files import write_rows
 from feats.errors import UsageError
+from feats.store import SIDES
 from modeling.evaluation import metrics
-from modeling.features.joined import FeatureSet, Rows, iter_features
-from modeling.runs.folder import Run, load_run, newest_run, read_metrics
+from modeling.features.joined import FeatureSet, FeatureSource, Rows, iter_features
+from modeling.runs.files import user_file
+from modeling.runs.run import Run
 
 VOTES = ("soft", "majority")
+SUBMISSION = ("guid", "tag")  # columns
 TIE = "neutral"
 BLOCK_ROWS = 1 << 11  # temporaries of more than some ten megabytes get fresh pages each time, at several times the cost
 WRITE_ROWS = 1 << 16
@@ -42,72 +43,47 @@ class Predictions:
     left_out: dict[str, str]
     partly: dict[str, str]
     fallback: str
+    folders: list[Path]  # where the caches lie
 
     def __len__(self) -> int:
         return len(self.predicted)
 
 
-# -- runs -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class VoteSettings:
+    """How several runs decide: by the mean of their calibrated probabilities (soft), or by most votes (majority).
 
+    `tie` is the class that gets a tie if it is among the tied (None: neutral, where that is a class)."""
 
-def open_runs(folder: Path, names: Sequence[str] | None) -> list[Run]:
-    """The runs `names` (paths, or names inside `folder`); the newest in `folder` without.
-
-    Raises `UsageError` for what is no run or is damaged, a run named twice, and runs of different classes.
-    """
-    if not names:
-        return [load_run(newest_run(folder))]
-    paths = [Path(name) if Path(name).is_dir() else folder / name for name in names]
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise UsageError(f"--run {' '.join(names)} names a run twice; each has one vote")
-    runs = [load_run(path) for path in paths]
-    for run in runs[1:]:
-        if set(run.classes) != set(runs[0].classes):
-            both = "; ".join(f"{r.path.name}: {', '.join(r.classes)}" for r in (runs[0], run))
-            raise UsageError(f"runs of different classes can't vote together ({both}); name runs of the same data")
-    return runs
-
-
-def class_shares(run: Run) -> tuple[str, np.ndarray]:
-    """The most common class of a run's training rows (of all folds), and each class's share (C,) of them.
-
-    Raises `UsageError` when the run's metrics don't tell.
-    """
-    try:
-        counted = read_metrics(run.path)["training_rows"]
-        counts = np.array([counted[name] for name in run.classes], np.float64)
-        return run.classes[int(counts.argmax())], counts / counts.sum()
-    except (KeyError, TypeError):
-        raise UsageError(f"the metrics of {run.path} don't tell how common the classes are; train again") from None
+    vote: str = "soft"
+    tie: str | None = None
 
 
 # -- predicting -------------------------------------------------------------------------------------------------
 
 
-def predict(
+def predict_caches(
     runs: Sequence[Run],
     folder: Path | None,
     split: str,
-    *,
-    vote: str = "soft",
-    tie: str | None = None,
+    voting: VoteSettings = VoteSettings(),
     device: torch.device | str = "cpu",
 ) -> Predictions:
     """What `runs` say of the caches `<folder>/<cache>_<split>.h5` of the kinds they were trained on; without `folder` in
     the one that each was trained from.
 
     Every row gets a prediction: one with features for some of the runs only is left to these; one without any gets
-    the most common training class of the first run, with that run's class shares as probabilities. For `tie` (default:
-    neutral, where that is a class) see `combine`. Raises `UsageError` for an unknown `tie`, caches that another encoder
-    made than a run's, runs whose folders hold different data, and whatever keeps `features.load_features` from loading.
+    the most common training class of the first run, with that run's class shares as probabilities. For ties see
+    `combine`. Raises `UsageError` for an unknown `tie`, caches that another encoder made than a run's, runs whose folders
+    hold different data, and whatever keeps `joined.load_features` from loading.
     """
     classes = runs[0].classes
-    if tie is not None and tie not in classes:
-        raise UsageError(f"--tie {tie}: no such class; there are {', '.join(classes)}")
-    tie = tie or (TIE if TIE in classes else None)
-    by_source: dict[_Source, list[int]] = {}
+    if voting.tie is not None and voting.tie not in classes:
+        raise UsageError(f"`tie` {voting.tie}: no such class; there are {', '.join(classes)}")
+    tie = voting.tie or (TIE if TIE in classes else None)
+    by_source: dict[FeatureSource, list[int]] = {}
     for k, run in enumerate(runs):
-        by_source.setdefault(_source(run, folder), []).append(k)
+        by_source.setdefault(_caches_of(run, folder), []).append(k)
     common = _joined_rows(split, list(by_source)) if len(by_source) > 1 else None
     judged = [_judge([runs[k] for k in ks], source, split, device) for source, ks in by_source.items()]
     rows = common or judged[0].rows
@@ -120,14 +96,19 @@ def predict(
             votes[k, at] = probabilities[:, [runs[k].classes.index(name) for name in classes]]
             seen[k, at] = True
         reasons = part.left_out | reasons
-    probabilities, predicted = combine(votes, seen, vote, None if tie is None else classes.index(tie))
+    probabilities, predicted = combine(votes, seen, voting.vote, None if tie is None else classes.index(tie))
     fallback = ""
     nobody = np.flatnonzero(~seen.any(0))
     if len(nobody):
-        fallback, probabilities[nobody] = class_shares(runs[0])
+        fallback = runs[0].majority
+        counts = np.array([runs[0].training_rows[name] for name in classes], np.float64)
+        probabilities[nobody] = counts / counts.sum()
         predicted[nobody] = classes.index(fallback)
+    folders = list(dict.fromkeys(source.folder for source in by_source))
     left_out = {rows.ids[row]: reasons.pop(rows.ids[row]) for row in nobody.tolist()}
-    return Predictions(split, classes, vote, rows, probabilities, predicted, left_out, reasons, fallback)
+    return Predictions(
+        split, classes, voting.vote, rows, probabilities, predicted, left_out, reasons, fallback, folders
+    )
 
 
 def combine(votes: np.ndarray, seen: np.ndarray, vote: str, tie: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -150,16 +131,6 @@ def combine(votes: np.ndarray, seen: np.ndarray, vote: str, tie: int | None) -> 
 
 
 @dataclass(frozen=True)
-class _Source:
-    """Where a run's features are: runs of one source share every block that is read."""
-
-    folder: Path
-    vtypes: tuple[str, ...]
-    ttypes: tuple[str, ...]
-    tokens: bool
-
-
-@dataclass(frozen=True)
 class _Judged:
     """What runs that read the same caches say: (runs, n, C) of the n rows of `rows` that aren't left out."""
 
@@ -168,17 +139,14 @@ class _Judged:
     probabilities: np.ndarray
 
 
-def _judge(runs: Sequence[Run], source: _Source, split: str, device: torch.device | str) -> _Judged:
+def _judge(runs: Sequence[Run], source: FeatureSource, split: str, device: torch.device | str) -> _Judged:
     moved = [run.to(device) for run in runs]
-    blocks = iter_features(
-        source.folder, split, source.vtypes, source.ttypes, block_rows=BLOCK_ROWS, tokens=source.tokens
-    )
+    blocks = iter_features(source, split, block_rows=BLOCK_ROWS)
     done = 0
     for block in _read_ahead(blocks):
         if not done:
             for run in runs:
-                run.check_fingerprints(block, str(source.folder))
-                _check_tokens(run, block, source.folder)
+                run.check(block)
             rows, left_out = block.dataset, block.left_out
             # All at once: small arrays kept from every block would sit in the gaps that blocks leave, and memory grow.
             probabilities = np.empty((len(runs), len(rows.ids) - len(left_out), len(run.classes)))
@@ -192,19 +160,18 @@ def _judge(runs: Sequence[Run], source: _Source, split: str, device: torch.devic
     return _Judged(rows, left_out, probabilities)
 
 
-def _source(run: Run, folder: Path | None) -> _Source:
-    caches = run.features
-    return _Source(run.feature_folder(folder), tuple(caches["vtype"]), tuple(caches["ttype"]), bool(caches["tokens"]))
+def _caches_of(run: Run, folder: Path | None) -> FeatureSource:
+    """Where a run's features are: runs of one source share every block that is read."""
+    return replace(run.source, folder=run.feature_folder(folder), fingerprints={})
 
 
-def _joined_rows(split: str, sources: Sequence[_Source]) -> Rows:
+def _joined_rows(split: str, sources: Sequence[FeatureSource]) -> Rows:
     """All rows of the data set that all caches must be of."""
     of_folder = {}
     for folder in dict.fromkeys(source.folder for source in sources):
         here = [source for source in sources if source.folder == folder]
-        sides = ([name for source in here for name in getattr(source, side)] for side in ("vtypes", "ttypes"))
-        vtypes, ttypes = (list(dict.fromkeys(names)) for names in sides)
-        of_folder[folder] = next(iter_features(folder, split, vtypes, ttypes, block_rows=1)).dataset
+        image, text = (tuple(dict.fromkeys(name for s in here for name in s.of(side))) for side in SIDES)
+        of_folder[folder] = next(iter_features(FeatureSource(folder, image, text), split, block_rows=1)).dataset
     return _same_rows(split, of_folder)
 
 
@@ -224,19 +191,9 @@ def _same_rows(split: str, of_folder: Mapping[Path, Rows]) -> Rows:
             found = f"the same ids, but {pictures} other pictures and {labels} other labels"
         raise UsageError(
             f"the {split} caches in {first} and {folder} are of different data ({found}), and runs vote on the same rows; "
-            "name one folder that has the caches of all runs with --feats"
+            "name one folder that has the caches of all runs with `feats`"
         )
     return rows
-
-
-def _check_tokens(run: Run, features: FeatureSet, folder: Path) -> None:
-    for key in {key for member in run.members for key in member.preprocessing.normalizers}:
-        side, _, name = key.partition("/")
-        if name not in getattr(features, side):
-            raise UsageError(
-                f"{run.path} reads the tokens of {name}, and the cache {name} in {folder} has none; extract it again "
-                "with --tokens --overwrite"
-            )
 
 
 def _positions(ids: list[str], of: list[str]) -> np.ndarray | slice:
@@ -261,30 +218,20 @@ def _read_ahead(blocks: Iterator[FeatureSet]) -> Iterator[FeatureSet]:
 def write_submission(path: Path, predictions: Predictions, proba: bool = False) -> None:
     """CSV of guid and tag in the data set's order; with `proba` also a column "p_<class>" for each class.
 
-    The file appears when it is whole. Raises `UsageError` when it can't be written.
+    For what is there already see `user_file`. Raises `UsageError` when it can't be written.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.writing")
     names = np.array(predictions.classes, object)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["guid", "tag", *(f"p_{name}" for name in names if proba)])
-            for low in range(0, len(predictions), WRITE_ROWS):
-                rows = slice(low, low + WRITE_ROWS)
-                columns = [predictions.rows.ids[rows], names[predictions.predicted[rows]]]
-                if proba:
-                    columns += [map("%.6f".__mod__, column) for column in predictions.probabilities[rows].T.tolist()]
-                writer.writerows(zip(*columns, strict=True))
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise UsageError(f"can't write {path} ({error.strerror}); give another file with --out") from None
-    finally:
-        with suppress(OSError):  # it isn't there, most often
-            unfinished.unlink()
+    with user_file(path, SUBMISSION) as file:
+        write_rows(file, [[*SUBMISSION, *(f"p_{name}" for name in names if proba)]])
+        for low in range(0, len(predictions), WRITE_ROWS):
+            rows = slice(low, low + WRITE_ROWS)
+            columns = [predictions.rows.ids[rows], names[predictions.predicted[rows]]]
+            if proba:
+                columns += [map("%.6f".__mod__, column) for column in predictions.probabilities[rows].T.tolist()]
+            write_rows(file, zip(*columns, strict=True))
 
 
-def distribution(predictions: Predictions) -> str:
+def distribution_table(predictions: Predictions) -> str:
     """How many rows got each class, as a table."""
     counts = np.bincount(predictions.predicted, minlength=len(predictions.classes)).tolist()
     rows = [
@@ -294,15 +241,15 @@ def distribution(predictions: Predictions) -> str:
     return metrics.format_table(rows, ["predicted", "rows", "share"])
 
 
-def describe_row(predictions: Predictions, row: int) -> str:
+def row_line(predictions: Predictions, row: int) -> str:
     """One row's prediction, and each class's probability."""
     probabilities = zip(predictions.classes, predictions.probabilities[row].tolist(), strict=True)
     shown = ", ".join(f"{name} {p:.3f}" for name, p in probabilities)
     return f"{predictions.classes[predictions.predicted[row]]} ({shown})"
 
 
-def evaluate(predictions: Predictions, majority: str) -> dict[str, Any]:
-    """`metrics.evaluate` of the rows with a label, those without features included; `majority` as there.
+def figures_of(predictions: Predictions, majority: str) -> dict[str, Any]:
+    """`metrics.figures` of the rows with a label, those without features included; `majority` as there.
 
     Raises `UsageError` for labels that are no class of the runs."""
     classes = predictions.classes
@@ -313,20 +260,20 @@ def evaluate(predictions: Predictions, majority: str) -> dict[str, Any]:
     labels = np.array([number[tag] for tag in predictions.rows.tags], np.int64)
     known = labels >= 0
     probabilities, predicted = predictions.probabilities[known], predictions.predicted[known]
-    other = np.flatnonzero(probabilities.argmax(1) != predicted)  # ties of votes; metrics.evaluate takes the first
+    other = np.flatnonzero(probabilities.argmax(1) != predicted)  # ties of votes; metrics.figures takes the first
     probabilities[other, predicted[other]] = probabilities[other].max(1) + 1e-9
     probabilities /= probabilities.sum(1, keepdims=True)
-    return metrics.evaluate(labels[known], probabilities, classes, majority)
+    return metrics.figures(labels[known], probabilities, classes, majority)
 
 
-def figures_table(figures: dict[str, Any], name: str, calibrated: bool) -> str:
-    """Figures of `evaluate` with their 95 % intervals and the majority baseline; log-loss and ECE if `calibrated`."""
-    columns = ["rows", "n", *metrics.AVERAGES, *(["log_loss", "ece"] if calibrated else [])]
-    return metrics.format_table(metrics.figure_rows(figures, name), columns)
+def figures_table(figures: dict[str, Any], predictions: Predictions) -> str:
+    """Figures of `figures_of` with their 95 % intervals and the majority baseline; of probabilities, also log-loss and
+    ECE."""
+    columns = ["rows", "n", *metrics.AVERAGES, *(["log_loss", "ece"] if predictions.vote == "soft" else [])]
+    return metrics.format_table(metrics.figure_rows(figures, predictions.split), columns)
 
 
 def known_rows(runs: Sequence[Run], predictions: Predictions) -> int:
     """How many labelled rows a run was trained on, or chosen by, judging by their ids."""
-    splits = [split for run in runs for split in (run.split if isinstance(run.split, list) else [run.split])]
-    known = {i for split in splits for i in (*split.train, *split.val)}
+    known = {i for run in runs for split in run.splits for i in (*split.train, *split.val)}
     return sum(i in known for i, tag in zip(predictions.rows.ids, predictions.rows.tags, strict=True) if tag)

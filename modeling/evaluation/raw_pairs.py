@@ -16,7 +16,7 @@ from feats.errors import UsageError
 from feats.extraction.local import extract
 from feats.extraction.settings import ExtractionSettings
 from feats.records import Record, read_dataset
-from modeling.runs.folder import FREE_TO_DIFFER, Run
+from modeling.runs.run import FREE_TO_DIFFER, Run
 
 SPLIT = "raw"  # caches are <name>_raw.h5
 
@@ -24,23 +24,15 @@ SPLIT = "raw"  # caches are <name>_raw.h5
 def one_pair(image: Path | None, text: str | None, runs: Sequence[Run]) -> list[Record]:
     """The pair as a data set of one. Raises `UsageError` when a run reads a side that isn't given."""
     for run in runs:
-        for side, option, given in (("vtype", "--image", image), ("ttype", "--text", text)):
-            if run.features[side] and given is None:
-                raise UsageError(f"{run.path} reads {', '.join(run.features[side])}; give {option}, too")
+        for side, given in (("image", image), ("text", text)):
+            if run.source.of(side) and given is None:
+                raise UsageError(f"{run.named} reads {', '.join(run.source.of(side))}; give `{side}`, too")
     return [Record("pair", image, text)]
 
 
 def read_manifest(path: Path) -> list[Record]:
     """Every row of a manifest (CSV or JSONL), split after split where it names any. Raises `UsageError`."""
     return [record for records in read_dataset(path, "manifest").splits.values() for record in records]
-
-
-def named_weights(items: Sequence[str]) -> dict[str, str]:
-    """{"clip": "x.pt"} of ["clip=x.pt"]. Raises `UsageError` for anything else."""
-    for item in items:
-        if not all(item.partition("=")):
-            raise UsageError(f"--weights {item}: expected CACHE=PATH")
-    return dict(item.split("=", 1) for item in items)
 
 
 def encode(
@@ -58,23 +50,23 @@ def encode(
     """
     wanted: dict[str, Run] = {}
     for run in runs:
-        for name, fingerprint in run.features["fingerprints"].items():
+        for name, fingerprint in run.source.fingerprints.items():
             first = wanted.setdefault(name, run)
-            if _essence(first.features["fingerprints"][name]) != _essence(fingerprint):
+            if _essence(first.source.fingerprints[name]) != _essence(fingerprint):
                 raise UsageError(
                     f"{first.path} and {run.path} were trained on different caches {name}; predict with one at a time"
                 )
     unknown = sorted(weights.keys() - wanted.keys())
     if unknown:
-        raise UsageError(f"--weights names {', '.join(unknown)}; the caches in use are {', '.join(wanted)}")
+        raise UsageError(f"`weights` names {', '.join(unknown)}; the caches in use are {', '.join(wanted)}")
     for name, run in wanted.items():
-        fingerprint = run.features["fingerprints"][name]
+        fingerprint = run.source.fingerprints[name]
         dtype = DTYPES["fp32" if fingerprint["dtype"] == "fp16" and device.type == "cpu" else fingerprint["dtype"]]
-        tokens = fingerprint["tokens"] and any(r.features["tokens"] for r in runs)
+        tokens = fingerprint["tokens"] and any(r.source.tokens for r in runs)
         encoder = _load(name, run, weights.get(name), device, dtype, tokens)
-        if not any(name in r.features["vtype"] for r in runs):
+        if not any(name in r.source.image for r in runs):
             encoder = replace(encoder, image=None)
-        if not any(name in r.features["ttype"] for r in runs):
+        if not any(name in r.source.text for r in runs):
             encoder = replace(encoder, text=None)
         settings = ExtractionSettings(
             workers=None if len(records) > 1 else 0, text_clean=fingerprint["text_clean"] or "none"
@@ -83,10 +75,10 @@ def encode(
 
 
 def _load(name: str, run: Run, weights: str | None, device: torch.device, dtype: torch.dtype, tokens: bool) -> Encoder:
-    fingerprint = run.features["fingerprints"][name]
+    fingerprint = run.source.fingerprints[name]
     spec = ENCODERS.get(fingerprint["encoder"])
     options = {option: fingerprint[option] for option in (spec.options if spec else ())}
-    remedy = f"name the weights {run.path} was trained with: --weights {name}=PATH"
+    remedy = f"name the weights {run.path} was trained with: `weights` {name}=PATH"
     try:
         encoder = load_encoder(
             fingerprint["encoder"],

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from feats.errors import UsageError
-from modeling.features.joined import DATASETS, FeatureSet, Normalizer, Ragged
-from modeling.heads.registry import HEADS, Batch, HeadConfig, require
-
-TOKENS = {"image": "image_tokens", "text": "text_tokens"}
+from feats.store import SIDES
+from modeling.features.joined import FeatureSet, Ragged
+from modeling.features.normalizer import Normalizer
+from modeling.heads.base import Batch, HeadConfig, head_class
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Inputs:
     @property
     def widths(self) -> dict[str, int]:
         """What `heads.build_head` asks for."""
-        found = {side: getattr(self, side).shape[1] for side in DATASETS if getattr(self, side) is not None}
+        found = {side: getattr(self, side).shape[1] for side in SIDES if getattr(self, side) is not None}
         if self.image_tokens is not None:
             found |= {"image_tokens": self.image_tokens.shape[2], "image_positions": self.image_tokens.shape[1]}
         if self.text_tokens is not None:
@@ -53,10 +53,9 @@ class Inputs:
     def for_head(self, config: HeadConfig) -> "Inputs":
         """Without what the head doesn't read: it needn't be gathered. Raises `UsageError` when what it needs isn't
         there."""
-        require(config, self.widths)
-        spec = HEADS[config.head]
-        read = set() if spec.tokens else set(config.sides)
-        read |= {TOKENS[side] for side in (*spec.tokens, *spec.optional_tokens) if side in config.sides}
+        head = head_class(config.head)
+        head.require(config, self.widths)
+        read = head.read_features(config.sides)
         if "image" in read:
             read.add("image_views")
         return Inputs(**{name: getattr(self, name) for name in read})
@@ -102,20 +101,21 @@ class Preprocessing:
 
         Raises `UsageError` for norms or scales of caches that aren't there, and for token features in more than one
         cache of a side."""
-        caches = {side: list(getattr(features, side)) for side in DATASETS}
+        caches = {side: list(getattr(features, side)) for side in SIDES}
         names = {name for of_side in caches.values() for name in of_side}
         norms = dict.fromkeys(names, norms) if isinstance(norms, str) else norms
         scales = dict(scales or {})
-        for option, given in (("--norm", norms), ("--scale", scales)):
+        for setting, given in (("norm", norms), ("scale", scales)):
             if set(given) - names:
                 unknown = ", ".join(sorted(set(given) - names))
-                raise UsageError(f"{option} names {unknown}; the caches in use are {', '.join(sorted(names))}")
+                raise UsageError(f"`{setting}` names {unknown}; the caches in use are {', '.join(sorted(names))}")
         normalizers = {
             f"{side}/{name}": Normalizer.fit(norms.get(name, "none"), x, rows)
-            for side in DATASETS
+            for side in SIDES
             for name, x in getattr(features, side).items()
         }
-        for side, tokens in TOKENS.items():
+        for side in SIDES:
+            tokens = f"{side}_tokens"
             of_side = getattr(features, tokens)
             if len(of_side) > 1:
                 raise UsageError(f"{', '.join(of_side)} all hold {side} tokens; name one cache with tokens per side")
@@ -134,8 +134,8 @@ class Preprocessing:
 
     def for_head(self, config: HeadConfig) -> "Preprocessing":
         """Of what a head reads: its sides, and token features only if it uses them."""
-        spec, kept = HEADS[config.head], self.only(config.sides)
-        unread = {TOKENS[side] for side in DATASETS if side not in (*spec.tokens, *spec.optional_tokens)}
+        kept, read = self.only(config.sides), head_class(config.head).read_features(SIDES)
+        unread = {f"{side}_tokens" for side in SIDES} - read
         return replace(
             kept, normalizers={key: n for key, n in kept.normalizers.items() if key.split("/")[0] not in unread}
         )
@@ -147,10 +147,11 @@ class Preprocessing:
             parts = [self._apply(side, name, getattr(features, side)[name]) for name in names]
             joined[side] = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)) if parts else None
             for name in names:
-                x = getattr(features, TOKENS[side]).get(name)
-                if x is not None and f"{TOKENS[side]}/{name}" in self.normalizers:
-                    values = self._apply(TOKENS[side], name, x.values if isinstance(x, Ragged) else x)
-                    joined[TOKENS[side]] = replace(x, values=values) if isinstance(x, Ragged) else values
+                tokens = f"{side}_tokens"
+                x = getattr(features, tokens).get(name)
+                if x is not None and f"{tokens}/{name}" in self.normalizers:
+                    values = self._apply(tokens, name, x.values if isinstance(x, Ragged) else x)
+                    joined[tokens] = replace(x, values=values) if isinstance(x, Ragged) else values
         if any(name in features.views for name in self.caches["image"]):
             joined["image_views"] = self._views(features)
         return Inputs(**joined)

@@ -1,7 +1,7 @@
 """Feature caches joined by id into tensors, and their normalisation. No encoder, no picture, no text."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -14,14 +14,34 @@ import torch
 
 import feats
 from feats.errors import UsageError
-from feats.store import DONE, PENDING, FeatureStore
+from feats.store import DONE, PENDING, SIDES, FeatureStore
 
-NORMS = ("none", "l2", "standard")
 DEFAULT_FOLDER = Path("saved/feats")
 BLOCK_ROWS = 1 << 16
-DATASETS = {"image": "image_feats", "text": "text_feats"}
-OPTIONS = {"image": "--vtype", "text": "--ttype"}
-L2_EPS = 1e-12
+
+
+@dataclass(frozen=True)
+class FeatureSource:
+    """Which caches features are joined from: `<folder>/<name>_<split>.h5`, for each side the names of some.
+
+    `tokens`: whether token features are read. `fingerprints` say what made each cache, `contents` which rows it
+    holds (`FeatureStore.content_digest`); both are filled in when they are read."""
+
+    folder: Path = DEFAULT_FOLDER
+    image: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
+    tokens: bool = False
+    fingerprints: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False, repr=False)
+    contents: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def of(self, side: str) -> tuple[str, ...]:
+        """The caches of a side, "image" or "text"."""
+        return {"image": self.image, "text": self.text}[side]
+
+    @property
+    def names(self) -> list[str]:
+        """All caches, each once."""
+        return list(dict.fromkeys([*self.image, *self.text]))
 
 
 @dataclass(frozen=True)
@@ -33,6 +53,15 @@ class Rows:
     tags: list[str]
     image_hash: np.ndarray
     text_key: np.ndarray
+
+    def take(self, rows: np.ndarray) -> "Rows":
+        """Some of the rows, by ascending numbers."""
+        first, stop = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
+
+        def of(items: list[str]) -> list[str]:
+            return items[first:stop] if stop - first == len(rows) else [items[row] for row in rows.tolist()]
+
+        return Rows(of(self.ids), of(self.tags), self.image_hash[rows], self.text_key[rows])
 
 
 @dataclass(frozen=True)
@@ -52,6 +81,14 @@ class Ragged:
             return self.values.new_zeros(len(rows), 0, self.values.shape[1]), mask
         index = (start[:, None] + place).clamp(max=len(self.values) - 1)
         return self.values[index].masked_fill(~mask[..., None], 0), mask
+
+    def take(self, rows: torch.Tensor) -> "Ragged":
+        """The texts `rows` (M,) int64."""
+        rows = rows.to(self.offsets.device)
+        lengths = self.offsets.diff()[rows]
+        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        place = torch.arange(int(offsets[-1]), device=rows.device)
+        return Ragged(self.values[place + (self.offsets[rows] - offsets[:-1]).repeat_interleave(lengths)], offsets)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Ragged":
         return Ragged(self.values.to(device=device, dtype=dtype), self.offsets.to(device=device))
@@ -73,9 +110,10 @@ class FeatureSet:
     views: dict[str, torch.Tensor]  # (N, K, Dv), of the image caches that have views
     image_tokens: dict[str, torch.Tensor]  # (N, P, Dv')
     text_tokens: dict[str, Ragged]
-    fingerprints: dict[str, dict[str, Any]]
+    source: FeatureSource
     left_out: dict[str, str]
     dataset: Rows = field(repr=False)
+    told_by: tuple[str, ...] = ()  # other caches that told which pictures and texts are the same
 
     def __len__(self) -> int:
         return len(self.rows.ids)
@@ -99,7 +137,7 @@ class FeatureSet:
     @property
     def widths(self) -> dict[str, dict[str, int]]:
         """{"image": {cache: Dv}, "text": {cache: Dt}}."""
-        return {side: {name: x.shape[1] for name, x in getattr(self, side).items()} for side in DATASETS}
+        return {side: {name: x.shape[1] for name, x in getattr(self, side).items()} for side in SIDES}
 
     def positions(self, ids: Sequence[str]) -> torch.Tensor:
         """Row numbers of `ids`, (len(ids),) int64. Raises `UsageError` naming those that aren't here, and why."""
@@ -108,6 +146,18 @@ class FeatureSet:
             why = next((f"; {i} was left out ({self.left_out[i]})" for i in absent if i in self.left_out), "")
             raise UsageError(f"{_few(absent)} not among the {len(self)} {self.split} rows{why}")
         return torch.tensor([self._position[i] for i in ids], dtype=torch.int64)
+
+    def tags_of(self, ids: Sequence[str]) -> list[str]:
+        """The labels of `ids`, '' where unknown. Raises as `positions`."""
+        return [self.tags[row] for row in self.positions(ids).tolist()]
+
+    def labelled(self, ids: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
+        """Those of `ids` (of all rows without) that have a label, and their labels. Raises `UsageError` if none has."""
+        asked = self.ids if ids is None else list(ids)
+        pairs = [(i, tag) for i, tag in zip(asked, self.tags_of(asked), strict=True) if tag]
+        if not pairs:
+            raise UsageError(f"none of the {len(asked)} rows has a label; there is nothing to compare with")
+        return [i for i, _ in pairs], [tag for _, tag in pairs]
 
     @cached_property
     def _position(self) -> dict[str, int]:
@@ -126,11 +176,11 @@ class FeatureSet:
         if not getattr(self, f"{side}_tokens"):
             names = ", ".join(getattr(self, side)) or "none"
             raise UsageError(
-                f"this head needs {side} tokens, and no {side} cache has them (there: {names}); make one with --tokens, "
-                "e.g. python feats/clip_extract_feats.py --tokens --name clip_tokens"
+                f"this head needs {side} tokens, and no {side} cache has them (there: {names}); make one with `tokens`, "
+                "e.g. python feats/clip_extract_feats.py `tokens` `name` clip_tokens"
             )
 
-    def describe(self) -> str:
+    def summary(self) -> str:
         """One line: rows, what was joined, and who was left out."""
         joined = [f"{side} {name} {width}" for side, widths in self.widths.items() for name, width in widths.items()]
         line = f"{self.split}: {len(self)} rows ({', '.join(joined)})"
@@ -144,51 +194,64 @@ class FeatureSet:
 
 
 def load_features(
-    folder: Path | str,
-    split: str,
-    vtypes: Sequence[str],
-    ttypes: Sequence[str],
+    folder: Path | str = DEFAULT_FOLDER,
+    split: str = "train",
+    image: str | Sequence[str] = (),
+    text: str | Sequence[str] = (),
     *,
     views: bool = True,
     tokens: bool = False,
 ) -> FeatureSet:
-    """Join the caches `<folder>/<name>_<split>.h5` by id: `vtypes` give the image side, `ttypes` the text side.
+    """Join the caches `<folder>/<name>_<split>.h5` by id: names `image` give the image side, `text` the text side.
 
     `views` also reads augmented views where a cache has them, `tokens` token features. Memory beyond the result is
     one chunk. Rows in quarantine in any cache are left out.
     Raises `UsageError` for a missing or incomplete cache, one without the asked side, caches of different data (other
     ids, texts, pictures or labels), values that aren't finite, and no row in common.
     """
-    with _join(folder, split, vtypes, ttypes) as join:
-        return join.read(join.kept, views, tokens)
+    with _join(source_of(folder, image, text, tokens), split) as join:
+        contents = {name: store.content_digest() for name, store in join.caches.items()}
+        data = join.read(join.kept, views)
+        return _with_known_duplicates(replace(data, source=replace(data.source, contents=contents)))
 
 
 def iter_features(
-    folder: Path | str,
-    split: str,
-    vtypes: Sequence[str],
-    ttypes: Sequence[str],
-    *,
-    block_rows: int = BLOCK_ROWS,
-    views: bool = False,
-    tokens: bool = False,
+    source: FeatureSource, split: str, *, block_rows: int = BLOCK_ROWS, views: bool = False
 ) -> Iterator[FeatureSet]:
     """`load_features` in blocks of `block_rows` rows, in order, for caches that are larger than memory."""
-    with _join(folder, split, vtypes, ttypes) as join:
+    with _join(source, split) as join:
         for low in range(0, len(join.kept), block_rows):
-            yield join.read(join.kept[low : low + block_rows], views, tokens)
+            yield join.read(join.kept[low : low + block_rows], views)
 
 
-def with_known_duplicates(features: FeatureSet, folder: Path | str) -> tuple[FeatureSet, list[str]]:
-    """The same features, their `dataset` with what other caches in `folder` know of its pictures and texts; and which
-    caches told something.
+def source_of(
+    folder: Path | str, image: str | Sequence[str] = (), text: str | Sequence[str] = (), tokens: bool = False
+) -> FeatureSource:
+    """Caches by name: one, or some of each side."""
+    sides = ((names,) if isinstance(names, str) else tuple(names) for names in (image, text))
+    return FeatureSource(Path(folder), *sides, tokens=tokens)
+
+
+def caches_with(side: str, folder: Path, split: str, names: Sequence[str]) -> list[str]:
+    """Those of the caches that have a side. One that isn't there is left out: what is missing is said when it is loaded."""
+    found = []
+    for name in names:
+        path = folder / f"{name}_{split}.h5"
+        if path.is_file():
+            with FeatureStore.open(path) as store:
+                found += [name] if f"{side}_feats" in store.features else []
+    return found
+
+
+def _with_known_duplicates(features: FeatureSet) -> FeatureSet:
+    """The same features, their `dataset` with what other caches in their folder know of its pictures and texts.
 
     A text cache alone can't tell which pictures are the same: its split would be another than that of both sides. Only
     complete caches of the same rows are asked, none that contradicts what is known.
     """
     known = {"image_hash": features.dataset.image_hash, "text_key": features.dataset.text_key}
     told_by = []
-    for path in sorted(Path(folder).glob(f"*_{features.split}.h5")):
+    for path in sorted(features.source.folder.glob(f"*_{features.split}.h5")):
         if all(values.all() for values in known.values()):
             break
         try:
@@ -204,38 +267,43 @@ def with_known_duplicates(features: FeatureSet, folder: Path | str) -> tuple[Fea
         if any(((known[f] == 0) & (others[f] != 0)).any() for f in known):
             told_by.append(path.name)
             known = {fact: np.where(values == 0, others[fact], values) for fact, values in known.items()}
-    return replace(features, dataset=replace(features.dataset, **known)), told_by
+    return replace(features, dataset=replace(features.dataset, **known), told_by=tuple(told_by))
+
+
+def content_digests(folder: Path | str, split: str, names: Iterable[str]) -> dict[str, str]:
+    """`FeatureStore.content_digest` of the caches `<folder>/<name>_<split>.h5`, by name. Raises `UsageError` for those
+    that are missing or damaged."""
+    digests = {}
+    for name in names:
+        with FeatureStore.open(_path(Path(folder), split, name)) as store:
+            digests[name] = store.content_digest()
+    return digests
 
 
 @dataclass(frozen=True)
 class _Join:
     split: str
+    source: FeatureSource
     caches: dict[str, FeatureStore]
-    sides: dict[str, list[str]]
     dataset: Rows
     order: dict[str, np.ndarray]  # per cache, where the rows of `dataset` are
     kept: np.ndarray  # rows of `dataset` that all caches have, ascending
     left_out: dict[str, str]
 
-    def read(self, rows: np.ndarray, views: bool, tokens: bool) -> FeatureSet:
+    def read(self, rows: np.ndarray, views: bool) -> FeatureSet:
         """Some of the rows `kept`, of every cache."""
-        image, text = self.sides["image"], self.sides["text"]
-        read = {side: {n: self._read(n, DATASETS[side], rows) for n in names} for side, names in self.sides.items()}
+        image, text, tokens = self.source.image, self.source.text, self.source.tokens
         return FeatureSet(
             split=self.split,
-            rows=Rows(
-                _take(self.dataset.ids, rows),
-                _take(self.dataset.tags, rows),
-                self.dataset.image_hash[rows],
-                self.dataset.text_key[rows],
-            ),
-            **read,
+            rows=self.dataset.take(rows),
+            image={n: self._read(n, "image_feats", rows) for n in image},
+            text={n: self._read(n, "text_feats", rows) for n in text},
             views={n: self._read(n, "image_views", rows) for n in image if views and self._has(n, "image_views")},
             image_tokens={
                 n: self._read(n, "image_tokens", rows) for n in image if tokens and self._has(n, "image_tokens")
             },
             text_tokens={n: self._read_tokens(n, rows) for n in text if tokens and self._has(n, "text_tokens")},
-            fingerprints={name: store.fingerprint for name, store in self.caches.items()},
+            source=replace(self.source, fingerprints={n: store.fingerprint for n, store in self.caches.items()}),
             left_out=self.left_out,
             dataset=self.dataset,
         )
@@ -258,23 +326,24 @@ class _Join:
         if len(rows):
             raise UsageError(
                 f"{self.caches[name].path}: {dataset} holds NaN or infinite values "
-                f"({_few([self.dataset.ids[row] for row in rows])}); see python feats/inspect_feats.py --verify, and make "
-                "the cache again with --overwrite"
+                f"({_few([self.dataset.ids[row] for row in rows])}); see python feats/inspect_feats.py `verify`, and make "
+                "the cache again with `overwrite`"
             )
 
 
 @contextmanager
-def _join(folder: Path | str, split: str, vtypes: Sequence[str], ttypes: Sequence[str]) -> Iterator[_Join]:
-    folder, sides = Path(folder), {"image": list(vtypes), "text": list(ttypes)}
-    if not any(sides.values()):
-        raise UsageError("no cache was named; give --vtype, --ttype or both")
-    for side, names in sides.items():
+def _join(source: FeatureSource, split: str) -> Iterator[_Join]:
+    folder = source.folder
+    if not source.names:
+        raise UsageError("no cache was named; give `image`, `text` or both")
+    for side in SIDES:
+        names = source.of(side)
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise UsageError(f"{OPTIONS[side]} names {', '.join(twice)} twice; once is enough")
+            raise UsageError(f"`{side}` names {', '.join(twice)} twice; once is enough")
     with ExitStack() as stack:
         caches: dict[str, FeatureStore] = {}
-        for name in dict.fromkeys([*vtypes, *ttypes]):
+        for name in source.names:
             caches[name] = stack.enter_context(FeatureStore.open(_path(folder, split, name)))
             pending = int((caches[name].status == PENDING).sum())
             if pending or not caches[name].complete:
@@ -282,8 +351,8 @@ def _join(folder: Path | str, split: str, vtypes: Sequence[str], ttypes: Sequenc
                     f"{caches[name].path} is incomplete: {pending} of {len(caches[name])} rows are still to be encoded; "
                     f"finish it with the command that made it, e.g. {_command(name, folder)}"
                 )
-        for side, names in sides.items():
-            for name in names:
+        for side in SIDES:
+            for name in source.of(side):
                 _check_side(caches[name], name, side, folder, split)
         order = _common_order(caches)
         statuses = {name: store.status[order[name]] for name, store in caches.items()}
@@ -297,7 +366,7 @@ def _join(folder: Path | str, split: str, vtypes: Sequence[str], ttypes: Sequenc
         if not len(kept):
             some = "; ".join(f"{i} ({why})" for i, why in list(left_out.items())[:3]) or "the caches are empty"
             raise UsageError(f"no row of the {split} data is in all of {', '.join(caches)}: {some}")
-        yield _Join(split, caches, sides, dataset, order, kept, left_out)
+        yield _Join(split, source, caches, dataset, order, kept, left_out)
 
 
 def _path(folder: Path, split: str, name: str) -> Path:
@@ -318,24 +387,25 @@ def _command(name: str, folder: Path) -> str:
     if (Path(feats.__file__).parent / f"{name}_extract_feats.py").is_file():
         command = f"python feats/{name}_extract_feats.py"
     else:
-        command = f"python feats/<encoder>_extract_feats.py --name {name}"
-    return command if folder == DEFAULT_FOLDER else f"{command} --out {folder}"
+        command = f"python feats/<encoder>_extract_feats.py `name` {name}"
+    return command if folder == DEFAULT_FOLDER else f"{command} `out` {folder}"
 
 
 def _check_side(store: FeatureStore, name: str, side: str, folder: Path, split: str) -> None:
-    if DATASETS[side] in store.features:
+    dataset = f"{side}_feats"
+    if dataset in store.features:
         return
-    other = "text" if side == "image" else "image"
+    [other] = set(SIDES) - {side}
     able = []
     for path in sorted(folder.glob(f"*_{split}.h5")):
         try:
             with FeatureStore.open(path) as candidate:
-                if DATASETS[side] in candidate.features:
+                if dataset in candidate.features:
                     able.append(path.stem.removesuffix(f"_{split}"))
         except UsageError:  # a foreign file is nothing to recommend
             continue
     raise UsageError(
-        f"{store.path} has no {side} side; {name} can be {OPTIONS[other]} only. For {OPTIONS[side]} there are: "
+        f"{store.path} has no {side} side; {name} can be `{other}` only. For `{side}` there are: "
         f"{', '.join(able) or 'none yet'}"
     )
 
@@ -355,8 +425,8 @@ def _common_order(caches: Mapping[str, FeatureStore]) -> dict[str, np.ndarray]:
             parts = [f"only in {cache}: {_few(some)}" for cache, some in ((first_name, lacking), (name, extra)) if some]
             raise UsageError(
                 f"{first.path.name} and {store.path.name} are of different data: {len(first)} and {len(store)} rows, "
-                f"{len(first) - len(lacking)} in common ({'; '.join(parts)}). Extract both from the same --data, with "
-                "the same --limit"
+                f"{len(first) - len(lacking)} in common ({'; '.join(parts)}). Extract both from the same `data`, with "
+                "the same `limit`"
             )
         order[name] = np.fromiter((position[i] for i in ids), np.int64, len(ids))
     return order
@@ -379,7 +449,7 @@ def _check_same_content(caches: Mapping[str, FeatureStore], order: Mapping[str, 
                 ids = next(iter(caches.values())).ids[kept[differ]].tolist()
                 raise UsageError(
                     f"{caches[owner].path.name} and {store.path.name} were made from different {what}: {_few(ids)} "
-                    "differ under the same id. Extract both from the same --data with --overwrite"
+                    "differ under the same id. Extract both from the same `data` with `overwrite`"
                 )
 
 
@@ -436,69 +506,5 @@ def _not_finite(values: np.ndarray) -> np.ndarray:
     return np.concatenate(bad)
 
 
-def _take(items: list[str], rows: np.ndarray) -> list[str]:
-    """The items in ascending `rows`."""
-    first, stop = int(rows[0]), int(rows[-1]) + 1
-    return items[first:stop] if stop - first == len(rows) else [items[row] for row in rows.tolist()]
-
-
 def _few(ids: Sequence[str]) -> str:
     return f"{len(ids)} row{'s' if len(ids) > 1 else ''}: {', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''}"
-
-
-# -- normalisation ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Normalizer:
-    """Normalisation of one cache's side: `kind` none; l2, each row to length 1 (a row of zeros stays); or standard,
-    (x - mean) / std per column. `mean` and `std` (D,) float32 for standard, else None."""
-
-    kind: str
-    mean: torch.Tensor | None = None
-    std: torch.Tensor | None = None
-
-    @classmethod
-    def fit(cls, kind: str, features: torch.Tensor, rows: torch.Tensor | None = None) -> "Normalizer":
-        """Take the statistics of `features` (N, D), of the training `rows` (M,) int64 only, or of all without them.
-
-        std is the population's (divided by M), as scikit-learn's StandardScaler; a constant column gets 1.
-        Raises `UsageError` for an unknown kind and for no rows.
-        """
-        if kind not in NORMS:
-            raise UsageError(f"unknown normalisation {kind!r}; there are {', '.join(NORMS)}")
-        if kind != "standard":
-            return cls(kind)
-        blocks = (torch.arange(len(features), device=features.device) if rows is None else rows).split(BLOCK_ROWS)
-        count = sum(map(len, blocks))
-        if not count:
-            raise UsageError("no training rows to take mean and standard deviation of")
-        # Two passes in double precision: the sum of squares of one pass loses what float16 columns with a large mean
-        # vary by. A constant column comes out as exactly 0.
-        mean = sum(features[block].double().sum(0) for block in blocks) / count
-        std = (sum((features[block].double() - mean).square().sum(0) for block in blocks) / count).sqrt()
-        std = std.float()
-        return cls(kind, mean.float(), torch.where(std > 0, std, 1.0))
-
-    def apply(self, features: torch.Tensor) -> torch.Tensor:
-        """Normalise (..., D), views and tokens too; float32 (wider when the input is). Nothing is changed in place."""
-        features = features.to(torch.promote_types(features.dtype, torch.float32))
-        if self.kind == "l2":
-            return torch.nn.functional.normalize(features, dim=-1, eps=L2_EPS)
-        if self.kind == "standard":
-            return (features - self.mean) / self.std
-        return features
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """The tensors a run keeps: mean and std, or nothing."""
-        return {} if self.mean is None else {"mean": self.mean, "std": self.std}
-
-    @classmethod
-    def from_state(cls, kind: str, state: Mapping[str, torch.Tensor]) -> "Normalizer":
-        """Back from `kind` and `state()`. Raises `UsageError` when they don't belong together."""
-        if kind not in NORMS or set(state) != ({"mean", "std"} if kind == "standard" else set()):
-            raise UsageError(f"normalisation {kind!r} with tensors {', '.join(state) or '(none)'}: the run is damaged")
-        return cls(kind, state.get("mean"), state.get("std"))
-
-    def to(self, device: torch.device | str) -> "Normalizer":
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.state().items()})

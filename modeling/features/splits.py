@@ -6,18 +6,19 @@ runs comparable row by row. Hence a hash of (seed, id) in place of a generator, 
 scikit-learn's StratifiedGroupKFold, whose folds are multiples of 1/k and vary in size, at a second per 4000 rows.
 """
 
-import csv
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from feats.csv_files import parse_csv
 from feats.errors import UsageError
+from modeling.features.joined import FeatureSet
 
 PARTS = ("train", "val", "test")
 ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
@@ -53,10 +54,86 @@ def load_split(path: Path | str) -> Split | list[Split]:
     return [Split(**fold) for fold in content["folds"]] if "folds" in content else Split(**content)
 
 
-# -- making splits ----------------------------------------------------------------------------------------------
+# -- splits of features -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SplitSettings:
+    """How the labelled rows are split: by `files`, else into `folds`, else by the ratios."""
+
+    val_ratio: float = 0.1
+    test_ratio: float = 0.0
+    seed: int = 42
+    folds: int | None = None
+    files: tuple[Path, ...] = ()
+    duplicates_together: bool = True  # pairs with the same picture or text: in one part, or wherever they fall
 
 
 def make_split(
+    data: FeatureSet,
+    val_ratio: float = SplitSettings.val_ratio,
+    test_ratio: float = SplitSettings.test_ratio,
+    seed: int = SplitSettings.seed,
+    *,
+    duplicates_together: bool = True,
+) -> Split:
+    """Split the labelled rows of `data`: stratified, seeded, the same whichever caches of a data set were joined.
+
+    Raises `UsageError` as `deal_split`, and when a part has no features at all.
+    """
+    [split] = make_splits(data, SplitSettings(val_ratio, test_ratio, seed, duplicates_together=duplicates_together))
+    return split
+
+
+def make_folds(
+    data: FeatureSet, folds: int = 5, seed: int = SplitSettings.seed, *, duplicates_together: bool = True
+) -> list[Split]:
+    """As `make_split`: splits, each row in the validation part of exactly one."""
+    return make_splits(data, SplitSettings(seed=seed, folds=folds, duplicates_together=duplicates_together))
+
+
+def make_splits(data: FeatureSet, settings: SplitSettings) -> list[Split]:
+    """One split of the labelled rows or several. Rows in quarantine are dealt out too and left out afterwards, so that
+    every choice of caches gets the same split. Raises `UsageError` when there is nothing to split, or a part has no row
+    left."""
+    tag_of = {i: tag for i, tag in zip(data.dataset.ids, data.dataset.tags, strict=True) if tag}
+    if not tag_of:
+        raise UsageError("none of the rows has a label; there is nothing to train on")
+    ids, tags = list(tag_of), list(tag_of.values())
+    group_of = duplicates_of(data) if settings.duplicates_together else None
+    groups = None if group_of is None else [group_of[i] for i in ids]
+    if settings.files:
+        splits = read_split_file(settings.files, data.dataset.ids, data.dataset.tags)
+        # Without a label there is nothing to test.
+        splits = [replace(split, test=[i for i in split.test if i in tag_of]) for split in splits]
+    elif settings.folds:
+        splits = deal_folds(ids, tags, settings.folds, settings.seed, groups)
+    else:
+        splits = [deal_split(ids, tags, settings.val_ratio, settings.seed, groups, settings.test_ratio)]
+    splits = [split.without(data.left_out) for split in splits]
+    for split in splits:
+        for part, rows in (("training", split.train), ("validation", split.val)):
+            if not rows:
+                raise UsageError(
+                    f"every {part} row was left out; extract again what is in quarantine, or split otherwise"
+                )
+    return splits
+
+
+def duplicates_of(data: FeatureSet) -> dict[str, int] | None:
+    """The duplicate group of each labelled row, by id; None where no joined cache knows its contents."""
+    dataset = data.dataset
+    if not dataset.image_hash.any() and not dataset.text_key.any():
+        return None
+    labelled = [row for row, tag in enumerate(dataset.tags) if tag]
+    groups = duplicate_groups(dataset.image_hash[labelled], dataset.text_key[labelled])
+    return dict(zip([dataset.ids[row] for row in labelled], groups.tolist(), strict=True))
+
+
+# -- making splits ----------------------------------------------------------------------------------------------
+
+
+def deal_split(
     ids: Sequence[str],
     labels: Sequence[str],
     val_ratio: float = 0.1,
@@ -80,7 +157,7 @@ def make_split(
         if round(share * len(ids)) < len(classes):
             raise UsageError(
                 f"the {part} split, {share:g} of {len(ids)} rows, is too small to hold {len(classes)} classes; give "
-                "another ratio (--val-ratio) or more rows"
+                "another ratio (`val_ratio`, `test_ratio`) or more rows"
             )
     part_of = _assign(ids, labels, groups, list(shares.values()), seed)
     names = list(shares)
@@ -90,14 +167,14 @@ def make_split(
     return Split(*(parts.get(part, []) for part in PARTS), how=how)
 
 
-def make_folds(
+def deal_folds(
     ids: Sequence[str],
     labels: Sequence[str],
     k: int = 5,
     seed: int = 42,
     groups: Sequence[int] | np.ndarray | None = None,
 ) -> list[Split]:
-    """k splits, each row in the validation part of exactly one; otherwise as `make_split`.
+    """k splits, each row in the validation part of exactly one; otherwise as `deal_split`.
 
     Raises `UsageError` for fewer than two folds, and for a class that can't be in every fold.
     """
@@ -235,7 +312,7 @@ def _check_every_class_in(
                 found += f" in {len(set(np.asarray(groups)[rows].tolist()))} duplicate groups"
             raise UsageError(
                 f"class {name!r} ({found}) is too rare: none is left for {names[min(empty)]}; give a larger "
-                "--val-ratio or fewer --folds, or leave that class out"
+                "`val_ratio` or fewer `folds`, or leave that class out"
             )
 
 
@@ -246,9 +323,10 @@ def read_split_file(paths: Path | str | Sequence[Path | str], ids: Sequence[str]
     """The split in one file or three; several only from a file of folds.
 
     One JSON: `{"train": [ids], "val": [ids], "test": [ids]}`, also a run's split.json, or `{"folds": [...]}` of such,
-    as a run with folds leaves. One CSV: columns `id` (or `guid`) and `split`. Two or three text files: one id per line
-    (what follows a comma is ignored), for the part in the file's name (`val.txt`, `my_train_ids.csv`), or, where no
-    name tells, for train, val, test in that order.
+    as a run with folds leaves. One CSV: columns `id` (or `guid`) and `split`. Two or three lists: CSV files whose first
+    column are ids, or text files of one id per line (what follows a comma is ignored, unless it belongs to an id of
+    `ids`), for the part in the file's name (`val.txt`, `my_train_ids.csv`), or, where no name tells, for train, val,
+    test in that order. Blanks around an id of a CSV or list are ignored, unless `ids` has it with them.
     Ids of `ids` that no part names stay unused. `labels` (N,) of `ids`, '' where unknown.
     Raises `UsageError` for unreadable files, unknown ids, ids named twice, an empty train or val part, rows without
     a label in them, one class only, a class that train or val lacks, and folds with a test part or that validate a row
@@ -256,13 +334,13 @@ def read_split_file(paths: Path | str | Sequence[Path | str], ids: Sequence[str]
     """
     paths = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
     source = ", ".join(map(str, paths))
+    label_of = dict(zip(ids, labels, strict=True))
     if len(paths) == 1:
-        found = _read_json(paths[0]) if paths[0].suffix.lower() == ".json" else [_read_csv(paths[0])]
+        found = _read_json(paths[0]) if paths[0].suffix.lower() == ".json" else [_read_csv(paths[0], label_of)]
     elif len(paths) in (2, 3):
-        found = [{part: _read_lines(path) for part, path in zip(_parts_of_files(paths), paths, strict=True)}]
+        found = [{part: _read_list(path, label_of) for part, path in zip(_parts_of_files(paths), paths, strict=True)}]
     else:
         raise UsageError(f"{len(paths)} split files; give one (JSON or CSV), or three lists of ids: train, val, test")
-    label_of = dict(zip(ids, labels, strict=True))
     names = [source] if len(found) == 1 else [f"{source}, fold {k} of {len(found)}" for k in range(1, len(found) + 1)]
     for parts, name in zip(found, names, strict=True):
         _check_parts(parts, label_of, name)
@@ -336,31 +414,47 @@ def _parts_of(content: Any, path: Path) -> dict[str, list[str]]:
 _FORM = '{"train": [ids], "val": [ids], "test": [ids]}'
 
 
-def _read_csv(path: Path) -> dict[str, list[str]]:
-    rows = list(csv.DictReader(_read(path).splitlines()))
-    columns = list(rows[0]) if rows else []
+def _read_csv(path: Path, known: Collection[str]) -> dict[str, list[str]]:
+    columns, *rows = [row for row in parse_csv(_read(path)) if row] or [[]]
     key = next((name for name in ("id", "guid") if name in columns), None)
     if key is None or "split" not in columns:
-        raise UsageError(f"{path} has columns {', '.join(map(str, columns)) or '(none)'}; expected id and split")
+        raise UsageError(f"{path} has columns {', '.join(columns) or '(none)'}; expected id and split")
     parts: dict[str, list[str]] = {}
     for number, row in enumerate(rows, 2):
-        part = (row["split"] or "").strip().lower()
+        cells = {**dict.fromkeys(columns, ""), **dict(zip(columns, row, strict=False))}
+        part = cells["split"].strip().lower()
         part = ALIASES.get(part, part)
         if part not in PARTS:
             raise UsageError(f"{path}, line {number}: split {part!r}; expected train, val or test")
-        parts.setdefault(part, []).append(row[key].strip())
+        parts.setdefault(part, []).append(_known([cells[key]], known))
     return parts
 
 
-def _read_lines(path: Path) -> list[str]:
-    names = [line.split(",")[0].strip() for line in _read(path).splitlines()]
-    names = [name for name in names if name]
+def _read_list(path: Path, known: Collection[str]) -> list[str]:
+    content = _read(path)
+    if path.suffix.lower() == ".csv":
+        candidates = [row[:1] for row in parse_csv(content) if row]
+    else:
+        # "\r" ends lines where no "\n" does; else it is part of an id, as Unicode's line separators are anywhere.
+        lines = content.split("\n" if "\n" in content else "\r")
+        candidates = [
+            [line, line.removesuffix("\r"), line.rpartition(",")[0], line.partition(",")[0]] for line in lines if line
+        ]
+    names = [name for texts in candidates if (name := _known(texts, known))]
     return names[1:] if names and names[0].lower() in ("id", "guid") else names
 
 
+def _known(candidates: Sequence[str], known: Collection[str]) -> str:
+    """The first candidate that is a known id, as it stands or without the blanks around it; the last one without them
+    where none is."""
+    tried = [form for text in candidates for form in (text, text.strip())]
+    return next((form for form in tried if form in known), tried[-1])
+
+
 def _read(path: Path) -> str:
+    """A file's text with the line ends it has there."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = "it isn't UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise UsageError(f"can't read the split file {path}: {reason}") from None

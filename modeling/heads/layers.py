@@ -230,3 +230,25 @@ def attach_noise(stack: nn.Module, noise: Noise | None) -> None:
     for layer in stack.modules():
         if isinstance(layer, Dropout):
             layer.noise = noise
+
+
+# -- products of the RBF kernel -----------------------------------------------------------------------------------
+
+
+def squared_distances(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """||x_i - other_j||², (N, M), of the rows of x (N, D) and other (M, D)."""
+    squares = x.square().sum(1)[:, None] + other.square().sum(1)
+    return squares.sub_(x @ other.T, alpha=2).clamp_min_(0)
+
+
+def kernel_logits(
+    x: torch.Tensor,
+    support: torch.Tensor,
+    dual: torch.Tensor,
+    bias: torch.Tensor,
+    gamma: float,
+    block_rows: int = 4096,
+) -> torch.Tensor:
+    """exp(-gamma ||x_i - support_j||²) @ dual + bias, (M, K), for x (M, D); `block_rows` rows in memory at a time."""
+    blocks = x.to(support.dtype).split(block_rows)
+    return torch.cat([squared_distances(b, support).mul_(-gamma).exp_() @ dual + bias for b in blocks])

@@ -11,21 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from feats.errors import UsageError
+from feats.store import SIDES
 from modeling.evaluation import metrics
-from modeling.experiment import Experiment, needed_caches
+from modeling.experiment import Experiment, Progress, needed_source, report_of
 from modeling.features.inputs import Preprocessing
-from modeling.features.joined import DATASETS
 from modeling.features.splits import Split
-from modeling.heads.registry import HEADS
-from modeling.runs.folder import Member, Run, Stacking, opinion
+from modeling.heads.base import head_class
+from modeling.runs.run import Member, Run, Stacking, opinion
 from modeling.training.closed_form import MAX_KERNEL_ROWS, fit_logistic
-from modeling.training.fit import Problem, TrainConfig, Trained, fit
+from modeling.training.config import TrainConfig
+from modeling.training.fit import Problem, Trained, fit
 
-HEAD_NORMS = {"kernel": ("l2", "standard"), "linear": ("standard",)}
-OTHER_NORMS = ("standard",)  # of heads trained by gradient descent
 # Logistic regression to its optimum takes time with the cube of the columns, or of the rows where these are fewer.
 LINEAR_COLUMNS = 2048
 # A cache of a few columns holds scores, not an embedding: rows of length 1 would make it as loud as the others. Its
@@ -74,21 +72,19 @@ def candidates(experiment: Experiment, configs: Sequence[TrainConfig]) -> list[C
     features = experiment.features
 
     def caches_of(config: TrainConfig) -> dict[str, list[str]]:
-        return {side: list(getattr(features, side)) if side in config.head.sides else [] for side in DATASETS}
+        return {side: list(getattr(features, side)) if side in config.head.sides else [] for side in SIDES}
 
     found = [
-        Candidate(config, caches_of(config), norm)
-        for config in configs
-        for norm in HEAD_NORMS.get(config.head.head, OTHER_NORMS)
+        Candidate(config, caches_of(config), norm) for config in configs for norm in head_class(config.head.head).norms
     ]
     first = configs[0]
     parts = [(side, name) for side, names in caches_of(first).items() for name in names]
-    if len(parts) > 1 and not HEADS[first.head.head].tokens:
+    if len(parts) > 1 and not head_class(first.head.head).tokens:
         for side, name in parts:
-            caches = {other: [name] if other == side else [] for other in DATASETS}
-            alone = replace(first, head=replace(first.head, ablation=1 if side == "text" else 2))
+            caches = {other: [name] if other == side else [] for other in SIDES}
+            alone = replace(first, head=replace(first.head, sides=(side,)))
             if first.head.head == "kernel":
-                alone = replace(alone, gamma=first.gamma or 2.0, penalty=first.penalty or 1.0)
+                alone = replace(alone, gamma=first.gamma or 2.0, ridge=first.ridge or 1.0)
             if caches not in [other.caches for other in found]:
                 found.append(Candidate(alone, caches, found[0].norm))
     return found
@@ -113,7 +109,7 @@ class _Fitted:
     held_out: np.ndarray
 
 
-def search(experiment: Experiment, ids: Sequence[str], configs: Sequence[TrainConfig], bar: tqdm) -> Searched:
+def search(experiment: Experiment, ids: Sequence[str], configs: Sequence[TrainConfig], progress: Progress) -> Searched:
     """Fit every candidate on the rows `ids`, choose by held-out log-loss, stack the best of each family."""
     labels = experiment.labels(ids)
     best: dict[tuple[str, str], tuple[_Fitted, dict[str, Any]]] = {}
@@ -127,7 +123,7 @@ def search(experiment: Experiment, ids: Sequence[str], configs: Sequence[TrainCo
             "head": candidate.family[0],
             "caches": candidate.family[1],
             "norm": candidate.norm,
-            **{name: f"{facts[name]:.3g}" for name in ("gamma", "penalty", "C") if name in facts},
+            **{name: f"{facts[name]:.3g}" for name in ("gamma", "ridge", "C") if name in facts},
             "log_loss": metrics.log_loss(labels, probabilities),
             **{name: float(figures[name]) for name in metrics.AVERAGES},
             "stacked": "",
@@ -135,13 +131,13 @@ def search(experiment: Experiment, ids: Sequence[str], configs: Sequence[TrainCo
         table.append(row)
         if candidate.family not in best or row["log_loss"] < best[candidate.family][1]["log_loss"]:
             best[candidate.family] = fitted, row
-        bar.update()
+        progress(1)
     opinions = torch.from_numpy(np.concatenate([opinion(fitted.held_out) for fitted, _ in best.values()], 1))
     [stack] = fit_logistic(opinions, torch.from_numpy(labels), len(experiment.classes), [STACKING_C])
     members, history = [], []
     for group, (fitted, row) in enumerate(best.values()):
         row["stacked"] = "yes"
-        held_out = {"epoch": 1, "val_loss": row["log_loss"], **{name: row[name] for name in metrics.AVERAGES}}
+        held_out = {"epoch": None, "val_loss": row["log_loss"], **{name: row[name] for name in metrics.AVERAGES}}
         for member, epochs in zip(fitted.members, fitted.histories, strict=True):
             history += [
                 {"member": len(members), "head": row["head"], "caches": row["caches"], **e}
@@ -164,7 +160,7 @@ def _fit(experiment: Experiment, ids: Sequence[str], candidate: Candidate) -> _F
     )
     part = replace(experiment, features=features, **_preparation(candidate, features))
     head = candidate.config.head.head
-    if HEADS[head].solver != "sgd":
+    if head_class(head).closed_form():
         problem, preprocessing = part.problem(Split(train=list(ids), val=[]), [head])
         trained = _trained(candidate.config, problem)
         return _Fitted([_member(trained, preprocessing)], [[]], trained.held_out)
@@ -206,26 +202,37 @@ def _preparation(candidate: Candidate, features: Any) -> dict[str, Any]:
     return {"norms": norms, "scales": scales}
 
 
-def auto(experiment: Experiment, configs: Sequence[TrainConfig]) -> tuple[Run, np.ndarray, Searched]:
-    """The run of an automatic search, the probabilities (n, C) of the validation rows of all splits, and the search the
-    run comes from.
+def n_fits(experiment: Experiment, configs: Sequence[TrainConfig]) -> int:
+    """What `auto` reports in all."""
+    return len(searches(experiment)) * len(candidates(experiment, configs))
+
+
+def auto(
+    experiment: Experiment, configs: Sequence[TrainConfig], progress: Progress = lambda fits: None
+) -> tuple[Run, list[dict[str, Any]]]:
+    """The run of an automatic search, with its report, and a table of how each candidate of the search that the run
+    comes from did.
 
     With one split, the run is what its training rows gave. With folds, each fold's rows are predicted by a search that
     never saw them (nested cross-validation), and the run is a last search on all rows.
     """
     splits, rounds = experiment.splits, searches(experiment)
-    probabilities = []
     at_home = experiment.features.to("cpu")
-    with tqdm(total=len(rounds) * len(candidates(experiment, configs)), desc="search", unit="fit", disable=None) as bar:
-        for number, ids in enumerate(rounds):
-            found = search(experiment, ids, configs, bar)
-            run = Run(
-                experiment.classes,
-                found.members,
-                needed_caches(found.members, experiment.source),
-                splits if len(splits) > 1 else splits[0],
-                found.stacking,
-            )
-            if number < len(splits):
-                probabilities.append(run.probabilities(at_home, experiment.features.positions(splits[number].val)))
-    return run, np.concatenate(probabilities), found
+    probabilities = []
+    for number, ids in enumerate(rounds):
+        found = search(experiment, ids, configs, progress)
+        run = Run(
+            experiment.classes,
+            found.members,
+            needed_source(found.members, experiment.features.source),
+            splits if len(splits) > 1 else splits[0],
+            experiment.training_rows(),
+            found.stacking,
+        )
+        if number < len(splits):
+            probabilities.append(run.probabilities(at_home, experiment.features.positions(splits[number].val)))
+    held_out = np.concatenate(probabilities)
+    report = report_of(experiment, run, held_out, held_out)
+    report.figures["protocol"] += "; everything chosen by inner folds of the training rows (nested)"
+    report.figures["candidates"] = found.table
+    return replace(run, report=replace(report, history=found.history)), found.table

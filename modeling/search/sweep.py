@@ -1,6 +1,5 @@
 """A sweep's bookkeeping and its comparison tables."""
 
-import csv
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -10,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from feats.csv_files import read_table, write_table
 from feats.errors import UsageError
-from modeling.cli import flat, reads
 from modeling.evaluation import metrics
 from modeling.experiment import Experiment
-from modeling.heads.registry import ABLATIONS, HEADS
+from modeling.heads.base import ABLATIONS, ablation_number, ablation_words, head_class
 from modeling.runs.folder import METRICS, PREDICTIONS, read_config, read_predictions
-from modeling.training.fit import TrainConfig
+from modeling.training.config import TrainConfig, flat, settings_read
 
 SHOWN = 20  # configurations of the whole table that a terminal shows
 TABLE = "table.csv"
@@ -25,16 +24,14 @@ TABLE = "table.csv"
 def data_digest(experiment: Experiment) -> str:
     """A hash of all that decides a training beside its configuration: split, labels, normalisation, what the caches
     were made of and by, library versions aside."""
-    rows = experiment.features.rows
-    fingerprints = {
-        name: {k: v for k, v in f.items() if k != "versions"} for name, f in experiment.source["fingerprints"].items()
-    }
+    rows, source = experiment.features.rows, experiment.features.source
+    fingerprints = {name: {k: v for k, v in f.items() if k != "versions"} for name, f in source.fingerprints.items()}
     decides = [
         [vars(split) for split in experiment.splits],
         experiment.norms,
         experiment.scales,
-        experiment.source["vtype"],
-        experiment.source["ttype"],
+        source.image,
+        source.text,
         fingerprints,
         rows.tags,
         experiment.group_of is not None,
@@ -43,11 +40,16 @@ def data_digest(experiment: Experiment) -> str:
     return _digest(decides)
 
 
-def run_name(config: TrainConfig, data: str) -> str:
+def name_of(config: TrainConfig, data: str) -> str:
     """A name that is the same for the same training: what one can read of it, and a hash of everything that decides
     it; `data` is the `data_digest`."""
-    head, read = config.head, reads(config.head.head)
-    shown = {"D": f"D{head.D}", "ablation": f"a{head.ablation}", "lr": f"lr{config.lr:g}", "bs": f"bs{config.bs}"}
+    head, read = config.head, settings_read(config.head.head)
+    shown = {
+        "D": f"D{head.D}",
+        "sides": f"a{ablation_number(head.sides)}",
+        "lr": f"lr{config.lr:g}",
+        "bs": f"bs{config.bs}",
+    }
     shown["seed"] = f"s{config.seed}"
     parts = [text for name, text in shown.items() if name in read]
     return "_".join([head.head, *parts, _digest([asdict(config), data])[:10]])
@@ -78,11 +80,7 @@ class Tables:
 
     def write(self, folder: Path) -> None:
         """table.csv, with every number in full, and table.md."""
-        with (folder / TABLE).open("w", encoding="utf-8", newline="") as file:
-            names = list(dict.fromkeys(name for row in self.rows for name in row))
-            writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_table(folder / TABLE, self.rows)
         parts = [metrics.format_table(self.rows, self.columns, markdown=True)]
         parts += [
             f"### {title}\n\n{metrics.format_table(*pivot, markdown=True)}" for title, pivot in self.pivots.items()
@@ -93,9 +91,8 @@ class Tables:
 def best_run(folder: Path) -> Path:
     """The first run in a sweep's table: the best configuration's. Raises `UsageError` when there is no table."""
     try:
-        with (folder / TABLE).open(encoding="utf-8", newline="") as file:
-            return folder / next(csv.DictReader(file))["run"]
-    except (OSError, StopIteration, KeyError):
+        return folder / read_table(folder / TABLE)[0]["run"]
+    except (OSError, ValueError, IndexError, KeyError):
         raise UsageError(f"no finished sweep in {folder}; make one with python modeling/sweep_heads.py") from None
 
 
@@ -109,7 +106,7 @@ def compare(
 ) -> Tables:
     """Read the runs `names` of `configs` in `folder` back and compare them, seeds of one configuration together, on the
     same validation rows, best first by `monitor` (by accuracy, where that is the loss): of that figure, the mean and
-    standard deviation over seeds, a bootstrap interval over rows, and a paired bootstrap against the best.
+    standard deviation over seeds, an interval over rows, and a paired bootstrap against the best.
 
     A configuration of which a seed `diverged` (why, by name) is left out with all its seeds, since the others would
     flatter it. Raises `UsageError` when none is left."""
@@ -130,13 +127,15 @@ def compare(
     ends = np.cumsum([len(e["runs"]) for e in entries])[:-1]
     drawn = [of_entry.mean(1) for of_entry in np.split(of_runs, ends, axis=1)]  # resampled rows, the seeds as they are
     for entry, of_entry in zip(entries, drawn, strict=True):
-        low, high = metrics.interval(of_entry)
+        low, high = metrics.interval_of_mean(labels, entry["predictions"], len(experiment.classes), monitor)
         entry["row"] |= {"95 %": f"{low:.3f}-{high:.3f}", "low": low, "high": high}
         if entry is not best:
             difference = entry["row"][monitor] - best["row"][monitor]
             entry["row"] |= {"to best": difference, "p": metrics.two_sided_p(of_entry - drawn[0])}
     rows = [e["row"] for e in entries]
-    given = [{k: v for k, v in flat(c).items() if k in reads(c.head.head) - {"head", "ablation"}} for c in of_setting]
+    given = [
+        {k: v for k, v in flat(c).items() if k in settings_read(c.head.head) - {"head", "sides"}} for c in of_setting
+    ]
     varying = [name for name in flat(configs[0]) if len({g[name] for g in given if name in g}) > 1]
     columns = ["head", "ablation", *varying, "parameters", "seeds", *metrics.AVERAGES, "±", "95 %", "to best", "p"]
     majority = metrics.majority_baseline(labels, experiment.classes, experiment.majority(experiment.splits[0]))
@@ -145,7 +144,7 @@ def compare(
         f"{len(labels)} validation rows. Of the {monitor}: ± is over seeds, 95 % over rows, p a paired bootstrap against "
         f"the best on the same rows. The best of {len(rows)} by these very rows is optimistic: confirm it on others."
     )
-    if any(HEADS[config.head.head].solver == "sgd" for config in of_setting):
+    if not all(head_class(config.head.head).closed_form() for config in of_setting):
         notes += (
             " Heads trained by gradient descent also chose their best epoch on these rows, which favours them over linear "
             "and kernel."
@@ -166,10 +165,10 @@ def _entry(folder: Path, setting: TrainConfig, runs: Sequence[str], monitor: str
     summary = metrics.mean_std(figures)
     values = flat(replace(setting, head=setting.head.resolved()))
     values |= {name: f"{values[name]:g}" for name in ("lr", "weight_decay")}  # three digits would show 1e-4 as 0.000
-    read = reads(setting.head.head)
+    read = settings_read(setting.head.head)
     row = {
-        **{name: value if name in read else None for name, value in values.items() if name != "seed"},
-        "ablation": ABLATIONS[setting.head.ablation],
+        **{name: value if name in read else None for name, value in values.items() if name not in ("seed", "sides")},
+        "ablation": ablation_words(setting.head.sides),
         "parameters": parameters,
         "seeds": len(runs),
         **{name: summary[name]["mean"] for name in metrics.AVERAGES},
@@ -195,7 +194,7 @@ def _pivots(rows: Sequence[Mapping[str, Any]], monitor: str) -> dict[str, tuple[
         chosen = [best(lambda r, h=h: r["head"] == h) for h in heads]
         columns = ["head", "ablation", "parameters", *metrics.AVERAGES, "95 %", "to best", "p"]
         found[f"by head, each at its best {monitor}"] = (chosen, columns)
-    ablations = [name for name in ABLATIONS.values() if best(lambda r, n=name: r["ablation"] == n)]
+    ablations = [name for name in map(ablation_words, ABLATIONS) if best(lambda r, n=name: r["ablation"] == n)]
     if len(ablations) > 1:
         table = [
             {

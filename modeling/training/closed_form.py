@@ -11,10 +11,11 @@ import torch
 from torch.nn import functional as F
 
 from feats.errors import UsageError
+from modeling.heads.layers import squared_distances
 
 MAX_KERNEL_ROWS = 20_000  # five N x N matrices of 3.2 GB each
 KERNEL_GAMMAS = (0.5, 1.0, 2.0, 4.0)  # divided by the mean squared distance of two rows
-KERNEL_PENALTIES = (0.3, 1.0, 3.0, 10.0)
+KERNEL_RIDGES = (0.3, 1.0, 3.0, 10.0)
 CALIBRATION_C = 1.0  # matters on small data only: few rows must not make a sharp calibration
 MAX_ROUNDS = 100  # some five are enough but for separable classes under a weak penalty
 ITERATIONS = 25
@@ -98,7 +99,7 @@ def _minimise(
     if excess > max(tolerance, PROMISED) * value:
         raise UsageError(
             f"logistic regression is {excess / value:.1g} of its objective from the minimum after {MAX_ROUNDS} rounds: the "
-            "classes can be told apart and next to nothing keeps the weights small; give a smaller --penalty (its C)"
+            "classes can be told apart and next to nothing keeps the weights small; give a smaller `C`"
         )
     return weight, bias, value * scale
 
@@ -143,14 +144,14 @@ class KernelFit:
 
     `support` (N, D) are the training rows in double precision, `dual` (N, K) and `bias` (K,) their weights with the
     calibration folded in. `held_out` (N, K) are the training rows' logits by the fits without their fold, and `loss`
-    is their log-loss, which chose `gamma` and `penalty` from `search`, a row for each pair tried.
+    is their log-loss, which chose `gamma` and `ridge` from `search`, a row for each pair tried.
     """
 
     support: torch.Tensor
     dual: torch.Tensor
     bias: torch.Tensor
     gamma: float
-    penalty: float
+    ridge: float
     loss: float
     held_out: torch.Tensor
     search: list[dict[str, float]]
@@ -162,18 +163,18 @@ def fit_kernel(
     n_classes: int,
     fold_of: torch.Tensor,
     gammas: Sequence[float] = KERNEL_GAMMAS,
-    penalties: Sequence[float] = KERNEL_PENALTIES,
+    ridges: Sequence[float] = KERNEL_RIDGES,
     row_weights: torch.Tensor | None = None,
 ) -> KernelFit:
-    """Least-squares classifier with kernel 1 + exp(-gamma ||x - x'||²), gamma and penalty chosen on held-out folds.
+    """Least-squares classifier with kernel 1 + exp(-gamma ||x - x'||²), gamma and ridge chosen on held-out folds.
 
-    Ridge regression of one-hot targets Y, `row_weights` w_i in it: dual = A Y with A = (K + penalty diag(1/w))⁻¹. The
+    Ridge regression of one-hot targets Y, `row_weights` w_i in it: dual = A Y with A = (K + ridge diag(1/w))⁻¹. The
     1 is the bias. Rows B (`fold_of` (N,) int64, duplicates in one fold) held out need no second fit: their scores are
     Y_B - (A_BB)⁻¹ dual_B (An, Liu and Venkatesh, Pattern Recognition 40, 2007). On those, `fit_logistic`
     makes logits of scores (matrix scaling, Guo et al., ICML 2017, section 4.2), and the least log-loss wins.
     `gammas` are in units of 1 / (mean squared distance of two rows), so that they hold for any scale of x.
     Time grows with N³: two seconds for each pair at 3600 rows on one core.
-    Raises `UsageError` for more than 20000 rows, fewer than two folds, numbers that aren't finite, a penalty too small
+    Raises `UsageError` for more than 20000 rows, fewer than two folds, numbers that aren't finite, a ridge too small
     to invert the kernel, and a class without a row.
     """
     if len(x) > MAX_KERNEL_ROWS:
@@ -184,7 +185,7 @@ def fit_kernel(
     x, weights = _checked(x, targets, n_classes, row_weights)
     folds = [torch.nonzero(fold_of == fold).squeeze(1) for fold in fold_of.unique()]
     if len(folds) < 2:
-        raise UsageError(f"all {len(x)} rows are in one fold, expected two or more; give --folds 2 or more")
+        raise UsageError(f"all {len(x)} rows are in one fold, expected two or more; give 2 `folds` or more")
     y = F.one_hot(targets, n_classes).to(x)
     distances = squared_distances(x, x)
     spread = max(2 * float(x.var(0, correction=0).sum()), torch.finfo(x.dtype).eps)
@@ -192,17 +193,17 @@ def fit_kernel(
     for relative in gammas:
         gamma = relative / spread
         kernel = distances.mul(-gamma).exp_().add_(1)
-        for penalty in penalties:
-            dual, scores = _ridge(kernel, penalty / weights, y, folds)
+        for ridge in ridges:
+            dual, scores = _ridge(kernel, ridge / weights, y, folds)
             scale = scores.std().clamp_min(torch.finfo(x.dtype).eps)
             fit = fit_logistic(scores / scale, targets, n_classes, [CALIBRATION_C], row_weights)[0]
             calibration = fit.weight / scale
             held_out = scores @ calibration + fit.bias
             loss = float(weights @ F.cross_entropy(held_out, targets, reduction="none") / weights.sum())
-            search.append({"gamma": gamma, "penalty": penalty, "loss": loss})
+            search.append({"gamma": gamma, "ridge": ridge, "loss": loss})
             if best is None or loss < best.loss:
                 dual = dual @ calibration
-                best = KernelFit(x, dual, dual.sum(0) + fit.bias, gamma, penalty, loss, held_out, search)
+                best = KernelFit(x, dual, dual.sum(0) + fit.bias, gamma, ridge, loss, held_out, search)
     return best
 
 
@@ -225,28 +226,9 @@ def _cholesky(matrix: torch.Tensor, head: str) -> torch.Tensor:
     if failed:
         raise UsageError(
             f"the {head} head's equations are singular up to rounding: its penalty is too weak; give a "
-            f"{'smaller' if head == 'linear' else 'larger'} --penalty"
+            f"{'smaller `C`' if head == 'linear' else 'larger `ridge`'}"
         )
     return factor
-
-
-def squared_distances(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """||x_i - other_j||², (N, M), of the rows of x (N, D) and other (M, D)."""
-    squares = x.square().sum(1)[:, None] + other.square().sum(1)
-    return squares.sub_(x @ other.T, alpha=2).clamp_min_(0)
-
-
-def kernel_logits(
-    x: torch.Tensor,
-    support: torch.Tensor,
-    dual: torch.Tensor,
-    bias: torch.Tensor,
-    gamma: float,
-    block_rows: int = 4096,
-) -> torch.Tensor:
-    """exp(-gamma ||x_i - support_j||²) @ dual + bias, (M, K), for x (M, D); `block_rows` rows in memory at a time."""
-    blocks = x.to(support.dtype).split(block_rows)
-    return torch.cat([squared_distances(b, support).mul_(-gamma).exp_() @ dual + bias for b in blocks])
 
 
 def _checked(
@@ -262,6 +244,6 @@ def _checked(
         )
     for what, values in (("features", x), ("row weights", row_weights)):
         if values is not None and not torch.isfinite(values).all():
-            raise UsageError(f"{what} that aren't finite numbers; check --scale, --class-weights and the caches")
+            raise UsageError(f"{what} that aren't finite numbers; check `scale`, `class_weights` and the caches")
     x = x.double()
     return x, torch.ones_like(x[:, 0]) if row_weights is None else row_weights.to(x)

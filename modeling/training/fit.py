@@ -7,7 +7,7 @@ same result in a stack as alone, up to the rounding of differently blocked produ
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -21,63 +21,18 @@ from torch.optim.adam import adam
 from feats.errors import UsageError
 from modeling.evaluation import metrics
 from modeling.features.inputs import Inputs
+from modeling.heads.base import Head, head_class
 from modeling.heads.layers import Noise, attach_noise, set_product_dtype
-from modeling.heads.registry import HEADS, Head, HeadConfig, build_head
+from modeling.heads.registry import build_head
 from modeling.training.closed_form import fit_kernel, fit_logistic
+from modeling.training.config import PRECISIONS, ClassWeights, TrainConfig
 
-OPTIMIZERS = ("adam", "adamw")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SCHEDULES = ("constant", "cosine", "onecycle")
-MONITORS = ("accuracy", "weighted_f1", "macro_f1", "loss")
 LINEAR_CS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 SEARCH_TOLERANCE = 1e-4  # of the objective: far below what held-out losses differ by
 EVAL_BYTES = 1 << 26  # of features times models in one evaluation step
 # Parameters of one stack. A CPU's last-level cache should hold them with Adam's moments and the gradient; a GPU wants
 # as much work per kernel launch as it can get.
 STACK_PARAMETERS = {"cpu": 1 << 22, "cuda": 1 << 28}
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides a training, features and split aside. The defaults are study D's."""
-
-    head: HeadConfig = field(default_factory=HeadConfig)
-    optimizer: str = "adam"
-    lr: float = 1e-4
-    weight_decay: float = 0.0
-    schedule: str = "constant"
-    ep: int = 100
-    bs: int = 512
-    label_smoothing: float = 0.0
-    class_weights: str = "none"  # none, balanced, sqrt, or name=value,name=value
-    balanced_sampler: bool = False
-    monitor: str = "accuracy"
-    patience: int | None = None  # epochs without a better `monitor`; None: train them all
-    precision: str = "fp32"  # of the products in training; bf16: twice as fast where the processor has it
-    seed: int = 42
-    penalty: float | None = None  # linear: C; kernel: the ridge. None: chosen by inner folds
-    gamma: float | None = None  # kernel: gamma times the rows' mean squared distance. None: chosen by inner folds
-
-    def __post_init__(self) -> None:
-        of_names = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "monitor": MONITORS, "precision": PRECISIONS}
-        for name, known in of_names.items():
-            if getattr(self, name) not in known:
-                raise UsageError(f"unknown {name} {getattr(self, name)!r}; there are {', '.join(known)}")
-        for name in ("ep", "bs"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} {getattr(self, name)}: expected 1 or more")
-        if not 0 < self.lr < math.inf or not 0 <= self.weight_decay < math.inf:
-            raise UsageError(f"lr {self.lr:g}, weight decay {self.weight_decay:g}: expected lr > 0 and decay >= 0")
-        if not 0 <= self.label_smoothing < 1:
-            raise UsageError(f"label smoothing {self.label_smoothing:g}: expected 0 <= smoothing < 1")
-        for name in ("penalty", "gamma"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UsageError(f"--{name} {value:g}: expected a number above 0")
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"--seed {self.seed}: expected 0 to 2^63 - 1")
-        if self.patience is not None and self.patience < 1:
-            raise UsageError(f"--patience {self.patience}: expected 1 or more epochs")
 
 
 @dataclass(frozen=True)
@@ -97,7 +52,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Trained:
-    """One trained configuration: the head of its best epoch (one model, on the CPU, in evaluation mode).
+    """One trained configuration: the head of its best epoch, or of its closed form (one model, on the CPU, in evaluation
+    mode). `history` has a row for each epoch; of a closed form, which has none, one row of validation figures.
 
     `failure` says why a training ended early whose loss was no longer finite; such a head is of no use."""
 
@@ -105,7 +61,7 @@ class Trained:
     head: Head
     widths: dict[str, int]  # what `head` was built for
     val_logits: np.ndarray  # (len(val), C) float32
-    best_epoch: int
+    best_epoch: int | None  # None: a closed form
     history: list[dict[str, Any]]
     facts: dict[str, Any] = field(default_factory=dict)  # what a closed-form head chose
     held_out: np.ndarray | None = None  # (len(train), C): a closed-form head's logits of each inner fold without it
@@ -123,14 +79,14 @@ def fit(
     """
     results: dict[int, Trained] = {}
     for members in stacks(configs, problem):
-        solve = SOLVERS[HEADS[configs[members[0]].head.head].solver]
+        solve = SOLVERS[head_class(configs[members[0]].head.head).solver]
         results |= zip(members, solve([configs[i] for i in members], problem, progress), strict=True)
     return [results[i] for i in range(len(configs))]
 
 
 def n_epochs(configs: Sequence[TrainConfig]) -> int:
     """What `fit` reports in all; a head that isn't trained by gradient descent counts as one."""
-    return sum(c.ep if HEADS[c.head.head].solver == "sgd" else 1 for c in configs)
+    return sum(1 if head_class(c.head.head).closed_form() else c.ep for c in configs)
 
 
 def work(configs: Sequence[TrainConfig], problem: Problem) -> float:
@@ -161,10 +117,11 @@ def hyperparameters(config: TrainConfig) -> tuple[float, float, str]:
 
 
 def _parameters(config: TrainConfig, problem: Problem) -> int:
-    if HEADS[config.head.head].solver != "sgd":
+    cls = head_class(config.head.head)
+    if cls.closed_form():
         return 0
     with torch.device("meta"):
-        head = HEADS[config.head.head](config.head.resolved(), problem.inputs.widths, len(problem.classes), 1)
+        head = cls(config.head, problem.inputs.widths, len(problem.classes), 1)
     return sum(p.numel() for p in head.parameters())
 
 
@@ -211,7 +168,7 @@ def _train_stack(configs: Sequence[TrainConfig], problem: Problem, progress: Cal
                 best.fail(
                     m,
                     f"the loss of {config.head.head} became {diverged[0]} in epoch {epoch} (lr {config.lr:g}); use a "
-                    "smaller --lr, or --norm l2 or standard",
+                    "smaller `lr`, or `norm` l2 or standard",
                 )
                 continue
             history[m].append({"epoch": epoch, "lr": optimizer.last_lr(m), **row})
@@ -357,33 +314,20 @@ def cross_entropy(
     return loss / of_row.sum(1)
 
 
-def class_weights(spec: str, problem: Problem) -> Tensor:
-    """Weights (C,) by `spec`: none; balanced, n / (C n_c) of the training rows; sqrt, its root; or name=value,...
-
-    Raises `UsageError` for anything else, and names that are no class.
-    """
+def class_weights(chosen: ClassWeights | Mapping[str, float], problem: Problem) -> Tensor:
+    """Weights (C,): none; balanced, n / (C n_c) of the training rows; sqrt, its root; or those of named classes, 1 for
+    the others. Raises `UsageError` for names that are no class."""
     counts = torch.bincount(problem.labels[problem.train], minlength=len(problem.classes)).float()
-    if spec == "none":
-        return torch.ones_like(counts)
-    if spec in ("balanced", "sqrt"):
+    weights = torch.ones_like(counts)
+    if isinstance(chosen, str):
+        if chosen == "none":
+            return weights
         weights = counts.sum() / (len(counts) * counts.clamp(min=1))  # a class without rows isn't weighed infinite
-        return weights if spec == "balanced" else weights.sqrt()
-    weights, rest, more = torch.ones_like(counts), spec, ","
-    while more:
-        # A name may hold commas and equals signs: the longest class that fits is meant.
-        name = max((c for c in problem.classes if rest.startswith(f"{c}=")), key=len, default=rest.partition("=")[0])
+        return weights.sqrt() if chosen == "sqrt" else weights
+    for name, value in dict(chosen).items():
         if name not in problem.classes:
-            raise UsageError(
-                f"class weights {spec!r}: {name!r} is no class (there are {', '.join(problem.classes)}); expected none, "
-                "balanced, sqrt or name=value"
-            )
-        value, more, rest = rest[len(name) + 1 :].partition(",")
-        try:
-            weights[problem.classes.index(name)] = float(value)
-        except ValueError:
-            raise UsageError(f"class weights {spec!r}: {value!r} of {name} is no number") from None
-    if not ((weights > 0) & weights.isfinite()).all():
-        raise UsageError(f"class weights {spec!r}: every weight must be a finite number above 0")
+            raise UsageError(f"class weight of {name!r}: no such class; there are {', '.join(problem.classes)}")
+        weights[problem.classes.index(name)] = value
     return weights
 
 
@@ -460,7 +404,7 @@ def _solve_linear(configs: Sequence[TrainConfig], problem: Problem, progress: Ca
         inputs, x, targets = _training_matrix(config, problem)
         n_classes = len(problem.classes)
         weights = class_weights(config.class_weights, problem)[targets]
-        C, held_out, search = _search_penalty(config.penalty, x, targets, weights, n_classes, problem.folds)
+        C, held_out, search = _search_penalty(config.C, x, targets, weights, n_classes, problem.folds)
         found = fit_logistic(x, targets, n_classes, [C], weights)[0]
         head = build_head(config.head, inputs.widths, n_classes)
         head.load_state_dict({"out.weight": found.weight.T[None].float(), "out.bias": found.bias[None].float()})
@@ -498,14 +442,14 @@ def _solve_kernel(configs: Sequence[TrainConfig], problem: Problem, progress: Ca
         inputs, x, targets = _training_matrix(config, problem)
         n_classes = len(problem.classes)
         weights = class_weights(config.class_weights, problem)[targets]
-        given = {"gammas": config.gamma, "penalties": config.penalty}
+        given = {"gammas": config.gamma, "ridges": config.ridge}
         given = {name: [value] for name, value in given.items() if value is not None}
         found = fit_kernel(x, targets, n_classes, problem.folds, row_weights=weights, **given)
         widths = {**inputs.widths, "support": len(x)}
         head = build_head(config.head, widths, n_classes)
         state = {"support": x, "dual": found.dual, "bias": found.bias, "gamma": torch.tensor(found.gamma)}
         head.load_state_dict({name: tensor[None] for name, tensor in state.items()})
-        facts = {"gamma": found.gamma, "penalty": found.penalty, "search": found.search}
+        facts = {"gamma": found.gamma, "ridge": found.ridge, "search": found.search}
         results.append(_solved(config, head, inputs, widths, problem, facts, found.held_out))
         progress(1)
     return results
@@ -534,11 +478,11 @@ def _solved(
         head.cpu().eval(),
         widths,
         logits[0].cpu().numpy(),
-        1,
-        [{"epoch": 1, **figures}],
+        None,
+        [{"epoch": None, **figures}],
         facts,
         held_out.cpu().numpy(),
     )
 
 
-SOLVERS = {"sgd": _train_stack, "logistic": _solve_linear, "kernel": _solve_kernel}
+SOLVERS = {"gradient": _train_stack, "logistic": _solve_linear, "kernel": _solve_kernel}

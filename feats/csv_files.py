@@ -1,0 +1,70 @@
+"""The CSV files of both stages, written and read in one way: whatever strings go in come out again.
+
+UTF-8, commas, lines ended by "\\n", cells in "..." where they must be.
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+LONGEST_CELL = (1 << 31) - 1  # the csv module's own limit is 128 KB; this is the most that every platform takes
+
+
+class Writable(Protocol):
+    def write(self, text: str, /) -> object: ...
+
+
+class _LineFeeds:
+    """Takes lines that end with "\\r\\n" and writes them with "\\n".
+
+    A csv writer puts a cell into quotes for the characters of its own line end only: with "\\n" a lone "\\r" stays bare,
+    and is read back as the end of a row.
+    """
+
+    def __init__(self, file: Writable):
+        self._file = file
+
+    def write(self, line: str, /) -> None:
+        self._file.write(line.removesuffix("\r\n") + "\n")
+
+
+def write_rows(file: Writable, rows: Iterable[Iterable[object]]) -> None:
+    """Write rows to a text file opened with `newline=""`. Numbers are written as Python shows them, None as ''."""
+    csv.writer(_LineFeeds(file), lineterminator="\r\n").writerows(rows)
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
+    """Write rows, the header among them, as the file `path`."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        write_rows(file, rows)
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write one line for each mapping, with a column for every key of any; '' where a mapping lacks it."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    write_csv(path, [columns, *([row.get(name, "") for name in columns] for row in rows)])
+
+
+def read_csv(path: Path) -> list[list[str]]:
+    """The rows of a file, the header among them; an empty line is an empty row. Raises `OSError`, and `ValueError` for
+    what isn't UTF-8."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return parse_csv(file.read())
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The lines of a file as mappings from its header, cells beyond the header left out. Raises as `read_csv`."""
+    header, *rows = read_csv(path) or [[]]
+    return [dict(zip(header, row, strict=False)) for row in rows if row]
+
+
+def parse_csv(text: str) -> list[list[str]]:
+    """As `read_csv`, of a text whose line ends are as they were in the file. A line that isn't in quotes ends with
+    "\\n", "\\r\\n" or "\\r", and with no other of Unicode's line separators."""
+    limit = csv.field_size_limit(LONGEST_CELL)
+    try:
+        return list(csv.reader(io.StringIO(text, newline="")))
+    finally:
+        csv.field_size_limit(limit)

@@ -1,0 +1,100 @@
+"""Predictions of training rows by heads that haven't seen them: what may be inspected, corrected or augmented without
+spoiling the figures on validation and test rows."""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from feats.errors import UsageError
+from modeling.experiment import Experiment, Progress, train_all
+from modeling.features.splits import Split, deal_split
+from modeling.runs.run import Run
+
+
+def single_split(run: Run) -> Split:
+    """The run's split. Raises `UsageError` for a run whose parts aren't one configuration trained on one split."""
+    remedy = "train with modeling/train_head.py, with `val_ratio`, and name that run as `run`"
+    if run.stacking is not None:
+        raise UsageError(
+            f"{run.named} is an ensemble of `auto`, whose parts were chosen on all of its training rows: none is unseen; "
+            f"{remedy}"
+        )
+    if isinstance(run.split, list):
+        raise UsageError(f"{run.named} is a cross-validation: each of its rows is validation in some fold; {remedy}")
+    return run.split
+
+
+def labelled(ids: Sequence[str], experiment: Experiment, folder: Path) -> list[str]:
+    """The ids that have a label in the caches; a warning counts the others. Raises `UsageError` when there are none."""
+    kept = [name for name, tag in zip(ids, experiment.features.tags_of(ids), strict=True) if tag]
+    if not kept:
+        raise UsageError(
+            f"none of the run's {len(ids)} training rows has a label in the caches in {folder} any more; extract again from "
+            "the labelled data, or name other caches with `feats`"
+        )
+    if len(kept) < len(ids):
+        lost = len(ids) - len(kept)
+        warnings.warn(f"{lost} of {len(ids)} training rows have no label any more: left out", stacklevel=2)
+    return kept
+
+
+def unseen_folds(ids: Sequence[str], k: int, experiment: Experiment, val_ratio: float) -> list[Split]:
+    """k splits: each row in the test part of exactly one. The validation part, which chooses temperature and epoch, is
+    `val_ratio` of the other rows (more where that can't hold every class): a fold that did the choosing would not be
+    unseen. Raises `UsageError` for a class too rare to be in all three parts."""
+    check_every_class_parts_in_three(ids, experiment)
+    try:
+        return [
+            replace(inner_split(fold.train, experiment, val_ratio), test=fold.val)
+            for fold in experiment.folds_of(ids, k)
+        ]
+    except UsageError:
+        tags = experiment.features.tags_of(ids)
+        if len(set(tags)) < 2:
+            raise
+        raise UsageError(
+            f"with `folds` {k} some class isn't left both to learn from and to validate by, a fold's own rows "
+            f"aside; give more `folds`, or leave the rarest class, {min(tags, key=tags.count)!r}, out and train again"
+        ) from None
+
+
+def inner_split(ids: Sequence[str], experiment: Experiment, val_ratio: float) -> Split:
+    tags = experiment.features.tags_of(ids)
+    ratio = max(val_ratio, len(set(tags)) / len(tags))
+    try:
+        return deal_split(ids, tags, ratio, seed=0, groups=experiment.groups(ids))
+    except UsageError:  # duplicates may all fall into the larger part; folds are of one size
+        return experiment.folds_of(ids, round(1 / ratio))[0]
+
+
+def check_every_class_parts_in_three(ids: Sequence[str], experiment: Experiment) -> None:
+    tags, distinct = experiment.features.tags_of(ids), defaultdict(set)
+    for name, tag in zip(ids, tags, strict=True):
+        distinct[tag].add(name if experiment.group_of is None else experiment.group_of[name])
+    rarest = min(distinct, key=lambda tag: (len(distinct[tag]), tag))
+    if len(distinct) > 1 and len(distinct[rarest]) < 3:
+        raise UsageError(
+            f"class {rarest!r} has {tags.count(rarest)} training row{'s' if tags.count(rarest) > 1 else ''}, expected at "
+            "least 3 that are no duplicates: one to predict, one to learn from, one to validate by; add rows of "
+            "it, or leave it out, and train again"
+        )
+
+
+def out_of_fold(
+    run: Run, experiment: Experiment, ids: Sequence[str], progress: Progress = lambda epochs: None
+) -> np.ndarray:
+    """Probabilities (len(ids), C) of `ids`, each by the run's configurations trained on the split that has it in its
+    test part."""
+    configs = list(dict.fromkeys(member.config for member in run.members))
+    trained = [outcomes for _, outcomes in train_all(configs, experiment, progress)]
+    row_of = {name: row for row, name in enumerate(ids)}
+    probabilities = np.empty((len(ids), len(run.classes)))
+    for split, outcomes in zip(experiment.splits, zip(*trained, strict=True), strict=True):
+        of_fold = replace(run, members=[outcome.member for outcome in outcomes])
+        rows = experiment.features.positions(split.test)
+        probabilities[[row_of[name] for name in split.test]] = of_fold.probabilities(experiment.features, rows)
+    return probabilities

@@ -1,0 +1,67 @@
+"""Normalisation of features, with statistics of training rows only."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from feats.errors import UsageError
+
+NORMS = ("none", "l2", "standard")
+STATISTICS_ROWS = 1 << 16  # rows in double precision at a time
+L2_EPS = 1e-12
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """Normalisation of one cache's side: `kind` none; l2, each row to length 1 (a row of zeros stays); or standard,
+    (x - mean) / std per column. `mean` and `std` (D,) float32 for standard, else None."""
+
+    kind: str
+    mean: torch.Tensor | None = None
+    std: torch.Tensor | None = None
+
+    @classmethod
+    def fit(cls, kind: str, features: torch.Tensor, rows: torch.Tensor | None = None) -> "Normalizer":
+        """Take the statistics of `features` (N, D), of the training `rows` (M,) int64 only, or of all without them.
+
+        std is the population's (divided by M), as scikit-learn's StandardScaler; a constant column gets 1.
+        Raises `UsageError` for an unknown kind and for no rows.
+        """
+        if kind not in NORMS:
+            raise UsageError(f"unknown normalisation {kind!r}; there are {', '.join(NORMS)}")
+        if kind != "standard":
+            return cls(kind)
+        blocks = (torch.arange(len(features), device=features.device) if rows is None else rows).split(STATISTICS_ROWS)
+        count = sum(map(len, blocks))
+        if not count:
+            raise UsageError("no training rows to take mean and standard deviation of")
+        # Two passes in double precision: the sum of squares of one pass loses what float16 columns with a large mean
+        # vary by. A constant column comes out as exactly 0.
+        mean = sum(features[block].double().sum(0) for block in blocks) / count
+        std = (sum((features[block].double() - mean).square().sum(0) for block in blocks) / count).sqrt()
+        std = std.float()
+        return cls(kind, mean.float(), torch.where(std > 0, std, 1.0))
+
+    def apply(self, features: torch.Tensor) -> torch.Tensor:
+        """Normalise (..., D), views and tokens too; float32 (wider when the input is). Nothing is changed in place."""
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        if self.kind == "l2":
+            return torch.nn.functional.normalize(features, dim=-1, eps=L2_EPS)
+        if self.kind == "standard":
+            return (features - self.mean) / self.std
+        return features
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The tensors a run keeps: mean and std, or nothing."""
+        return {} if self.mean is None else {"mean": self.mean, "std": self.std}
+
+    @classmethod
+    def from_state(cls, kind: str, state: Mapping[str, torch.Tensor]) -> "Normalizer":
+        """Back from `kind` and `state()`. Raises `UsageError` when they don't belong together."""
+        if kind not in NORMS or set(state) != ({"mean", "std"} if kind == "standard" else set()):
+            raise UsageError(f"normalisation {kind!r} with tensors {', '.join(state) or '(none)'}: the run is damaged")
+        return cls(kind, state.get("mean"), state.get("std"))
+
+    def to(self, device: torch.device | str) -> "Normalizer":
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.state().items()})

@@ -1,0 +1,203 @@
+"""What a head is: its configuration, what it reads, and the base class of all.
+
+A head maps a pair's features to class logits. It holds M models of one shape at once (see `modeling.heads.layers`); with
+M = 1 it is an ordinary module.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor, nn
+
+from feats.errors import UsageError
+from feats.store import SIDES
+from modeling.heads.layers import Linear
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """What decides a head's shape. `dropout` None is the head's own. `sides` says what it reads; where the features lack
+    one of them, training takes the other alone.
+
+    Raises `UsageError` for an unknown head and values out of range.
+    """
+
+    head: str = "fusion"
+    D: int = 256  # width of the common space or hidden layer
+    dropout: float | None = None
+    sides: tuple[str, ...] = SIDES
+    image_positions: bool = False  # coattention: learnable positions of image tokens
+
+    def __post_init__(self) -> None:
+        head_class(self.head)
+        object.__setattr__(self, "sides", checked_sides(self.sides))
+        if self.D < 1:
+            raise UsageError(f"D={self.D}: the width of a head must be 1 or more")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise UsageError(f"dropout {self.dropout:g}: expected 0 <= dropout < 1")
+
+    def resolved(self) -> "HeadConfig":
+        """With the head's own dropout filled in."""
+        return self if self.dropout is not None else replace(self, dropout=head_class(self.head).dropout)
+
+
+# The sides a head reads, as the studies number their ablations: 0 both, 1 no image, 2 no text.
+ABLATIONS = (SIDES, ("text",), ("image",))
+
+
+def ablation_number(sides: tuple[str, ...]) -> int:
+    """The number of the ablation that leaves `sides`."""
+    return ABLATIONS.index(sides)
+
+
+def ablation_words(sides: tuple[str, ...]) -> str:
+    """How tables call it: both, text only, image only."""
+    return "both" if sides == SIDES else f"{sides[0]} only"
+
+
+def checked_sides(sides: Iterable[str]) -> tuple[str, ...]:
+    """The sides in their order. Raises `UsageError` unless they are image, text or both."""
+    sides = (sides,) if isinstance(sides, str) else tuple(sides)
+    if not sides or set(sides) - set(SIDES):
+        raise UsageError(f"sides {', '.join(sides) or '(none)'}: expected {', '.join(SIDES)} or both")
+    return tuple(side for side in SIDES if side in sides)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a head reads, each None where it isn't there."""
+
+    image: Tensor | None = None  # (M, B, Dv)
+    text: Tensor | None = None  # (M, B, Dt)
+    image_tokens: Tensor | None = None  # (M, B, P, Dv')
+    text_tokens: Tensor | None = None  # (M, B, L, Dt'), zero behind a text's end
+    text_mask: Tensor | None = None  # (M, B, L), which tokens are real
+
+    def of(self, name: str) -> Tensor:
+        """A side, or its tokens, by name. Raises `KeyError` when the batch hasn't got it."""
+        found: Tensor | None = getattr(self, name)
+        if found is None:
+            raise KeyError(f"the batch has no {name}")
+        return found
+
+    def expand(self, n_models: int) -> "Batch":
+        """The same rows for every model of a stack, without copying them."""
+        there = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        return Batch(**{name: x.expand(n_models, *x.shape[1:]) for name, x in there.items()})
+
+
+class Head(nn.Module):
+    """Base of all heads: `forward(batch) -> logits (M, B, C)`.
+
+    A head describes itself by the attributes below: nothing else in the project lists heads by name. `widths` gives the
+    widths of what there is: image, text, image_tokens, image_positions (their number P) and text_tokens. A head must not
+    touch a side that its configuration leaves out. Raises `UsageError` when the features lack what the head needs.
+    """
+
+    study: str = ""  # letter of the reference study it comes from
+    recipe: str = ""  # the recipe (`modeling.training.recipes`) of that study's settings
+    dropout: float = 0.0  # the study's own
+    tokens: tuple[str, ...] = ()  # sides whose token features are needed
+    optional_tokens: tuple[str, ...] = ()  # sides whose token features are used where cached
+    # What of `HeadConfig`, beside head and sides, decides its result; of heads solved in closed form also what of
+    # `modeling.training.config.TrainConfig` does: others read all that concerns gradient descent.
+    reads: tuple[str, ...] = ("D", "dropout")
+    norms: tuple[str, ...] = ("standard",)  # normalisations of the features worth trying
+    solver: str = "gradient"  # who trains it: see `modeling.training.fit.SOLVERS`
+
+    def __init__(self, config: HeadConfig, widths: Mapping[str, int], n_classes: int, n_models: int):
+        super().__init__()
+        self.config, self.n_models = config, n_models
+        self.sides = config.sides
+        if config.dropout is not None:
+            self.dropout = config.dropout
+        self.require(config, widths)
+        self.build(config, widths, n_classes, n_models)
+
+    @classmethod
+    def closed_form(cls) -> bool:
+        """Whether it is solved exactly, without epochs, batches or seeds."""
+        return cls.solver != "gradient"
+
+    @classmethod
+    def require(cls, config: HeadConfig, widths: Mapping[str, int]) -> None:
+        """Raise `UsageError` when the features lack what the head needs."""
+        for name in [f"{side}_tokens" for side in cls.tokens if side in config.sides] or config.sides:
+            if name not in widths:
+                what = name.replace("_", " ")
+                raise UsageError(
+                    f"head {config.head} needs {what} features, and there are {', '.join(widths) or 'none'}"
+                )
+
+    @classmethod
+    def read_features(cls, sides: Sequence[str]) -> set[str]:
+        """Names of the features that it reads of `sides` where they are cached: image, text, image_tokens, ..."""
+        vectors = set() if cls.tokens else set(sides)
+        return vectors | {f"{side}_tokens" for side in (*cls.tokens, *cls.optional_tokens) if side in sides}
+
+    def build(self, config: HeadConfig, widths: Mapping[str, int], n_classes: int, n_models: int) -> None:
+        """Make the layers; every head defines its own."""
+        raise NotImplementedError
+
+    def joined(self, batch: Batch) -> Tensor:
+        """The sides' vectors side by side, (M, B, Dv + Dt)."""
+        return torch.cat([batch.of(side) for side in self.sides], -1)
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Figures of each model (M,) worth following over training."""
+        return {}
+
+    def __call__(self, batch: Batch) -> Tensor:
+        logits: Tensor = super().__call__(batch)
+        return logits
+
+
+def head_class(name: str) -> type[Head]:
+    """The head `name` of the registry. Raises `UsageError` for one that isn't there."""
+    from modeling.heads.registry import HEADS  # whose heads are built on this module
+
+    if name not in HEADS:
+        close = get_close_matches(name, HEADS, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UsageError(f"unknown head {name!r}{hint} (there are {', '.join(HEADS)})")
+    return HEADS[name]
+
+
+def n_parameters(head: Head) -> int:
+    """Trainable numbers of one model of the stack."""
+    return sum(p.numel() for p in head.parameters()) // head.n_models
+
+
+# -- parts that several heads share ------------------------------------------------------------------------------
+
+
+def n_heads(width: int, wanted: int) -> int:
+    """The largest number of attention heads up to `wanted` that divides `width`."""
+    return max(h for h in range(1, wanted + 1) if width % h == 0)
+
+
+class ToCommonWidth(nn.Module):
+    """Each side as a vector of one width: as it is where all have the same, else by a linear layer to D."""
+
+    def __init__(self, sides: Sequence[str], config: HeadConfig, widths: Mapping[str, int], n_models: int):
+        super().__init__()
+        distinct = {widths[side] for side in sides}
+        self.width = distinct.pop() if len(distinct) == 1 else config.D
+        project = any(widths[side] != self.width for side in sides)
+        self.project = nn.ModuleDict(
+            {side: Linear(n_models, widths[side], self.width) for side in sides} if project else {}
+        )
+        self.sides = sides
+
+    def forward(self, batch: Batch) -> list[Tensor]:
+        """The sides' vectors, each (M, B, width)."""
+        vectors = [batch.of(side) for side in self.sides]
+        if self.project:
+            vectors = [self.project[side](x) for side, x in zip(self.sides, vectors, strict=True)]
+        return vectors
+
+    def __call__(self, batch: Batch) -> list[Tensor]:
+        vectors: list[Tensor] = super().__call__(batch)
+        return vectors

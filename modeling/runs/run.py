@@ -1,0 +1,235 @@
+"""A trained classifier in memory: an ensemble of one head or more, each with how its features are made.
+
+Its probabilities are the mean of its members' calibrated ones, or what a logistic regression makes of their opinions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from feats.errors import UsageError
+from feats.store import fingerprint_difference
+from modeling.evaluation.metrics import softmax
+from modeling.features.inputs import Preprocessing
+from modeling.features.joined import FeatureSet, FeatureSource, Ragged, content_digests
+from modeling.features.splits import Split
+from modeling.heads.base import Head
+from modeling.training.config import TrainConfig
+from modeling.training.fit import predict_stack
+
+# What of a cache's fingerprint may differ between training and prediction: other rows, another machine. (The last two
+# follow from the dtype.)
+FREE_TO_DIFFER = ("data", "versions", "dtype", "views", "tokens", "image_dtype", "float32_blocks")
+FLOAT64_DEVICES = ("cpu", "cuda")  # others (mps, some xpu) refuse double precision, or emulate it
+
+
+@dataclass(frozen=True)
+class Member:
+    """One trained head (one model, on the CPU), with how its features are made and its probabilities calibrated."""
+
+    config: TrainConfig
+    head: Head
+    preprocessing: Preprocessing
+    widths: dict[str, int]
+    temperature: float = 1.0
+    group: int = 0  # stacking: members of one group (the folds of one head) speak with one voice
+    best_epoch: int | None = None  # None: its head has no epochs
+    facts: dict[str, Any] = field(default_factory=dict)
+    fold: int | None = None  # which fold's split it was trained on, from 1
+
+    def logits(self, features: FeatureSet, rows: torch.Tensor | None = None) -> np.ndarray:
+        """(N, C) float32, of all rows or of `rows` (N,) int64. More caches than the member's own do no harm, nor do
+        features on another device than the head."""
+        own = self._own(features, rows).to(next(self.head.parameters()).device)
+        inputs = self.preprocessing.apply(own).for_head(self.config.head)
+        return predict_stack(self.head, inputs)[0].cpu().numpy()
+
+    def _own(self, features: FeatureSet, rows: torch.Tensor | None) -> FeatureSet:
+        """The tensors `logits` reads: of the member's caches and of `rows` only, without augmented views."""
+
+        def chosen(x: torch.Tensor | Ragged) -> torch.Tensor | Ragged:
+            if rows is None:
+                return x
+            return x.take(rows) if isinstance(x, Ragged) else x[rows.to(x.device)]
+
+        tensors = {
+            name: {cache: chosen(x) for cache, x in getattr(features, name).items() if cache in caches}
+            for side, caches in self.preprocessing.caches.items()
+            for name in (side, f"{side}_tokens")
+        }
+        return replace(features, views={}, **tensors)
+
+    def to(self, device: torch.device | str) -> "Member":
+        """On `device`; on the CPU where the head computes in double precision and the device may not."""
+        double = any(tensor.dtype == torch.float64 for tensor in self.head.state_dict().values())
+        if double and torch.device(device).type not in FLOAT64_DEVICES:
+            device = "cpu"
+        return replace(self, head=self.head.to(device), preprocessing=self.preprocessing.to(device))
+
+
+@dataclass(frozen=True)
+class Stacking:
+    """Logistic regression on the groups' opinions, fitted on rows they hadn't seen. Wolpert, Stacked Generalization,
+    Neural Networks 1992. `weight` (groups * C, C) and `bias` (C,) float64."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def probabilities(self, opinions: Sequence[np.ndarray]) -> np.ndarray:
+        """(N, C) of each group's opinion (N, C), see `opinion`."""
+        return softmax(np.concatenate(opinions, 1) @ self.weight.numpy() + self.bias.numpy())
+
+
+def opinion(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities less their mean over the classes, (N, C) float64, of logits (N, C)."""
+    logits = np.asarray(logits, np.float64)
+    return logits - logits.mean(1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a training said of its validation rows, each predicted by members that weren't trained on it."""
+
+    ids: list[str]
+    tags: list[str]
+    probabilities: np.ndarray  # (N, C), calibrated
+    figures: dict[str, Any]  # what goes into metrics.json
+    history: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained classifier. `source` says which caches it reads, `report` what its training said, until it is saved."""
+
+    classes: list[str]
+    members: list[Member]
+    source: FeatureSource
+    split: Split | list[Split]
+    training_rows: dict[str, int]  # of each class, of all folds
+    stacking: Stacking | None = None
+    path: Path | None = None
+    nearby: Path | None = None  # where the folder of caches lies if it moved along with the run
+    report: Report | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def splits(self) -> list[Split]:
+        """The one split, or those of all folds."""
+        return [self.split] if isinstance(self.split, Split) else self.split
+
+    @property
+    def majority(self) -> str:
+        """The most common class of the training rows."""
+        return max(self.classes, key=self.training_rows.__getitem__)
+
+    # -- as scikit-learn's classifiers -------------------------------------------------------------------------
+
+    def predict_proba(self, data: FeatureSet, ids: Sequence[str] | None = None) -> np.ndarray:
+        """Calibrated class probabilities (N, C) float64 of the rows `ids`, of all without; columns as `classes`.
+
+        Raises `UsageError` for features that another encoder made than those the run was trained on, and unknown ids.
+        """
+        self.check(data)
+        return self.probabilities(data, None if ids is None else data.positions(ids))
+
+    def predict(self, data: FeatureSet, ids: Sequence[str] | None = None) -> list[str]:
+        """The most probable class of each row, as `predict_proba`."""
+        return [self.classes[column] for column in self.predict_proba(data, ids).argmax(1).tolist()]
+
+    def score(self, data: FeatureSet, ids: Sequence[str] | None = None) -> float:
+        """Accuracy on the rows `ids` (all without) that have a label. Raises `UsageError` when none has."""
+        kept, tags = data.labelled(ids)
+        return float(np.mean([a == b for a, b in zip(self.predict(data, kept), tags, strict=True)]))
+
+    def save(self, path: Path | str, *, overwrite: bool = False) -> "Run":
+        """Write the run folder `path`; returns the run as it lies there. Raises `UsageError` when the folder exists
+        (unless `overwrite`) or can't be written."""
+        from modeling.runs.folder import save_run  # which is built on this module
+
+        return save_run(self, path, overwrite=overwrite)
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def probabilities(self, features: FeatureSet, rows: torch.Tensor | None = None) -> np.ndarray:
+        """As `predict_proba`, by row numbers (N,) int64, of features that were checked before."""
+        logits = [m.logits(features, rows) for m in self.members]
+        if self.stacking is None:
+            calibrated = [softmax(z, m.temperature) for z, m in zip(logits, self.members, strict=True)]
+            return np.asarray(np.mean(calibrated, axis=0))
+        groups = sorted({m.group for m in self.members})
+        of_group = [[opinion(z) for z, m in zip(logits, self.members, strict=True) if m.group == g] for g in groups]
+        return self.stacking.probabilities([np.mean(opinions, axis=0) for opinions in of_group])
+
+    def to(self, device: torch.device | str) -> "Run":
+        """With every head and its statistics on `device`."""
+        return replace(self, members=[m.to(device) for m in self.members])
+
+    def feature_folder(self, given: Path | None = None) -> Path:
+        """`given`, or else the folder of the caches the run was trained on. Raises `UsageError` when that isn't found."""
+        if given is not None:
+            return given
+        # The working directory has no say: another project's caches have the same names. As long as the run and the
+        # caches lie where they lay, they need no proof. After a move the project as a whole (then `nearby` is right) or
+        # the run alone (then the absolute folder is) may have moved, and other caches may lie where these did: those
+        # that still hold the run's own training rows are taken.
+        trained_on = self.source.folder
+        places = list(dict.fromkeys([self.nearby or trained_on, trained_on]))
+        reasons = {}
+        for place in places:
+            reasons[place] = self._why_not(place, moved=len(places) > 1)
+            if not reasons[place]:
+                return place
+        raise UsageError(
+            f"the caches that {self.named} was trained on aren't found: "
+            f"{', '.join(f'{place}: {reason}' for place, reason in reasons.items())}; name their folder with `feats`"
+        )
+
+    def _why_not(self, folder: Path, moved: bool) -> str:
+        """Why `folder` doesn't hold the run's caches, '' if it does; where nothing `moved` it does if it exists."""
+        if not folder.is_dir():
+            return "no such folder"
+        contents = self.source.contents
+        lacking = [f"{name}_train.h5" for name in contents if not (folder / f"{name}_train.h5").is_file()]
+        if moved and lacking:
+            return f"no {lacking[0]} to know it by"
+        try:
+            others = moved and content_digests(folder, "train", contents) != contents
+        except UsageError as error:
+            return str(error)
+        return "its training rows are others" if others else ""
+
+    def check(self, data: FeatureSet, *, same_rows: bool = False) -> None:
+        """Raise `UsageError` when `data` lacks features that the run reads, when another encoder made them than the run
+        was trained on, or, with `same_rows`, when they are of another data set."""
+        folder = data.source.folder
+        for key in {key for member in self.members for key in member.preprocessing.normalizers}:
+            kind, _, name = key.partition("/")
+            if name not in getattr(data, kind):
+                side = kind.removesuffix("_tokens")
+                what = f"the tokens of {name}" if kind != side else f"{name} as {side} features"
+                remedy = "extract it again with `tokens` `overwrite`" if kind != side else "load that cache, too"
+                raise UsageError(f"{self.named} reads {what}, and the data from {folder} have none; {remedy}")
+        for name in self.source.names:
+            cached, trained = (source.fingerprints.get(name, {}) for source in (data.source, self.source))
+            if same_rows and cached.get("data") != trained.get("data"):
+                raise UsageError(
+                    f"the cache {name} in {folder} holds other rows than {self.named} was trained on ("
+                    f"{fingerprint_difference(*({'data': f.get('data')} for f in (cached, trained)))}); name the folder "
+                    "of that run's caches with `feats`, or train again on these"
+                )
+            free = FREE_TO_DIFFER if name in self.source.text else (*FREE_TO_DIFFER, "text_clean")
+            kept = [{k: v for k, v in f.items() if k not in free} for f in (cached, trained)]
+            difference = fingerprint_difference(*kept)
+            if difference:
+                raise UsageError(
+                    f"the cache {name} in {folder} isn't what {self.named} was trained on ({difference}); extract it "
+                    "again with the encoder of that run, or train a new head"
+                )
+
+    @property
+    def named(self) -> str:
+        """How messages call it."""
+        return str(self.path or "this run")

@@ -1,0 +1,118 @@
+"""Everything that decides a training, features and split aside, and what a head reads of it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+
+from feats.errors import UsageError
+from modeling.heads.base import HeadConfig, head_class
+
+OPTIMIZERS = ("adam", "adamw")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SCHEDULES = ("constant", "cosine", "onecycle")
+MONITORS = ("accuracy", "weighted_f1", "macro_f1", "loss")
+CLASS_WEIGHTS = ("none", "balanced", "sqrt")
+
+ClassWeights = str | tuple[tuple[str, float], ...]  # one of `CLASS_WEIGHTS`, or the weights of named classes
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training, features and split aside. The defaults are study D's.
+
+    `class_weights` may be given as a dictionary. Raises `UsageError` for values out of range.
+    """
+
+    head: HeadConfig = field(default_factory=HeadConfig)
+    optimizer: str = "adam"
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    ep: int = 100
+    bs: int = 512
+    label_smoothing: float = 0.0
+    class_weights: ClassWeights | Mapping[str, float] = "none"
+    balanced_sampler: bool = False
+    monitor: str = "accuracy"
+    patience: int | None = None  # epochs without a better `monitor`; None: train them all
+    precision: str = "fp32"  # of the products in training; bf16: twice as fast where the processor has it
+    seed: int = 42
+    C: float | None = None  # linear: inverse strength of the penalty, as scikit-learn's. None: chosen by inner folds
+    ridge: float | None = None  # kernel: strength of the penalty. None: chosen by inner folds
+    gamma: float | None = None  # kernel: gamma times the rows' mean squared distance. None: chosen by inner folds
+
+    def __post_init__(self) -> None:
+        of_names = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "monitor": MONITORS, "precision": PRECISIONS}
+        for name, known in of_names.items():
+            if getattr(self, name) not in known:
+                raise UsageError(f"unknown {name} {getattr(self, name)!r}; there are {', '.join(known)}")
+        for name in ("ep", "bs"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"`{name}` {getattr(self, name)}: expected 1 or more")
+        if not 0 < self.lr < math.inf or not 0 <= self.weight_decay < math.inf:
+            raise UsageError(f"lr {self.lr:g}, weight decay {self.weight_decay:g}: expected lr > 0 and decay >= 0")
+        if not 0 <= self.label_smoothing < 1:
+            raise UsageError(f"label smoothing {self.label_smoothing:g}: expected 0 <= smoothing < 1")
+        for name in ("C", "ridge", "gamma"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"`{name}` {value:g}: expected a number above 0")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"`seed` {self.seed}: expected 0 to 2^63 - 1")
+        if self.patience is not None and self.patience < 1:
+            raise UsageError(f"`patience` {self.patience}: expected 1 or more epochs")
+        object.__setattr__(self, "class_weights", _checked_weights(self.class_weights))
+
+
+def _checked_weights(weights: ClassWeights | Mapping[str, float]) -> ClassWeights:
+    if isinstance(weights, str):
+        if weights not in CLASS_WEIGHTS:
+            raise UsageError(
+                f"class weights {weights!r}: expected {', '.join(CLASS_WEIGHTS)}, or a weight for each of some classes"
+            )
+        return weights
+    pairs = weights.items() if isinstance(weights, Mapping) else weights
+    named = tuple((str(name), float(value)) for name, value in pairs)
+    for name, value in named:
+        if not 0 < value < math.inf:
+            raise UsageError(f"class weight {value:g} of {name}: every weight must be a finite number above 0")
+    return named
+
+
+def flat(config: TrainConfig) -> dict[str, Any]:
+    """The fields of a configuration and of its head by name, as `from_flat` takes them."""
+    of_head = {f.name: getattr(config.head, f.name) for f in fields(config.head)}
+    return {**of_head, **{f.name: getattr(config, f.name) for f in fields(config) if f.name != "head"}}
+
+
+def from_flat(values: Mapping[str, Any]) -> TrainConfig:
+    """A configuration from flat values; the fields of `HeadConfig` and `TrainConfig` that are absent keep defaults."""
+    of_head = {f.name for f in fields(HeadConfig)}
+    of_train = {f.name for f in fields(TrainConfig)} - {"head"}
+    head = HeadConfig(**{name: value for name, value in values.items() if name in of_head})
+    return replace(TrainConfig(head), **{name: value for name, value in values.items() if name in of_train})
+
+
+def settings_read(head: str) -> set[str]:
+    """The fields of `HeadConfig` and `TrainConfig` that decide what becomes of a head."""
+    chosen = head_class(head)
+    read = {"head", "sides", *chosen.reads}
+    if not chosen.closed_form():
+        of_closed_form = {"C", "ridge", "gamma"}
+        read |= {f.name for f in fields(TrainConfig)} - of_closed_form
+    return read
+
+
+def as_read(config: TrainConfig) -> TrainConfig:
+    """The same training with what its head doesn't read at the defaults: so that equal trainings are equal."""
+    read = settings_read(config.head.head)
+    return from_flat({name: value for name, value in flat(config).items() if name in read})
+
+
+def with_seeds(config: TrainConfig, n: int = 1) -> list[TrainConfig]:
+    """`n` seeds from the configuration's own up; a head in closed form gives the same for all of them and gets one."""
+    count = 1 if head_class(config.head.head).closed_form() else n
+    return [replace(config, seed=config.seed + k) for k in range(count)]
