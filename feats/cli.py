@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from feats.encoders.registry import ENCODERS, load_encoder
 from feats.errors import UsageError
 from feats.extraction.settings import ExtractionSettings
 
@@ -71,6 +70,7 @@ def show_warning(named: Mapping[str, str] = {}) -> Callable[..., None]:
 
 def extraction_parser(name: str, description: str | None) -> ArgumentParser:
     """The arguments of the script that runs encoder `name`: the shared ones, then the encoder's own."""
+    from feats.encoders.registry import ENCODERS
     from feats.records import LAYOUTS
     from feats.text import CLEAN_LEVELS
 
@@ -155,6 +155,7 @@ def run(name: str, parser: ArgumentParser, argv: Sequence[str] | None = None) ->
 
 def _extract(name: str, args: Namespace) -> int:
     from feats.acceleration import resolve_device
+    from feats.encoders.registry import ENCODERS, load_encoder
     from feats.extraction.local import extract
     from feats.records import read_dataset
 
