@@ -18,7 +18,8 @@ from modeling.features.splits import Split, SplitSettings, deal_folds, duplicate
 from modeling.heads.base import HeadConfig, head_class
 from modeling.runs.run import Member, Report, Run
 from modeling.training.config import TrainConfig, settings_read, with_seeds
-from modeling.training.fit import Problem, Trained, n_epochs, stacks
+from modeling.training.fit import n_epochs, stacks
+from modeling.training.problem import Problem, Trained
 from modeling.training.workers import LARGEST_COPY, run_jobs
 
 INNER_FOLDS = 5

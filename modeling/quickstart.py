@@ -17,7 +17,7 @@ from feats.cli import EXIT_DONE, EXIT_INTERRUPTED
 from feats.csv_files import read_csv
 from feats.errors import UsageError
 from modeling import cli
-from modeling.heads.registry import HeadConfig
+from modeling.heads.base import HeadConfig
 from modeling.search.sweep import best_run
 
 ROOT = Path(__file__).resolve().parent.parent

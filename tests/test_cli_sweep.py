@@ -25,13 +25,11 @@ from scipy.stats import beta
 
 from feats.errors import UsageError
 from feats.store import FeatureStore
-from modeling import cli, sweep_heads, train_head
-from modeling import experiment as ex
+from modeling import cli, experiment as ex, sweep_heads, train_head
 from modeling.features.joined import load_features
 from modeling.heads.base import ABLATIONS
 from modeling.runs.folder import load_run, newest_run, read_predictions
-from modeling.search import auto
-from modeling.search import sweep as sweep_module
+from modeling.search import auto, sweep as sweep_module
 from modeling.search.sweep import best_run
 from modeling.training import closed_form
 

@@ -21,8 +21,7 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler, normalize
 
-from modeling import experiment as ex
-from modeling import train_head
+from modeling import experiment as ex, train_head
 from modeling.evaluation.metrics import softmax
 from modeling.features.joined import load_features
 from modeling.heads.registry import HEADS

@@ -19,19 +19,11 @@ from modeling.features.inputs import Inputs
 from modeling.features.joined import Ragged
 from modeling.heads.base import HeadConfig
 from modeling.heads.registry import HEADS, build_head
-from modeling.training import fit as training
+from modeling.training import fit as training, gradient
 from modeling.training.config import MONITORS, SCHEDULES, TrainConfig
-from modeling.training.fit import (
-    Problem,
-    Trained,
-    class_weights,
-    cross_entropy,
-    fit,
-    lr_factor,
-    n_epochs,
-    predict_stack,
-    stacks,
-)
+from modeling.training.fit import fit, n_epochs, stacks
+from modeling.training.gradient import cross_entropy, lr_factor
+from modeling.training.problem import Problem, Trained, class_weights, predict_stack
 
 SGD = [name for name, head in HEADS.items() if head.closed_form() is False]
 N_TRAIN, N = 49, 70  # batches of 16 leave one row over
@@ -209,7 +201,7 @@ def plain_fusion(
         ),
     }[config.schedule]()
     weights = class_weights(config.class_weights, problem).double()
-    draws = training._Draws([config], problem, inputs)
+    draws = gradient._Draws([config], problem, inputs)
     train_losses, val_losses, val_logits = [], [], []
     for _ in range(config.ep):
         losses = []
@@ -354,11 +346,11 @@ def test_the_balanced_sampler_draws_classes_alike():
     labels = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
     problem = Problem(Inputs(image=torch.zeros(1000, 1)), labels, torch.arange(1000), torch.arange(3), CLASSES)
     config = TrainConfig(HeadConfig("early", sides=("image",)), balanced_sampler=True)
-    draws = training._Draws([config, replace(config, seed=1)], problem, problem.inputs)
+    draws = gradient._Draws([config, replace(config, seed=1)], problem, problem.inputs)
     for rows in draws.epoch()[0]:
         counts = torch.bincount(labels[rows], minlength=3)
         assert counts.sum() == 1000 and (counts - 1000 / 3).abs().max() < 75  # five standard deviations
-    plain = training._Draws([replace(config, balanced_sampler=False)], problem, problem.inputs)
+    plain = gradient._Draws([replace(config, balanced_sampler=False)], problem, problem.inputs)
     orders = [plain.epoch()[0][0] for _ in range(2)]
     assert all(torch.equal(order.sort().values, torch.arange(1000)) for order in orders)
     assert not torch.equal(*orders)

@@ -11,7 +11,8 @@ from modeling.features.inputs import Inputs
 from modeling.heads.base import HeadConfig
 from modeling.training import workers
 from modeling.training.config import TrainConfig
-from modeling.training.fit import Problem, fit, n_epochs
+from modeling.training.fit import fit, n_epochs
+from modeling.training.problem import Problem
 
 N = 60
 

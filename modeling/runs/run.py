@@ -19,7 +19,7 @@ from modeling.features.joined import FeatureSet, FeatureSource, Ragged, content_
 from modeling.features.splits import Split
 from modeling.heads.base import Head
 from modeling.training.config import TrainConfig
-from modeling.training.fit import predict_stack
+from modeling.training.problem import predict_stack
 
 # What of a cache's fingerprint may differ between training and prediction: other rows, another machine. (The last two
 # follow from the dtype.)

@@ -22,7 +22,8 @@ from modeling.heads.base import head_class
 from modeling.runs.run import Member, Run, Stacking, opinion
 from modeling.training.closed_form import MAX_KERNEL_ROWS, fit_logistic
 from modeling.training.config import TrainConfig
-from modeling.training.fit import Problem, Trained, fit
+from modeling.training.fit import fit
+from modeling.training.problem import Problem, Trained
 
 # Logistic regression to its optimum takes time with the cube of the columns, or of the rows where these are fewer.
 LINEAR_COLUMNS = 2048

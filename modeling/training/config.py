@@ -116,3 +116,8 @@ def with_seeds(config: TrainConfig, n: int = 1) -> list[TrainConfig]:
     """`n` seeds from the configuration's own up; a head in closed form gives the same for all of them and gets one."""
     count = 1 if head_class(config.head.head).closed_form() else n
     return [replace(config, seed=config.seed + k) for k in range(count)]
+
+
+def hyperparameters(config: TrainConfig) -> tuple[float, float, str]:
+    """What may differ between the models of a stack and concerns the optimiser."""
+    return config.lr, config.weight_decay, config.schedule

@@ -18,7 +18,9 @@ import torch
 from torch import multiprocessing
 
 from feats.errors import UsageError
-from modeling.training.fit import Problem, TrainConfig, Trained, fit, work
+from modeling.training.config import TrainConfig
+from modeling.training.fit import fit, work
+from modeling.training.problem import Problem, Trained
 
 LEAST_WORK = 4e12  # floating-point operations for which starting processes pays: some 20 s of one core
 MOST_WORKERS = 16
