@@ -60,9 +60,9 @@ def test_stage_1_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(EXAMPLES[0], names)
-    frame, vectors = names["frame"], names["vectors"]
+    frame = names["frame"]
     assert frame.ids.tolist() == [str(i) for i in range(12)] and set(frame.labels) == set(CLASSES)
-    assert frame["text_feats"].shape == (12, 384) and vectors["text"].shape[1] == 384
+    assert frame["text_feats"].shape == (12, 384) and names["place"].read_text().endswith(" 0\n")
 
 
 def test_stage_2_as_written(caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
