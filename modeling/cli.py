@@ -3,6 +3,7 @@ dataclasses they fill; help shows them."""
 
 import math
 import shlex
+import signal
 import sys
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ import torch
 
 from feats.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE, HelpFormatter, positive
 from feats.errors import UsageError
+from feats.interrupts import interruptible
 from modeling.features import joined as features
 from modeling.features.splits import make_split
 from modeling.heads.registry import ABLATIONS, HEADS, HeadConfig
@@ -299,6 +301,7 @@ def command_line(argv: Sequence[str] | None) -> str:
     return shlex.join(["python", sys.argv[0], *(sys.argv[1:] if argv is None else argv)])
 
 
+@interruptible(signal.SIGINT)
 def guarded(work: Callable[[], int], interrupted: str) -> int:
     """Run a script's work: unusable input ends with one line and status 2, an interruption with `interrupted`, 130."""
     try:

@@ -42,11 +42,12 @@ from feats.extraction.preparation import (
     Preparation,
     Texts,
     blank_pixels,
+    hash_of_text,
     picture_changed,
     prepare,
-    hash_of_text,
 )
 from feats.images import AUGMENTATION
+from feats.interrupts import interruptible
 from feats.records import LAYOUTS, DataSet, Record, read_dataset
 from feats.store import DONE, QUARANTINED, CacheError, FeatureStore
 from feats.text import CLEAN_LEVELS, clean
@@ -110,9 +111,9 @@ def _default_shown(text: str, default: str | None) -> str:
     return f"{text} (default: {default})" if default else text
 
 
+@interruptible(signal.SIGINT, signal.SIGTERM)
 def run(name: str, args: Namespace) -> int:
     """Extract every asked split with encoder `name`; returns the exit status. All of a script's output is here."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return _extract(name, args)
     except UsageError as error:
@@ -451,6 +452,7 @@ def _encode_blocks(
         status = np.full(len(rows), DONE, np.uint8)
         status[list(reasons)] = QUARANTINED
         yield Block(rows, status, arrays, {records[rows[k]].id: reason for k, reason in sorted(reasons.items())})
+    prepared.close()  # here an interruption can be raised, in a finalizer it can't
 
 
 def _encode_texts(
