@@ -3,6 +3,7 @@ are shown. Defaults live in the dataclasses; help shows them."""
 
 import math
 import shlex
+import signal
 import sys
 import warnings
 from argparse import SUPPRESS, ArgumentParser, Namespace
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from feats.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE, HelpFormatter, as_typed, positive, show_warning
 from feats.errors import UsageError
+from feats.interrupts import interruptible
 from modeling.experiment import ExperimentSettings
 from modeling.features.joined import DEFAULT_FOLDER, FeatureSource, caches_with
 from modeling.features.normalizer import NORMS
@@ -343,6 +345,7 @@ def progress_bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], A
         yield bar.update
 
 
+@interruptible(signal.SIGINT)
 def guarded(work: Callable[[], int], interrupted: str, named: Mapping[str, str] = OPTION_OF) -> int:
     """Run a script's work and show what libraries say. Unusable input ends with one line and status 2, an interruption
     with `interrupted` and 130. `named`: settings that the script knows by another name."""

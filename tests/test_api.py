@@ -15,23 +15,16 @@ from torch import Tensor
 
 import feats
 import modeling
-from modeling import (
-    HeadConfig,
-    Run,
-    UsageError,
-    evaluate,
-    fit_head,
-    inference_head,
-    load_features,
-    load_run,
-    make_folds,
-    make_split,
-    train_head,
-)
-from modeling.heads.base import Batch, Head
+from feats.errors import UsageError
+from modeling import inference_head, train_head
+from modeling.experiment import evaluate, fit_head
+from modeling.features.joined import load_features
+from modeling.features.splits import make_folds, make_split
+from modeling.heads.base import Batch, Head, HeadConfig
 from modeling.heads.layers import Linear
 from modeling.heads.registry import HEADS
-from modeling.runs.folder import newest_run, read_config
+from modeling.runs.folder import load_run, newest_run, read_config
+from modeling.runs.run import Run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import weakref
@@ -770,12 +771,19 @@ def test_a_runs_folder_that_cannot_be_written(feats: Path, tmp_path: Path, capsy
     assert (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.usefixtures("in_foreground")
 def test_interrupted_training_leaves_nothing(
     feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
+    on_the_next = []
+
     def ctrl_c(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            on_the_next.append(signal.getsignal(signal.SIGINT))
 
     monkeypatch.setattr(train_head, "save_run", ctrl_c)
     assert train_head.main(["--vtype", "clip", "--feats", str(feats), "--runs", str(tmp_path), *SHORT]) == 130
     assert capsys.readouterr().err.endswith("interrupted: nothing was saved\n") and not list(tmp_path.iterdir())
+    assert on_the_next == [signal.SIG_DFL]  # an impatient second Ctrl-C ends the process where it is
