@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from caches import CLASSES, make_cache, make_tags
-from conftest import ENVIRONMENT, ROOT, make_course
+from conftest import ENVIRONMENT, ROOT
 from sklearn.metrics import accuracy_score
 from torch import Tensor
 
@@ -46,16 +46,6 @@ def caches(tmp_path: Path) -> Path:
 
 def test_the_readme_shows_both_stages():
     assert [example.split()[1] for example in EXAMPLES] == ["feats", "modeling"]
-
-
-def test_stage_1_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    make_course(tmp_path / "data", 12)
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    exec(EXAMPLES[0], names)
-    frame = names["frame"]
-    assert frame.ids.tolist() == [str(i) for i in range(12)] and set(frame.labels) == set(CLASSES)
-    assert frame["text_feats"].shape == (12, 384) and names["place"].read_text().endswith(" 0\n")
 
 
 def test_stage_2_as_written(caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
