@@ -161,7 +161,7 @@ ORPHANS = """
     workers.LEAST_WORK, workers._cores, workers.subprocess.Popen = 0, lambda: 2, Popen
     rows = torch.arange(60)
     problem = Problem(Inputs(text=torch.randn(60, 7)), rows % 2, rows[:40], rows[40:], ["no", "yes"])
-    config = TrainConfig(HeadConfig("mlp", 4, ablation=1), ep=100_000, bs=8)
+    config = TrainConfig(HeadConfig("mlp", 4, sides=("text",)), ep=100_000, bs=8)
     dict(workers.run_jobs([([config], 0), ([config, config], 0)], [problem], stop))
 """
 
