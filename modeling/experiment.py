@@ -247,7 +247,7 @@ def with_fitting_tokens(data: FeatureSet, heads: Sequence[HeadConfig]) -> tuple[
             notes.append(
                 f"note: {', '.join(owners)} all hold {side} tokens, none are used; name one such cache to use its own"
             )
-            data = replace(data, **{tokens: {}})
+            data = data.only({tokens: ()})
     return data, notes
 
 

@@ -15,7 +15,7 @@ from feats.errors import UsageError
 from feats.store import fingerprint_difference
 from modeling.evaluation.metrics import softmax
 from modeling.features.inputs import Preprocessing
-from modeling.features.joined import FeatureSet, FeatureSource, Ragged, content_digests
+from modeling.features.joined import FeatureSet, FeatureSource, content_digests
 from modeling.features.splits import Split
 from modeling.heads.base import Head
 from modeling.training.config import TrainConfig
@@ -50,18 +50,9 @@ class Member:
 
     def _own(self, features: FeatureSet, rows: torch.Tensor | None) -> FeatureSet:
         """The tensors `logits` reads: of the member's caches and of `rows` only, without augmented views."""
-
-        def chosen(x: torch.Tensor | Ragged) -> torch.Tensor | Ragged:
-            if rows is None:
-                return x
-            return x.take(rows) if isinstance(x, Ragged) else x[rows.to(x.device)]
-
-        tensors = {
-            name: {cache: chosen(x) for cache, x in getattr(features, name).items() if cache in caches}
-            for side, caches in self.preprocessing.caches.items()
-            for name in (side, f"{side}_tokens")
-        }
-        return replace(features, views={}, **tensors)
+        caches = self.preprocessing.caches
+        own = features.only({"views": (), **caches, **{f"{side}_tokens": names for side, names in caches.items()}})
+        return own if rows is None else own.with_tensors(lambda x: x[rows.to(x.device)], lambda x: x.take(rows))
 
     def to(self, device: torch.device | str) -> "Member":
         """On `device`; on the CPU where the head computes in double precision and the device may not."""

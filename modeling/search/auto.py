@@ -151,14 +151,8 @@ def search(experiment: Experiment, ids: Sequence[str], configs: Sequence[TrainCo
 def _fit(experiment: Experiment, ids: Sequence[str], candidate: Candidate) -> _Fitted:
     """A closed-form head is fitted on all rows. Of one trained by gradient descent, the heads of inner folds are the
     members; their epoch is chosen on a share of the other rows, as the fold itself would no longer be held out."""
-    features = replace(
-        experiment.features,
-        views={} if not candidate.caches["image"] else experiment.features.views,
-        **{
-            side: {name: x for name, x in getattr(experiment.features, side).items() if name in names}
-            for side, names in candidate.caches.items()
-        },
-    )
+    caches = candidate.caches
+    features = experiment.features.only(caches if caches["image"] else {**caches, "views": ()})
     part = replace(experiment, features=features, **_preparation(candidate, features))
     head = candidate.config.head.head
     if head_class(head).closed_form():
