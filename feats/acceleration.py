@@ -7,12 +7,14 @@ import feats.threads  # noqa: F401
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from feats.errors import UsageError, first_line
 
+T = TypeVar("T")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 # Compiling takes tens of seconds and saves about an eighth of a ViT's forward time (measured: ViT-B/32 in bf16 on two
@@ -43,7 +45,7 @@ def has_bf16_units() -> bool:
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is fp16 on a GPU, bf16 on a CPU with units for it, fp32 elsewhere.
 
-    Raises `UsageError` for an unknown name, and for fp16 on a CPU: its layers lack kernels for it, or emulate it slowly.
+    Raises `UsageError` for an unknown name, and for fp16 on a CPU: layers lack kernels for it, or emulate it slowly.
     """
     if name == "auto":
         if device.type == "cuda":
@@ -71,12 +73,12 @@ def compiling_pays(forward: Callable[[torch.Tensor], object], example: torch.Ten
         return False
     with FlopCounterMode(display=False) as counter:
         forward(example)
-    return counter.get_total_flops() * rows > threshold
+    return int(counter.get_total_flops()) * rows > threshold
 
 
 def compiled(
-    forward: Callable[[torch.Tensor], object], example: torch.Tensor
-) -> tuple[Callable[[torch.Tensor], object] | None, str]:
+    forward: Callable[[torch.Tensor], T], example: torch.Tensor
+) -> tuple[Callable[[torch.Tensor], T] | None, str]:
     """`forward` compiled for the shape of `example`, and tried on it; None and the reason where that can't be done
     (no C++ compiler, say). What the compiler makes is kept for later runs."""
     kept = Path(torch.hub.get_dir()).parent / "inductor"

@@ -53,7 +53,7 @@ def as_typed(message: object, named: Mapping[str, str] = {}) -> str:
 
 
 def show_warning(named: Mapping[str, str] = {}) -> Callable[..., None]:
-    """What to set `warnings.showwarning` to: this project's warnings become one line on stderr, others stay as they are."""
+    """What to set `warnings.showwarning` to: this project's warnings are lines of stderr, others stay as they are."""
     usual = warnings.showwarning
     home = Path(__file__).parents[1]
 

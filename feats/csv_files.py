@@ -13,14 +13,18 @@ LONGEST_CELL = (1 << 31) - 1  # the csv module's own limit is 128 KB; this is th
 
 
 class Writable(Protocol):
-    def write(self, text: str, /) -> object: ...
+    """What rows can be written to: an open text file."""
+
+    def write(self, text: str, /) -> object:
+        """Take some text."""
+        ...
 
 
 class _LineFeeds:
     """Takes lines that end with "\\r\\n" and writes them with "\\n".
 
-    A csv writer puts a cell into quotes for the characters of its own line end only: with "\\n" a lone "\\r" stays bare,
-    and is read back as the end of a row.
+    A csv writer puts a cell into quotes for the characters of its own line end only: with "\\n" a lone "\\r" stays
+    bare, and is read back as the end of a row.
     """
 
     def __init__(self, file: Writable):

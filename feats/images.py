@@ -13,7 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from feats.errors import RowError
 from feats.records import TarSlice
@@ -126,7 +126,7 @@ def _file_reason(error: OSError) -> str:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "not a picture PIL can read"
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
         return f"decompression bomb: more than {Image.MAX_IMAGE_PIXELS} pixels"
@@ -135,11 +135,12 @@ def _reason(error: Exception) -> str:
     return f"picture cannot be decoded: {type(error).__name__}: {error}"[:200]
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(image: Image.Image) -> Any:
     try:
-        return image.getexif().get(_ORIENTATION_TAG, 1)
+        orientation: Any = image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # noqa: BLE001 - metadata may be broken in any way, the picture is whole
         return 1
+    return orientation
 
 
 def _upright(image: Image.Image, orientation: Any) -> Image.Image:
@@ -191,6 +192,7 @@ class ResizeCrop:
     interpolation: str  # bilinear, bicubic, ...
 
     def __call__(self, image: Image.Image) -> Image.Image:
+        """The picture, (crop, crop)."""
         from torchvision.transforms import InterpolationMode, functional
 
         width, height = image.size
@@ -198,7 +200,8 @@ class ResizeCrop:
         if max(width, height) > longest:
             image = functional.center_crop(image, [min(height, longest), min(width, longest)])
         image = functional.resize(image, [self.resize], InterpolationMode(self.interpolation), antialias=True)
-        return functional.center_crop(image, [self.crop])
+        cropped: Image.Image = functional.center_crop(image, [self.crop])
+        return cropped
 
     def describe(self, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
         """This and the normalisation that follows it in JSON values, for the fingerprint."""
@@ -214,8 +217,9 @@ def augment(image: Image.Image, seed: int) -> Image.Image:
 
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would seed every GPU as well.
-        torch.random.default_generator.manual_seed(seed)
-        return _augmentation()(image)
+        torch.default_generator.manual_seed(seed)
+        view: Image.Image = _augmentation()(image)
+    return view
 
 
 @lru_cache(maxsize=1)

@@ -234,7 +234,9 @@ def _read_mvsa(path: Path) -> _Rows:
     file = path / "labelResultAll.txt"
     if not file.is_file():
         raise UsageError(f"{path} is not of layout mvsa; expected {_EXPECTED['mvsa']}")
-    rows, dropped, total = [], Counter(), 0
+    rows: list[_Row] = []
+    dropped: Counter[str] = Counter()
+    total = 0
     for number, line in _numbered_lines(file):
         if not line.strip() or line.strip().lower().startswith("id\t"):
             continue
@@ -408,15 +410,16 @@ def _shard_members(shard: Path) -> Iterator[tuple[str, str, TarSlice, bytes]]:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    tar.members = []  # tarfile would keep every header it has seen
+                    tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header it has seen
                     key, extension = _shard_key(member.name)
                     if not key or not member.isreg() or member.issparse():
                         continue
                     place = TarSlice(shard, member.offset_data, member.size, member.name)
-                    content = tar.extractfile(member)
                     if f".{extension}" in PICTURES:
                         yield key, extension, place, b""
-                    elif extension in ("txt", "json", "cls") and content is not None:
+                    elif extension in ("txt", "json", "cls"):
+                        content = tar.extractfile(member)
+                        assert content is not None  # a regular file
                         yield key, extension, place, content.read(MAX_TEXT_BYTES + 1)
                 end = tar.offset
         except tarfile.TarError as error:
@@ -578,17 +581,17 @@ def _records(rows: list[_Row]) -> Iterator[Record]:
 
 def _label_warnings(rows: list[_Row]) -> list[str]:
     """One warning for each label seen once among many rows: most likely a typo."""
-    labelled = [row for row in rows if row.label is not None]
-    counts = Counter(row.label for row in labelled)
+    labelled = [(row, row.label) for row in rows if row.label is not None]
+    counts = Counter(label for _, label in labelled)
     if len(labelled) < _TYPO_MIN_ROWS:
         return []
     common = [label for label, count in counts.most_common() if count > 1]
-    single = [row for row in labelled if counts[row.label] == 1]
+    single = [(row, label) for row, label in labelled if counts[label] == 1]
     warnings = []
-    for row in single[:_TYPO_MAX_WARNINGS]:
-        close = difflib.get_close_matches(row.label, common, 1)
+    for row, label in single[:_TYPO_MAX_WARNINGS]:
+        close = difflib.get_close_matches(label, common, 1)
         hint = f"; is it {close[0]!r}?" if close else ""
-        warnings.append(f"label {row.label!r} is seen once among {len(labelled)} rows ({row.source}){hint}")
+        warnings.append(f"label {label!r} is seen once among {len(labelled)} rows ({row.source}){hint}")
     if len(single) > _TYPO_MAX_WARNINGS:
         warnings.append(f"{len(single) - _TYPO_MAX_WARNINGS} more labels are seen only once")
     return warnings

@@ -46,7 +46,7 @@ SOURCE_BYTES = 8192
 
 # One value per row beside the features. The hashes let a later run see that a row's content changed, and let stage 2
 # find duplicates without opening a picture or a tweet.
-ROW_FACTS = {
+ROW_FACTS: dict[str, dict[str, Any]] = {
     "image": {
         "image_hash": np.uint64,  # of the picture file's bytes
         "image_bytes": np.int64,  # the picture file's size
@@ -245,10 +245,10 @@ class FeatureStore:
     @property
     def block_rows(self) -> int:
         """Rows of a block: no chunk spans two."""
-        return self.plan["block_rows"]
+        return int(self.plan["block_rows"])
 
     def facts(self, name: str) -> np.ndarray:
-        """A dataset of `ROW_FACTS`, (N,); 0 where the row isn't done, and throughout where the encoder lacks the side."""
+        """A dataset of `ROW_FACTS`, (N,); 0 where the row isn't done, and all 0 where the encoder lacks the side."""
         with _damage(self.path, name):
             return self._dataset(name)[:] if name in self._file else np.zeros(len(self), np.uint64)
 
@@ -385,7 +385,8 @@ class FeatureStore:
     @cached_property
     def _offsets(self) -> np.ndarray:
         with _damage(self.path, "text_offsets"):
-            return self._dataset("text_offsets")[:]
+            offsets: np.ndarray = self._dataset("text_offsets")[:]
+        return offsets
 
     def _neighbours(self, rows: np.ndarray) -> np.ndarray:
         """Done rows that share a chunk with `rows` without being among them: writing one endangers the other."""
@@ -425,7 +426,6 @@ class FeatureStore:
             except OSError:
                 dataset[low : low + step] = PENDING
         pending = dataset[:] == PENDING
-        offsets = self._offsets if "text_tokens" in self._file else None
         facts = [name for side in ROW_FACTS.values() for name in side if name in self._file]
         for name in [*self.features, *facts]:
             dataset = self._file[name]
@@ -434,8 +434,8 @@ class FeatureStore:
                 high = min(low + step, dataset.shape[0])
                 first, stop = low, high
                 if name == "text_tokens":
-                    first = int(np.searchsorted(offsets, low, "right")) - 1
-                    stop = int(np.searchsorted(offsets[:-1], high, "left"))
+                    first = int(np.searchsorted(self._offsets, low, "right")) - 1
+                    stop = int(np.searchsorted(self._offsets[:-1], high, "left"))
                 if not pending[first:stop].any():
                     continue
                 try:
@@ -450,7 +450,8 @@ class FeatureStore:
 
     def done_ids(self) -> np.ndarray:
         """Ids of the rows that are done, in the cache's order."""
-        return self.ids[self.status == DONE]
+        done: np.ndarray = self.ids[self.status == DONE]
+        return done
 
     def positions(self, ids: Sequence[str]) -> np.ndarray:
         """Row numbers of `ids`. Raises `MissingRowsError` naming those that are absent, pending or quarantined."""
@@ -604,12 +605,14 @@ def fingerprint_difference(cached: Mapping[str, Any], wanted: Mapping[str, Any])
     )
 
 
-def ids_digest(ids: Sequence[str]) -> str:
-    """Hex sha256 of a list of ids, in order."""
-    return hashlib.sha256("\n".join(ids).encode()).hexdigest()
-
-
-def _lay_out(file, ids, tags, features, block_rows, token_counts) -> None:
+def _lay_out(
+    file: h5py.File,
+    ids: Sequence[str],
+    tags: Sequence[str],
+    features: Mapping[str, tuple[int, ...]],
+    block_rows: int,
+    token_counts: np.ndarray | None,
+) -> None:
     n = len(ids)
     for name, values in (("id", _encode(ids)), ("tag", _encode(tags, MIN_TAG_BYTES))):
         _new(file, name, (n,), values.dtype, block_rows)[:] = values
@@ -620,6 +623,8 @@ def _lay_out(file, ids, tags, features, block_rows, token_counts) -> None:
                 _new(file, name, (n,), dtype, block_rows)
     for name, shape in features.items():
         if name == "text_tokens":
+            if token_counts is None:
+                raise ValueError("text_tokens need token_counts, how many each text has")
             offsets = np.concatenate([[0], np.cumsum(token_counts)]).astype(np.int64)
             _new(file, "text_offsets", (n + 1,), np.int64, block_rows)[:] = offsets
             _new(file, name, (int(offsets[-1]), *shape), np.float16, block_rows)

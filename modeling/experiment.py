@@ -17,7 +17,7 @@ from modeling.features.joined import FeatureSet, FeatureSource, load_features
 from modeling.features.splits import Split, SplitSettings, deal_folds, duplicates_of, make_splits
 from modeling.heads.base import HeadConfig, head_class
 from modeling.runs.run import Member, Report, Run
-from modeling.training.config import TrainConfig, settings_read, with_seeds
+from modeling.training.config import TrainConfig, changed, settings_read, with_seeds
 from modeling.training.fit import n_epochs, stacks
 from modeling.training.problem import Problem, Trained
 from modeling.training.workers import LARGEST_COPY, run_jobs
@@ -161,22 +161,21 @@ def fit_head(
     seeds: int = 1,
     device: str = "auto",
     progress: Progress = lambda epochs: None,
-    **training: Any,
+    **settings: Any,
 ) -> Run:
     """Train a head on the training rows of `split`; its best epoch and temperature are chosen on the validation rows.
 
     `norm` is one normalisation (none, l2, standard) for all caches, or by cache; `scale` a factor behind it, by cache.
-    `training` are the other fields of `TrainConfig`: lr, ep, bs, optimizer, ... Several `seeds`, or several splits
-    (folds), give an ensemble. What the training said of the validation rows is the run's `report`.
+    `settings` are fields of `HeadConfig` and `TrainConfig`: D, lr, ep, bs, optimizer, ... Several `seeds`, or several
+    splits (folds), give an ensemble. What the training said of the validation rows is the run's `report`.
     Raises `UsageError` for whatever doesn't fit.
     """
-    head = HeadConfig(head) if isinstance(head, str) else head
+    config = changed(TrainConfig(HeadConfig(head) if isinstance(head, str) else head), settings)
     splits = [split] if isinstance(split, Split) else list(split)
     norms = dict.fromkeys(data.source.names, norm) if isinstance(norm, str) else norm
-    data = with_fitting_tokens(data, [head])[0]
+    data = with_fitting_tokens(data, [config.head])[0]
     experiment = Experiment.of(data, splits, norms, scale, device)
-    config = on_features(TrainConfig(head, **training), data)
-    return train_run(with_seeds(config, seeds), experiment, progress)
+    return train_run(with_seeds(on_features(config, data), seeds), experiment, progress)
 
 
 def evaluate(run: Run, data: FeatureSet, ids: Sequence[str] | None = None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}  # for scripts: this tree, whatever is installed
 WORDS = "sun rain happy sad train lunch goal winter #music :) game city the a my so very good bad news".split()
 LABELS = ("positive", "negative", "neutral")
 

@@ -5,13 +5,14 @@ import json
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import make_course
+from conftest import ROOT, make_course
 
 import feats
 from feats import inspect_feats, store as st
@@ -62,6 +63,19 @@ def assert_same(a: Path, b: Path) -> None:
 
 
 # -- as the README has it ----------------------------------------------------------------------------------------
+
+
+def test_the_readme_s_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    make_course(tmp_path / "data", 6)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = next(block for block in readme.split("```python\n")[1:] if block.startswith("from feats import"))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example.split("```")[0], names)
+    out = capsys.readouterr().out
+    assert out.startswith("minilm_train: 6 rows done; 0 quarantined") and out.endswith("(1, 384)\n")
+    assert names["some"].shape == (2, 384) and names["frame"]["text_feats"].shape == (6, 384)
+    assert names["place"] == tmp_path / "data" / "data" / "0.txt"
 
 
 def test_from_a_folder_to_arrays(course: Path, tmp_path: Path):

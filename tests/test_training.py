@@ -393,7 +393,7 @@ def test_evaluation_in_steps_is_evaluation_at_once(monkeypatch: pytest.MonkeyPat
     head = build_head(HeadConfig("coattention", D=8), problem.inputs.widths, 3, seeds=[1, 2])
     at_once = predict_stack(head, problem.inputs)
     sizes: list[int] = []
-    monkeypatch.setattr(training, "EVAL_BYTES", problem.inputs.n_bytes // 3)
+    monkeypatch.setattr("modeling.training.problem.EVAL_BYTES", problem.inputs.n_bytes // 3)
     original = Inputs.batch
     monkeypatch.setattr(Inputs, "batch", lambda self, rows: sizes.append(rows.shape[1]) or original(self, rows))
     torch.testing.assert_close(predict_stack(head, problem.inputs), at_once)

@@ -7,6 +7,7 @@ so the centre is cut out.
 
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from efficientnet_lite_pytorch import EfficientNet
@@ -91,6 +92,7 @@ def _fold_paddings(network: nn.Module) -> None:
 
     The same values, 1.2 to 1.3 times as fast on a CPU: the package's separate padding step copies every map.
     """
+    module: Any
     for module in network.modules():
         padding = getattr(module, "static_padding", None)
         if isinstance(padding, nn.ZeroPad2d):

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import HfApi, constants as hub_constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.utils import HFValidationError, logging as hub_logging
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -76,7 +78,8 @@ def load_folder(
             f"{source} holds no trained pooler weights, its pooled output would be random; "
             "use `pooling` mean, cls or last4"
         )
-    network = network.to(device=how.device, dtype=how.dtype).eval().requires_grad_(how.trainable)
+    nn.Module.to(network, device=how.device, dtype=how.dtype)
+    network.train(False).requires_grad_(how.trainable)
 
     limit = _longest_input(tokenizer, network)
     if max_length is not None:
@@ -147,7 +150,7 @@ def find_folder(model: str, with_weights: bool = True) -> Path:
         with _quiet(progress=True):
             # One unrepeated question first: without a network it fails at once, where a download would wait and retry.
             entries = HfApi().model_info(model, timeout=HUB_TIMEOUT).siblings
-            wanted = _wanted([entry.rfilename for entry in entries], with_weights)
+            wanted = _wanted([entry.rfilename for entry in entries or ()], with_weights)
             folder = Path(snapshot_download(model, allow_patterns=wanted))
     except Exception as error:  # the hub's http library, and with it the exceptions, differ between its versions
         tried.append(f"the hub {hub_constants.ENDPOINT} ({type(error).__name__}: {first_line(error)})")
@@ -212,17 +215,17 @@ def _quiet(progress: bool = False) -> Iterator[None]:
     """Silence the warnings of transformers and the hub and, unless `progress`, their bars, for the block only."""
     levels = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
     hide_bars = not progress and transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if hide_bars:
-        transformers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         transformers_logging.set_verbosity(levels[0])
         hub_logging.set_verbosity(levels[1])
         if hide_bars:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _read_folder(
@@ -313,11 +316,12 @@ class _Tokenize:
         # A tokenizer without special tokens makes nothing of an empty text: one padding token keeps it a row.
         return [Tokens(row or [self.pad], max(len(row), 1), i in truncated) for i, row in enumerate(ids)]
 
-    def _ids(self, texts: Sequence[str], **options) -> list[list[int]]:
+    def _ids(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
         made = self.tokenizer(
             list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False, **options
         )
-        return made["input_ids"]
+        ids: list[list[int]] = made["input_ids"]
+        return ids
 
 
 def _forward(

@@ -30,8 +30,8 @@ def load(model: str, weights: str | None, how: Loading, *, columns: int) -> Enco
     `columns`. A column's sum v becomes sign(v) log(1 + |v|), and the row is scaled to length one. A text without any
     character has no n-grams: its row is zeros, and that is its true encoding, as in VADER.
 
-    Nothing is computed in `how.dtype`: the encoder's is float32. Raises `UsageError` for another model name, for weights (there
-    are none), for tokens (there are no token vectors) and for `columns` outside 1 ... `MAX_COLUMNS`.
+    Nothing is computed in `how.dtype`: the encoder's is float32. Raises `UsageError` for another model name, for
+    weights (there are none), for tokens (there are no token vectors) and for `columns` outside 1 ... `MAX_COLUMNS`.
     """
     if model != "ngrams":
         raise UsageError(f"unknown model {model!r}; there is ngrams")

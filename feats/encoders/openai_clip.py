@@ -5,7 +5,7 @@ Radford et al., Learning Transferable Visual Models From Natural Language Superv
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,9 @@ def load(model: str | None, weights: str | None, how: Loading) -> Encoder:
     LayerNorm (ResNets: the last feature map, position-major), the text side the last layer's vectors (B, L, width)
     after the final LayerNorm.
 
-    `weights` is a TorchScript archive that OpenAI published, a state dict (.pt or .safetensors), an open_clip checkpoint or a folder of a
-    Hugging Face `CLIPModel`; without it the local caches, the hub and OpenAI's address are tried in this order.
+    `weights` is a TorchScript archive that OpenAI published, a state dict (.pt or .safetensors), an open_clip
+    checkpoint or a folder of a Hugging Face `CLIPModel`; without it the local caches, the hub and OpenAI's address are
+    tried in this order.
     Raises `UsageError` for an unknown model, weights of another model than asked for, or none to be had.
     """
     if model is not None and model not in _MODELS:
@@ -177,10 +178,12 @@ def read_state_dict(path: Path, sha256: str) -> StateDict:
             state = _load_plain(path)
         if isinstance(state.get("state_dict"), dict):  # open_clip's training checkpoints
             state = state["state_dict"]
-        state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)}
-        if "text_model.embeddings.token_embedding.weight" in state:
+        weights: StateDict = {
+            key.removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)
+        }
+        if "text_model.embeddings.token_embedding.weight" in weights:
             _check_config(path if path.is_dir() else path.parent)
-            state = _from_hugging_face(state)
+            weights = _from_hugging_face(weights)
     except KeyError as error:
         raise UsageError(f"{path} holds no whole CLIP model: {error} is missing") from None
     except (
@@ -194,12 +197,12 @@ def read_state_dict(path: Path, sha256: str) -> StateDict:
         TypeError,
     ) as error:
         raise UsageError(f"{path} can't be read as CLIP weights ({first_line(error)})") from None
-    return state
+    return weights
 
 
 def _published_sha256(model: str) -> str:
     """The digest of OpenAI's file, which its address holds."""
-    return _MODELS[model].split("/")[-2]
+    return str(_MODELS[model]).split("/")[-2]
 
 
 def _is_archive(path: Path) -> bool:
@@ -214,15 +217,17 @@ def _load_archive(path: Path) -> StateDict:
     """The state dict of a TorchScript archive. Runs the archive's own code."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated; OpenAI's files aren't rewritten
-        return torch.jit.load(path, map_location="cpu").state_dict()
+        state: StateDict = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
+    return state
 
 
 def _load_plain(path: Path) -> StateDict:
     """A pickled state dict. Never runs code: torch refuses all but tensors, and archives that `_is_archive` missed."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state: StateDict = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - bytes that are no pickle make the unpickler raise anything
         raise ValueError(f"not a plain state dict: {type(error).__name__}: {first_line(error)}") from None
+    return state
 
 
 def _check_config(folder: Path) -> None:
@@ -329,10 +334,11 @@ def _layer_norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
     package's own module casts there and back."""
     if x.device.type == "cpu":
         return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    return norm(x)
+    normed: torch.Tensor = norm(x)
+    return normed
 
 
-def _transformer(blocks: nn.Sequential, x: torch.Tensor, causal: bool) -> torch.Tensor:
+def _transformer(blocks: Iterable[Any], x: torch.Tensor, causal: bool) -> torch.Tensor:
     """`clip.model.Transformer` on x (B, L, width). The package's works on (L, B, width), through
     `nn.MultiheadAttention`, which copies x into another layout several times a layer."""
     batch, length, width = x.shape
@@ -348,7 +354,7 @@ def _transformer(blocks: nn.Sequential, x: torch.Tensor, causal: bool) -> torch.
     return x
 
 
-def _vit_forward(visual: nn.Module, tokens: bool) -> Callable[[torch.Tensor], Features]:
+def _vit_forward(visual: Any, tokens: bool) -> Callable[[torch.Tensor], Features]:
     def forward(pixels: torch.Tensor) -> Features:
         x = visual.conv1(pixels).flatten(2).transpose(1, 2)  # (B, P, width)
         start = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
@@ -362,7 +368,7 @@ def _vit_forward(visual: nn.Module, tokens: bool) -> Callable[[torch.Tensor], Fe
     return forward
 
 
-def _resnet_forward(visual: nn.Module, tokens: bool) -> Callable[[torch.Tensor], Features]:
+def _resnet_forward(visual: Any, tokens: bool) -> Callable[[torch.Tensor], Features]:
     visual.to(memory_format=torch.channels_last)
     maps: list[torch.Tensor] = []
     if tokens:

@@ -25,8 +25,8 @@ LEXICONS = ("vader_lexicon.txt", "emoji_utf8_lexicon.txt")
 def load(model: str, weights: str | None, how: Loading) -> Encoder:
     """Load VADER: the scores pos, neu, neg in [0, 1] and compound in [-1, 1] of the raw text, (B, 4) float32.
 
-    Nothing is computed in `how.dtype`: the encoder's is float32. Raises `UsageError` for another model name, for `weights` (the
-    package has its own) and for `tokens` (there are no token vectors).
+    Nothing is computed in `how.dtype`: the encoder's is float32. Raises `UsageError` for another model name, for
+    `weights` (the package has its own) and for tokens (there are no token vectors).
     """
     if model != "vader":
         raise UsageError(f"unknown model {model!r}; there is vader")

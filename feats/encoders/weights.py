@@ -11,8 +11,7 @@ HUB_TIMEOUT = 5  # seconds; the hub's own downloads retry for half a minute befo
 
 def hub_reachable(timeout: float = HUB_TIMEOUT) -> bool:
     """Whether the hub answers one unrepeated question, whatever the answer. False under HF_HUB_OFFLINE."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=timeout)

@@ -227,7 +227,7 @@ def _check_same(
             f"{store.path} was made by something else ({difference}); choose another `name`, or replace it with "
             "`overwrite`"
         )
-    done = np.flatnonzero(store.status == DONE)
+    done = np.flatnonzero(store.status == DONE).tolist()
     changed: dict[str, str] = {}
     if encoder.text:
         hashes = store.facts("text_hash")

@@ -4,7 +4,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from multiprocessing import get_all_start_methods
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -126,7 +126,7 @@ def prepare(dataset: Preparation, workers: int, pin_memory: bool) -> Iterator[Te
     )
 
 
-def _as_made(prepared: Texts | Images) -> Texts | Images:
+def _as_made(prepared: Any) -> Any:
     """Torch's own default would turn arrays into tensors."""
     return prepared
 
@@ -136,7 +136,7 @@ def _start_worker(worker: int) -> None:
     would keep that run's file locks, which it inherits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
 
 
 def hash_of_text(record: Record) -> int:
@@ -154,13 +154,12 @@ def picture_bytes(record: Record) -> int:
 
 def picture_changed(record: Record, size: int, content: int, since: float) -> bool:
     """Whether a picture differs from one of `size` bytes with hash `content`. Read only if modified after `since`."""
-    status = _picture_stat(record)
-    if status is None or picture_bytes(record) != size:
+    source, status = record.image_path, _picture_stat(record)
+    if source is None or status is None or picture_bytes(record) != size:
         return True
     if status.st_mtime <= since:
         return False
     try:
-        source = record.image_path
         return hash64(source.read() if isinstance(source, TarSlice) else source.read_bytes()) != content
     except OSError:
         return True

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -94,6 +95,17 @@ def from_flat(values: Mapping[str, Any]) -> TrainConfig:
     of_train = {f.name for f in fields(TrainConfig)} - {"head"}
     head = HeadConfig(**{name: value for name, value in values.items() if name in of_head})
     return replace(TrainConfig(head), **{name: value for name, value in values.items() if name in of_train})
+
+
+def changed(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
+    """The same training with some fields of its own and its head's set. Raises `UsageError` for names that are none."""
+    values = flat(config)
+    for name in settings:
+        if name not in values:
+            close = get_close_matches(name, values, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UsageError(f"unknown setting {name!r}{hint} (there are {', '.join(values)})")
+    return from_flat({**values, **settings})
 
 
 def settings_read(head: str) -> set[str]:
