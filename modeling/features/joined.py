@@ -364,8 +364,8 @@ class _Join:
         if len(rows):
             raise UsageError(
                 f"{self.caches[name].path}: {dataset} holds NaN or infinite values "
-                f"({_few([self.dataset.ids[row] for row in rows])}); see python feats/inspect_feats.py `verify`, and make "
-                "the cache again with `overwrite`"
+                f"({_few([self.dataset.ids[row] for row in rows])}); see python feats/inspect_feats.py `verify`, and "
+                "make the cache again with `overwrite`"
             )
 
 

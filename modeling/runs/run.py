@@ -78,7 +78,8 @@ class Stacking:
 def opinion(logits: np.ndarray) -> np.ndarray:
     """Log-probabilities less their mean over the classes, (N, C) float64, of logits (N, C)."""
     logits = np.asarray(logits, np.float64)
-    return logits - logits.mean(1, keepdims=True)
+    centred: np.ndarray = logits - logits.mean(1, keepdims=True)
+    return centred
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ class Run:
         return replace(self, members=[m.to(device) for m in self.members])
 
     def feature_folder(self, given: Path | None = None) -> Path:
-        """`given`, or else the folder of the caches the run was trained on. Raises `UsageError` when that isn't found."""
+        """`given`, or else the folder of the caches the run was trained on. Raises `UsageError` when that isn't
+        found."""
         if given is not None:
             return given
         # The working directory has no say: another project's caches have the same names. As long as the run and the
@@ -208,8 +210,8 @@ class Run:
             if same_rows and cached.get("data") != trained.get("data"):
                 raise UsageError(
                     f"the cache {name} in {folder} holds other rows than {self.named} was trained on ("
-                    f"{fingerprint_difference(*({'data': f.get('data')} for f in (cached, trained)))}); name the folder "
-                    "of that run's caches with `feats`, or train again on these"
+                    f"{fingerprint_difference(*({'data': f.get('data')} for f in (cached, trained)))}); name the "
+                    "folder of that run's caches with `feats`, or train again on these"
                 )
             free = FREE_TO_DIFFER if name in self.source.text else (*FREE_TO_DIFFER, "text_clean")
             kept = [{k: v for k, v in f.items() if k not in free} for f in (cached, trained)]
@@ -219,6 +221,13 @@ class Run:
                     f"the cache {name} in {folder} isn't what {self.named} was trained on ({difference}); extract it "
                     "again with the encoder of that run, or train a new head"
                 )
+
+    @property
+    def folder(self) -> Path:
+        """Where it was saved. Raises `UsageError` for a run that wasn't."""
+        if self.path is None:
+            raise UsageError("this run has no folder; save it first")
+        return self.path
 
     @property
     def named(self) -> str:
