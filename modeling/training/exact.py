@@ -1,4 +1,4 @@
-"""Heads in closed form: their hyperparameters by inner folds of the training rows, then one exact fit on all of them."""
+"""Heads in closed form: their hyperparameters by inner folds of the training rows, then one exact fit on all."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 from modeling.features.inputs import Inputs
 from modeling.heads.base import Head
 from modeling.heads.registry import build_head
-from modeling.training.closed_form import fit_kernel, fit_logistic
+from modeling.training.closed_form import KERNEL_GAMMAS, KERNEL_RIDGES, fit_kernel, fit_logistic
 from modeling.training.config import TrainConfig
 from modeling.training.problem import Problem, Trained, class_weights, predict_stack, validation_figures
 
@@ -25,7 +25,7 @@ def solve_linear(configs: Sequence[TrainConfig], problem: Problem, progress: Cal
         inputs, x, targets = _training_matrix(config, problem)
         n_classes = len(problem.classes)
         weights = class_weights(config.class_weights, problem)[targets]
-        C, held_out, search = _search_penalty(config.C, x, targets, weights, n_classes, problem.folds)
+        C, held_out, search = _search_penalty(config.C, x, targets, weights, n_classes, _folds(problem))
         found = fit_logistic(x, targets, n_classes, [C], weights)[0]
         head = build_head(config.head, inputs.widths, n_classes)
         head.load_state_dict({"out.weight": found.weight.T[None].float(), "out.bias": found.bias[None].float()})
@@ -41,7 +41,6 @@ def _search_penalty(
     """The C of least held-out log-loss, tried from the strongest penalty up until it gets worse (weaker ones take
     longest), or the one given; the held-out logits (n, K) it gives; and what was tried."""
     search: list[dict[str, float]] = []
-    best = None
     for tried in LINEAR_CS if C is None else (C,):
         logits = x.new_zeros(len(x), n_classes, dtype=torch.float64)
         for fold in folds.unique():
@@ -50,10 +49,10 @@ def _search_penalty(
             logits[held] = x[held].double() @ found.weight + found.bias
         losses = F.cross_entropy(logits, targets, reduction="none")
         search.append({"C": tried, "loss": float(weights.double() @ losses / weights.sum())})
-        if best is not None and search[-1]["loss"] > search[-2]["loss"]:
+        if len(search) > 1 and search[-1]["loss"] > search[-2]["loss"]:
             break
-        best = tried, logits
-    return *best, search
+        chosen, held_out = tried, logits
+    return chosen, held_out, search
 
 
 def solve_kernel(configs: Sequence[TrainConfig], problem: Problem, progress: Callable[[int], Any]) -> list[Trained]:
@@ -63,9 +62,9 @@ def solve_kernel(configs: Sequence[TrainConfig], problem: Problem, progress: Cal
         inputs, x, targets = _training_matrix(config, problem)
         n_classes = len(problem.classes)
         weights = class_weights(config.class_weights, problem)[targets]
-        given = {"gammas": config.gamma, "ridges": config.ridge}
-        given = {name: [value] for name, value in given.items() if value is not None}
-        found = fit_kernel(x, targets, n_classes, problem.folds, row_weights=weights, **given)
+        gammas = KERNEL_GAMMAS if config.gamma is None else (config.gamma,)
+        ridges = KERNEL_RIDGES if config.ridge is None else (config.ridge,)
+        found = fit_kernel(x, targets, n_classes, _folds(problem), gammas, ridges, weights)
         widths = {**inputs.widths, "support": len(x)}
         head = build_head(config.head, widths, n_classes)
         state = {"support": x, "dual": found.dual, "bias": found.bias, "gamma": torch.tensor(found.gamma)}
@@ -74,6 +73,12 @@ def solve_kernel(configs: Sequence[TrainConfig], problem: Problem, progress: Cal
         results.append(_solved(config, head, inputs, widths, problem, facts, found.held_out))
         progress(1)
     return results
+
+
+def _folds(problem: Problem) -> Tensor:
+    if problem.folds is None:
+        raise ValueError("a closed form chooses by inner folds, and this problem has none; give it `folds`")
+    return problem.folds
 
 
 def _training_matrix(config: TrainConfig, problem: Problem) -> tuple[Inputs, Tensor, Tensor]:

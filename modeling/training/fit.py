@@ -48,7 +48,7 @@ def work(configs: Sequence[TrainConfig], problem: Problem) -> float:
 def stacks(configs: Sequence[TrainConfig], problem: Problem) -> Iterator[list[int]]:
     """Numbers of the configurations that train together: equal in shape, batches and optimiser, as many as fit."""
 
-    def shape(i: int) -> tuple:
+    def shape(i: int) -> tuple[Any, ...]:
         c = configs[i]
         return repr(c.head.resolved()), c.optimizer, c.ep, c.bs, c.balanced_sampler, c.precision
 

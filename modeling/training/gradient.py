@@ -1,9 +1,9 @@
-"""Gradient descent for many heads at once on cached tensors: no DataLoader, batches are index slices of what lies on the
-device.
+"""Gradient descent for many heads at once on cached tensors: no DataLoader, batches are index slices of what lies on
+the device.
 
 The configurations of a stack (see `modeling.heads.layers`) share one forward and one backward pass, each with its own
-learning rate, decay, class weights, batch order, dropout mask and seed. A configuration gives the same result in a stack
-as alone, up to the rounding of differently blocked products.
+learning rate, decay, class weights, batch order, dropout mask and seed. A configuration gives the same result in a
+stack as alone, up to the rounding of differently blocked products.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ from modeling.training.problem import Problem, Trained, class_weights, predict_s
 
 
 def train_stack(configs: Sequence[TrainConfig], problem: Problem, progress: Callable[[int], Any]) -> list[Trained]:
+    """Train configurations of one shape, see `modeling.training.fit.stacks`; `progress` is told epochs times models."""
     first, device, n_classes = configs[0], problem.inputs.device, len(problem.classes)
     inputs = problem.inputs.for_head(first.head)
     head = build_head(first.head, inputs.widths, n_classes, [c.seed for c in configs], device)
@@ -117,7 +118,7 @@ class _Draws:
 
 @dataclass
 class _Group:
-    """Neighbouring models of a stack with the same hyperparameters: slices of each parameter, and Adam's state of them."""
+    """Neighbouring models of a stack with the same hyperparameters: slices of each parameter, and their Adam state."""
 
     part: slice
     peak_lr: float
@@ -147,11 +148,14 @@ class _StackedAdam:
 
     @torch.no_grad()
     def step(self) -> None:
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if len(gradients) < len(self.parameters):
+            raise RuntimeError("some parameters of the head take no part in its logits: they have no gradient")
         for group in self.groups:
             group.lr = group.peak_lr * lr_factor(group.schedule, self.taken, self.steps)
             adam(
                 group.parameters,
-                [p.grad[group.part] for p in self.parameters],
+                [gradient[group.part] for gradient in gradients],
                 group.means,
                 group.squares,
                 [],
@@ -187,7 +191,7 @@ def lr_factor(schedule: str, step: int, steps: int, warmup: float = 0.3) -> floa
         top = warmup * steps - 1
         start, end, share = (
             (1 / 25, 1.0, step / top)
-            if 0 < top and step <= top
+            if top > 0 and step <= top
             else (1.0, 1 / 25e4, (step - top) / max(1e-9, steps - 1 - top))
         )
         return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
@@ -248,6 +252,8 @@ class _Best:
 
     def model(self, m: int, widths: dict[str, int], n_classes: int) -> tuple[Head, dict[str, int], np.ndarray]:
         """Model m as a head of its own, its widths, and its validation logits."""
+        if self.logits is None:
+            raise RuntimeError("no epoch was trained: there is nothing to choose from")
         head = build_head(self.configs[m].head, widths, n_classes)
         head.load_state_dict({name: tensor[m : m + 1].cpu() for name, tensor in self.state.items()})
         return head.eval(), widths, self.logits[m].cpu().numpy()

@@ -35,8 +35,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Trained:
-    """One trained configuration: the head of its best epoch, or of its closed form (one model, on the CPU, in evaluation
-    mode). `history` has a row for each epoch; of a closed form, which has none, one row of validation figures.
+    """One trained configuration: the head of its best epoch, or of its closed form (one model, on the CPU, in
+    evaluation mode). `history` has a row for each epoch; of a closed form, which has none, one row of validation
+    figures.
 
     `failure` says why a training ended early whose loss was no longer finite; such a head is of no use."""
 

@@ -54,7 +54,8 @@ def run_jobs(
             _send(worker, list(problems))
             _send(worker, waiting.pop())
         while busy:
-            for worker in wait(busy):
+            ready = wait(busy)
+            for worker in [worker for worker in busy if worker in ready]:
                 kind, value = _receive(worker)
                 if kind == "error":
                     raise value
