@@ -337,18 +337,18 @@ _FORM = '{"train": [ids], "val": [ids], "test": [ids]}'
 
 
 def _read_csv(path: Path) -> dict[str, list[str]]:
-    rows = list(csv.DictReader(_read(path).splitlines()))
-    columns = list(rows[0]) if rows else []
+    rows = csv.DictReader(_read(path).splitlines())
+    columns = rows.fieldnames or []
     key = next((name for name in ("id", "guid") if name in columns), None)
     if key is None or "split" not in columns:
         raise UsageError(f"{path} has columns {', '.join(map(str, columns)) or '(none)'}; expected id and split")
     parts: dict[str, list[str]] = {}
-    for number, row in enumerate(rows, 2):
+    for row in rows:
         part = (row["split"] or "").strip().lower()
         part = ALIASES.get(part, part)
         if part not in PARTS:
-            raise UsageError(f"{path}, line {number}: split {part!r}; expected train, val or test")
-        parts.setdefault(part, []).append(row[key].strip())
+            raise UsageError(f"{path}, line {rows.line_num}: split {part!r}; expected train, val or test")
+        parts.setdefault(part, []).append((row[key] or "").strip())
     return parts
 
 
