@@ -101,6 +101,14 @@ def test_a_configuration_gives_the_same_alone_and_in_a_stack(name: str, optimize
     assert all(differ(together[0], other) for other in together[1:])
 
 
+def test_seeds_of_one_configuration_give_the_same_alone_and_in_a_stack():
+    problem, config = make_problem(), TrainConfig(HeadConfig("fusion", D=8), "adamw", 1e-2, 0.1, ep=3, bs=16)
+    configs = [replace(config, seed=seed) for seed in range(7)]
+    assert [len(members) for members in stacks(configs, problem)] == [7]
+    for config, found in zip(configs, fit(configs, problem), strict=True):
+        np.testing.assert_allclose(found.val_logits, fit([config], problem)[0].val_logits, rtol=1e-5, atol=1e-5)
+
+
 def test_each_hyperparameter_of_a_stack_has_an_effect():
     problem, base = make_problem(), TrainConfig(HeadConfig("early", D=8), "adamw", 1e-2, 0.1, ep=3, bs=16)
     changes = [{}, {"lr": 1e-3}, {"weight_decay": 1.0}, {"schedule": "cosine"}, {"schedule": "onecycle"}]
@@ -430,6 +438,9 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_rest(monitor: str, patienc
     patient = replace(config, patience=None, seed=4)  # another model, that keeps the stack running
     found = fit([config, patient], problem)[0]
     history = found.history
+    told: list[int] = []
+    fit([config], problem, told.append)
+    assert sum(told) == 30 and len(told) <= len(history) + 1  # what needn't be trained is reported at once
     assert [row["epoch"] for row in history] == list(range(1, len(history) + 1))
     figures = [-row["val_loss"] if monitor == "loss" else row[monitor] for row in history]
     assert found.best_epoch == 1 + int(np.argmax(figures))  # the first of equals
