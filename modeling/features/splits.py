@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from feats.csv_files import parse_csv
+from feats.csv_files import numbered_csv, parse_csv
 from feats.errors import UsageError
 from modeling.features.joined import FeatureSet
 
@@ -422,17 +422,17 @@ _FORM = '{"train": [ids], "val": [ids], "test": [ids]}'
 
 
 def _read_csv(path: Path, known: Collection[str]) -> dict[str, list[str]]:
-    columns, *rows = [row for row in parse_csv(_read(path)) if row] or [[]]
+    (_, columns), *rows = [(line, row) for line, row in numbered_csv(_read(path)) if row] or [(1, [])]
     key = next((name for name in ("id", "guid") if name in columns), None)
     if key is None or "split" not in columns:
         raise UsageError(f"{path} has columns {', '.join(columns) or '(none)'}; expected id and split")
     parts: dict[str, list[str]] = {}
-    for number, row in enumerate(rows, 2):
+    for line, row in rows:
         cells = {**dict.fromkeys(columns, ""), **dict(zip(columns, row, strict=False))}
         part = cells["split"].strip().lower()
         part = ALIASES.get(part, part)
         if part not in PARTS:
-            raise UsageError(f"{path}, line {number}: split {part!r}; expected train, val or test")
+            raise UsageError(f"{path}, line {line}: split {part!r}; expected train, val or test")
         parts.setdefault(part, []).append(_known([cells[key]], known))
     return parts
 
