@@ -140,9 +140,8 @@ def _shown(label: str, tells: float, r: Random) -> str:
 TOPICS = """the new coffee place|our bus ride|the match|this phone update|the concert|my exam|the office move|the street
 market|my haircut|the film|our train trip|the pizza on Main Street|the flat viewing|my first 10k run|the museum|this
 book|our garden|the family dinner|the hotel|the queue at the bakery|the swimming lesson|the bike repair|my new laptop|
-the school play|the boat tour|this playlist|the parking downtown|the job interview|the flight|the neighbours' party""".replace(
-    "\n", " "
-).split("|")
+the school play|the boat tour|this playlist|the parking downtown|the job interview|the flight|the neighbours'
+party""".replace("\n", " ").split("|")
 SENTENCES = {
     "positive": """{topic} was {word}|so {feeling} after {topic}|{topic} made my day|can't stop smiling, {topic} was
 {word}|thank you @{user} for {topic}, {word}|best part of the week: {topic}|{topic} turned out better than I thought|I

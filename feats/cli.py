@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from feats.errors import UsageError
 from feats.extraction.settings import ExtractionSettings
+from feats.interrupts import interruptible
 
 if TYPE_CHECKING:
     from feats.records import DataSet
@@ -131,10 +132,10 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
     return parser
 
 
+@interruptible(signal.SIGINT, signal.SIGTERM)
 def run(name: str, parser: ArgumentParser, argv: Sequence[str] | None = None) -> int:
     """Extract every asked split with encoder `name`; returns the exit status. All of a script's output is here."""
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with warnings.catch_warnings():
         warnings.showwarning = show_warning()
         try:

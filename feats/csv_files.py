@@ -64,11 +64,17 @@ def read_table(path: Path) -> list[dict[str, str]]:
     return [dict(zip(header, row, strict=False)) for row in rows if row]
 
 
+def numbered_csv(text: str) -> list[tuple[int, list[str]]]:
+    """As `parse_csv`, with the number of the line that each row ends on, as an editor counts them."""
+    limit = csv.field_size_limit(LONGEST_CELL)
+    try:
+        rows = csv.reader(io.StringIO(text, newline=""))
+        return [(rows.line_num, row) for row in rows]
+    finally:
+        csv.field_size_limit(limit)
+
+
 def parse_csv(text: str) -> list[list[str]]:
     """As `read_csv`, of a text whose line ends are as they were in the file. A line that isn't in quotes ends with
     "\\n", "\\r\\n" or "\\r", and with no other of Unicode's line separators."""
-    limit = csv.field_size_limit(LONGEST_CELL)
-    try:
-        return list(csv.reader(io.StringIO(text, newline="")))
-    finally:
-        csv.field_size_limit(limit)
+    return [row for _, row in numbered_csv(text)]

@@ -120,7 +120,7 @@ class FeatureStore:
                 self.ids = _decode(self._dataset("id")[:])
             if lock is not None:
                 self._heal()
-            with _damage(path, "status", _REMEDY if self.complete else _RESUME):
+            with _damage(path, "status", self._remedy):
                 self.status: np.ndarray = self._dataset("status")[:]
         except BaseException:
             file.close()
@@ -222,6 +222,11 @@ class FeatureStore:
         return bool(self._file.attrs["complete"])
 
     @property
+    def _remedy(self) -> str:
+        """What to do about a torn chunk."""
+        return _REMEDY if self.complete else _RESUME
+
+    @property
     def quarantine_path(self) -> Path:
         """The CSV of quarantined ids and reasons beside the cache."""
         return quarantine_path(self.path)
@@ -249,7 +254,7 @@ class FeatureStore:
 
     def facts(self, name: str) -> np.ndarray:
         """A dataset of `ROW_FACTS`, (N,); 0 where the row isn't done, and all 0 where the encoder lacks the side."""
-        with _damage(self.path, name):
+        with _damage(self.path, name, self._remedy):
             return self._dataset(name)[:] if name in self._file else np.zeros(len(self), np.uint64)
 
     def content_digest(self) -> str:
@@ -303,6 +308,7 @@ class FeatureStore:
             unsettled = np.union1d(rows, neighbours)
             if self.complete:
                 self._file.attrs.modify("complete", False)
+                self._sync()  # what a kill tears from here on is repaired, in a complete cache it is damage
             if (self.status[unsettled] != PENDING).any():
                 self._set_status(unsettled, PENDING)
             kept = self.reasons.keys() - set(self.ids[rows].tolist()) if self.reasons else set()
@@ -348,6 +354,8 @@ class FeatureStore:
         try:
             changed = int((dataset[:] != new).sum())
         except OSError:  # torn by a kill in the midst of an update
+            for low in range(0, len(new), dataset.chunks[0]):
+                _blank_chunk(dataset, low)
             changed = len(new)
         if changed:
             dataset[:] = new
@@ -424,7 +432,7 @@ class FeatureStore:
             try:
                 dataset[low : low + step]
             except OSError:
-                dataset[low : low + step] = PENDING
+                _blank_chunk(dataset, low)
         pending = dataset[:] == PENDING
         facts = [name for side in ROW_FACTS.values() for name in side if name in self._file]
         for name in [*self.features, *facts]:
@@ -441,7 +449,7 @@ class FeatureStore:
                 try:
                     dataset[low:high]
                 except OSError:
-                    dataset[low:high] = np.full((high - low, *dataset.shape[1:]), dataset.fillvalue, dataset.dtype)
+                    _blank_chunk(dataset, low)
                     self.repaired += int((~pending[first:stop]).sum())
                     self._file["status"][first:stop] = PENDING
         self._sync()
@@ -547,8 +555,7 @@ class FeatureStore:
                 except OSError:
                     bad.append(low)
             if bad:
-                remedy = _REMEDY if self.complete else _RESUME
-                problems.append(f"{name}: {len(bad)} damaged chunks (checksum), the first at {bad[0]}; {remedy}")
+                problems.append(f"{name}: {len(bad)} damaged chunks (checksum), the first at {bad[0]}; {self._remedy}")
         if len(set(self.ids)) != len(self.ids):
             problems.append("id: not unique")
         if not problems:
@@ -665,6 +672,16 @@ def _new(file: h5py.File, name: str, shape: tuple[int, ...], dtype: Any, block_r
     return h5py.Dataset(
         h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype), logical=True), space, plist)
     )
+
+
+def _blank_chunk(dataset: h5py.Dataset, low: int) -> None:
+    """Write the fill value to the chunk that begins at row `low`, whatever is there. An ordinary write of fewer rows
+    than a chunk's, as the last one mostly holds, reads the chunk first and fails where it is torn."""
+    with h5py.File("blank", "w", driver="core", backing_store=False) as spare:
+        blank = _new(spare, "blank", dataset.chunks, dataset.dtype, dataset.chunks[0])
+        blank[:] = dataset.fillvalue
+        first = (0,) * dataset.ndim
+        dataset.id.write_direct_chunk((low, *first[1:]), blank.id.read_direct_chunk(first)[1])
 
 
 def _index_digest(dataset: h5py.Dataset) -> str:

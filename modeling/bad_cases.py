@@ -28,6 +28,7 @@ from modeling.runs.folder import PREDICTION_COLUMNS, open_runs, prediction_rows
 
 
 def build_parser() -> ArgumentParser:
+    """The script's arguments."""
     parser = cli.new_parser(__doc__)
     parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
     parser.add_argument("--run", metavar="RUN", help="a path, or a name in --runs (default: the newest)")
@@ -39,16 +40,18 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
     return cli.guarded(lambda: export(args), "nothing was written")
 
 
 def export(args: Namespace) -> int:
+    """Train on folds of the training rows and write those predicted wrong; returns the exit status."""
     if not 0 <= args.min_confidence <= 1:
         raise UsageError(f"--min-confidence {args.min_confidence:g}: expected a probability, 0 to 1")
     [run] = open_runs(args.runs, [args.run] if args.run else None)
     split = single_split(run)
-    out = args.out or run.path / "bad_cases.csv"
+    out = args.out or run.folder / "bad_cases.csv"
     check_replaceable(out, PREDICTION_COLUMNS)
     source = replace(run.source, folder=run.feature_folder(args.feats))
     print(f"caches {source.folder}")
@@ -76,8 +79,8 @@ def export(args: Namespace) -> int:
     print(format_table(rows, ["true \\ predicted", *run.classes]))
     as_sure = f", {len(listed)} of them with confidence {args.min_confidence:g} or more" if args.min_confidence else ""
     print(
-        f"{len(wrong)} of {len(train_ids)} training rows wrong in {len(folds)}-fold out-of-fold predictions{as_sure}, the "
-        f"surest first -> {out}"
+        f"{len(wrong)} of {len(train_ids)} training rows wrong in {len(folds)}-fold out-of-fold predictions{as_sure}, "
+        f"the surest first -> {out}"
     )
     return EXIT_DONE
 

@@ -3,6 +3,7 @@ are shown. Defaults live in the dataclasses; help shows them."""
 
 import math
 import shlex
+import signal
 import sys
 import warnings
 from argparse import SUPPRESS, ArgumentParser, Namespace
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from feats.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE, HelpFormatter, as_typed, positive, show_warning
 from feats.errors import UsageError
+from feats.interrupts import interruptible
 from modeling.experiment import ExperimentSettings
 from modeling.features.joined import DEFAULT_FOLDER, FeatureSource, caches_with
 from modeling.features.normalizer import NORMS
@@ -44,10 +46,12 @@ OPTION_OF = {"sides": "ablation", "image": "vtype", "text": "ttype"}
 
 
 def new_parser(doc: str) -> ArgumentParser:
+    """A parser that shows defaults and accepts no abbreviations; `doc` describes the script."""
     return ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
 def add_feature_options(parser: ArgumentParser) -> None:
+    """Which caches of each side, their normalisations and scales."""
     group = parser.add_argument_group("features")
     group.add_argument("--feats", type=Path, default=DEFAULT_FOLDER, metavar="DIR", help="folder of caches")
     group.add_argument(
@@ -66,6 +70,7 @@ def add_feature_options(parser: ArgumentParser) -> None:
 
 
 def add_split_options(parser: ArgumentParser) -> None:
+    """Options for every field of `SplitSettings`; ratios and seed that weren't typed are absent from the namespace."""
     group = parser.add_argument_group("split")
     defaults = SplitSettings()
     for name, kind, field, text in (
@@ -92,6 +97,7 @@ def add_split_options(parser: ArgumentParser) -> None:
 
 
 def add_run_options(parser: ArgumentParser) -> None:
+    """The folder of runs, and the device."""
     group = parser.add_argument_group("output and compute")
     group.add_argument("--runs", type=Path, default=run_folder.DEFAULT_FOLDER, metavar="DIR", help="folder of runs")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -106,7 +112,8 @@ def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
     group.add_argument(
         "--recipe",
         choices=(*RECIPES, OWN),
-        help=f"settings of a reference study; {OWN}: of the one the head comes from, the split aside. Typed options win",
+        help=f"settings of a reference study; {OWN}: of the one the head comes from, the split aside. Typed options "
+        "win",
     )
 
     def add(name: str, text: str, **keywords: Any) -> None:
@@ -303,9 +310,8 @@ def print_unread(args: Namespace, heads: Sequence[str], besides: Sequence[str] =
     """Say which typed options do nothing for any of `heads`; `besides`: those that the caller reads."""
     idle = [option for option in unread(args, heads) if option not in besides]
     if idle:
-        print(
-            f"note: {', '.join(idle)} {'does' if len(idle) == 1 else 'do'} nothing for {', '.join(dict.fromkeys(heads))}"
-        )
+        do = "does" if len(idle) == 1 else "do"
+        print(f"note: {', '.join(idle)} {do} nothing for {', '.join(dict.fromkeys(heads))}")
 
 
 def _typed(name: str) -> str:
@@ -343,6 +349,7 @@ def progress_bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], A
         yield bar.update
 
 
+@interruptible(signal.SIGINT)
 def guarded(work: Callable[[], int], interrupted: str, named: Mapping[str, str] = OPTION_OF) -> int:
     """Run a script's work and show what libraries say. Unusable input ends with one line and status 2, an interruption
     with `interrupted` and 130. `named`: settings that the script knows by another name."""

@@ -1,4 +1,4 @@
-"""What lies between settings and a trained run: load, split, train, measure. Scripts and notebooks compose these steps."""
+"""What lies between settings and a trained run: load, split, train, measure. Scripts and notebooks compose these."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,8 +17,9 @@ from modeling.features.joined import FeatureSet, FeatureSource, load_features
 from modeling.features.splits import Split, SplitSettings, deal_folds, duplicates_of, make_splits
 from modeling.heads.base import HeadConfig, head_class
 from modeling.runs.run import Member, Report, Run
-from modeling.training.config import TrainConfig, settings_read, with_seeds
-from modeling.training.fit import Problem, Trained, n_epochs, stacks
+from modeling.training.config import TrainConfig, changed, settings_read, with_seeds
+from modeling.training.fit import n_epochs, stacks
+from modeling.training.problem import Problem, Trained
 from modeling.training.workers import LARGEST_COPY, run_jobs
 
 INNER_FOLDS = 5
@@ -95,7 +96,7 @@ class Experiment:
         return torch.tensor([fold_of[i] for i in ids])
 
     def folds_of(self, ids: Sequence[str], k: int, seed: int = 0) -> list[Split]:
-        """`k` folds of training rows, or as many as the rarest class allows. Raises `UsageError` when it allows none."""
+        """`k` folds of training rows, or as many as the rarest class allows. Raises `UsageError` when that is none."""
         tags, groups = self.features.tags_of(ids), self.groups(ids)
         for fewer in range(max(k, 2), 1, -1):
             try:
@@ -109,9 +110,9 @@ class Experiment:
         if len(distinct[name]) > 1:
             raise refusal
         raise UsageError(
-            f"class {name!r} has {tags.count(name)} training row{'s' if tags.count(name) > 1 else ''}, expected at least "
-            "2 that are no duplicates: folds of the training rows hold some out and learn from the others; add rows of "
-            "it, leave it out, or do without such folds (of the heads only linear and kernel need them)"
+            f"class {name!r} has {tags.count(name)} training row{'s' if tags.count(name) > 1 else ''}, expected at "
+            "least 2 that are no duplicates: folds of the training rows hold some out and learn from the others; add "
+            "rows of it, leave it out, or do without such folds (of the heads only linear and kernel need them)"
         )
 
     def groups(self, ids: Sequence[str]) -> list[int] | None:
@@ -160,27 +161,27 @@ def fit_head(
     seeds: int = 1,
     device: str = "auto",
     progress: Progress = lambda epochs: None,
-    **training: Any,
+    **settings: Any,
 ) -> Run:
     """Train a head on the training rows of `split`; its best epoch and temperature are chosen on the validation rows.
 
     `norm` is one normalisation (none, l2, standard) for all caches, or by cache; `scale` a factor behind it, by cache.
-    `training` are the other fields of `TrainConfig`: lr, ep, bs, optimizer, ... Several `seeds`, or several splits
-    (folds), give an ensemble. What the training said of the validation rows is the run's `report`.
+    `settings` are fields of `HeadConfig` and `TrainConfig`: D, lr, ep, bs, optimizer, ... Several `seeds`, or several
+    splits (folds), give an ensemble. What the training said of the validation rows is the run's `report`.
     Raises `UsageError` for whatever doesn't fit.
     """
-    head = HeadConfig(head) if isinstance(head, str) else head
+    config = changed(TrainConfig(HeadConfig(head) if isinstance(head, str) else head), settings)
     splits = [split] if isinstance(split, Split) else list(split)
     norms = dict.fromkeys(data.source.names, norm) if isinstance(norm, str) else norm
-    data = with_fitting_tokens(data, [head])[0]
+    data = with_fitting_tokens(data, [config.head])[0]
     experiment = Experiment.of(data, splits, norms, scale, device)
-    config = on_features(TrainConfig(head, **training), data)
-    return train_run(with_seeds(config, seeds), experiment, progress)
+    return train_run(with_seeds(on_features(config, data), seeds), experiment, progress)
 
 
 def evaluate(run: Run, data: FeatureSet, ids: Sequence[str] | None = None) -> dict[str, Any]:
-    """Figures of a run on the labelled rows of `ids` (of all without): accuracy, weighted and macro averages, per class,
-    confusion, log-loss, ECE, their intervals, and what the majority class of the run's training rows would score.
+    """Figures of a run on the labelled rows of `ids` (of all without): accuracy, weighted and macro averages, per
+    class, confusion, log-loss, ECE, their intervals, and what the majority class of the run's training rows would
+    score.
 
     See `metrics.figures`. Raises `UsageError` for labels that are no class of the run, and when no row has a label.
     """
@@ -246,7 +247,7 @@ def with_fitting_tokens(data: FeatureSet, heads: Sequence[HeadConfig]) -> tuple[
             notes.append(
                 f"note: {', '.join(owners)} all hold {side} tokens, none are used; name one such cache to use its own"
             )
-            data = replace(data, **{tokens: {}})
+            data = data.only({tokens: ()})
     return data, notes
 
 
@@ -381,10 +382,8 @@ def needed_source(members: Sequence[Member], source: FeatureSource) -> FeatureSo
     """`source` without the caches that no member reads."""
     read = {side: {c for m in members for c in m.preprocessing.caches[side]} for side in SIDES}
     image, text = (tuple(name for name in source.of(side) if name in read[side]) for side in SIDES)
-    fingerprints, contents = (
-        {name: fact for name, fact in facts.items() if name in (*image, *text)}
-        for facts in (source.fingerprints, source.contents)
-    )
+    fingerprints = {name: fingerprint for name, fingerprint in source.fingerprints.items() if name in (*image, *text)}
+    contents = {name: digest for name, digest in source.contents.items() if name in (*image, *text)}
     tokens = any(key.split("/")[0].endswith("_tokens") for m in members for key in m.preprocessing.normalizers)
     return FeatureSource(source.folder, image, text, tokens, fingerprints, contents)
 

@@ -27,6 +27,7 @@ SHOWN = 50  # left out rows named on stderr
 
 
 def build_parser() -> ArgumentParser:
+    """The script's arguments."""
     parser = cli.new_parser(__doc__)
     cached = parser.add_argument_group("cached rows")
     cached.add_argument(
@@ -64,11 +65,13 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
     return cli.guarded(lambda: work(args), "nothing was written", named={})
 
 
 def work(args: Namespace) -> int:
+    """Predict cached rows or raw pairs, show how they are distributed, write them; returns the exit status."""
     one_pair = args.image is not None or args.text is not None
     if one_pair and args.csv:
         raise UsageError("--csv together with --image or --text; give a manifest or one pair")
@@ -100,13 +103,16 @@ def work(args: Namespace) -> int:
 
 def output_file(args: Namespace, runs: Sequence[Run]) -> Path | None:
     """Where the predictions go; one raw pair's to the screen only, unless --out says otherwise."""
-    if args.out or args.image is not None or args.text is not None:
-        return args.out
+    chosen: Path | None = args.out
+    if chosen or args.image is not None or args.text is not None:
+        return chosen
     name = args.csv.stem if args.csv else args.split
-    return (runs[0].path if len(runs) == 1 else args.runs) / f"submission_{name}.csv"
+    folder: Path = runs[0].folder if len(runs) == 1 else args.runs
+    return folder / f"submission_{name}.csv"
 
 
 def predict_raw(args: Namespace, runs: Sequence[Run], voting: VoteSettings, device: torch.device) -> Predictions:
+    """Predictions of the pair or the manifest that was typed, encoded into caches that are gone afterwards."""
     from modeling.evaluation import raw_pairs  # encoders and their libraries: slow to import, for raw pairs only
 
     weights = named_weights(args.weights)
@@ -125,6 +131,7 @@ def named_weights(items: Sequence[str]) -> dict[str, str]:
 
 
 def warn_of_gaps(predictions: Predictions) -> None:
+    """Say on stderr which rows lack features, and what stands in for them."""
     for rows, what in (
         (predictions.left_out, f"have no features and get the most common class, {predictions.fallback}"),
         (predictions.partly, "lack features of some runs and are left to the others"),

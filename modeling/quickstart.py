@@ -17,7 +17,7 @@ from feats.cli import EXIT_DONE, EXIT_INTERRUPTED
 from feats.csv_files import read_csv
 from feats.errors import UsageError
 from modeling import cli
-from modeling.heads.registry import HeadConfig
+from modeling.heads.base import HeadConfig
 from modeling.search.sweep import best_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +27,7 @@ HEADS = ("fusion", "concat", "weighted_sum", "mlp", "linear", "kernel")
 
 
 def build_parser() -> ArgumentParser:
+    """The script's arguments."""
     parser = cli.new_parser(__doc__)
     parser.add_argument("--data", type=Path, metavar="DIR|FILE", help="your own pairs (default: a synthetic sample)")
     parser.add_argument("--vtype", nargs="+", default=["efficientnet"], metavar="ENCODER", help="of the image side")
@@ -36,18 +37,20 @@ def build_parser() -> ArgumentParser:
         "--out",
         type=Path,
         metavar="DIR",
-        help=f"where all of it goes (default: a folder for each data set, {OUT / SAMPLE.name} or {OUT}/<name of --data>-"
-        "<hash of its path>)",
+        help=f"where all of it goes (default: a folder for each data set, {OUT / SAMPLE.name} or {OUT}/<name of "
+        "--data>-<hash of its path>)",
     )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
     return cli.guarded(lambda: quickstart(args), "run the same command to go on where it was")
 
 
 def quickstart(args: Namespace) -> int:
+    """Run the commands one after the other and say where everything lies; returns the exit status."""
     start = time.perf_counter()
     out, data = args.out or default_out(args.data), args.data or SAMPLE
     feats, runs = out / "feats", out / "runs"
@@ -113,7 +116,8 @@ def print_score(predictions: Path, truth: Path) -> None:
     predicted, true = (dict(read_csv(path)) for path in (predictions, truth))
     right = sum(predicted[name] == true[name] for name in true if name != "guid")
     print(
-        f"of the sample's {len(true) - 1} unlabelled pairs {right} are predicted right (drawn data: only a demonstration)"
+        f"of the sample's {len(true) - 1} unlabelled pairs {right} are predicted right (drawn data: only a "
+        "demonstration)"
     )
 
 

@@ -8,7 +8,7 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.cli import EXIT_DONE
+from feats.cli import EXIT_DONE, as_typed
 from feats.errors import UsageError
 from modeling import cli
 from modeling.evaluation.metrics import format_table
@@ -22,6 +22,7 @@ NAME = "sweep"
 
 
 def build_parser() -> ArgumentParser:
+    """The script's arguments."""
     parser = cli.new_parser(__doc__)
     cli.add_feature_options(parser)
     cli.add_split_options(parser)
@@ -37,6 +38,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; returns its exit status."""
     args, command = build_parser().parse_args(argv), cli.command_line(argv)
     if args.auto:
         return cli.guarded(lambda: search(args, command), "nothing was saved")
@@ -45,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(args: Namespace, command: str) -> int:
+    """Train what isn't finished of a grid, and write and show its tables; returns the exit status."""
     grid, settings = cli.grid_from(args), cli.experiment_settings(args)
     cli.print_unread(args, [head.head for head in grid.heads], besides=["--monitor"])
     experiment = load_experiment(settings, grid.heads)
@@ -62,7 +65,7 @@ def compare(args: Namespace, command: str) -> int:
             save_run(run_of(outcomes, experiment), folder / names[waiting[k]], overwrite=True, command=command)
     diverged = {names[waiting[k]]: reason for k, reason in failed.items()}
     tables = sweep.compare(folder, configs, names, experiment, grid.monitor, diverged)
-    print(cli.as_typed(tables.text, cli.OPTION_OF))
+    print(as_typed(tables.text, cli.OPTION_OF))
     tables.write(folder)
     best = folder / tables.best
     print(f"{len(configs)} runs, table.csv and table.md -> {folder}")
@@ -77,11 +80,12 @@ def distinct(grid: cli.Grid, experiment: Experiment) -> list[TrainConfig]:
 
 
 def search(args: Namespace, command: str) -> int:
+    """Search by inner folds, show the candidates, save the ensemble; returns the exit status."""
     chosen = [f"--{name}" for name in ("norm", "scale", "seeds", "name") if getattr(args, name)]
     if chosen:
         raise UsageError(
-            f"--auto with {', '.join(chosen)}: it chooses normalisation and scales by itself, trains one seed and leaves "
-            "a run beside the sweeps; leave these out, or compare heads without --auto"
+            f"--auto with {', '.join(chosen)}: it chooses normalisation and scales by itself, trains one seed and "
+            "leaves a run beside the sweeps; leave these out, or compare heads without --auto"
         )
     grid, settings = cli.grid_from(args), cli.experiment_settings(args)
     named = "head" in vars(args)
@@ -94,8 +98,8 @@ def search(args: Namespace, command: str) -> int:
     idle = cli.unread(args, heads)
     if idle:
         raise UsageError(
-            f"--auto with {', '.join(idle)}: does nothing for the heads it searches ({', '.join(heads)}); leave it out, or "
-            "name heads that read it with --head"
+            f"--auto with {', '.join(idle)}: does nothing for the heads it searches ({', '.join(heads)}); leave it "
+            "out, or name heads that read it with --head"
         )
     configs = distinct(grid, experiment)
     with cli.progress_bar("search", auto.n_fits(experiment, configs), "fit") as progress:

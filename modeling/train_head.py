@@ -17,6 +17,7 @@ from modeling.training.config import with_seeds
 
 
 def build_parser() -> ArgumentParser:
+    """The script's arguments."""
     parser = cli.new_parser(__doc__)
     cli.add_feature_options(parser)
     cli.add_split_options(parser)
@@ -27,11 +28,13 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
     return cli.guarded(lambda: work(args, cli.command_line(argv)), "nothing was saved")
 
 
 def work(args: Namespace, command: str) -> int:
+    """Train one configuration, show its figures, save it; returns the exit status."""
     grid, settings = cli.grid_from(args), cli.experiment_settings(args)
     cli.print_unread(args, [head.head for head in grid.heads])
     experiment = load_experiment(settings, grid.heads)

@@ -1,7 +1,8 @@
 """Tiny data sets, made afresh for each test."""
 
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 # Two test processes on two cores: with two threads each, tiny models spend their time waiting for one another.
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}  # for scripts: this tree, whatever is installed
 WORDS = "sun rain happy sad train lunch goal winter #music :) game city the a my so very good bad news".split()
 LABELS = ("positive", "negative", "neutral")
 
@@ -40,3 +42,13 @@ def make_course(
 def course(tmp_path: Path) -> Path:
     """20 labelled pairs and 6 without labels."""
     return make_course(tmp_path / "set", 20, 6)
+
+
+@pytest.fixture
+def in_foreground() -> Iterator[None]:
+    """SIGINT and SIGTERM as a script in the foreground finds them: a shell's background jobs, as tests may be, ignore
+    SIGINT."""
+    before = [signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)]
+    yield
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        signal.signal(number, handler)

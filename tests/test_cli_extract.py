@@ -5,12 +5,14 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -18,6 +20,7 @@ import pytest
 import torch
 from conftest import ROOT, make_course
 from PIL import Image
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from feats import efficientnet_extract_feats, minilm_extract_feats, ngrams_extract_feats, vader_extract_feats
 from feats.store import DONE, QUARANTINED, FeatureStore
@@ -375,6 +378,47 @@ def test_overwrite_goes_on_only_with_its_own_beginning(change: str, tmp_path: Pa
     assert f" {6 if goes_on else 70} encoded now" in capsys.readouterr().out
     assert efficientnet(data, tmp_path / "calm", "--batch-size", "2", *more) == 0
     assert_same(cache, tmp_path / "calm" / "efficientnet_train.h5")
+
+
+@pytest.mark.usefixtures("in_foreground")
+@pytest.mark.parametrize("moment", ["__init__", "_shutdown_workers"])
+def test_interrupted_while_workers_start_or_end(
+    moment: str, course: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    """There an interruption would cut a fork in two, or be lost in a finalizer."""
+    whole = getattr(_MultiProcessingDataLoaderIter, moment)
+    came = []
+
+    def interrupted(self: Any, *args: Any) -> None:
+        if not came:
+            came.append(moment)
+            signal.raise_signal(signal.SIGINT)
+            came.append("not cut short")
+        whole(self, *args)
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, moment, interrupted)
+    arguments = ["--data", str(course), "--out", str(tmp_path / "out"), "--model", "lite0", "--workers", "1"]
+    assert efficientnet_extract_feats.main(arguments) == 130
+    error = capfd.readouterr().err
+    assert "interrupted: the cache is intact" in error and "Traceback" not in error and came[1:] == ["not cut short"]
+
+
+def test_interrupted_while_taking_pictures_from_a_worker(
+    course: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    """The worker finds that nobody takes them any more, and has nothing to say about it."""
+
+    def hang_up(address: str, authkey: bytes) -> None:
+        with socket.socket(socket.AF_UNIX) as to_worker:
+            to_worker.connect(address)
+        time.sleep(0.2)  # for the worker to notice
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("multiprocessing.connection.Client", hang_up)
+    arguments = ["--data", str(course), "--out", str(tmp_path / "out"), "--model", "lite0", "--workers", "1"]
+    assert efficientnet_extract_feats.main(arguments) == 130
+    error = capfd.readouterr().err
+    assert "interrupted: the cache is intact" in error and "Traceback" not in error
 
 
 # Imports once, then forks runs and kills them: twenty kills cost twenty extractions, not twenty imports. A run tells

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import caches
 import h5py
 import numpy as np
 import pytest
@@ -21,17 +22,16 @@ import sklearn.metrics as reference
 from caches import CLASSES, make_cache, make_tags
 from conftest import ROOT
 from safetensors.torch import load_file
+from scipy.spatial.distance import cdist
 from scipy.stats import beta
 
 from feats.errors import UsageError
 from feats.store import FeatureStore
-from modeling import cli, sweep_heads, train_head
-from modeling import experiment as ex
+from modeling import cli, experiment as ex, sweep_heads, train_head
 from modeling.features.joined import load_features
 from modeling.heads.base import ABLATIONS
 from modeling.runs.folder import load_run, newest_run, read_predictions
-from modeling.search import auto
-from modeling.search import sweep as sweep_module
+from modeling.search import auto, sweep as sweep_module
 from modeling.search.sweep import best_run
 from modeling.training import closed_form
 
@@ -578,6 +578,42 @@ def test_auto_stacks_the_sides_of_one_cache(feats: Path, tmp_path: Path):
     stacked = {c["caches"] for c in content(path, "metrics")["candidates"] if c["stacked"]}
     assert stacked == {"image clip + text clip", "image clip", "text clip"}
     assert {m.config.head.sides for m in load_run(path).members} == set(ABLATIONS)
+
+
+@pytest.mark.parametrize("norm", ["l2", "standard"])
+def test_auto_makes_caches_equally_loud_and_scores_a_tenth_as_loud(
+    norm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In the squared distances that a kernel sees. A cache of 16 columns or fewer holds scores: rows of length 1 would
+    lose what they say by theirs."""
+    folder = tmp_path / "feats"
+    for name, widths in {"wide": (17, None), "wider": (None, 40), "scores": (None, 16)}.items():
+        monkeypatch.setitem(caches.WIDTHS, name, widths)
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(90, 17)) + 3 * np.eye(3, 17)[[CLASSES.index(tag) for tag in make_tags(90)]]
+    if norm == "l2":  # fits rows of all lengths
+        rows *= rng.permutation(np.linspace(0.1, 10, 90))[:, None]
+    else:  # ... columns of all sizes: the last is noise
+        rows[:, -1] *= 100
+    make_cache(folder, "wide", changed={"image_feats": rows.astype(np.float16)})
+    make_cache(folder, "wider")
+    make_cache(folder, "scores")
+    argv = ["--vtype", "wide", "--ttype", "wider", "scores", "--head", "kernel", "--gamma", "1", "--ridge", "1"]
+    path = searched(folder, tmp_path / "runs", *argv)
+    chosen = {c["caches"]: c["norm"] for c in content(path, "metrics")["candidates"] if c["stacked"]}
+    assert chosen["image wide + text wider + text scores"] == norm
+    (member,) = [m for m in load_run(path).members if m.config.head.sides == ("image", "text")]
+    ids = content(path, "split")["train"]
+    *loud, scores = (
+        caches.read(folder, *source, ids)
+        for source in (("wide", "image_feats"), ("wider", "text_feats"), ("scores", "text_feats"))
+    )
+    if norm == "l2":
+        loud = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in loud]
+    else:
+        *loud, scores = ((x - x.mean(0)) / x.std(0) / x.shape[1] ** 0.5 for x in (*loud, scores))
+    expected, found = np.hstack([*loud, 0.1**0.5 * scores]), np.asarray(member.head.support[0], np.float64)
+    np.testing.assert_allclose(cdist(found, found), cdist(expected, expected), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

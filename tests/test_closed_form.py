@@ -163,6 +163,13 @@ def test_kernel_does_not_depend_on_scale_or_on_fold_numbers():
     assert torch.allclose(*logits, atol=1e-6)
 
 
+def test_two_folds_are_enough():
+    x, y = problem(2, rows=60, columns=15)
+    folds = fold_numbers(60, 2)
+    fit = fit_kernel(*map(torch.tensor, (x, y)), 2, torch.tensor(folds), [1.0], [1.0])
+    assert fit.held_out.shape == (60, 2) and fit.loss < np.log(2)
+
+
 def test_kernel_sees_what_no_line_separates():
     rng = np.random.default_rng(0)
     x = rng.uniform(-1, 1, (400, 2))
@@ -199,6 +206,8 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch):
     x, y, folds = torch.randn(20, 3), torch.tensor([0, 1] * 10), torch.arange(20) % 4
     with pytest.raises(UsageError, match="C 1, 0: expected numbers above 0"):
         fit_logistic(x, y, 2, [1.0, 0.0])
+    with pytest.raises(UsageError, match=r"C \(none\): expected numbers above 0"):
+        fit_logistic(x, y, 2, [])
     with pytest.raises(UsageError, match=r"rows per class \[10, 10, 0\], expected some in each of 3"):
         fit_logistic(x, y, 3, [1.0])
     with pytest.raises(ValueError, match=r"features \(20, 3\), targets \(19,\): expected"):

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from feats.csv_files import LONGEST_CELL, parse_csv, read_csv, read_table, write_csv, write_rows, write_table
 from feats.store import QUARANTINED, FeatureStore

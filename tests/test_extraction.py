@@ -15,24 +15,17 @@ import torch
 from conftest import ROOT, make_course
 
 import feats
-from feats import (
-    ExtractionSettings,
-    FeatureStore,
-    Record,
-    UsageError,
-    extract,
-    inspect_feats,
-    load_encoder,
-    read_dataset,
-)
-from feats import store as st
+from feats import inspect_feats, store as st
 from feats.encoders.base import Encoder, Features, ImageSide, Loading, TextSide, Tokens
+from feats.encoders.registry import load_encoder
+from feats.errors import UsageError
 from feats.extraction.encode import encode_block, encode_blocks
-from feats.extraction.local import create_store, write_block
+from feats.extraction.local import create_store, extract, write_block
 from feats.extraction.plan import make_plan
+from feats.extraction.settings import ExtractionSettings
 from feats.images import ResizeCrop
-from feats.records import Pairs
-from feats.store import DONE, PENDING
+from feats.records import Pairs, Record, read_dataset
+from feats.store import DONE, PENDING, FeatureStore
 
 ALONE = ExtractionSettings(workers=0, batch_size=2)  # blocks of 16 rows
 

@@ -15,7 +15,8 @@ from modeling.features.joined import Ragged
 from modeling.heads.base import Batch, Head, HeadConfig, n_parameters
 from modeling.heads.registry import HEADS, build_head
 from modeling.training.config import TrainConfig
-from modeling.training.fit import Problem, fit
+from modeling.training.fit import fit
+from modeling.training.problem import Problem
 
 WIDTHS = {
     "equal": {"image": 6, "text": 6, "image_tokens": 6, "image_positions": 4, "text_tokens": 6, "support": 4},

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import sklearn.metrics as reference
+from scipy import special
 from scipy.optimize import minimize_scalar
 from scipy.stats import beta, binomtest
 
@@ -58,6 +59,30 @@ def test_figures_are_scikit_learn_s(n: int, n_classes: int):
     assert json.loads(json.dumps(found)) == found  # plain JSON values all the way down
     low, high = found["interval"]["accuracy"]
     assert low <= found["accuracy"] <= high
+    assert found["majority"]["class"] == "class 1" and found["majority"]["accuracy"] == np.mean(labels == 1)
+    assert found["ece"] == expected_calibration_error(labels, probabilities)
+    other = evaluate(labels, probabilities, classes, bins=4, resamples=200)
+    assert other["ece"] == expected_calibration_error(labels, probabilities, 4) and "majority" not in other
+
+
+def test_figures_of_single_rows():
+    """A class with one row, and one row in all, count as they are."""
+    figures = scores(np.array([[1, 0], [0, 0]]))
+    assert (figures["accuracy"], figures["weighted_f1"], figures["macro_recall"]) == (1, 1, 0.5)
+    assert all(value == 1 for value in scores(np.eye(3, dtype=int)).values())
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_figures_are_computed_in_double_precision(dtype: type):
+    """Whatever the probabilities and logits come in: the figures are those of the same numbers."""
+    labels, logits = example(200, 3)
+    given, probabilities = logits.astype(dtype), softmax(logits).astype(dtype)
+    assert np.array_equal(softmax(given), softmax(given.astype(np.float64)))
+    assert fit_temperature(given, labels) == fit_temperature(given.astype(np.float64), labels)
+    for figure in (log_loss, expected_calibration_error):
+        assert figure(labels, probabilities) == figure(labels, probabilities.astype(np.float64))
+    found, expected = (evaluate(labels, p, ["a", "b", "c"]) for p in (probabilities, probabilities.astype(np.float64)))
+    assert found == expected
 
 
 def test_scores_of_many_confusion_matrices_at_once():
@@ -84,6 +109,8 @@ def test_log_loss_of_a_certain_error_is_finite():
     probabilities = np.array([[1.0, 0.0], [0.5, 0.5]])
     labels = np.array([1, 0])
     assert log_loss(labels, probabilities) == pytest.approx(reference.log_loss(labels, probabilities))
+    assert evaluate(labels, probabilities, ["a", "b"])["log_loss"] == log_loss(labels, probabilities)
+    assert log_loss(np.array([0]), np.array([[1.004, 0.0]])) == 0  # a probability in half precision
 
 
 # -- calibration ------------------------------------------------------------------------------------------------
@@ -95,15 +122,16 @@ def test_ece_by_hand_and_by_brute_force():
     # Bins of width 0.1: two rows in (.9, 1] (.92 wrong, 1.0 wrong), one in (.8, .9] right, one in (.6, .7] right.
     expected = (abs(0 - (0.92 + 1.0)) + (1 - 0.9) + (1 - 0.7)) / 4
     assert expected_calibration_error(labels, probabilities, 10) == pytest.approx(expected)
-    labels, logits = example(500, 4)
-    probabilities = softmax(logits)
-    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
-    expected = 0.0
-    for b in range(15):
-        inside = (confidence > b / 15) & (confidence <= (b + 1) / 15)
-        if inside.any():
-            expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
-    assert expected_calibration_error(labels, probabilities) == pytest.approx(expected, rel=1e-12)
+    for n_classes, scale in ((4, 1.0), (17, 0.2)):  # confidences of 1/17 and up fill the lowest bins, too
+        labels, logits = example(500, n_classes)
+        probabilities = softmax(logits * scale)
+        confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+        expected = 0.0
+        for b in range(15):
+            inside = (confidence > b / 15) & (confidence <= (b + 1) / 15)
+            if inside.any():
+                expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+        assert expected_calibration_error(labels, probabilities) == pytest.approx(expected, rel=1e-12)
 
 
 def test_perfect_calibration_is_near_zero():
@@ -113,7 +141,7 @@ def test_perfect_calibration_is_near_zero():
     assert expected_calibration_error(labels, np.stack([p, 1 - p], 1)) < 0.006
 
 
-@pytest.mark.parametrize("scale", [0.1, 1.0, 7.0])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 7.0, 40.0])  # the last: a temperature of 77
 def test_temperature_minimises_the_log_loss(scale: float):
     labels, logits = example(300, 3)
     logits = logits * scale
@@ -125,16 +153,25 @@ def test_temperature_minimises_the_log_loss(scale: float):
         options={"xatol": 1e-9},
     )
     assert found == pytest.approx(np.exp(best.x), rel=1e-4)
-    assert fit_temperature(logits * 2, labels) == pytest.approx(2 * found, rel=1e-6)
+    if 2 * found < 100:
+        assert fit_temperature(logits * 2, labels) == pytest.approx(2 * found, rel=1e-6)
     assert fit_temperature(logits + 50, labels) == pytest.approx(found, rel=1e-6)
 
 
 def test_temperature_of_separable_and_hopeless_rows_is_bounded():
     logits = np.eye(3) * 4
     assert fit_temperature(logits, np.arange(3)) == 0.01
-    assert fit_temperature(-logits, np.arange(3)) == 100
+    assert fit_temperature(-logits, np.arange(3)) == fit_temperature(-logits / 100, np.arange(3)) == 100
+    labels, logits = example(300, 3)  # of an optimum at 1.9
+    assert fit_temperature(logits * 0.004, labels) == 0.01 and fit_temperature(logits * 80, labels) == 100
     with pytest.raises(ValueError, match="finite"):
         fit_temperature(np.full((2, 2), np.nan), np.array([0, 1]))
+
+
+def test_softmax_is_scipy_s():
+    logits = example(50, 4)[1]
+    np.testing.assert_allclose(softmax(logits), special.softmax(logits, axis=1), rtol=1e-12)
+    np.testing.assert_allclose(softmax(logits, 3.0), special.softmax(logits / 3, axis=1), rtol=1e-12)
 
 
 def test_softmax_does_not_overflow():
@@ -257,6 +294,8 @@ def test_resampled_figures_are_those_of_resampled_rows(figure: str, monkeypatch:
     monkeypatch.setattr(metrics, "BLOCK_COUNTS", 100_000)  # several blocks
     found = metrics.resampled(labels, predictions, 3, figure, draws=20_000)
     assert found.shape == (20_000, 3) and (found[:, 0] == found[:, 2]).all()
+    assert np.array_equal(found, metrics.resampled(labels, predictions, 3, figure, resamples=20_000))
+    assert not np.array_equal(found, metrics.resampled(labels, predictions, 3, figure, resamples=20_000, seed=1))
     rng, drawn = np.random.default_rng(2), []
     for _ in range(3000):
         rows = rng.integers(0, 200, 200)
@@ -269,6 +308,12 @@ def test_resampled_figures_are_those_of_resampled_rows(figure: str, monkeypatch:
     assert metrics.two_sided_p(found) == pytest.approx(expected, abs=0.02)
 
 
+def test_an_interval_holds_its_share_of_the_samples():
+    drawn = np.random.default_rng(0).permutation(np.linspace(0, 1, 1001))
+    assert metrics.interval(drawn) == pytest.approx([0.025, 0.975])
+    assert metrics.interval(drawn, 0.5) == pytest.approx([0.25, 0.75])
+
+
 def test_p_of_nothing_and_of_everything():
     assert metrics.two_sided_p(np.zeros(99)) == metrics.two_sided_p(np.full(99, 1e-17)) == 1
     assert metrics.two_sided_p(np.ones(999)) == metrics.two_sided_p(-np.ones(999)) == 0.002
@@ -278,6 +323,7 @@ def test_mean_std():
     results = [{"accuracy": a, "n": 4, "classes": ["x"], "interval": {}} for a in (0.5, 0.7, 0.9)]
     found = mean_std(results)
     assert found["accuracy"] == pytest.approx({"mean": 0.7, "std": 0.2, "n": 3}) and set(found) == {"accuracy", "n"}
+    assert mean_std(results[:2])["accuracy"]["std"] == pytest.approx(0.02**0.5)
     assert mean_std(results[:1])["accuracy"] == {"mean": 0.5, "std": None, "n": 1} and mean_std([]) == {}
 
 
@@ -303,6 +349,25 @@ def test_markdown_table():
         r"| a\|b   |   8 |          |",
     ]
     assert format_table([], ["head"]) == "head\n----"
+    assert format_table([{"head": "two\nlines"}], ["head"], markdown=True).split("\n")[2:] == ["| two lines |"]
+
+
+def test_columns_that_are_not_all_numbers_stand_to_the_left():
+    rows = [{"a": 1, "b": None, "c": 0.5}, {"a": "two", "b": None, "c": np.float32(2)}]
+    assert format_table(rows, ["a", "b", "c"]).split("\n")[0] == "a    b        c"
+
+
+def test_the_rows_of_a_set_of_figures():
+    """What is under a name, its intervals, and the majority."""
+    labels, logits = example(100, 2)
+    figures = evaluate(labels, softmax(logits), ["x", "y"], majority="y")
+    rows = metrics.figure_rows(figures, "val")
+    assert [row["rows"].strip() for row in rows] == ["val", "95 %", "always y"]
+    for name in metrics.AVERAGES:
+        low, high = figures["interval"][name]
+        expected = [figures[name], f"{low:.3f}-{high:.3f}", figures["majority"][name]]
+        assert [row[name] for row in rows] == expected
+    assert rows[0]["log_loss"] == figures["log_loss"]
 
 
 @pytest.mark.parametrize(
@@ -317,6 +382,7 @@ def test_markdown_table():
         ([0], [[np.nan, 0.5]], "finite and not negative"),
         ([0], [[-0.5, 1.5]], "finite and not negative"),
         ([0], [[3.0, 1.0]], "sum to 1 in each row; are these logits"),
+        ([0, 0], [[0.5, 0.5], [0.6, 0.5]], "sum to 1 in each row"),
     ],
 )
 def test_what_is_no_prediction(labels: list, probabilities: list, match: str):

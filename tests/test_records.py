@@ -388,6 +388,43 @@ def test_refused(tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
+# Lines as an editor counts them, behind blank ones and cells of several lines.
+PLACES = {
+    "course columns": ("train.txt", "\n\nguid,tag,age\n1,a,3\n", "train.txt line 3: columns guid,tag,age"),
+    "course empty id": ("train.txt", "guid,tag\n\n1,a\n\n,b\n", "train.txt line 5: empty id"),
+    "course repeated": ("train.txt", "guid,tag\n\n1,a\n2,b\n\n1,c\n", r"'1' \(train.txt line 3 and train.txt line 6\)"),
+    "mvsa empty id": (
+        "labelResultAll.txt",
+        "ID\ttext,image\n\n1\tneutral,neutral\n\tneutral,neutral\n",
+        "labelResultAll.txt line 4: empty id",
+    ),
+    "csv empty id": ("m.csv", 'id,text\n1,"a\nb"\n\n,c\n', "m.csv line 5: empty id"),
+    "csv cells": ("m.csv", 'id,text\n1,"a\n\nb"\n2,c,d\n', "m.csv line 5: 3 cells"),
+    "csv split": ("m.csv", "id,text,split\n\n1,a,?\n", "m.csv line 3: split"),
+    "csv invalid": ("m.csv", 'id,text\n\n1,a\n2,"b"c\n', "m.csv line 4: not valid CSV"),
+    "jsonl invalid": ("m.jsonl", '\n{"id": 1, "text": "a"}\n\n{"id": 2,\n', "m.jsonl line 4: not valid JSON"),
+    "jsonl list": ("m.jsonl", '{"id": 1, "text": "a"}\n\n[]\n', "m.jsonl line 3: a JSON list"),
+    "jsonl key": ("m.jsonl", '{"id": 1, "text": "a"}\n\n{"id": 1, "txt": ""}\n', "m.jsonl line 3: unknown column"),
+    "jsonl nested": ("m.jsonl", '\n{"id": 1, "text": ["a"]}\n', "m.jsonl line 2: text is a JSON list"),
+    "jsonl repeated": ("m.jsonl", '{"id": 1, "text": "a"}\n\n{"id": 1, "text": "b"}\n', "m.jsonl line 1 and m.jsonl line 3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_the_place_of_a_fault_is_told(tmp_path, case):
+    name, content, message = PLACES[case]
+    write(tmp_path, {name: content})
+    with pytest.raises(UsageError, match=message):
+        read_dataset(tmp_path / name if name.startswith("m.") else tmp_path)
+
+
+def test_the_place_of_a_fault_in_a_shard_is_told(tmp_path):
+    for shard, key in (("train-0.tar", "k1"), ("train-1.tar", "k2")):
+        tar(tmp_path / shard, [(f"{key}.txt", "x"), (f"{key}.json", '{"id": "same"}')])
+    with pytest.raises(UsageError, match=r"'same' \(train-0.tar k1 and train-1.tar k2\)"):
+        read_dataset(tmp_path)
+
+
 def test_only_five_repeated_ids_are_named(tmp_path):
     write(tmp_path, {"train.txt": "".join(f"{i},a\n" for i in range(8)) * 2})
     with pytest.raises(UsageError, match="8 repeated ids") as caught:
@@ -423,8 +460,8 @@ def test_broken_json_in_a_shard(tmp_path):
 @pytest.mark.parametrize(("rows", "warned"), [(99, False), (100, True)])
 def test_label_typo_is_warned_about_by_name(tmp_path, rows, warned):
     labels = ["postive", *["positive", "negative"] * 60][:rows]
-    write(tmp_path, {"train.txt": "".join(f"{i},{label}\n" for i, label in enumerate(labels))})
-    expected = "label 'postive' is seen once among 100 rows (train.txt line 1); is it 'positive'?"
+    write(tmp_path, {"train.txt": "\n\n" + "".join(f"{i},{label}\n" for i, label in enumerate(labels))})
+    expected = "label 'postive' is seen once among 100 rows (train.txt line 3); is it 'positive'?"
     assert read_dataset(tmp_path).warnings == ([expected] if warned else [])
 
 

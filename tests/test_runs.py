@@ -22,8 +22,7 @@ from caches import make_cache
 from safetensors.torch import load_file, save_file
 
 from feats.errors import UsageError
-from modeling import cli, train_head
-from modeling import experiment as ex
+from modeling import cli, experiment as ex, train_head
 from modeling.evaluation.metrics import softmax
 from modeling.features.joined import FeatureSet, load_features
 from modeling.features.normalizer import Normalizer

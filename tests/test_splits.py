@@ -93,9 +93,13 @@ def test_a_split_never_changes():
     ids = [str(i) for i in range(30)]
     split = deal_split(ids, ["a", "b", "b"] * 10, 0.2, seed=7)
     assert split.val == PINNED
+    groups = [i * i % 25 if i % 3 else 100 + i for i in range(60)]
+    labels = ["a" if i % 5 < 3 else "b" if i % 5 < 4 or i % 10 else "c" for i in range(60)]
+    assert deal_split([f"r{i}" for i in range(60)], labels, 0.2, groups=groups).val == PINNED_IN_GROUPS
 
 
 PINNED = ["12", "16", "18", "20", "26", "28"]
+PINNED_IN_GROUPS = ["r12", "r15", "r19", "r27", "r3", "r31", "r32", "r39", "r43", "r44", "r56", "r7"]
 
 
 @pytest.mark.parametrize("groups", [None, GROUPS], ids=["rows", "groups"])
@@ -113,6 +117,80 @@ def test_folds_partition_the_rows(k: int, groups: np.ndarray | None):
             no_leak(fold)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_largest_groups_are_dealt_first(seed: int):
+    """A group that comes when the small ones lie evenly in both halves would have nothing to even it out."""
+    groups = np.repeat(np.arange(10), [6, 2, 2, 2, 12, 4, 4, 2, 1, 1])
+    labels = ["a"] * 12 + ["b"] * 24
+    ids = [f"r{i}" for i in range(36)]
+    for split in (deal_split(ids, labels, 0.5, seed, groups), *deal_folds(ids, labels, 2, seed, groups)):
+        assert Counter(labels[int(i[1:])] for i in split.val) == {"a": 6, "b": 12}
+
+
+def websters_seats(seats: int, shares: list[float]) -> list[int]:
+    """Seats by highest averages, Webster's divisors: half, one and a half, ..."""
+    averages = [(share / (k + 0.5), p) for p, share in enumerate(shares) for k in range(seats)]
+    taken = Counter(p for _, p in sorted(averages, reverse=True)[:seats])
+    return [taken[p] for p in range(len(shares))]
+
+
+@pytest.mark.parametrize("n", range(9, 21))
+def test_groups_are_dealt_as_webster_deals_seats(n: int):
+    labels = ["a"] * 3 * n + ["b"] * 3 * n
+    groups = np.repeat(np.arange(2 * n), 3)
+    ids = [f"r{i}" for i in range(6 * n)]
+    shares = {"train": 0.62, "val": 0.27, "test": 0.11}
+    split = deal_split(ids, labels, shares["val"], groups=groups, test_ratio=shares["test"])
+    expected = [3 * seats for seats in websters_seats(n, list(shares.values()))]
+    for label in "ab":
+        found = [sum(labels[int(i[1:])] == label for i in part) for part in (split.train, split.val, split.test)]
+        assert found == expected
+
+
+def test_mixed_groups_are_dealt_by_their_rarest_class():
+    """Large enough to even out the common class, they would leave the rare one on one side."""
+    for seed in range(3):
+        groups = np.repeat(np.arange(53), [8, 6, 5, *[1] * 50])
+        labels = ["common"] * 8 + ["common"] * 4 + ["rare"] * 2 + ["common"] * 3 + ["rare"] * 2 + ["common"] * 50
+        folds = deal_folds([f"r{i}" for i in range(69)], labels, 2, seed, groups)
+        assert [sum(labels[int(i[1:])] == "rare" for i in fold.val) for fold in folds] == [2, 2]
+
+
+def test_single_rows_make_up_for_groups():
+    """... to the row; and where groups fill the parts exactly there is nothing to make up for."""
+    labels = ["a"] * 40 + ["b"] * 40
+    groups = np.r_[np.zeros(10), np.arange(1, 31), np.full(3, 40), np.arange(41, 78)]
+    for fold in deal_folds([f"r{i}" for i in range(80)], labels, 2, groups=groups):
+        assert Counter(labels[int(i[1:])] for i in fold.val) == {"a": 20, "b": 20}
+    groups = np.repeat(np.arange(4), [32, 8, 32, 8])
+    split = deal_split([f"r{i}" for i in range(80)], labels, 0.2, groups=groups)
+    assert Counter(labels[int(i[1:])] for i in split.val) == {"a": 8, "b": 8}
+
+
+def test_a_part_gets_a_row_of_a_class_before_another_gets_its_second():
+    labels = ["rare"] * 2 + ["common"] * 38
+    ids = [f"r{i}" for i in range(40)]
+    for seed in range(5):
+        split = deal_split(ids, labels, 0.2, seed)
+        assert len(split.val) == 8 and len({"r0", "r1"} & set(split.val)) == 1
+
+
+def test_roundings_do_not_add_up():
+    """Each of twelve classes has 1.3 rows for validation; together they have 15.6."""
+    labels = [f"class {i % 12}" for i in range(156)]
+    split = deal_split([f"r{i}" for i in range(156)], labels, 0.1)
+    assert 15 <= len(split.val) <= 16
+    assert set(Counter(labels[int(i[1:])] for i in split.val).values()) == {1, 2}
+
+
+def test_folds_tell_how_they_were_made():
+    folds = deal_folds(IDS, LABELS, 3, 7, GROUPS)
+    told = {"folds": 3, "seed": 7, "duplicates_together": True}
+    assert [fold.how for fold in folds] == [{**told, "fold": k} for k in (1, 2, 3)]
+    assert deal_folds(IDS, LABELS) == deal_folds(IDS, LABELS, 5, 42) != deal_folds(IDS, LABELS, 5, 43)
+    assert not deal_folds(IDS, LABELS)[0].how["duplicates_together"]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_small_and_crooked_sets(seed: int):
     rng = np.random.default_rng(seed)
@@ -128,16 +206,19 @@ def test_small_and_crooked_sets(seed: int):
     of = dict(zip(ids, groups.tolist(), strict=True))
     for each in (split, *folds):
         assert not {of[i] for i in each.train} & {of[i] for i in each.val}
-        assert {labels[ids.index(i)] for i in each.val} == set(labels)
+        assert {labels[int(i[1:])] for i in each.val} == set(labels)
 
 
 def test_refusals():
     with pytest.raises(UsageError, match="all 3 rows are 'a': a classifier needs two"):
         deal_split(["1", "2", "3"], ["a"] * 3)
+    with pytest.raises(UsageError, match="^there are no rows: a classifier needs two"):
+        deal_split([], [])
     with pytest.raises(UsageError, match="2 of 3 rows have no label"):
         deal_split(["1", "2", "3"], ["a", "", ""])
     with pytest.raises(UsageError, match="the val split, 0.1 of 20 rows, is too small to hold 3 classes"):
         deal_split(list(map(str, range(20))), ["a", "b", "c", "a", "b"] * 4)
+    assert len(deal_split(list(map(str, range(30))), ["a", "b", "c"] * 10).val) == 3  # just large enough
     with pytest.raises(UsageError, match=r"class 'c' \(1 row\) is too rare: none is left for"):
         deal_split(list(map(str, range(100))), ["a", "b"] * 49 + ["a", "c"])
     with pytest.raises(
@@ -146,6 +227,8 @@ def test_refusals():
         deal_split(list(map(str, range(100))), ["a", "b"] * 48 + ["c"] * 4, groups=[*range(96), 96, 96, 96, 96])
     with pytest.raises(UsageError, match=r"class 'c' \(4 rows\) is too rare: none is left for fold 5 of 5"):
         deal_folds(list(map(str, range(100))), ["a", "b"] * 48 + ["c"] * 4, 5)
+    with pytest.raises(UsageError, match=r"class 'c' \(4 rows in 2 duplicate groups\) .* none is left for fold 3 of 5"):
+        deal_folds(list(map(str, range(100))), ["a", "b"] * 48 + ["c"] * 4, 5, groups=[*range(98), 96, 97])
     with pytest.raises(UsageError, match="1 folds: there must be at least 2"):
         deal_folds(IDS, LABELS, 1)
     for ratios in (
@@ -169,11 +252,11 @@ def test_without():
 
 
 def test_duplicate_groups_tie_through_others():
-    image = np.array([5, 0, 5, 6, 0, 7, 8], np.uint64)
-    text = np.array([1, 2, 3, 3, EMPTY_TEXT_KEY, EMPTY_TEXT_KEY, 0], np.uint64)
-    assert duplicate_groups(image, text).tolist() == [0, 1, 0, 0, 4, 5, 6]
-    assert duplicate_groups(image, None).tolist() == [0, 1, 0, 3, 4, 5, 6]
-    assert duplicate_groups(None, text).tolist() == [0, 1, 2, 2, 4, 5, 6]
+    image = np.array([5, 0, 5, 6, 0, 7, 8, 9, 10, 11], np.uint64)
+    text = np.array([1, 2, 3, 3, EMPTY_TEXT_KEY, EMPTY_TEXT_KEY, 0, 0, 1, 4], np.uint64)
+    assert duplicate_groups(image, text).tolist() == [0, 1, 0, 0, 4, 5, 6, 7, 0, 9]
+    assert duplicate_groups(image, None).tolist() == [0, 1, 0, 3, 4, 5, 6, 7, 8, 9]
+    assert duplicate_groups(None, text).tolist() == [0, 1, 2, 2, 4, 5, 6, 7, 0, 9]
     assert EMPTY_TEXT_KEY == hash64(b"") and np.uint64(EMPTY_TEXT_KEY) == EMPTY_TEXT_KEY
     with pytest.raises(ValueError, match="nothing to find duplicates by"):
         duplicate_groups(None, None)
@@ -235,7 +318,7 @@ def write(folder: Path, files: dict[str, str]) -> list[Path]:
         {"s.csv": "id,split\na,train\nb,train\nc,val\nd,VAL\ne,test\ng,test\n"},
         {"s.csv": "\ufeffsplit,guid\r\ntrain,a\r\ntrain,b\r\nvalid,c\r\nval,d\r\ntest,e\r\ntest,g\r\n"},
         {"1.txt": "a\nb\n", "2.txt": "c\nd\n", "3.txt": "\ne\ng"},
-        {"test.txt": "e\ng", "my_val-ids.csv": "guid,tag\nc,x\nd,y\n", "train.txt": "b\n a \n"},
+        {"test.txt": "e\ng", "my_val-ids.csv": "guid,tag\nc,x\nd,y\n", "train.txt": "ID\nb\n a \n"},
     ],
     ids=["json", "json of a run", "csv", "csv, other names", "three, by position", "three, by name"],
 )
@@ -245,13 +328,20 @@ def test_split_files(tmp_path: Path, files: dict[str, str]):
     assert split.how == {"files": list(files)}
 
 
+def test_a_split_file_without_a_test_part(tmp_path: Path):
+    (split,) = read_split_file(
+        write(tmp_path, {"s.json": '{"train": ["a", "b"], "val": ["c", "d"]}'}), FILE_IDS, FILE_LABELS
+    )
+    assert (split.train, split.val, split.test) == (["a", "b"], ["c", "d"], [])
+
+
 @pytest.mark.parametrize(
     "files, match",
     [
         ({"s.json": '{"train": ["a", "b"], "val": ["c", "z", "y"]}'}, r"s.json: 2 ids \(z, y\) not among the 8 rows"),
         (
             {"s.json": '{"train": ["a", "b"], "val": ["c", "a"]}'},
-            r"1 id \(a\) named more than once \(a in train, val\)",
+            r"s.json: 1 id \(a\) named more than once \(a in train, val\)",
         ),
         ({"s.csv": "id,split\na,train\nb,train\na,train\n"}, r"1 id \(a\) named more than once \(a in train\)"),
         ({"s.json": '{"train": ["a", "b"], "val": ["c"]}'}, "val holds no row of class y"),
@@ -264,7 +354,7 @@ def test_split_files(tmp_path: Path, files: dict[str, str]):
         ({"s.json": '{"train": ["a"], "holdout": ["b"]}'}, "holds holdout, expected"),
         ({"s.json": '{"train": "a", "val": ["b"]}'}, "parts that are no lists, expected"),
         ({"s.json": '{"folds": []}'}, "s.json names no folds; expected"),
-        ({"s.json": '{"folds": ["a"]}'}, "holds a str, expected"),
+        ({"s.json": '{"folds": ["a"]}'}, "s.json holds a str, expected"),
         (
             {"s.json": '{"folds": [{"train": ["a", "b"], "val": ["c", "d"]}, {"train": ["c"], "val": ["a", "b"]}]}'},
             "s.json, fold 2 of 2: train holds no row of class y",
@@ -283,7 +373,21 @@ def test_split_files(tmp_path: Path, files: dict[str, str]):
             "s.json: folds with a test part",
         ),
         ({"s.csv": "a,train\nb,val\n"}, "has columns a, train; expected id and split"),
+        ({"s.csv": "id,part\na,train\n"}, "has columns id, part; expected id and split"),
+        ({"s.csv": ""}, r"has columns \(none\); expected id and split"),
+        ({"s.csv": "id,split\n"}, "s.csv: no ids for train; name some"),
         ({"s.csv": "id,split\na,train\nb,held\n"}, "line 3: split 'held'; expected train, val or test"),
+        ({"s.csv": "id,split\n\na,train\n\n\nb,held\n"}, "line 6: split 'held'; expected"),
+        ({"s.csv": "id,split\na,train\nb\n"}, "line 3: split ''; expected train, val or test"),
+        ({"s.csv": "split,id\ntrain,a\nval\n"}, r"1 id \(\) not among the 8 rows"),
+        (
+            {"s.json": '{"train": ["a", "b"], "val": ["1", "2", "3", "4", "5"]}'},
+            r"5 ids \(1, 2, 3, 4, 5\) not among the 8 rows",
+        ),
+        (
+            {"s.json": '{"train": ["a", "b"], "val": ["1", "2", "3", "4", "5", "6"]}'},
+            r"6 ids \(1, 2, 3, 4, 5, \.\.\.\) not among the 8 rows",
+        ),
         ({"train.txt": "a", "x.txt": "b", "y.txt": "c"}, "can't tell which of train.txt, x.txt, y.txt"),
         ({"train.txt": "a", "train_val.txt": "b"}, "can't tell which"),
         ({"1.txt": "a", "2.txt": "b", "3.txt": "c", "4.txt": "d"}, "4 split files; give one"),

@@ -1,11 +1,13 @@
 """The cache file: what is written is what is read, whatever happens in between."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -33,11 +35,11 @@ def create(path: Path, **options) -> FeatureStore:
     )
 
 
-def arrays(rows: np.ndarray) -> dict[str, np.ndarray]:
+def arrays(rows: np.ndarray, sign: int = 1) -> dict[str, np.ndarray]:
     return {
-        "image_feats": FEATS[rows],
-        "image_views": VIEWS[rows],
-        "text_tokens": np.concatenate([TOKENS[OFFSETS[i] : OFFSETS[i + 1]] for i in rows]),
+        "image_feats": sign * FEATS[rows],
+        "image_views": sign * VIEWS[rows],
+        "text_tokens": sign * np.concatenate([TOKENS[OFFSETS[i] : OFFSETS[i + 1]] for i in rows]),
         "n_tokens": LENGTHS[rows].astype(np.int32),
     }
 
@@ -96,6 +98,7 @@ ROWS = {
     "all": np.arange(N),
     "one run across chunks": np.arange(20, 101),
     "gaps": np.array([0, 1, 2, 31, 32, 64, 65, 66, 199]),
+    "every second": np.arange(0, 60, 2),
     "backwards": np.arange(N)[::-1],
     "any order": RNG.permutation(N)[:77],
     "repeated": np.array([5, 5, 6, 5, 199, 0]),
@@ -125,6 +128,7 @@ def test_rows_that_cannot_be_read_are_refused(tmp_path: Path):
             with pytest.raises(MissingRowsError) as error:
                 read(np.array([3, 5, 4, 199]))
             assert (error.value.absent, error.value.quarantined, error.value.pending) == ([], [IDS[5]], [IDS[199]])
+            assert str(error.value).startswith(f"{tmp_path / 'part_train.h5'} lacks rows: 1 not encoded yet (")
             for row in (-1, N):
                 with pytest.raises(IndexError, match=f"has rows 0 to {N - 1}; asked for {row}$"):
                     read(np.array([3, row]))
@@ -164,6 +168,25 @@ def test_missing_rows_are_named(tmp_path: Path):
         with pytest.raises(CacheError, match="holds no bert_feats; it has .*image_feats"):
             store.read("bert_feats")
         np.testing.assert_array_equal(store.done_ids(), [i for k, i in enumerate(IDS[:BLOCK]) if k != 5])
+        for n, listed in ((2, "a, b"), (5, "a, b, c, d, e"), (6, "a, b, c, d, e, ...")):
+            with pytest.raises(MissingRowsError, match=re.escape(f"lacks rows: {n} not in it ({listed}).")):
+                store.read("image_feats", list("abcdef"[:n]))
+
+
+def test_facts_of_every_row(full: Path):
+    with FeatureStore.open(full) as store:
+        np.testing.assert_array_equal(store.facts("n_tokens"), LENGTHS)
+        np.testing.assert_array_equal(store.token_counts(), LENGTHS)
+        assert store.features == SHAPES and store.block_rows == BLOCK and len(store) == N
+        assert store.schema["image_views"] == ((N, 3, 24), "float16")
+
+
+def test_facts_of_a_side_that_the_encoder_lacks(tmp_path: Path):
+    with FeatureStore.create(
+        tmp_path / "a" / "b" / "text_train.h5", ["x", "y"], ["", ""], {}, {"text_feats": (2,)}
+    ) as s:
+        facts = s.facts("image_hash")
+        assert facts.dtype == np.uint64 and facts.tolist() == [0, 0] and "image_hash" not in s.schema
 
 
 def test_quarantined_rows_are_never_zeros(tmp_path: Path):
@@ -177,6 +200,7 @@ def test_quarantined_rows_are_never_zeros(tmp_path: Path):
     with FeatureStore.append(path) as store:  # repaired one by one
         store.write(np.array([3]), np.array([DONE]), arrays(np.array([3])))
         assert store.finish() and store.reasons == {IDS[40]: "reason 40"}
+        (tmp_path / "q_train.quarantine.csv").unlink()  # by whoever has read it
         store.write(np.array([40]), np.array([DONE]), arrays(np.array([40])))
         store.finish()
     assert not (tmp_path / "q_train.quarantine.csv").exists()
@@ -248,16 +272,17 @@ def test_killed_at_random_moments_ends_with_the_same_data(tmp_path: Path, full: 
             np.testing.assert_array_equal(a[name][:], b[name][:], err_msg=name)
 
 
+@pytest.mark.parametrize("block", [2, -1], ids=["a whole chunk", "the last, of fewer rows"])
 @pytest.mark.parametrize("name", ["status", "image_feats", "text_tokens", "n_tokens"])
-def test_a_chunk_torn_in_flight_is_made_pending(tmp_path: Path, name: str):
+def test_a_chunk_torn_in_flight_is_made_pending(tmp_path: Path, name: str, block: int):
     """What a kill in the middle of a chunk's write leaves: data and checksum that don't fit."""
     path = tmp_path / "torn_train.h5"
     with create(path) as store:
-        for rows in blocks()[:3]:
+        for rows in blocks():
             store.write(rows, np.full(len(rows), DONE), arrays(rows))
-        torn = np.arange(64, 96)
+        torn = blocks()[block]
         store._set_status(torn, PENDING)
-    flip(path, name, row=int(OFFSETS[80]) if name == "text_tokens" else 70)
+    flip(path, name, row=int(OFFSETS[torn[-1]]) if name == "text_tokens" else int(torn[-1]))
     with FeatureStore.append(path) as store:
         assert (store.status[torn] == PENDING).all()
         for rows in blocks():
@@ -266,6 +291,110 @@ def test_a_chunk_torn_in_flight_is_made_pending(tmp_path: Path, name: str):
         assert store.finish() and store.verify() == []
         np.testing.assert_array_equal(store.read("image_feats"), FEATS)
         np.testing.assert_array_equal(store.read_tokens()[0], TOKENS)
+
+
+@pytest.mark.parametrize("name", ["image_feats", "text_tokens", "n_tokens"])
+def test_done_rows_of_a_torn_chunk_are_made_pending_unless_no_row_of_it_was_in_flight(tmp_path: Path, name: str):
+    """Beside pending rows a torn chunk is what a kill left; among done rows only it is damage, to be told."""
+    path, some = tmp_path / "part_train.h5", np.arange(80)
+    with create(path) as store:
+        for rows in (some[:32], some[32:64], some[64:]):  # the last chunk of 32 is half done
+            store.write(rows, np.full(len(rows), DONE), arrays(rows))
+    content = path.read_bytes()
+    chunk = int(OFFSETS[some[-1]]) // 32 * 32 if name == "text_tokens" else 64  # the last with a done row
+    lost = [i for i in some if OFFSETS[i + 1] > chunk] if name == "text_tokens" else list(range(64, 80))
+    flip(path, name, chunk)
+    with FeatureStore.append(path) as store:
+        assert store.repaired == len(lost)
+        np.testing.assert_array_equal(np.flatnonzero(store.status == DONE), some[: -len(lost)])
+        done_rows_are_whole(store)
+    path.write_bytes(content)
+    flip(path, name, 0)
+    with FeatureStore.append(path) as store:
+        assert store.repaired == 0 and (store.status[some] == DONE).all()
+        with pytest.raises(CacheError, match=f"{name} can't be read"):
+            done_rows_are_whole(store)
+
+
+SECTOR = 512  # bytes that a disk writes as one piece
+
+
+def after_a_power_cut(before: bytes, after: bytes, rng: np.random.Generator) -> list[bytes]:
+    """Files that a disk may hold between two syncs: any of the sectors that change have changed."""
+    old, new = (np.frombuffer(content, np.uint8).reshape(-1) for content in (before, after))
+    changed = np.unique(np.flatnonzero(old != new) // SECTOR)
+    if not len(changed):
+        return []
+    kept = [changed[: rng.integers(1, len(changed) + 1)]]  # in the order of the file
+    kept += [rng.permutation(changed)[:k] for k in rng.integers(1, len(changed) + 1, 2)]
+    kept += [changed[k : k + 1] for k in rng.permutation(len(changed))[:3]]
+    files = []
+    for sectors in {tuple(sorted(sectors)) for sectors in kept}:
+        content = old.copy()
+        for sector in sectors:
+            content[sector * SECTOR : (sector + 1) * SECTOR] = new[sector * SECTOR : (sector + 1) * SECTOR]
+        files.append(content.tobytes())
+    return files
+
+
+def done_rows_are_whole(store: FeatureStore) -> None:
+    """Every done row reads as it was written, the first time or, negated, the second."""
+    done = np.flatnonzero(store.status == DONE)
+    feats, views = store.read_rows("image_feats", done), store.read_rows("image_views", done)
+    tokens, offsets = store.read_token_rows(done)
+    sign = np.where(feats[:, 0] == FEATS[done, 0], 1, -1).astype(np.float16)
+    np.testing.assert_array_equal(feats, sign[:, None] * FEATS[done])
+    np.testing.assert_array_equal(views, sign[:, None, None] * VIEWS[done])
+    expected = np.concatenate([TOKENS[:0], *(TOKENS[OFFSETS[i] : OFFSETS[i + 1]] for i in done)])
+    np.testing.assert_array_equal(tokens, np.repeat(sign, np.diff(offsets))[:, None] * expected)
+    np.testing.assert_array_equal(store.facts("n_tokens")[done], LENGTHS[done])
+
+
+def test_a_power_cut_leaves_no_row_done_that_is_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What was synced is on the disk; of what was written since, any part. A killed process leaves all of it, so that
+    only this tells whether features are synced before their status says done, and status before features change."""
+    path, states = tmp_path / "cut_train.h5", []
+    sync = os.fsync
+
+    def recorded(fd: int) -> None:
+        sync(fd)
+        states.append(path.read_bytes())
+
+    with create(path) as store:
+        monkeypatch.setattr(os, "fsync", recorded)
+        fill(store, bad=(3, 40))
+        finished = states[-1]
+    with FeatureStore.append(path) as store:
+        for rows in (np.array([40]), np.array([64, 65, 100])):  # in chunks and token chunks of done rows
+            store.write(rows, np.full(len(rows), DONE), arrays(rows, -1))
+        store.finish()
+    monkeypatch.undo()
+    states.append(path.read_bytes())
+    path.write_bytes(finished)
+    with FeatureStore.open(path) as store:
+        assert store.complete
+    rng, unreadable = np.random.default_rng(0), 0
+    for before, after in zip(states, states[1:], strict=False):
+        for content in after_a_power_cut(before, after, rng):
+            path.write_bytes(content)
+            try:
+                with FeatureStore.open(path) as store:
+                    done_rows_are_whole(store)
+            except CacheError as error:  # torn among pending rows: the next writer repairs it
+                assert "run the same extraction again to repair it" in str(error)
+                unreadable += 1
+            with FeatureStore.append(path) as store:
+                done_rows_are_whole(store)
+    assert unreadable
+
+
+def test_labels_torn_in_an_update_are_written_again(full: Path):
+    for row in (0, N - 1):
+        flip(full, "tag", row)
+        with FeatureStore.append(full) as store:
+            assert store.update_tags(TAGS) == N
+            np.testing.assert_array_equal(store.tags, TAGS)
+            assert store.verify() == []
 
 
 def flip(path: Path, name: str, row: int = 100) -> None:
@@ -291,9 +420,53 @@ def test_a_flipped_bit_is_an_error(full: Path, name: str, capsys: pytest.Capture
     flip(full, name)
     assert inspect_feats.main(["--verify", str(full)]) == 2
     assert name in capsys.readouterr().err
-    with pytest.raises(CacheError, match=f"{name} can't be read.*`overwrite`"), FeatureStore.open(full) as store:
+    with (
+        pytest.raises(CacheError, match=f"^{full}: {name} can't be read.*`overwrite`"),
+        FeatureStore.open(full) as store,
+    ):
         assert store.tags is not None and store.facts("n_tokens") is not None
         store.read("image_feats"), store.read("image_views"), store.read_tokens()
+
+
+def changed(path: Path, name: str, row: int, value: Any) -> None:
+    """Give a row another value, its checksum too."""
+    with h5py.File(path, "r+") as file:
+        file[name][row] = value
+
+
+def test_what_verify_finds(full: Path):
+    content = full.read_bytes()
+
+    def found(name: str, row: int, value: Any) -> list[str]:
+        full.write_bytes(content)
+        changed(full, name, row, value)
+        with FeatureStore.open(full) as store:
+            return store.verify()
+
+    assert found("id", 3, IDS[7]) == ["id: not unique"]
+    assert found("status", 3, PENDING) == ["complete, yet rows are pending"]
+    for name, row in (("image_feats", 150), ("image_views", 150), ("text_tokens", 400)):
+        assert found(name, row, np.inf) == [f"{name}: rows marked done hold values that aren't finite"]
+    full.write_bytes(content)
+    flip(full, "image_feats", 100)
+    flip(full, "image_feats", 150)
+    with FeatureStore.open(full) as store:
+        (problem,) = store.verify()
+    assert (
+        problem.startswith("image_feats: 2 damaged chunks (checksum), the first at 96; ") and "`overwrite`" in problem
+    )
+
+
+@pytest.mark.parametrize("name", ["image_feats", "image_views", "text_tokens"])
+def test_a_done_row_that_was_never_written_is_an_error(full: Path, name: str):
+    """The fill value under a sound checksum, as of a chunk that a look-up doesn't find."""
+    changed(full, name, int(OFFSETS[70]) if name == "text_tokens" else 70, np.nan)
+    with FeatureStore.open(full) as store:
+        with pytest.raises(
+            CacheError, match=f"^{full}: {name} has no values for rows that are marked done.*`overwrite`"
+        ):
+            store.read_tokens() if name == "text_tokens" else store.read(name)
+        assert store.read_token_rows(np.arange(70))[0].shape == (OFFSETS[70], 7)
 
 
 def test_every_flipped_byte_of_the_structure_is_noticed_or_harmless(full: Path, tmp_path: Path):
@@ -303,19 +476,24 @@ def test_every_flipped_byte_of_the_structure_is_noticed_or_harmless(full: Path, 
     with h5py.File(full) as file:
         for dataset in file.values():
             dataset.id.chunk_iter(lambda c: covered.__setitem__(slice(c.byte_offset, c.byte_offset + c.size), True))
-    structure = np.flatnonzero(~covered)
+    structure = np.random.default_rng(2).choice(np.flatnonzero(~covered), 150, replace=False)
+    # ... and more of where the chunk indices lie, of which a look-up may miss a chunk that a listing shows.
+    trees = [match.start() for match in re.finditer(b"TREE", raw)]
+    in_trees = [start + k for start in trees[:3] for k in range(24, 24 + 7 * 32) if k % 7 == start % 7]
     path = tmp_path / "flipped_train.h5"
     noticed = 0
-    for position in np.random.default_rng(2).choice(structure, 150, replace=False):
+    messages = ""
+    for position in [*structure, *in_trees]:
         path.write_bytes(raw[:position] + bytes([raw[position] ^ 0xFF]) + raw[position + 1 :])
         try:
             with FeatureStore.open(path) as store:
                 np.testing.assert_array_equal(store.read("image_feats"), FEATS)
                 np.testing.assert_array_equal(store.ids, IDS)
                 np.testing.assert_array_equal(store.read_tokens()[0], TOKENS)
-        except CacheError:
+        except CacheError as error:
             noticed += 1
-    assert noticed
+            messages += str(error)
+    assert noticed and f"{path}: id has a damaged chunk index; " in messages
 
 
 @pytest.mark.parametrize(
@@ -351,6 +529,18 @@ def test_creation_is_atomic_and_keeps_what_is_there(full: Path, monkeypatch: pyt
     with pytest.raises(KeyboardInterrupt):
         create(full, overwrite=True)
     assert full.read_bytes() == before
+    monkeypatch.undo()
+    synced, replaced = set(), os.replace
+    sync = os.fsync
+
+    def checked(source: Path, target: Path) -> None:
+        assert source.stat().st_ino in synced
+        replaced(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (sync(fd), synced.add(os.fstat(fd).st_ino)))
+    monkeypatch.setattr(os, "replace", checked)
+    create(full, overwrite=True).close()
+    assert full.read_bytes() != before
     assert [p.name for p in full.parent.iterdir() if p.suffix != ".lock"] == [full.name]
 
 
@@ -396,16 +586,25 @@ def test_a_full_disk_is_one_clear_message(tmp_path: Path, limit: int):
     assert not path.exists() and not list(tmp_path.glob("*.creating"))
 
 
-def test_a_failing_write_keeps_what_was_done(full: Path, monkeypatch: pytest.MonkeyPatch):
-    rows = np.arange(BLOCK)
+@pytest.mark.parametrize("fails", [1, 2, 3, 4])
+def test_a_failing_write_keeps_what_was_done(full: Path, monkeypatch: pytest.MonkeyPatch, fails: int):
+    """Whichever sync of a write it is that fails."""
+    rows, syncs = np.arange(BLOCK), []
+
+    def sync(fd: int) -> None:
+        syncs.append(fd)
+        if len(syncs) >= fails:
+            raise OSError(28, os.strerror(28))
+
     with FeatureStore.append(full) as store:
-        monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, os.strerror(28))))
-        with pytest.raises(CacheError, match="the disk is full; the rows done so far are intact"):
-            store.write(rows, np.full(BLOCK, DONE), arrays(rows))
+        monkeypatch.setattr(os, "fsync", sync)
+        with pytest.raises(CacheError, match=f"^{full}: the disk is full; the rows done so far are intact"):
+            store.write(rows, np.full(BLOCK, DONE), arrays(rows, -1))
+        with pytest.raises(CacheError, match=f"^{full}: the disk is full; the rows done so far are intact"):
+            store.finish()
     with FeatureStore.open(full) as store:
-        kept = np.flatnonzero(store.status == DONE)
-        assert set(kept) >= set(range(2 * BLOCK, N)) and not set(kept) & set(rows)
-        np.testing.assert_array_equal(store.read("image_feats"), FEATS[kept])
+        assert set(np.flatnonzero(store.status == DONE)) >= set(range(2 * BLOCK, N))
+        done_rows_are_whole(store)
 
 
 MILLION = """

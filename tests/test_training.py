@@ -11,6 +11,7 @@ import pytest
 import sklearn.metrics as reference
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 
@@ -18,20 +19,15 @@ from feats.errors import UsageError
 from modeling.features.inputs import Inputs
 from modeling.features.joined import Ragged
 from modeling.heads.base import HeadConfig
+from modeling.heads.layers import kernel_logits
 from modeling.heads.registry import HEADS, build_head
-from modeling.training import fit as training
+from modeling.training import fit as training, gradient
+from modeling.training.closed_form import fit_kernel
 from modeling.training.config import MONITORS, SCHEDULES, TrainConfig
-from modeling.training.fit import (
-    Problem,
-    Trained,
-    class_weights,
-    cross_entropy,
-    fit,
-    lr_factor,
-    n_epochs,
-    predict_stack,
-    stacks,
-)
+from modeling.training.exact import LINEAR_CS
+from modeling.training.fit import fit, n_epochs, stacks, work
+from modeling.training.gradient import cross_entropy, lr_factor
+from modeling.training.problem import Problem, Trained, class_weights, predict_stack
 
 SGD = [name for name, head in HEADS.items() if head.closed_form() is False]
 N_TRAIN, N = 49, 70  # batches of 16 leave one row over
@@ -99,6 +95,14 @@ def test_a_configuration_gives_the_same_alone_and_in_a_stack(name: str, optimize
         for one, other in zip(found.history, alone.history, strict=True):
             assert one == pytest.approx(other, rel=1e-5, abs=1e-5)
     assert all(differ(together[0], other) for other in together[1:])
+
+
+def test_seeds_of_one_configuration_give_the_same_alone_and_in_a_stack():
+    problem, config = make_problem(), TrainConfig(HeadConfig("fusion", D=8), "adamw", 1e-2, 0.1, ep=3, bs=16)
+    configs = [replace(config, seed=seed) for seed in range(7)]
+    assert [len(members) for members in stacks(configs, problem)] == [7]
+    for config, found in zip(configs, fit(configs, problem), strict=True):
+        np.testing.assert_allclose(found.val_logits, fit([config], problem)[0].val_logits, rtol=1e-5, atol=1e-5)
 
 
 def test_each_hyperparameter_of_a_stack_has_an_effect():
@@ -209,7 +213,7 @@ def plain_fusion(
         ),
     }[config.schedule]()
     weights = class_weights(config.class_weights, problem).double()
-    draws = training._Draws([config], problem, inputs)
+    draws = gradient._Draws([config], problem, inputs)
     train_losses, val_losses, val_logits = [], [], []
     for _ in range(config.ep):
         losses = []
@@ -318,6 +322,15 @@ def test_class_weights_that_make_no_sense(chosen: str | dict[str, float], match:
         fit([TrainConfig(HeadConfig("early", D=4), class_weights=chosen, ep=1)], make_problem())
 
 
+def test_class_weights_of_a_class_with_one_row():
+    problem = make_problem()
+    rare = problem.labels[problem.train] == 2
+    problem = replace(problem, train=torch.cat([problem.train[~rare], problem.train[rare][:1]]))
+    labels = problem.labels[problem.train].numpy()
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    assert class_weights("balanced", problem).tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+
+
 @pytest.mark.parametrize("spec", ["balanced", "sqrt"])
 def test_class_weights_where_a_class_has_no_training_row(spec: str):
     problem = replace(make_problem(), classes=[*CLASSES, "d"])
@@ -354,11 +367,11 @@ def test_the_balanced_sampler_draws_classes_alike():
     labels = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
     problem = Problem(Inputs(image=torch.zeros(1000, 1)), labels, torch.arange(1000), torch.arange(3), CLASSES)
     config = TrainConfig(HeadConfig("early", sides=("image",)), balanced_sampler=True)
-    draws = training._Draws([config, replace(config, seed=1)], problem, problem.inputs)
+    draws = gradient._Draws([config, replace(config, seed=1)], problem, problem.inputs)
     for rows in draws.epoch()[0]:
         counts = torch.bincount(labels[rows], minlength=3)
         assert counts.sum() == 1000 and (counts - 1000 / 3).abs().max() < 75  # five standard deviations
-    plain = training._Draws([replace(config, balanced_sampler=False)], problem, problem.inputs)
+    plain = gradient._Draws([replace(config, balanced_sampler=False)], problem, problem.inputs)
     orders = [plain.epoch()[0][0] for _ in range(2)]
     assert all(torch.equal(order.sort().values, torch.arange(1000)) for order in orders)
     assert not torch.equal(*orders)
@@ -401,7 +414,7 @@ def test_evaluation_in_steps_is_evaluation_at_once(monkeypatch: pytest.MonkeyPat
     head = build_head(HeadConfig("coattention", D=8), problem.inputs.widths, 3, seeds=[1, 2])
     at_once = predict_stack(head, problem.inputs)
     sizes: list[int] = []
-    monkeypatch.setattr(training, "EVAL_BYTES", problem.inputs.n_bytes // 3)
+    monkeypatch.setattr("modeling.training.problem.EVAL_BYTES", problem.inputs.n_bytes // 3)
     original = Inputs.batch
     monkeypatch.setattr(Inputs, "batch", lambda self, rows: sizes.append(rows.shape[1]) or original(self, rows))
     torch.testing.assert_close(predict_stack(head, problem.inputs), at_once)
@@ -419,6 +432,9 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_rest(monitor: str, patienc
     patient = replace(config, patience=None, seed=4)  # another model, that keeps the stack running
     found = fit([config, patient], problem)[0]
     history = found.history
+    told: list[int] = []
+    fit([config], problem, told.append)
+    assert sum(told) == 30 and len(told) <= len(history) + 1  # what needn't be trained is reported at once
     assert [row["epoch"] for row in history] == list(range(1, len(history) + 1))
     figures = [-row["val_loss"] if monitor == "loss" else row[monitor] for row in history]
     assert found.best_epoch == 1 + int(np.argmax(figures))  # the first of equals
@@ -460,6 +476,113 @@ def test_a_trained_head_stands_alone():
     assert np.array_equal(predict_stack(other, problem.inputs, problem.val)[0].numpy(), found.val_logits)
 
 
+# -- heads in closed form ---------------------------------------------------------------------------------------
+
+
+def closed_form_problem() -> tuple[Problem, np.ndarray, np.ndarray, np.ndarray]:
+    """A problem with inner folds, and its joined rows, labels and folds of training as arrays."""
+    problem = make_problem(image_views=None, image_tokens=None, text_tokens=None)
+    problem = replace(problem, folds=torch.arange(N_TRAIN) * 3 % 4)
+    x = torch.cat([problem.inputs.image, problem.inputs.text], 1).double().numpy()
+    return problem, x, problem.labels.numpy(), problem.folds.numpy()
+
+
+@pytest.mark.parametrize("class_weights", ["none", "balanced"])
+@pytest.mark.parametrize("given", [None, 0.05])
+def test_a_linear_head_is_scikit_learn_s_and_its_penalty_held_out(given: float | None, class_weights: str):
+    problem, x, labels, folds = closed_form_problem()
+    train, val = problem.train.numpy(), problem.val.numpy()
+    config = TrainConfig(HeadConfig("linear"), C=given, class_weights=class_weights)
+    told: list[int] = []
+    (found,) = fit([config], problem, told.append)
+    weights = compute_class_weight("balanced", classes=np.arange(3), y=labels[train])[labels[train]]
+    weights = np.ones(N_TRAIN) if class_weights == "none" else weights
+
+    def fitted(C: float, rows: np.ndarray) -> LogisticRegression:
+        model = LogisticRegression(C=C, tol=1e-8, max_iter=10_000)
+        return model.fit(x[train[rows]], labels[train[rows]], sample_weight=weights[rows])
+
+    losses = {}
+    for C in LINEAR_CS if given is None else (given,):
+        held_out = np.empty((N_TRAIN, 3))
+        for fold in range(4):
+            held_out[folds == fold] = fitted(C, np.flatnonzero(folds != fold)).predict_proba(x[train[folds == fold]])
+        losses[C] = held_out, reference.log_loss(labels[train], held_out, sample_weight=weights)
+    best = min(losses, key=lambda C: losses[C][1])
+    assert (
+        found.facts["C"] == best
+        and [row["C"] for row in found.facts["search"]] == list(losses)[: len(found.facts["search"])]
+    )
+    for row in found.facts["search"]:
+        assert row["loss"] == pytest.approx(losses[row["C"]][1], rel=1e-3)
+    assert given is not None or 2 < len(found.facts["search"]) < len(losses)  # stopped where it got worse
+    np.testing.assert_allclose(torch.tensor(found.held_out).softmax(1), losses[best][0], atol=2e-3)
+    expected = fitted(best, np.arange(N_TRAIN)).predict_proba(x[val])
+    np.testing.assert_allclose(torch.tensor(found.val_logits).softmax(1), expected, atol=1e-4)
+    finished(found, config, problem, told)
+
+
+def finished(found: Trained, config: TrainConfig, problem: Problem, told: list[int]) -> None:
+    """What every closed-form head leaves: no epoch, its figures, and a head that gives the logits again."""
+    assert found.config == config and found.failure is None and told == [1] and n_epochs([config]) == 1
+    assert found.best_epoch is None and [row["epoch"] for row in found.history] == [None]
+    labels = problem.labels[problem.val]
+    assert found.history[0]["val_loss"] == pytest.approx(F.cross_entropy(torch.tensor(found.val_logits), labels).item())
+    assert found.history[0]["accuracy"] == np.mean(found.val_logits.argmax(1) == labels.numpy())
+    other = build_head(config.head, found.widths, 3)
+    other.load_state_dict(found.head.state_dict())
+    assert not found.head.training
+    np.testing.assert_allclose(predict_stack(other, problem.inputs, problem.val)[0], found.val_logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("class_weights", ["none", "balanced"])
+@pytest.mark.parametrize("given", [{}, {"gamma": 0.7}, {"ridge": 0.2}], ids=str)
+def test_a_kernel_head_is_the_kernel_s_fit(given: dict[str, float], class_weights: str):
+    """... on the joined rows (tested in test_closed_form.py), with what is given in place of its search."""
+    problem, x, labels, folds = closed_form_problem()
+    config = TrainConfig(HeadConfig("kernel"), class_weights=class_weights, **given)
+    told: list[int] = []
+    (found,) = fit([config], problem, told.append)
+    train = problem.train.numpy()
+    weights = compute_class_weight("balanced", classes=np.arange(3), y=labels[train])[labels[train]]
+    grids = {"gamma": "gammas", "ridge": "ridges"}
+    expected = fit_kernel(
+        *map(torch.tensor, (x[train], labels[train])),
+        3,
+        torch.tensor(folds),
+        row_weights=None if class_weights == "none" else torch.tensor(weights),
+        **{grids[name]: [value] for name, value in given.items()},
+    )
+    assert found.facts["ridge"] == expected.ridge and found.facts["gamma"] == pytest.approx(expected.gamma)
+    tried = [(row["gamma"], row["ridge"], row["loss"]) for row in expected.search]
+    np.testing.assert_allclose([list(row.values()) for row in found.facts["search"]], tried, rtol=1e-4)
+    np.testing.assert_allclose(found.held_out, expected.held_out, atol=1e-4)
+    logits = kernel_logits(torch.tensor(x)[problem.val], expected.support, expected.dual, expected.bias, expected.gamma)
+    np.testing.assert_allclose(found.val_logits, logits, atol=1e-4)
+    finished(found, config, problem, told)
+
+
+@pytest.mark.parametrize("name", ["linear", "kernel"])
+def test_a_head_in_closed_form_without_a_side(name: str):
+    problem = closed_form_problem()[0]
+    config = TrainConfig(HeadConfig(name, sides=("text",)), C=1.0, ridge=1.0, gamma=1.0)
+    (found,) = fit([config], problem)
+    (other,) = fit([config], replace(problem, inputs=Inputs(text=problem.inputs.text)))
+    assert np.array_equal(found.val_logits, other.val_logits) and found.widths["text"] == 13
+
+
+def test_the_work_of_a_training():
+    """Six operations for each parameter of a head, row and epoch; what is solved in closed form counts as none."""
+    problem, head = make_problem(), HeadConfig("early", D=8)
+    parameters = sum(p.numel() for p in build_head(head, problem.inputs.widths, 3).parameters())
+    config = TrainConfig(head, ep=7)
+    assert work([config], problem) == 6 * parameters * N_TRAIN * 7
+    assert (
+        work([config, replace(config, ep=3), TrainConfig(HeadConfig("linear"))], problem)
+        == 6 * parameters * N_TRAIN * 10
+    )
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------
 
 
@@ -476,11 +599,24 @@ def test_a_trained_head_stands_alone():
         ({"weight_decay": -1.0}, "weight decay -1"),
         ({"label_smoothing": 1.0}, "label smoothing 1: expected 0 <= smoothing < 1"),
         ({"patience": 0}, "`patience` 0: expected 1 or more epochs"),
+        ({"lr": math.inf}, "lr inf"),
+        ({"weight_decay": math.inf}, "weight decay inf"),
+        ({"C": 0.0}, "`C` 0: expected a number above 0"),
+        ({"ridge": 0.0}, "`ridge` 0: expected a number above 0"),
+        ({"gamma": math.inf}, "`gamma` inf: expected a number above 0"),
+        ({"gamma": math.nan}, "`gamma` nan"),
+        ({"seed": -1}, "`seed` -1: expected 0 to"),
+        ({"seed": 2**63}, "`seed` 9223372036854775808: expected 0 to"),
     ],
 )
 def test_configurations_that_can_not_train(wrong: dict, match: str):
     with pytest.raises(UsageError, match=match):
         TrainConfig(**wrong)
+
+
+def test_configurations_at_the_edge():
+    TrainConfig(ep=1, bs=1, patience=1, seed=0, weight_decay=0.0, label_smoothing=0.0, C=1e-9, ridge=1e-9, gamma=1e9)
+    TrainConfig(seed=2**63 - 1)
 
 
 @pytest.mark.parametrize("name, lacks", [("coattention", "image tokens"), ("fusion", "image"), ("linear", "image")])

@@ -217,7 +217,7 @@ def _load_archive(path: Path) -> StateDict:
     """The state dict of a TorchScript archive. Runs the archive's own code."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated; OpenAI's files aren't rewritten
-        state: StateDict = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
+        state: StateDict = torch.jit.load(path, map_location="cpu").state_dict()
     return state
 
 

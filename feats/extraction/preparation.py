@@ -2,8 +2,10 @@
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Generator, Sequence
 from multiprocessing import get_all_start_methods
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +16,7 @@ from feats.encoders.base import Encoder, TextSide, Tokens
 from feats.errors import RowError
 from feats.extraction.settings import ExtractionSettings
 from feats.images import augment, hash64, read_image
+from feats.interrupts import INTERRUPTS, held_back
 from feats.records import Record, TarSlice
 from feats.text import clean_with_key
 
@@ -108,22 +111,29 @@ def take(texts: Texts, rows: np.ndarray) -> Texts:
     )
 
 
-def prepare(dataset: Preparation, workers: int, pin_memory: bool) -> Iterator[Texts | Images]:
-    """The jobs' results in order, made ahead of time by `workers` processes (0: on demand, in this one)."""
+def prepare(dataset: Preparation, workers: int, pin_memory: bool) -> Generator[Texts | Images, None, None]:
+    """The jobs' results in order, made ahead of time by `workers` processes (0: on demand, in this one). Close it, or
+    take all there are: else the processes end whenever the garbage collector gets there."""
     if "fork" not in get_all_start_methods():  # tokenisers and preprocessing are closures: they can't be sent
         workers = 0
     workers = min(workers, len(dataset))
-    return iter(
-        DataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_as_made,
-            pin_memory=pin_memory,
-            multiprocessing_context="fork" if workers else None,
-            worker_init_fn=_start_worker,
-        )
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_made,
+        pin_memory=pin_memory,
+        multiprocessing_context="fork" if workers else None,
+        worker_init_fn=_start_worker,
     )
+    with held_back():
+        prepared: Any = iter(loader)
+    try:
+        yield from prepared
+    finally:
+        if workers:
+            with held_back():
+                prepared._shutdown_workers()
 
 
 def _as_made(prepared: Any) -> Any:
@@ -134,9 +144,17 @@ def _as_made(prepared: Any) -> Any:
 def _start_worker(worker: int) -> None:
     """Leave interruptions to the main process, and end with it however it ends: a worker that outlives a killed run
     would keep that run's file locks, which it inherits."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in INTERRUPTS:
+        signal.signal(number, signal.SIG_IGN)
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
+    sys.excepthook = _unless_hung_up
+
+
+def _unless_hung_up(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A thread of multiprocessing's hands over what this worker has made. When the main process is interrupted while it
+    takes something, it hangs up in the middle: nobody wants a traceback of that."""
+    if not isinstance(error, (OSError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def hash_of_text(record: Record) -> int:

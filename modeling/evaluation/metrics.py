@@ -1,5 +1,5 @@
-"""How good predictions are: figures with intervals, calibration, paired tests. Labels are integers 0..C-1 into a list of
-class names; where a class neither occurs nor is predicted its precision, recall and F1 count as 0."""
+"""How good predictions are: figures with intervals, calibration, paired tests. Labels are integers 0..C-1 into a list
+of class names; where a class neither occurs nor is predicted its precision, recall and F1 count as 0."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -116,8 +116,9 @@ def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray, bi
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """Probabilities (N, C) of logits (N, C) divided by `temperature`, in double precision."""
     scaled = np.asarray(logits, np.float64) / temperature
-    scaled = np.exp(scaled - scaled.max(1, keepdims=True))
-    return scaled / scaled.sum(1, keepdims=True)
+    odds: np.ndarray = np.exp(scaled - scaled.max(1, keepdims=True))
+    odds /= odds.sum(1, keepdims=True)
+    return odds
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray, bounds: tuple[float, float] = (0.01, 100.0)) -> float:
@@ -293,7 +294,7 @@ def mean_std(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float 
     """
     summary = {}
     for name in results[0] if results else ():
-        values = [result.get(name) for result in results]
+        values: list[Any] = [result.get(name) for result in results]
         if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
             std = float(np.std(values, ddof=1)) if len(values) > 1 else None
             summary[name] = {"mean": float(np.mean(values)), "std": std, "n": len(values)}
@@ -361,9 +362,9 @@ def _checked(labels: Any, probabilities: Any, n_classes: int) -> tuple[np.ndarra
 
 
 def _integers(values: Any, n_classes: int) -> np.ndarray:
-    values = np.asarray(values)
-    if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
-        raise ValueError(f"classes must be (N,) integers, not {values.dtype} of shape {values.shape}")
-    if values.size and not 0 <= values.min() <= values.max() < n_classes:
-        raise ValueError(f"classes {values.min()} to {values.max()}, expected 0 to {n_classes - 1}")
-    return values.astype(np.int64)
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError(f"classes must be (N,) integers, not {array.dtype} of shape {array.shape}")
+    if array.size and not 0 <= array.min() <= array.max() < n_classes:
+        raise ValueError(f"classes {array.min()} to {array.max()}, expected 0 to {n_classes - 1}")
+    return array.astype(np.int64)

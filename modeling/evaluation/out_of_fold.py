@@ -20,8 +20,8 @@ def single_split(run: Run) -> Split:
     remedy = "train with modeling/train_head.py, with `val_ratio`, and name that run as `run`"
     if run.stacking is not None:
         raise UsageError(
-            f"{run.named} is an ensemble of `auto`, whose parts were chosen on all of its training rows: none is unseen; "
-            f"{remedy}"
+            f"{run.named} is an ensemble of `auto`, whose parts were chosen on all of its training rows: none is "
+            f"unseen; {remedy}"
         )
     if isinstance(run.split, list):
         raise UsageError(f"{run.named} is a cross-validation: each of its rows is validation in some fold; {remedy}")
@@ -33,8 +33,8 @@ def labelled(ids: Sequence[str], experiment: Experiment, folder: Path) -> list[s
     kept = [name for name, tag in zip(ids, experiment.features.tags_of(ids), strict=True) if tag]
     if not kept:
         raise UsageError(
-            f"none of the run's {len(ids)} training rows has a label in the caches in {folder} any more; extract again from "
-            "the labelled data, or name other caches with `feats`"
+            f"none of the run's {len(ids)} training rows has a label in the caches in {folder} any more; extract again "
+            "from the labelled data, or name other caches with `feats`"
         )
     if len(kept) < len(ids):
         lost = len(ids) - len(kept)
@@ -63,6 +63,7 @@ def unseen_folds(ids: Sequence[str], k: int, experiment: Experiment, val_ratio: 
 
 
 def inner_split(ids: Sequence[str], experiment: Experiment, val_ratio: float) -> Split:
+    """A training and a validation part of `ids`: `val_ratio` of them, or more where that can't hold every class."""
     tags = experiment.features.tags_of(ids)
     ratio = max(val_ratio, len(set(tags)) / len(tags))
     try:
@@ -72,14 +73,15 @@ def inner_split(ids: Sequence[str], experiment: Experiment, val_ratio: float) ->
 
 
 def check_every_class_parts_in_three(ids: Sequence[str], experiment: Experiment) -> None:
+    """Raise `UsageError` for a class of fewer than three rows that are no duplicates."""
     tags, distinct = experiment.features.tags_of(ids), defaultdict(set)
     for name, tag in zip(ids, tags, strict=True):
         distinct[tag].add(name if experiment.group_of is None else experiment.group_of[name])
     rarest = min(distinct, key=lambda tag: (len(distinct[tag]), tag))
     if len(distinct) > 1 and len(distinct[rarest]) < 3:
         raise UsageError(
-            f"class {rarest!r} has {tags.count(rarest)} training row{'s' if tags.count(rarest) > 1 else ''}, expected at "
-            "least 3 that are no duplicates: one to predict, one to learn from, one to validate by; add rows of "
+            f"class {rarest!r} has {tags.count(rarest)} training row{'s' if tags.count(rarest) > 1 else ''}, expected "
+            "at least 3 that are no duplicates: one to predict, one to learn from, one to validate by; add rows of "
             "it, or leave it out, and train again"
         )
 

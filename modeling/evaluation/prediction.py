@@ -69,13 +69,13 @@ def predict_caches(
     voting: VoteSettings = VoteSettings(),
     device: torch.device | str = "cpu",
 ) -> Predictions:
-    """What `runs` say of the caches `<folder>/<cache>_<split>.h5` of the kinds they were trained on; without `folder` in
-    the one that each was trained from.
+    """What `runs` say of the caches `<folder>/<cache>_<split>.h5` of the kinds they were trained on; without `folder`
+    in the one that each was trained from.
 
     Every row gets a prediction: one with features for some of the runs only is left to these; one without any gets
     the most common training class of the first run, with that run's class shares as probabilities. For ties see
-    `combine`. Raises `UsageError` for an unknown `tie`, caches that another encoder made than a run's, runs whose folders
-    hold different data, and whatever keeps `joined.load_features` from loading.
+    `combine`. Raises `UsageError` for an unknown `tie`, caches that another encoder made than a run's, runs whose
+    folders hold different data, and whatever keeps `joined.load_features` from loading.
     """
     classes = runs[0].classes
     if voting.tie is not None and voting.tie not in classes:
@@ -183,15 +183,15 @@ def _same_rows(split: str, of_folder: Mapping[Path, Rows]) -> Rows:
         found = f"{len(rows.ids)} and {len(other.ids)} rows, {common} in common"
         if common == len(rows.ids) == len(other.ids):
             at = _positions(rows.ids, other.ids)
-            pairs = [(rows.image_hash, other.image_hash[at], 0)]
+            pairs: list[tuple[np.ndarray, np.ndarray, int | str]] = [(rows.image_hash, other.image_hash[at], 0)]
             pairs += [(np.array(rows.tags, object), np.array(other.tags, object)[at], "")]
             pictures, labels = (int(((a != b) & (a != no) & (b != no)).sum()) for a, b, no in pairs)
             if not pictures and not labels:
                 continue
             found = f"the same ids, but {pictures} other pictures and {labels} other labels"
         raise UsageError(
-            f"the {split} caches in {first} and {folder} are of different data ({found}), and runs vote on the same rows; "
-            "name one folder that has the caches of all runs with `feats`"
+            f"the {split} caches in {first} and {folder} are of different data ({found}), and runs vote on the same "
+            "rows; name one folder that has the caches of all runs with `feats`"
         )
     return rows
 

@@ -1,5 +1,5 @@
-"""Raw image-text pairs as caches of the kinds that runs were trained on. The only part of prediction that loads encoders:
-each as its cache's fingerprint says, through the ordinary extraction loop."""
+"""Raw image-text pairs as caches of the kinds that runs were trained on. The only part of prediction that loads
+encoders: each as its cache's fingerprint says, through the ordinary extraction loop."""
 
 import json
 from collections.abc import Mapping, Sequence

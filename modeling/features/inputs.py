@@ -37,15 +37,19 @@ class Inputs:
 
     @property
     def device(self) -> torch.device:
+        """Where all of it lies."""
         there = next(x for x in (self.image, self.text, self.image_tokens, self.text_tokens) if x is not None)
         return there.device if isinstance(there, Tensor) else there.values.device
 
     def __len__(self) -> int:
-        there = [x for x in (self.image, self.text, self.image_tokens) if x is not None]
-        return len(there[0]) if there else len(self.text_tokens.offsets) - 1
+        counts = [len(x) for x in (self.image, self.text, self.image_tokens) if x is not None]
+        if self.text_tokens is not None:
+            counts.append(len(self.text_tokens.offsets) - 1)
+        return counts[0]  # all are equal
 
     @property
     def n_bytes(self) -> int:
+        """Of all values."""
         values = [getattr(self, f.name) for f in fields(self)]
         tensors = [x.values if isinstance(x, Ragged) else x for x in values if x is not None]
         return sum(x.numel() * x.element_size() for x in tensors)
@@ -61,10 +65,12 @@ class Inputs:
         return Inputs(**{name: getattr(self, name) for name in read})
 
     def batch(self, rows: Tensor | None = None, views: Tensor | None = None) -> Batch:
-        """Rows (M, B) int64 as a batch; without, all rows for one model, dense features uncopied. `views` (N,) or (M, N)
-        int64 says which view of each picture to take, 0 the picture itself."""
+        """Rows (M, B) int64 as a batch; without, all rows for one model, dense features uncopied. `views` (N,) or
+        (M, N) int64 says which view of the rows' pictures to take, 0 the picture itself."""
         image, text, image_tokens = (_rows_of(x, rows) for x in (self.image, self.text, self.image_tokens))
         if image is not None and views is not None:
+            if rows is None or self.image_views is None:
+                raise ValueError("which views to take, but no rows to take them of, or no views among the features")
             chosen = (views[rows] if views.dim() == 1 else views.gather(1, rows))[..., None]
             other = self.image_views[rows, (chosen[..., 0] - 1).clamp(min=0)]
             image = torch.where(chosen > 0, other, image)
@@ -142,19 +148,24 @@ class Preprocessing:
 
     def apply(self, features: FeatureSet) -> Inputs:
         """The features as heads read them, float32. More caches or token features than the own ones do no harm."""
-        joined: dict[str, Tensor | Ragged | None] = {}
+        joined: dict[str, Tensor] = {}
+        text_tokens: Ragged | None = None
         for side, names in self.caches.items():
             parts = [self._apply(side, name, getattr(features, side)[name]) for name in names]
-            joined[side] = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)) if parts else None
+            if parts:
+                joined[side] = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
             for name in names:
                 tokens = f"{side}_tokens"
                 x = getattr(features, tokens).get(name)
-                if x is not None and f"{tokens}/{name}" in self.normalizers:
-                    values = self._apply(tokens, name, x.values if isinstance(x, Ragged) else x)
-                    joined[tokens] = replace(x, values=values) if isinstance(x, Ragged) else values
+                if x is None or f"{tokens}/{name}" not in self.normalizers:
+                    continue
+                if isinstance(x, Ragged):
+                    text_tokens = replace(x, values=self._apply(tokens, name, x.values))
+                else:
+                    joined[tokens] = self._apply(tokens, name, x)
         if any(name in features.views for name in self.caches["image"]):
             joined["image_views"] = self._views(features)
-        return Inputs(**joined)
+        return Inputs(**joined, text_tokens=text_tokens)
 
     def _views(self, features: FeatureSet) -> Tensor:
         """(N, K, Dv) of all image caches; one without views gives the picture itself, one with fewer repeats them."""
@@ -172,6 +183,7 @@ class Preprocessing:
         return x if scale == 1 else x * scale
 
     def to(self, device: torch.device | str) -> "Preprocessing":
+        """The same with its statistics on `device`."""
         return replace(self, normalizers={key: n.to(device) for key, n in self.normalizers.items()})
 
     @property
@@ -192,7 +204,7 @@ class Preprocessing:
         state: Mapping[str, Tensor],
     ) -> "Preprocessing":
         """Back from its fields, `kinds` and `state()`."""
-        parts = {key: {} for key in kinds}
+        parts: dict[str, dict[str, Tensor]] = {key: {} for key in kinds}
         for name, tensor in state.items():
             key, _, statistic = name.rpartition("/")
             parts[key][statistic] = tensor

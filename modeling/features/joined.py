@@ -1,13 +1,13 @@
 """Feature caches joined by id into tensors, and their normalisation. No encoder, no picture, no text."""
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -91,7 +91,11 @@ class Ragged:
         return Ragged(self.values[place + (self.offsets[rows] - offsets[:-1]).repeat_interleave(lengths)], offsets)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Ragged":
+        """The same on `device`, the values in `dtype`."""
         return Ragged(self.values.to(device=device, dtype=dtype), self.offsets.to(device=device))
+
+
+Values = TypeVar("Values", torch.Tensor, Ragged)
 
 
 @dataclass(frozen=True)
@@ -120,18 +124,22 @@ class FeatureSet:
 
     @property
     def ids(self) -> list[str]:
+        """Of the N rows, in their order."""
         return self.rows.ids
 
     @property
     def tags(self) -> list[str]:
+        """The label of each row, '' where unknown."""
         return self.rows.tags
 
     @property
     def image_hash(self) -> np.ndarray:
+        """(N,) uint64, see `Rows`."""
         return self.rows.image_hash
 
     @property
     def text_key(self) -> np.ndarray:
+        """(N,) uint64, see `Rows`."""
         return self.rows.text_key
 
     @property
@@ -165,19 +173,48 @@ class FeatureSet:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "FeatureSet":
         """The same rows with every tensor on `device`, the features in `dtype`."""
-        moved = {
-            name: {key: value.to(device=device, dtype=dtype) for key, value in getattr(self, name).items()}
-            for name in ("image", "text", "views", "image_tokens", "text_tokens")
-        }
-        return replace(self, **moved)
+        return self.with_tensors(lambda x: x.to(device=device, dtype=dtype), lambda x: x.to(device, dtype))
+
+    def with_tensors(
+        self, dense: Callable[[torch.Tensor], torch.Tensor], ragged: Callable[[Ragged], Ragged]
+    ) -> "FeatureSet":
+        """The same caches with what two functions make of each tensor and of each text's tokens."""
+
+        def of(tensors: dict[str, Values], change: Callable[[Values], Values]) -> dict[str, Values]:
+            return {name: change(x) for name, x in tensors.items()}
+
+        return replace(
+            self,
+            image=of(self.image, dense),
+            text=of(self.text, dense),
+            views=of(self.views, dense),
+            image_tokens=of(self.image_tokens, dense),
+            text_tokens=of(self.text_tokens, ragged),
+        )
+
+    def only(self, caches: Mapping[str, Collection[str]]) -> "FeatureSet":
+        """Without some tensors: `caches` names those to keep of image, text, views, image_tokens or text_tokens; what
+        it doesn't mention stays as it is."""
+
+        def of(kind: str, tensors: dict[str, Values]) -> dict[str, Values]:
+            return {name: x for name, x in tensors.items() if name in caches.get(kind, tensors)}
+
+        return replace(
+            self,
+            image=of("image", self.image),
+            text=of("text", self.text),
+            views=of("views", self.views),
+            image_tokens=of("image_tokens", self.image_tokens),
+            text_tokens=of("text_tokens", self.text_tokens),
+        )
 
     def require_tokens(self, side: str) -> None:
         """Raise `UsageError` when no cache of `side` ("image" or "text") holds token features."""
         if not getattr(self, f"{side}_tokens"):
             names = ", ".join(getattr(self, side)) or "none"
             raise UsageError(
-                f"this head needs {side} tokens, and no {side} cache has them (there: {names}); make one with `tokens`, "
-                "e.g. python feats/clip_extract_feats.py `tokens` `name` clip_tokens"
+                f"this head needs {side} tokens, and no {side} cache has them (there: {names}); make one with "
+                "`tokens`, e.g. python feats/clip_extract_feats.py `tokens` `name` clip_tokens"
             )
 
     def summary(self) -> str:
@@ -228,12 +265,12 @@ def source_of(
     folder: Path | str, image: str | Sequence[str] = (), text: str | Sequence[str] = (), tokens: bool = False
 ) -> FeatureSource:
     """Caches by name: one, or some of each side."""
-    sides = ((names,) if isinstance(names, str) else tuple(names) for names in (image, text))
-    return FeatureSource(Path(folder), *sides, tokens=tokens)
+    of_image, of_text = ((names,) if isinstance(names, str) else tuple(names) for names in (image, text))
+    return FeatureSource(Path(folder), of_image, of_text, tokens)
 
 
 def caches_with(side: str, folder: Path, split: str, names: Sequence[str]) -> list[str]:
-    """Those of the caches that have a side. One that isn't there is left out: what is missing is said when it is loaded."""
+    """Those of the caches that have a side. One that isn't there is left out: loading it says what is missing."""
     found = []
     for name in names:
         path = folder / f"{name}_{split}.h5"
@@ -267,7 +304,8 @@ def _with_known_duplicates(features: FeatureSet) -> FeatureSet:
         if any(((known[f] == 0) & (others[f] != 0)).any() for f in known):
             told_by.append(path.name)
             known = {fact: np.where(values == 0, others[fact], values) for fact, values in known.items()}
-    return replace(features, dataset=replace(features.dataset, **known), told_by=tuple(told_by))
+    dataset = replace(features.dataset, image_hash=known["image_hash"], text_key=known["text_key"])
+    return replace(features, dataset=dataset, told_by=tuple(told_by))
 
 
 def content_digests(folder: Path | str, split: str, names: Iterable[str]) -> dict[str, str]:
@@ -326,8 +364,8 @@ class _Join:
         if len(rows):
             raise UsageError(
                 f"{self.caches[name].path}: {dataset} holds NaN or infinite values "
-                f"({_few([self.dataset.ids[row] for row in rows])}); see python feats/inspect_feats.py `verify`, and make "
-                "the cache again with `overwrite`"
+                f"({_few([self.dataset.ids[row] for row in rows])}); see python feats/inspect_feats.py `verify`, and "
+                "make the cache again with `overwrite`"
             )
 
 
@@ -348,8 +386,8 @@ def _join(source: FeatureSource, split: str) -> Iterator[_Join]:
             pending = int((caches[name].status == PENDING).sum())
             if pending or not caches[name].complete:
                 raise UsageError(
-                    f"{caches[name].path} is incomplete: {pending} of {len(caches[name])} rows are still to be encoded; "
-                    f"finish it with the command that made it, e.g. {_command(name, folder)}"
+                    f"{caches[name].path} is incomplete: {pending} of {len(caches[name])} rows are still to be "
+                    f"encoded; finish it with the command that made it, e.g. {_command(name, folder)}"
                 )
         for side in SIDES:
             for name in source.of(side):
@@ -455,19 +493,17 @@ def _check_same_content(caches: Mapping[str, FeatureStore], order: Mapping[str, 
 
 def _merge_tags(caches: Mapping[str, FeatureStore], order: Mapping[str, np.ndarray], ids: Sequence[str]) -> list[str]:
     """The label of each row: the one any cache knows."""
-    merged: np.ndarray | None = None
-    owner = ""
-    for name, store in caches.items():
+    (owner, first), *others = caches.items()
+    merged = first.tags[order[owner]]
+    for name, store in others:
         tags = store.tags[order[name]]
-        if merged is None:
-            merged, owner = tags, name
-            continue
         differ = np.flatnonzero((merged != tags) & (merged != "") & (tags != ""))
         if len(differ):
             row = differ[0]
             raise UsageError(
                 f"{caches[owner].path.name} and {store.path.name} disagree on the labels of {len(differ)} rows, e.g. "
-                f"{ids[row]}: {merged[row]} and {tags[row]}. Run the extraction of both again: it brings labels up to date"
+                f"{ids[row]}: {merged[row]} and {tags[row]}. Run the extraction of both again: it brings labels up to "
+                "date"
             )
         merged = np.where(merged == "", tags, merged)
     return list(map(sys.intern, merged.tolist()))  # one string per label, not per row
@@ -475,7 +511,7 @@ def _merge_tags(caches: Mapping[str, FeatureStore], order: Mapping[str, np.ndarr
 
 def _merge_facts(fact: str, caches: Mapping[str, FeatureStore], order: Mapping[str, np.ndarray]) -> np.ndarray:
     """A fact of each row, (N,): what the first cache that knows it says."""
-    merged = np.uint64(0)
+    merged = np.zeros(len(next(iter(order.values()))), np.uint64)
     for name, store in caches.items():
         merged = np.where(merged == 0, store.facts(fact)[order[name]], merged)
     return merged

@@ -1,7 +1,7 @@
 """Normalisation of features, with statistics of training rows only."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -38,9 +38,10 @@ class Normalizer:
             raise UsageError("no training rows to take mean and standard deviation of")
         # Two passes in double precision: the sum of squares of one pass loses what float16 columns with a large mean
         # vary by. A constant column comes out as exactly 0.
-        mean = sum(features[block].double().sum(0) for block in blocks) / count
-        std = (sum((features[block].double() - mean).square().sum(0) for block in blocks) / count).sqrt()
-        std = std.float()
+        zero = features.new_zeros(features.shape[1], dtype=torch.float64)
+        mean = sum((features[block].double().sum(0) for block in blocks), zero) / count
+        variance = sum(((features[block].double() - mean).square().sum(0) for block in blocks), zero) / count
+        std = variance.sqrt().float()
         return cls(kind, mean.float(), torch.where(std > 0, std, 1.0))
 
     def apply(self, features: torch.Tensor) -> torch.Tensor:
@@ -48,13 +49,15 @@ class Normalizer:
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         if self.kind == "l2":
             return torch.nn.functional.normalize(features, dim=-1, eps=L2_EPS)
-        if self.kind == "standard":
-            return (features - self.mean) / self.std
-        return features
+        if self.kind == "none":
+            return features
+        if self.mean is None or self.std is None:
+            raise ValueError("standardising without mean and std; take them with `Normalizer.fit`")
+        return (features - self.mean) / self.std
 
     def state(self) -> dict[str, torch.Tensor]:
         """The tensors a run keeps: mean and std, or nothing."""
-        return {} if self.mean is None else {"mean": self.mean, "std": self.std}
+        return {} if self.mean is None or self.std is None else {"mean": self.mean, "std": self.std}
 
     @classmethod
     def from_state(cls, kind: str, state: Mapping[str, torch.Tensor]) -> "Normalizer":
@@ -64,4 +67,5 @@ class Normalizer:
         return cls(kind, state.get("mean"), state.get("std"))
 
     def to(self, device: torch.device | str) -> "Normalizer":
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.state().items()})
+        """The same with its statistics on `device`."""
+        return Normalizer.from_state(self.kind, {name: tensor.to(device) for name, tensor in self.state().items()})

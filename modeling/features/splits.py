@@ -9,14 +9,14 @@ scikit-learn's StratifiedGroupKFold, whose folds are multiples of 1/k and vary i
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from feats.csv_files import parse_csv
+from feats.csv_files import numbered_csv, parse_csv
 from feats.errors import UsageError
 from modeling.features.joined import FeatureSet
 
@@ -38,7 +38,8 @@ class Split:
     def without(self, ids: Iterable[str]) -> "Split":
         """The same split less some ids, e.g. those a cache has in quarantine."""
         gone = set(ids)
-        return Split(*([i for i in getattr(self, part) if i not in gone] for part in PARTS), how=self.how)
+        train, val, test = ([i for i in getattr(self, part) if i not in gone] for part in PARTS)
+        return Split(train, val, test, self.how)
 
 
 def save_split(split: Split | Sequence[Split], path: Path | str) -> None:
@@ -162,9 +163,9 @@ def deal_split(
     part_of = _assign(ids, labels, groups, list(shares.values()), seed)
     names = list(shares)
     _check_every_class_in(labels, classes, part_of, groups, names)
-    parts = {name: sorted(ids[i] for i in np.flatnonzero(part_of == p)) for p, name in enumerate(names)}
+    parts = {name: [ids[i] for i in np.flatnonzero(part_of == p).tolist()] for p, name in enumerate(names)}
     how = {"val_ratio": val_ratio, "test_ratio": test_ratio, "seed": seed, "duplicates_together": groups is not None}
-    return Split(*(parts.get(part, []) for part in PARTS), how=how)
+    return _split_of(parts, how)
 
 
 def deal_folds(
@@ -183,7 +184,7 @@ def deal_folds(
     classes = _check_labels(labels)
     fold_of = _assign(ids, labels, groups, [1 / k] * k, seed)
     _check_every_class_in(labels, classes, fold_of, groups, [f"fold {fold + 1} of {k}" for fold in range(k)])
-    members = [sorted(ids[i] for i in np.flatnonzero(fold_of == fold)) for fold in range(k)]
+    members = [sorted(ids[i] for i in np.flatnonzero(fold_of == fold).tolist()) for fold in range(k)]
     how = {"folds": k, "seed": seed, "duplicates_together": groups is not None}
     return [
         Split(
@@ -218,6 +219,11 @@ def duplicate_groups(image_hash: np.ndarray | None, text_key: np.ndarray | None)
                 a, b = sorted((root(first.setdefault(key, row)), root(row)))
                 parent[b] = a
     return np.array([root(row) for row in range(len(parent))], np.int64)
+
+
+def _split_of(parts: Mapping[str, list[str]], how: dict[str, Any]) -> Split:
+    train, val, test = (sorted(parts.get(part, [])) for part in PARTS)
+    return Split(train, val, test, how)
 
 
 def _check_labels(labels: Sequence[str]) -> list[str]:
@@ -301,9 +307,9 @@ def _check_every_class_in(
     groups: Sequence[int] | np.ndarray | None,
     names: Sequence[str],
 ) -> None:
-    labels = np.asarray(labels, dtype=str)
+    of_row = np.asarray(labels, dtype=str)
     for name in classes:
-        rows = labels == name
+        rows = of_row == name
         empty = set(range(len(names))) - set(part_of[rows].tolist())
         if empty:
             n = int(rows.sum())
@@ -332,15 +338,15 @@ def read_split_file(paths: Path | str | Sequence[Path | str], ids: Sequence[str]
     a label in them, one class only, a class that train or val lacks, and folds with a test part or that validate a row
     twice.
     """
-    paths = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
-    source = ", ".join(map(str, paths))
+    files = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    source = ", ".join(map(str, files))
     label_of = dict(zip(ids, labels, strict=True))
-    if len(paths) == 1:
-        found = _read_json(paths[0]) if paths[0].suffix.lower() == ".json" else [_read_csv(paths[0], label_of)]
-    elif len(paths) in (2, 3):
-        found = [{part: _read_list(path, label_of) for part, path in zip(_parts_of_files(paths), paths, strict=True)}]
+    if len(files) == 1:
+        found = _read_json(files[0]) if files[0].suffix.lower() == ".json" else [_read_csv(files[0], label_of)]
+    elif len(files) in (2, 3):
+        found = [{part: _read_list(file, label_of) for part, file in zip(_parts_of_files(files), files, strict=True)}]
     else:
-        raise UsageError(f"{len(paths)} split files; give one (JSON or CSV), or three lists of ids: train, val, test")
+        raise UsageError(f"{len(files)} split files; give one (JSON or CSV), or three lists of ids: train, val, test")
     names = [source] if len(found) == 1 else [f"{source}, fold {k} of {len(found)}" for k in range(1, len(found) + 1)]
     for parts, name in zip(found, names, strict=True):
         _check_parts(parts, label_of, name)
@@ -350,8 +356,8 @@ def read_split_file(paths: Path | str | Sequence[Path | str], ids: Sequence[str]
             raise UsageError(f"{source}: {_few(twice, 'id')} in the val part of several folds; keep one")
         if any(parts.get("test") for parts in found):
             raise UsageError(f"{source}: folds with a test part; name train and val only, every row is tested as val")
-    how = {"files": [path.name for path in paths]}
-    return [Split(*(sorted(parts.get(part, [])) for part in PARTS), how=how) for parts in found]
+    how = {"files": [file.name for file in files]}
+    return [_split_of(parts, how) for parts in found]
 
 
 def _check_parts(parts: dict[str, list[str]], label_of: dict[str, str], source: str) -> None:
@@ -383,8 +389,8 @@ def _parts_of_files(paths: Sequence[Path]) -> list[str]:
         return list(PARTS[: len(paths)])
     if any(len(parts) != 1 for parts in told) or len(set.union(*told)) != len(paths):
         raise UsageError(
-            f"can't tell which of {', '.join(path.name for path in paths)} is train, val and test; put the part in each "
-            "file's name, or in none and give them in that order"
+            f"can't tell which of {', '.join(path.name for path in paths)} is train, val and test; put the part in "
+            "each file's name, or in none and give them in that order"
         )
     return [parts.pop() for parts in told]
 
@@ -404,7 +410,8 @@ def _read_json(path: Path) -> list[dict[str, list[str]]]:
 def _parts_of(content: Any, path: Path) -> dict[str, list[str]]:
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}, expected {_FORM}")
-    parts = {ALIASES.get(part, part): members for part, members in content.items() if part != "how"}
+    named: dict[str, Any] = content
+    parts = {ALIASES.get(part, part): members for part, members in named.items() if part != "how"}
     foreign = sorted(parts.keys() - set(PARTS))
     if foreign or not all(isinstance(members, list) for members in parts.values()):
         raise UsageError(f"{path} holds {', '.join(map(str, foreign)) or 'parts that are no lists'}, expected {_FORM}")
@@ -415,17 +422,17 @@ _FORM = '{"train": [ids], "val": [ids], "test": [ids]}'
 
 
 def _read_csv(path: Path, known: Collection[str]) -> dict[str, list[str]]:
-    columns, *rows = [row for row in parse_csv(_read(path)) if row] or [[]]
+    (_, columns), *rows = [(line, row) for line, row in numbered_csv(_read(path)) if row] or [(1, [])]
     key = next((name for name in ("id", "guid") if name in columns), None)
     if key is None or "split" not in columns:
         raise UsageError(f"{path} has columns {', '.join(columns) or '(none)'}; expected id and split")
     parts: dict[str, list[str]] = {}
-    for number, row in enumerate(rows, 2):
+    for line, row in rows:
         cells = {**dict.fromkeys(columns, ""), **dict(zip(columns, row, strict=False))}
         part = cells["split"].strip().lower()
         part = ALIASES.get(part, part)
         if part not in PARTS:
-            raise UsageError(f"{path}, line {number}: split {part!r}; expected train, val or test")
+            raise UsageError(f"{path}, line {line}: split {part!r}; expected train, val or test")
         parts.setdefault(part, []).append(_known([cells[key]], known))
     return parts
 

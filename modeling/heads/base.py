@@ -1,7 +1,7 @@
 """What a head is: its configuration, what it reads, and the base class of all.
 
-A head maps a pair's features to class logits. It holds M models of one shape at once (see `modeling.heads.layers`); with
-M = 1 it is an ordinary module.
+A head maps a pair's features to class logits. It holds M models of one shape at once (see `modeling.heads.layers`);
+with M = 1 it is an ordinary module.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,8 +18,8 @@ from modeling.heads.layers import Linear
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """What decides a head's shape. `dropout` None is the head's own. `sides` says what it reads; where the features lack
-    one of them, training takes the other alone.
+    """What decides a head's shape. `dropout` None is the head's own. `sides` says what it reads; where the features
+    lack one of them, training takes the other alone.
 
     Raises `UsageError` for an unknown head and values out of range.
     """
@@ -76,7 +76,7 @@ class Batch:
     text_mask: Tensor | None = None  # (M, B, L), which tokens are real
 
     def of(self, name: str) -> Tensor:
-        """A side, or its tokens, by name. Raises `KeyError` when the batch hasn't got it."""
+        """A side, its tokens, or their mask, by name. Raises `KeyError` when the batch hasn't got it."""
         found: Tensor | None = getattr(self, name)
         if found is None:
             raise KeyError(f"the batch has no {name}")
@@ -92,8 +92,8 @@ class Head(nn.Module):
     """Base of all heads: `forward(batch) -> logits (M, B, C)`.
 
     A head describes itself by the attributes below: nothing else in the project lists heads by name. `widths` gives the
-    widths of what there is: image, text, image_tokens, image_positions (their number P) and text_tokens. A head must not
-    touch a side that its configuration leaves out. Raises `UsageError` when the features lack what the head needs.
+    widths of what there is: image, text, image_tokens, image_positions (their number P) and text_tokens. A head must
+    not touch a side that its configuration leaves out. Raises `UsageError` when the features lack what the head needs.
     """
 
     study: str = ""  # letter of the reference study it comes from

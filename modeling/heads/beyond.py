@@ -41,9 +41,11 @@ class LinearHead(Head):
 
 
 class KernelHead(Head):
-    """RBF kernel classifier on the concatenated vectors, in closed form (`modeling.training.closed_form.fit_kernel`): the
-    training rows are its support. Their number is `widths["support"]`."""
+    """RBF kernel classifier on the concatenated vectors, in closed form (`modeling.training.closed_form.fit_kernel`).
+    The training rows are its support. Their number is `widths["support"]`."""
 
+    support: Tensor
+    gamma: Tensor
     solver = "kernel"
     reads = ("class_weights", "ridge", "gamma")
     norms = ("l2", "standard")

@@ -1,12 +1,13 @@
 """Layers that hold the weights of M models and compute all of them at once.
 
 Every parameter and every activation has the models as its first dimension: x (M, B, ..., width). Model m of a stack
-computes what it would compute alone; with M = 1 these are the layers of torch.nn. All weights start as torch.nn.Linear's
-do, each model's from a generator of its own seed, drawn on the CPU, so that the device changes nothing.
+computes what it would compute alone; with M = 1 these are the layers of torch.nn. All weights start as those of
+torch.nn.Linear do, each model's from a generator of its own seed, drawn on the CPU, so that the device changes nothing.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_models, n_out)) if bias else None
 
     def reset(self, model: int, generator: torch.Generator) -> None:
+        """Draw the weights of one model of the stack."""
         bound = 1 / math.sqrt(self.weight.shape[2])
         self.weight[model].uniform_(-bound, bound, generator=generator)
         if self.bias is not None:
@@ -38,10 +40,12 @@ class Linear(nn.Module):
         n_models, n_out, _ = self.weight.shape
         dtype = self.product_dtype if self.training and n_out >= LEAST_WIDTH else torch.float32
         pieces = self.weight.split([x.shape[-1] for x in parts], 2) if len(parts) > 1 else [self.weight]
-        y, bias = None, self.bias
-        for x, weight in zip(parts, pieces, strict=True):
-            product = _Product.apply(x.reshape(n_models, -1, x.shape[-1]), weight, bias, dtype)
-            y, bias = product if y is None else y + product, None
+        biases = [self.bias, *[None] * (len(parts) - 1)]  # added once
+        first, *others = (
+            _Product.apply(x.reshape(n_models, -1, x.shape[-1]), weight, bias, dtype)
+            for x, weight, bias in zip(parts, pieces, biases, strict=True)
+        )
+        y: Tensor = sum(others, first)
         return y.view(*parts[0].shape[:-1], n_out)
 
 
@@ -51,7 +55,7 @@ class _Product(torch.autograd.Function):
     times as long for a few classes, and copies it."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         x, weight = x.to(dtype), weight.to(dtype)
         ctx.save_for_backward(x, weight)
         if bias is None:
@@ -61,7 +65,7 @@ class _Product(torch.autograd.Function):
         return torch.bmm(x, weight.transpose(1, 2)).float().add_(bias[:, None])
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         of_x, _, of_bias, _ = ctx.needs_input_grad
         g = grad.to(x.dtype, memory_format=torch.contiguous_format)
@@ -83,6 +87,9 @@ def set_product_dtype(stack: nn.Module, dtype: torch.dtype) -> None:
 class BatchNorm(nn.Module):
     """Batch normalisation of (M, B, width) over B. Ioffe and Szegedy 2015; running statistics as torch.nn.BatchNorm1d,
     but a batch of a single row is left to the running statistics instead of failing."""
+
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, n_models: int, width: int, eps: float = 1e-5, momentum: float = 0.1):
         super().__init__()
@@ -169,6 +176,8 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
+        if self.noise is None:
+            raise RuntimeError("dropout without a source of noise; call `attach_noise` before training")
         return x * self.noise.keep_mask(x.shape, self.p)
 
 
@@ -182,7 +191,7 @@ class MultiheadAttention(nn.Module):
         self.n_heads = n_heads
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The result (M, B, Lq, width) and the weights (M, B, heads, Lq, Lk). `mask` (M, B, Lk): which keys there are."""
+        """The result (M, B, Lq, width) and the weights (M, B, heads, Lq, Lk). `mask` (M, B, Lk): the keys there are."""
         mixed, weights = attend(self.query(query), self.key(key), self.value(value), self.n_heads, mask)
         return self.out(mixed), weights
 
@@ -221,8 +230,8 @@ def initialise(stack: nn.Module, seeds: Sequence[int]) -> None:
     for model, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
         for layer in stack.modules():
-            if hasattr(layer, "reset"):
-                layer.reset(model, generator)
+            if callable(reset := getattr(layer, "reset", None)):
+                reset(model, generator)
 
 
 def attach_noise(stack: nn.Module, noise: Noise | None) -> None:

@@ -1,7 +1,7 @@
 """The registry of heads: a new one is a class in one of these files, or in one of its own, and a line here.
 
-The letters of the studies, whose descriptions stand in the README: A (CLIP, light fusion), B (CLIP, six heads), C (ResNet
-and BERT on token sequences), D (feature cache and linear probe), E (BERT and ResNet, three fusions).
+The letters of the studies, whose descriptions stand in the README: A (CLIP, light fusion), B (CLIP, six heads),
+C (ResNet and BERT on token sequences), D (feature cache and linear probe), E (BERT and ResNet, three fusions).
 """
 
 from collections.abc import Mapping, Sequence

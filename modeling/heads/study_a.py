@@ -61,7 +61,7 @@ class AttentionLinear(Head):
 
     study = "A"
     recipe = "A"
-    reads = ("D",)
+    reads: tuple[str, ...] = ("D",)
 
     def build(self, config: HeadConfig, widths: Mapping[str, int], n_classes: int, n_models: int) -> None:
         self.common = ToCommonWidth(self.sides, config, widths, n_models)
@@ -70,6 +70,7 @@ class AttentionLinear(Head):
         self.classifier = self.build_classifier(config, width, n_classes, n_models)
 
     def build_classifier(self, config: HeadConfig, width: int, n_classes: int, n_models: int) -> nn.Module:
+        """What makes logits of the fused vector."""
         return Linear(n_models, width, n_classes)
 
     def forward(self, batch: Batch) -> Tensor:

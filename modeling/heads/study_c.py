@@ -35,12 +35,12 @@ class CoAttention(Head):
         self.out = Linear(n_models, D, n_classes)
 
     def forward(self, batch: Batch) -> Tensor:
-        routes, mask = [], batch.text_mask
+        routes = []
         if "text" in self.sides:
-            text = self.project["text"](batch.text_tokens)
+            text, mask = self.project["text"](batch.of("text_tokens")), batch.of("text_mask")
             routes.append(_last_token(text, mask))
         if "image" in self.sides:
-            image = self.project["image"](batch.image_tokens)
+            image = self.project["image"](batch.of("image_tokens"))
             if self.config.image_positions:
                 image = image + self.positions
             routes.append(self.self_image(image, image, image)[0].mean(2))

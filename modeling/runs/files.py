@@ -19,8 +19,8 @@ DATA_SET_FILES = ("train.txt", "test_without_label.txt")
 
 @contextmanager
 def user_file(path: Path, header: Sequence[str]) -> Iterator[TextIO]:
-    """A text file to write CSV into, at a place the user chose; `header`: the first columns, which all files of the kind
-    have.
+    """A text file to write CSV into, at a place the user chose; `header`: the first columns, which all files of the
+    kind have.
 
     A regular file appears, or is replaced, once it is whole; folders above it are made. A link stays a link: its target
     is written. What is no regular file (a device, a pipe, standard output) is written as it is.
@@ -49,8 +49,8 @@ def check_replaceable(path: Path, header: Sequence[str]) -> None:
     same_kind = found[: len(wanted)] == wanted and found[len(wanted) :] in (b"", b",", b"\n", b"\r")
     if found and (not same_kind or Path(os.path.realpath(path)).name in DATA_SET_FILES):
         raise UsageError(
-            f"{path} exists and isn't known to hold predictions (a CSV file of {','.join(header)}...), so that it isn't "
-            "replaced; remove it, or give another file with `out`"
+            f"{path} exists and isn't known to hold predictions (a CSV file of {','.join(header)}...), so that it "
+            "isn't replaced; remove it, or give another file with `out`"
         )
 
 

@@ -56,8 +56,8 @@ def save_run(
 ) -> Run:
     """Write `run` as the folder `path`, which appears only when it is whole; returns the run as it lies there.
 
-    Where `path` is taken it is replaced with `overwrite`, or with `numbered` gets a number behind its name. `command` is
-    what the user typed. Raises `UsageError` when it is taken otherwise, and when the folder can't be written.
+    Where `path` is taken it is replaced with `overwrite`, or with `numbered` gets a number behind its name. `command`
+    is what the user typed. Raises `UsageError` when it is taken otherwise, and when the folder can't be written.
     """
     path = Path(path)
     if path.exists() and not overwrite and not numbered:
@@ -83,7 +83,7 @@ def save_run(
 
 
 def _under_a_free_name(unfinished: Path, wanted: Path) -> Path:
-    """Move a folder to `wanted`, with a number behind it if that is taken: another process may take it at any moment."""
+    """Move a folder to `wanted`, with a number behind it if that is taken: another process may take it any moment."""
     path, number = wanted, 1
     while True:
         try:
@@ -297,7 +297,8 @@ def is_whole(path: Path) -> bool:
 def read_metrics(path: Path) -> dict[str, Any]:
     """A run's metrics.json. Raises `UsageError` when it can't be read."""
     try:
-        return json.loads((path / METRICS).read_text(encoding="utf-8"))
+        figures: dict[str, Any] = json.loads((path / METRICS).read_text(encoding="utf-8"))
+        return figures
     except (OSError, ValueError) as error:
         raise UsageError(f"{path / METRICS} can't be read ({first_line(error)}); train again") from None
 

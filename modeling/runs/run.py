@@ -15,11 +15,11 @@ from feats.errors import UsageError
 from feats.store import fingerprint_difference
 from modeling.evaluation.metrics import softmax
 from modeling.features.inputs import Preprocessing
-from modeling.features.joined import FeatureSet, FeatureSource, Ragged, content_digests
+from modeling.features.joined import FeatureSet, FeatureSource, content_digests
 from modeling.features.splits import Split
 from modeling.heads.base import Head
 from modeling.training.config import TrainConfig
-from modeling.training.fit import predict_stack
+from modeling.training.problem import predict_stack
 
 # What of a cache's fingerprint may differ between training and prediction: other rows, another machine. (The last two
 # follow from the dtype.)
@@ -50,18 +50,9 @@ class Member:
 
     def _own(self, features: FeatureSet, rows: torch.Tensor | None) -> FeatureSet:
         """The tensors `logits` reads: of the member's caches and of `rows` only, without augmented views."""
-
-        def chosen(x: torch.Tensor | Ragged) -> torch.Tensor | Ragged:
-            if rows is None:
-                return x
-            return x.take(rows) if isinstance(x, Ragged) else x[rows.to(x.device)]
-
-        tensors = {
-            name: {cache: chosen(x) for cache, x in getattr(features, name).items() if cache in caches}
-            for side, caches in self.preprocessing.caches.items()
-            for name in (side, f"{side}_tokens")
-        }
-        return replace(features, views={}, **tensors)
+        caches = self.preprocessing.caches
+        own = features.only({"views": (), **caches, **{f"{side}_tokens": names for side, names in caches.items()}})
+        return own if rows is None else own.with_tensors(lambda x: x[rows.to(x.device)], lambda x: x.take(rows))
 
     def to(self, device: torch.device | str) -> "Member":
         """On `device`; on the CPU where the head computes in double precision and the device may not."""
@@ -87,7 +78,8 @@ class Stacking:
 def opinion(logits: np.ndarray) -> np.ndarray:
     """Log-probabilities less their mean over the classes, (N, C) float64, of logits (N, C)."""
     logits = np.asarray(logits, np.float64)
-    return logits - logits.mean(1, keepdims=True)
+    centred: np.ndarray = logits - logits.mean(1, keepdims=True)
+    return centred
 
 
 @dataclass(frozen=True)
@@ -168,7 +160,8 @@ class Run:
         return replace(self, members=[m.to(device) for m in self.members])
 
     def feature_folder(self, given: Path | None = None) -> Path:
-        """`given`, or else the folder of the caches the run was trained on. Raises `UsageError` when that isn't found."""
+        """`given`, or else the folder of the caches the run was trained on. Raises `UsageError` when that isn't
+        found."""
         if given is not None:
             return given
         # The working directory has no say: another project's caches have the same names. As long as the run and the
@@ -217,8 +210,8 @@ class Run:
             if same_rows and cached.get("data") != trained.get("data"):
                 raise UsageError(
                     f"the cache {name} in {folder} holds other rows than {self.named} was trained on ("
-                    f"{fingerprint_difference(*({'data': f.get('data')} for f in (cached, trained)))}); name the folder "
-                    "of that run's caches with `feats`, or train again on these"
+                    f"{fingerprint_difference(*({'data': f.get('data')} for f in (cached, trained)))}); name the "
+                    "folder of that run's caches with `feats`, or train again on these"
                 )
             free = FREE_TO_DIFFER if name in self.source.text else (*FREE_TO_DIFFER, "text_clean")
             kept = [{k: v for k, v in f.items() if k not in free} for f in (cached, trained)]
@@ -228,6 +221,13 @@ class Run:
                     f"the cache {name} in {folder} isn't what {self.named} was trained on ({difference}); extract it "
                     "again with the encoder of that run, or train a new head"
                 )
+
+    @property
+    def folder(self) -> Path:
+        """Where it was saved. Raises `UsageError` for a run that wasn't."""
+        if self.path is None:
+            raise UsageError("this run has no folder; save it first")
+        return self.path
 
     @property
     def named(self) -> str:

@@ -1,5 +1,5 @@
-"""Folders in the making. While a process fills one it holds a lock on a file beside it, which the kernel lets go when the
-process dies: what is locked is alive, wherever its process runs; what isn't was left behind.
+"""Folders in the making. While a process fills one it holds a lock on a file beside it, which the kernel lets go when
+the process dies: what is locked is alive, wherever its process runs; what isn't was left behind.
 
 A process's number or its machine's name tell nothing of the kind: containers share names, and count processes each for
 itself. (So `filelock` won't do: where a file system has no locks it judges by these.)

@@ -22,7 +22,8 @@ from modeling.heads.base import head_class
 from modeling.runs.run import Member, Run, Stacking, opinion
 from modeling.training.closed_form import MAX_KERNEL_ROWS, fit_logistic
 from modeling.training.config import TrainConfig
-from modeling.training.fit import Problem, Trained, fit
+from modeling.training.fit import fit
+from modeling.training.problem import Problem, Trained
 
 # Logistic regression to its optimum takes time with the cube of the columns, or of the rows where these are fewer.
 LINEAR_COLUMNS = 2048
@@ -43,12 +44,14 @@ class Candidate:
 
     @property
     def family(self) -> tuple[str, str]:
+        """Its head, and the caches it reads in words."""
         named = [f"{side} {name}" for side, names in self.caches.items() for name in names]
         return self.config.head.head, " + ".join(named)
 
 
 def searches(experiment: Experiment) -> list[list[str]]:
-    """The training ids of each search: of every split, and after folds of all of them together, with what they validate."""
+    """The training ids of each search: of every split, and after folds of all of them together, with what they
+    validate."""
     splits = experiment.splits
     everything = sorted({i for split in splits for i in (*split.train, *split.val)})
     return [split.train for split in splits] + ([everything] if len(splits) > 1 else [])
@@ -119,7 +122,7 @@ def search(experiment: Experiment, ids: Sequence[str], configs: Sequence[TrainCo
         probabilities = metrics.softmax(fitted.held_out)
         figures = metrics.scores(metrics.confusion_matrix(labels, probabilities.argmax(1), len(experiment.classes)))
         facts = fitted.members[0].facts
-        row = {
+        row: dict[str, Any] = {
             "head": candidate.family[0],
             "caches": candidate.family[1],
             "norm": candidate.norm,
@@ -134,7 +137,8 @@ def search(experiment: Experiment, ids: Sequence[str], configs: Sequence[TrainCo
         progress(1)
     opinions = torch.from_numpy(np.concatenate([opinion(fitted.held_out) for fitted, _ in best.values()], 1))
     [stack] = fit_logistic(opinions, torch.from_numpy(labels), len(experiment.classes), [STACKING_C])
-    members, history = [], []
+    members: list[Member] = []
+    history: list[dict[str, Any]] = []
     for group, (fitted, row) in enumerate(best.values()):
         row["stacked"] = "yes"
         held_out = {"epoch": None, "val_loss": row["log_loss"], **{name: row[name] for name in metrics.AVERAGES}}
@@ -150,19 +154,15 @@ def search(experiment: Experiment, ids: Sequence[str], configs: Sequence[TrainCo
 def _fit(experiment: Experiment, ids: Sequence[str], candidate: Candidate) -> _Fitted:
     """A closed-form head is fitted on all rows. Of one trained by gradient descent, the heads of inner folds are the
     members; their epoch is chosen on a share of the other rows, as the fold itself would no longer be held out."""
-    features = replace(
-        experiment.features,
-        views={} if not candidate.caches["image"] else experiment.features.views,
-        **{
-            side: {name: x for name, x in getattr(experiment.features, side).items() if name in names}
-            for side, names in candidate.caches.items()
-        },
-    )
+    caches = candidate.caches
+    features = experiment.features.only(caches if caches["image"] else {**caches, "views": ()})
     part = replace(experiment, features=features, **_preparation(candidate, features))
     head = candidate.config.head.head
     if head_class(head).closed_form():
         problem, preprocessing = part.problem(Split(train=list(ids), val=[]), [head])
         trained = _trained(candidate.config, problem)
+        if trained.held_out is None:
+            raise ValueError(f"the solver of {head} gives no held-out logits")
         return _Fitted([_member(trained, preprocessing)], [[]], trained.held_out)
     members, histories, held_out = [], [], np.zeros((len(ids), len(experiment.classes)))
     row_of = {name: row for row, name in enumerate(ids)}

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ class Tables:
 
     @property
     def text(self) -> str:
+        """What a terminal shows: the best configurations, the studies' tables and the notes."""
         more = len(self.rows) - SHOWN
         parts = [metrics.format_table(self.rows[:SHOWN], self.columns)]
         parts[0] += f"\n... and {more} more in table.csv" if more > 0 else ""
@@ -141,13 +142,14 @@ def compare(
     majority = metrics.majority_baseline(labels, experiment.classes, experiment.majority(experiment.splits[0]))
     baseline = {"head": f"always {majority['class']}", **{name: majority[name] for name in metrics.AVERAGES}}
     notes = (
-        f"{len(labels)} validation rows. Of the {monitor}: ± is over seeds, 95 % over rows, p a paired bootstrap against "
-        f"the best on the same rows. The best of {len(rows)} by these very rows is optimistic: confirm it on others."
+        f"{len(labels)} validation rows. Of the {monitor}: ± is over seeds, 95 % over rows, p a paired bootstrap "
+        f"against the best on the same rows. The best of {len(rows)} by these very rows is optimistic: confirm it on "
+        "others."
     )
     if not all(head_class(config.head.head).closed_form() for config in of_setting):
         notes += (
-            " Heads trained by gradient descent also chose their best epoch on these rows, which favours them over linear "
-            "and kernel."
+            " Heads trained by gradient descent also chose their best epoch on these rows, which favours them over "
+            "linear and kernel."
         )
     if lost:
         notes += f"\nLeft out for diverging ({len(lost)} of {len(lost) + len(rows)}):"
@@ -156,7 +158,8 @@ def compare(
 
 
 def _entry(folder: Path, setting: TrainConfig, runs: Sequence[str], monitor: str) -> dict[str, Any]:
-    figures, predictions, ids = [], [], []
+    figures, predictions = [], []
+    ids: list[str] = []  # the same in all
     for name in runs:
         figures.append(json.loads((folder / name / METRICS).read_text(encoding="utf-8"))["val"])
         ids, _, probabilities = read_predictions(folder / name / PREDICTIONS)
@@ -179,32 +182,26 @@ def _entry(folder: Path, setting: TrainConfig, runs: Sequence[str], monitor: str
     return {"row": row, "runs": runs, "ids": ids, "predictions": predictions}
 
 
-def _pivots(rows: Sequence[Mapping[str, Any]], monitor: str) -> dict[str, tuple[list[dict[str, Any]], list[str]]]:
+def _pivots(rows: Sequence[dict[str, Any]], monitor: str) -> dict[str, tuple[list[dict[str, Any]], list[str]]]:
     """The studies' tables, of what the sweep varies; each cell holds the best of what is left open."""
 
-    def best(where: Callable[[Mapping[str, Any]], bool]) -> Mapping[str, Any] | None:
-        return next((row for row in rows if where(row)), None)  # rows are sorted
+    def best(**wanted: Any) -> dict[str, Any] | None:
+        """The first row, as they are sorted, with these values."""
+        return next((row for row in rows if all(row[name] == value for name, value in wanted.items())), None)
 
-    def distinct(name: str, of: Sequence[Mapping[str, Any]] = rows) -> list[Any]:
+    def distinct(name: str, of: Sequence[dict[str, Any]] = rows) -> list[Any]:
         return sorted({row[name] for row in of} - {None}, key=float)
 
     heads = list(dict.fromkeys(row["head"] for row in rows))
     found = {}
     if len(heads) > 1:
-        chosen = [best(lambda r, h=h: r["head"] == h) for h in heads]
+        chosen = [row for h in heads if (row := best(head=h))]
         columns = ["head", "ablation", "parameters", *metrics.AVERAGES, "95 %", "to best", "p"]
         found[f"by head, each at its best {monitor}"] = (chosen, columns)
-    ablations = [name for name in map(ablation_words, ABLATIONS) if best(lambda r, n=name: r["ablation"] == n)]
+    ablations = [name for name in map(ablation_words, ABLATIONS) if best(ablation=name)]
     if len(ablations) > 1:
         table = [
-            {
-                "head": h,
-                **{
-                    a: _cell(best(lambda r, h=h, a=a: r["head"] == h and r["ablation"] == a), monitor)
-                    for a in ablations
-                },
-            }
-            for h in heads
+            {"head": h, **{words: _cell(best(head=h, ablation=words), monitor) for words in ablations}} for h in heads
         ]
         found[f"by ablation, {monitor}"] = (table, ["head", *ablations])
     trained = [row for row in rows if row["lr"] is not None]
@@ -212,10 +209,7 @@ def _pivots(rows: Sequence[Mapping[str, Any]], monitor: str) -> dict[str, tuple[
         rates = {f"lr {lr}": lr for lr in distinct("lr")}
 
         def line(h: str, D: int | None) -> dict[str, Any]:
-            cells = {
-                rate: _cell(best(lambda r, lr=lr: (r["head"], r["D"], r["lr"]) == (h, D, lr)), monitor)
-                for rate, lr in rates.items()
-            }
+            cells = {rate: _cell(best(head=h, D=D, lr=lr), monitor) for rate, lr in rates.items()}
             return {"head": h, "D": D, **cells}
 
         table = []

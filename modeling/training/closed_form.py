@@ -98,8 +98,8 @@ def _minimise(
             break
     if excess > max(tolerance, PROMISED) * value:
         raise UsageError(
-            f"logistic regression is {excess / value:.1g} of its objective from the minimum after {MAX_ROUNDS} rounds: the "
-            "classes can be told apart and next to nothing keeps the weights small; give a smaller `C`"
+            f"logistic regression is {excess / value:.1g} of its objective from the minimum after {MAX_ROUNDS} rounds: "
+            "the classes can be told apart and next to nothing keeps the weights small; give a smaller `C`"
         )
     return weight, bias, value * scale
 
@@ -125,13 +125,14 @@ def _lbfgs(
         optimiser.zero_grad()
         w = torch.linalg.solve_triangular(factor, v, upper=True)
         losses = F.cross_entropy(x @ w + c / stretch, targets, reduction="none")
-        value = weights @ losses + ridge / 2 * w.square().sum()
+        value: torch.Tensor = weights @ losses + ridge / 2 * w.square().sum()
         value.backward()
         return value
 
     optimiser.step(objective)
     value = objective().item()
-    excess = float(v.grad.square().sum() + c.grad.square().sum()) / 2
+    squares = [float(x.grad.square().sum()) for x in (v, c) if x.grad is not None]  # of both, just computed
+    excess = sum(squares) / 2
     return torch.linalg.solve_triangular(factor, v.detach(), upper=True), c.detach() / stretch, value, excess
 
 
@@ -204,6 +205,8 @@ def fit_kernel(
             if best is None or loss < best.loss:
                 dual = dual @ calibration
                 best = KernelFit(x, dual, dual.sum(0) + fit.bias, gamma, ridge, loss, held_out, search)
+    if best is None:
+        raise ValueError(f"gammas {list(gammas)}, ridges {list(ridges)}: expected one or more of each")
     return best
 
 
@@ -222,6 +225,7 @@ def _ridge(
 
 
 def _cholesky(matrix: torch.Tensor, head: str) -> torch.Tensor:
+    factor: torch.Tensor
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if failed:
         raise UsageError(

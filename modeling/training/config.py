@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -96,6 +97,17 @@ def from_flat(values: Mapping[str, Any]) -> TrainConfig:
     return replace(TrainConfig(head), **{name: value for name, value in values.items() if name in of_train})
 
 
+def changed(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
+    """The same training with some fields of its own and its head's set. Raises `UsageError` for names that are none."""
+    values = flat(config)
+    for name in settings:
+        if name not in values:
+            close = get_close_matches(name, values, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UsageError(f"unknown setting {name!r}{hint} (there are {', '.join(values)})")
+    return from_flat({**values, **settings})
+
+
 def settings_read(head: str) -> set[str]:
     """The fields of `HeadConfig` and `TrainConfig` that decide what becomes of a head."""
     chosen = head_class(head)
@@ -116,3 +128,8 @@ def with_seeds(config: TrainConfig, n: int = 1) -> list[TrainConfig]:
     """`n` seeds from the configuration's own up; a head in closed form gives the same for all of them and gets one."""
     count = 1 if head_class(config.head.head).closed_form() else n
     return [replace(config, seed=config.seed + k) for k in range(count)]
+
+
+def hyperparameters(config: TrainConfig) -> tuple[float, float, str]:
+    """What may differ between the models of a stack and concerns the optimiser."""
+    return config.lr, config.weight_decay, config.schedule

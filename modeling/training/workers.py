@@ -7,18 +7,21 @@ process is free to get on. On a GPU, for few or short jobs, and for data too lar
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from threading import current_thread, main_thread
 from typing import Any
 
 import torch
-from torch import multiprocessing
 
 from feats.errors import UsageError
-from modeling.training.fit import Problem, TrainConfig, Trained, fit, work
+from feats.interrupts import held_back
+from modeling.training.config import TrainConfig
+from modeling.training.fit import fit, work
+from modeling.training.problem import Problem, Trained
 
 LEAST_WORK = 4e12  # floating-point operations for which starting processes pays: some 20 s of one core
 MOST_WORKERS = 16
@@ -37,20 +40,22 @@ def run_jobs(
     count = min(len(jobs), _cores(), MOST_WORKERS)
     on_cpu = problems[0].inputs.device.type == "cpu"
     enough = sum(work(configs, problems[k]) for configs, k in jobs) >= LEAST_WORK
-    if not (on_cpu and enough and count > 1 and sum(problem.inputs.n_bytes for problem in problems) <= LARGEST_COPY):
+    small = sum(problem.inputs.n_bytes for problem in problems) <= LARGEST_COPY
+    if not (on_cpu and enough and small and count > 1 and os.name == "posix"):
         for number, (configs, k) in enumerate(jobs):
             yield number, fit(configs, problems[k], progress)
         return
     lightest_first = sorted(range(len(jobs)), key=lambda j: work(jobs[j][0], problems[jobs[j][1]]))
     waiting = [(number, *jobs[number]) for number in lightest_first]  # taken from the end: the long ones start early
-    processes: list[Any] = []
+    processes: list[subprocess.Popen[bytes]] = []
     try:
         busy = [_start(processes) for _ in range(count)]
         for worker in busy:
             _send(worker, list(problems))
             _send(worker, waiting.pop())
         while busy:
-            for worker in wait(busy):
+            ready = wait(busy)
+            for worker in [worker for worker in busy if worker in ready]:
                 kind, value = _receive(worker)
                 if kind == "error":
                     raise value
@@ -70,36 +75,31 @@ def run_jobs(
     finally:
         for process in processes:
             process.terminate()
-            process.join()
+            process.wait()
 
 
-def _start(processes: list[Any]) -> Connection:
+def _start(processes: list[subprocess.Popen[bytes]]) -> Connection:
     """Add a process to `processes`; returns the connection to it, which ends when the process does."""
-    spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe()
-    processes.append(spawn.Process(target=_serve, args=(there,), daemon=True))
-    with _deaf_to_interrupts():
-        processes[-1].start()
+    here, there = Pipe()
+    code = f"from modeling.training.workers import serve; serve({there.fileno()})"
+    with held_back():
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-P", "-c", code],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                pass_fds=[there.fileno()],
+                start_new_session=True,  # where a terminal's Ctrl-C doesn't reach: this process ends the others
+            )
+        )
     there.close()
     return here
 
 
-@contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes started here ignore Ctrl-C from their first moment on: the parent ends them."""
-    if current_thread() is not main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _serve(parent: Connection) -> None:
-    """What a process does: receive the problems, then train job after job until the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def serve(connection: int) -> None:
+    """What a process does: receive the problems, then train job after job until the parent is gone. `connection`: the
+    number of an open pipe to it."""
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # if the parent is killed, don't end the job first
+    parent = Connection(connection)
     torch.set_num_threads(1)
     try:
         problems = _receive(parent)

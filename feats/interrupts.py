@@ -1,0 +1,61 @@
+"""Ctrl-C at any moment of a script's work ends it, with the script's own line and no traceback.
+
+Python raises `KeyboardInterrupt` between any two steps. In a finalizer, or in what runs around a fork, nobody can catch
+it: it is printed as a traceback and forgotten, and the work goes on.
+"""
+
+import atexit
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from threading import current_thread, main_thread
+from types import FrameType
+
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def interruptible(*signals: signal.Signals) -> Iterator[None]:
+    """In here the first of `signals` raises `KeyboardInterrupt`; the next one, or one while Python shuts down, ends the
+    process at once. What the process was started to ignore stays ignored."""
+    minded = [number for number in signals if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        _end_at_once(minded)
+        raise KeyboardInterrupt
+
+    atexit.unregister(_end_at_once)
+    atexit.register(_end_at_once, minded)
+    with _handled(minded, interrupt):
+        yield
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """An interruption that comes in here is raised at the end: for what mustn't be cut in two."""
+    came: list[int] = []
+    raising = [number for number in INTERRUPTS if callable(signal.getsignal(number))]
+    try:
+        with _handled(raising, lambda number, frame: came.append(number)):
+            yield
+    finally:
+        if came:
+            signal.raise_signal(came[0])
+
+
+@contextmanager
+def _handled(signals: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    if current_thread() is not main_thread():  # interruptions are raised in the main thread only
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
+
+
+def _end_at_once(signals: Iterable[signal.Signals]) -> None:
+    for number in signals:
+        signal.signal(number, signal.SIG_DFL)

@@ -1,0 +1,65 @@
+"""Ctrl-C wherever it comes: see also tests/test_cli_extract.py and tests/test_workers.py."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from feats.interrupts import held_back, interruptible
+
+pytestmark = pytest.mark.usefixtures("in_foreground")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_is_raised_once(number: signal.Signals):
+    with pytest.raises(KeyboardInterrupt), interruptible(signal.SIGINT, signal.SIGTERM):
+        try:
+            signal.raise_signal(number)
+        finally:
+            now = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert now == [signal.SIG_DFL, signal.SIG_DFL]  # the next one ends the process
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_what_was_ignored_stays_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts background jobs
+    with interruptible(signal.SIGINT, signal.SIGTERM), held_back():
+        signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_waits(number: signal.Signals):
+    done = []
+    with interruptible(signal.SIGINT, signal.SIGTERM), pytest.raises(KeyboardInterrupt):
+        with held_back():
+            signal.raise_signal(number)
+            done.append("what mustn't be cut in two")
+        done.append("never")
+    assert done == ["what mustn't be cut in two"]
+
+
+def test_an_interruption_waits_for_an_error_too():
+    with interruptible(signal.SIGINT), pytest.raises(KeyboardInterrupt) as caught, held_back():
+        signal.raise_signal(signal.SIGINT)
+        raise ValueError
+    assert isinstance(caught.value.__context__, ValueError)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "with interruptible(signal.SIGINT):\n  try: signal.raise_signal(signal.SIGINT)\n"
+        "  finally: signal.raise_signal(signal.SIGINT)",
+        "import atexit; atexit.register(signal.raise_signal, signal.SIGINT)\nwith interruptible(signal.SIGINT): pass",
+    ],
+    ids=["a second time", "while Python shuts down"],
+)
+def test_later_ones_end_the_process_at_once_and_silently(moment: str):
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += f"from feats.interrupts import interruptible\n{moment}"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
