@@ -61,7 +61,7 @@ def test_figures_are_scikit_learn_s(n: int, n_classes: int):
     assert low <= found["accuracy"] <= high
     assert found["majority"]["class"] == "class 1" and found["majority"]["accuracy"] == np.mean(labels == 1)
     assert found["ece"] == expected_calibration_error(labels, probabilities)
-    other = evaluate(labels, probabilities, classes, bins=4, resamples=200)
+    other = metrics.figures(labels, probabilities, classes, bins=4, draws=200)
     assert other["ece"] == expected_calibration_error(labels, probabilities, 4) and "majority" not in other
 
 
@@ -81,7 +81,7 @@ def test_figures_are_computed_in_double_precision(dtype: type):
     assert fit_temperature(given, labels) == fit_temperature(given.astype(np.float64), labels)
     for figure in (log_loss, expected_calibration_error):
         assert figure(labels, probabilities) == figure(labels, probabilities.astype(np.float64))
-    found, expected = (evaluate(labels, p, ["a", "b", "c"]) for p in (probabilities, probabilities.astype(np.float64)))
+    found, expected = (metrics.figures(labels, p, ["a", "b", "c"]) for p in (probabilities, probabilities.astype(np.float64)))
     assert found == expected
 
 
@@ -109,7 +109,7 @@ def test_log_loss_of_a_certain_error_is_finite():
     probabilities = np.array([[1.0, 0.0], [0.5, 0.5]])
     labels = np.array([1, 0])
     assert log_loss(labels, probabilities) == pytest.approx(reference.log_loss(labels, probabilities))
-    assert evaluate(labels, probabilities, ["a", "b"])["log_loss"] == log_loss(labels, probabilities)
+    assert metrics.figures(labels, probabilities, ["a", "b"])["log_loss"] == log_loss(labels, probabilities)
     assert log_loss(np.array([0]), np.array([[1.004, 0.0]])) == 0  # a probability in half precision
 
 
@@ -294,8 +294,8 @@ def test_resampled_figures_are_those_of_resampled_rows(figure: str, monkeypatch:
     monkeypatch.setattr(metrics, "BLOCK_COUNTS", 100_000)  # several blocks
     found = metrics.resampled(labels, predictions, 3, figure, draws=20_000)
     assert found.shape == (20_000, 3) and (found[:, 0] == found[:, 2]).all()
-    assert np.array_equal(found, metrics.resampled(labels, predictions, 3, figure, resamples=20_000))
-    assert not np.array_equal(found, metrics.resampled(labels, predictions, 3, figure, resamples=20_000, seed=1))
+    assert np.array_equal(found, metrics.resampled(labels, predictions, 3, figure, draws=20_000))
+    assert not np.array_equal(found, metrics.resampled(labels, predictions, 3, figure, draws=20_000, seed=1))
     rng, drawn = np.random.default_rng(2), []
     for _ in range(3000):
         rows = rng.integers(0, 200, 200)
@@ -310,8 +310,8 @@ def test_resampled_figures_are_those_of_resampled_rows(figure: str, monkeypatch:
 
 def test_an_interval_holds_its_share_of_the_samples():
     drawn = np.random.default_rng(0).permutation(np.linspace(0, 1, 1001))
-    assert metrics.interval(drawn) == pytest.approx([0.025, 0.975])
-    assert metrics.interval(drawn, 0.5) == pytest.approx([0.25, 0.75])
+    assert metrics._interval(drawn) == pytest.approx([0.025, 0.975])
+    assert metrics._interval(drawn, 0.5) == pytest.approx([0.25, 0.75])
 
 
 def test_p_of_nothing_and_of_everything():
@@ -360,7 +360,7 @@ def test_columns_that_are_not_all_numbers_stand_to_the_left():
 def test_the_rows_of_a_set_of_figures():
     """What is under a name, its intervals, and the majority."""
     labels, logits = example(100, 2)
-    figures = evaluate(labels, softmax(logits), ["x", "y"], majority="y")
+    figures = metrics.figures(labels, softmax(logits), ["x", "y"], majority="y")
     rows = metrics.figure_rows(figures, "val")
     assert [row["rows"].strip() for row in rows] == ["val", "95 %", "always y"]
     for name in metrics.AVERAGES:
