@@ -81,7 +81,9 @@ def test_figures_are_computed_in_double_precision(dtype: type):
     assert fit_temperature(given, labels) == fit_temperature(given.astype(np.float64), labels)
     for figure in (log_loss, expected_calibration_error):
         assert figure(labels, probabilities) == figure(labels, probabilities.astype(np.float64))
-    found, expected = (metrics.figures(labels, p, ["a", "b", "c"]) for p in (probabilities, probabilities.astype(np.float64)))
+    found, expected = (
+        metrics.figures(labels, p, ["a", "b", "c"]) for p in (probabilities, probabilities.astype(np.float64))
+    )
     assert found == expected
 
 
@@ -306,12 +308,6 @@ def test_resampled_figures_are_those_of_resampled_rows(figure: str, monkeypatch:
     np.testing.assert_allclose(*(np.percentile(x, [2.5, 97.5]) for x in (found, drawn)), atol=0.008)
     expected = min(1, 2 * min((drawn <= 0).mean(), (drawn >= 0).mean()))
     assert metrics.two_sided_p(found) == pytest.approx(expected, abs=0.02)
-
-
-def test_an_interval_holds_its_share_of_the_samples():
-    drawn = np.random.default_rng(0).permutation(np.linspace(0, 1, 1001))
-    assert metrics._interval(drawn) == pytest.approx([0.025, 0.975])
-    assert metrics._interval(drawn, 0.5) == pytest.approx([0.25, 0.75])
 
 
 def test_p_of_nothing_and_of_everything():
