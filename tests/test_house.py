@@ -27,6 +27,9 @@ RESERVED = set(
 )
 
 
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
 def dotted(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
@@ -161,6 +164,21 @@ def test_libraries_of_stage_1_print_nothing_and_know_no_command_line():
             if isinstance(node, ast.Attribute) and node.attr in ("stderr", "stdout"):
                 found.append(f"{dotted(path)} line {node.lineno}: {node.attr}")
     assert not found
+
+
+LIBRARIES = [path for path in MODULES if path not in SCRIPTS and path.name != "cli.py"]
+
+
+@pytest.mark.parametrize("path", LIBRARIES, ids=dotted)
+def test_libraries_know_no_command_line(path: Path):
+    """They print nothing, know neither argparse nor options: settings are typed, messages name them in backquotes."""
+    tree = TREES[path]
+    calls = [node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    assert "print" not in calls and "argparse" not in imported(tree) and "tqdm" not in imported(tree)
+    docs = {ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, DOCUMENTED)}
+    strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    options = [text for text in strings if text not in docs and re.search(r"(^|[\s(`])--[a-z]", text)]
+    assert not options, "an option's name in a message"
 
 
 def test_reading_caches_needs_no_torch(tmp_path: Path):
