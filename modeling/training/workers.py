@@ -98,7 +98,8 @@ def _start(processes: list[subprocess.Popen[bytes]]) -> Connection:
 def serve(connection: int) -> None:
     """What a process does: receive the problems, then train job after job until the parent is gone. `connection`: the
     number of an open pipe to it."""
-    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # if the parent is killed, don't end the job first
+    # If the parent is killed, don't end the job first. The stubs of torch lack the function.
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
     parent = Connection(connection)
     torch.set_num_threads(1)
     try:
