@@ -21,8 +21,8 @@ from feats.csv_files import write_rows
 from feats.errors import UsageError
 from modeling import cli
 from modeling.evaluation.metrics import confusion_matrix, format_table
-from modeling.evaluation.out_of_fold import labelled, out_of_fold, single_split, unseen_folds
 from modeling.experiment import experiment_of_run, total_epochs
+from modeling.prediction.out_of_fold import labelled, out_of_fold, single_split, unseen_folds
 from modeling.runs.files import check_replaceable, user_file
 from modeling.runs.folder import PREDICTION_COLUMNS, open_runs, prediction_rows
 

@@ -17,8 +17,8 @@ from feats.acceleration import resolve_device
 from feats.cli import EXIT_DONE
 from feats.errors import UsageError
 from modeling import cli
-from modeling.evaluation import prediction
-from modeling.evaluation.prediction import Predictions, VoteSettings
+from modeling.prediction import cached as prediction
+from modeling.prediction.cached import Predictions, VoteSettings
 from modeling.runs.files import check_replaceable
 from modeling.runs.folder import open_runs
 from modeling.runs.run import Run
@@ -113,7 +113,7 @@ def output_file(args: Namespace, runs: Sequence[Run]) -> Path | None:
 
 def predict_raw(args: Namespace, runs: Sequence[Run], voting: VoteSettings, device: torch.device) -> Predictions:
     """Predictions of the pair or the manifest that was typed, encoded into caches that are gone afterwards."""
-    from modeling.evaluation import raw_pairs  # encoders and their libraries: slow to import, for raw pairs only
+    from modeling.prediction import raw_pairs  # encoders and their libraries: slow to import, for raw pairs only
 
     weights = named_weights(args.weights)
     records = raw_pairs.read_manifest(args.csv) if args.csv else raw_pairs.one_pair(args.image, args.text, runs)

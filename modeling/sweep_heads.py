@@ -12,9 +12,9 @@ from feats.cli import EXIT_DONE, as_typed
 from feats.errors import UsageError
 from modeling import cli
 from modeling.evaluation.metrics import format_table
-from modeling.evaluation.tables import report_tables
 from modeling.experiment import Experiment, load_experiment, on_features, run_of, total_epochs, train_all
 from modeling.runs.folder import is_whole, run_name, save_run
+from modeling.runs.tables import report_tables
 from modeling.search import auto, sweep
 from modeling.training.config import TrainConfig, as_read, with_seeds
 

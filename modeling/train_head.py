@@ -10,9 +10,9 @@ import feats.threads  # noqa: F401
 
 from feats.cli import EXIT_DONE
 from modeling import cli
-from modeling.evaluation.tables import head_line, report_tables
 from modeling.experiment import load_experiment, on_features, total_epochs, train_run
 from modeling.runs.folder import run_name, save_run, write_tensorboard
+from modeling.runs.tables import head_line, report_tables
 from modeling.training.config import with_seeds
 
 

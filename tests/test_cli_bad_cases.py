@@ -16,8 +16,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from modeling import bad_cases, sweep_heads, train_head
-from modeling.evaluation.out_of_fold import unseen_folds
 from modeling.experiment import Experiment, experiment_of_run
+from modeling.prediction.out_of_fold import unseen_folds
 from modeling.runs.folder import load_run, newest_run, read_predictions
 
 SHORT = ["--ep", "4", "--D", "8", "--bs", "16", "--lr", "1e-2"]

@@ -19,9 +19,10 @@ from conftest import ROOT, make_course
 from feats import efficientnet_extract_feats, minilm_extract_feats, vader_extract_feats
 from feats.store import DONE, QUARANTINED, FeatureStore
 from modeling import bad_cases, inference_head, train_head
-from modeling.evaluation import metrics, prediction
-from modeling.evaluation.prediction import VoteSettings
+from modeling.evaluation import metrics
 from modeling.features.joined import load_features
+from modeling.prediction import cached as prediction
+from modeling.prediction.cached import VoteSettings
 from modeling.runs.folder import list_runs, load_run, newest_run, open_runs
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}

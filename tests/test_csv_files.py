@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from feats.csv_files import LONGEST_CELL, parse_csv, read_csv, read_table, write_csv, write_rows, write_table
 from feats.store import QUARANTINED, FeatureStore
-from modeling.evaluation.prediction import Predictions, write_submission
 from modeling.features.joined import Rows
 from modeling.features.splits import Split, read_split_file, save_split
+from modeling.prediction.cached import Predictions, write_submission
 from modeling.runs.folder import read_predictions, write_predictions
 
 # What CSV readers and Python's own notion of a line trip over, each often.

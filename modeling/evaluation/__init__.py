@@ -1,1 +1,1 @@
-"""Figures with intervals, and predictions of saved runs."""
+"""Figures with intervals, and paired tests."""
