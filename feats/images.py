@@ -203,7 +203,7 @@ class ResizeCrop:
         cropped: Image.Image = functional.center_crop(image, [self.crop])
         return cropped
 
-    def describe(self, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+    def as_json(self, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
         """This and the normalisation that follows it in JSON values, for the fingerprint."""
         return {**asdict(self), "mean": list(mean), "std": list(std)}
 

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in args.files:
         try:
             with FeatureStore.open(path) as store:
-                print(describe(store))
+                print(overview(store))
                 if args.verify:
                     problems = store.verify()
                     for problem in problems:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_DONE if sound else EXIT_UNUSABLE
 
 
-def describe(store: FeatureStore) -> str:
+def overview(store: FeatureStore) -> str:
     """A few lines that say what the cache holds."""
     counts = Counter(store.status.tolist())
     states = ", ".join(f"{counts[status]} {name}" for status, name in STATUS_NAMES.items() if counts[status])

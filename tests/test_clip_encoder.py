@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from feats import clip_extract_feats
 from feats.encoders import openai_clip as clip_encoder
 from feats.encoders.base import Encoder, Features
-from feats.encoders.openai_clip import HUB_FILE, HUB_REPOSITORIES, describe, find_weights
+from feats.encoders.openai_clip import HUB_FILE, HUB_REPOSITORIES, architecture_of, find_weights
 from feats.encoders.registry import load_encoder
 from feats.encoders.weights import hub_reachable
 from feats.errors import UsageError
@@ -424,7 +424,7 @@ NINE = {
 def test_the_nine_are_known_by_their_shapes(model: str):
     with torch.device("meta"):
         state = CLIP(*NINE[model]).state_dict()
-    assert describe(state) == model
+    assert architecture_of(state) == model
     assert model in HUB_REPOSITORIES
 
 

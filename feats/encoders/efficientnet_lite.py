@@ -67,7 +67,7 @@ def load(model: str, weights: str | None, how: Loading) -> Encoder:
         identity={
             "model": model,
             "weights_sha256": weights_sha256,
-            "preprocess": preprocess.describe(MEAN, STD),
+            "preprocess": preprocess.as_json(MEAN, STD),
             "float32_blocks": exact,
         },
         loading=how,

@@ -71,7 +71,7 @@ def load(model: str | None, weights: str | None, how: Loading) -> Encoder:
         network = build_model(dict(state))
     except (AssertionError, KeyError, RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise UsageError(f"{path} holds no CLIP model ({type(error).__name__}: {first_line(error)})") from None
-    architecture = describe(state)
+    architecture = architecture_of(state)
     if model is not None and architecture != model:
         raise UsageError(f"{path} holds {architecture}, not {model}; leave out `model` or give the right weights")
     is_resnet = not hasattr(network.visual, "transformer")
@@ -88,7 +88,7 @@ def load(model: str | None, weights: str | None, how: Loading) -> Encoder:
         identity={
             "model": architecture,
             "weights_sha256": weights_sha256,
-            "preprocess": preprocess.describe(normalise.mean, normalise.std),
+            "preprocess": preprocess.as_json(normalise.mean, normalise.std),
             "image_dtype": str(visual.conv1.weight.dtype).removeprefix("torch."),
         },
         loading=how,
@@ -294,7 +294,7 @@ _ARCHITECTURES = {
 }
 
 
-def describe(state: StateDict) -> str:
+def architecture_of(state: StateDict) -> str:
     """The name of the model a state dict holds, read off its shapes; its measures if it is none of the nine."""
     width = state["text_projection"].shape[1]
     if "visual.proj" in state:

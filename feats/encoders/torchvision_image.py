@@ -58,7 +58,7 @@ def load(model: str, weights: str | None, how: Loading, *, layer: str) -> Encode
             "model": model,
             "weights_sha256": weights_sha256,
             "layer": layer,
-            "preprocess": preprocess.describe(preset.mean, preset.std),
+            "preprocess": preprocess.as_json(preset.mean, preset.std),
         },
         loading=how,
         image=ImageSide(
