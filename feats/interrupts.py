@@ -1,33 +1,51 @@
 """Ctrl-C at any moment of a script's work ends it, with the script's own line and no traceback.
 
 Python raises `KeyboardInterrupt` between any two steps. In a finalizer, or in what runs around a fork, nobody can catch
-it: it is printed as a traceback and forgotten, and the work goes on.
+it: it would be printed as a traceback and forgotten, and the work would go on.
 """
 
 import atexit
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from threading import current_thread, main_thread
+from threading import Timer, current_thread, main_thread
 from types import FrameType
 
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+PATIENCE = 0.001  # seconds for a finalizer to end
 
 
 @contextmanager
 def interruptible(*signals: signal.Signals) -> Iterator[None]:
-    """In here the first of `signals` raises `KeyboardInterrupt`; the next one, or one while Python shuts down, ends the
-    process at once. What the process was started to ignore stays ignored."""
+    """In here the first of `signals` raises `KeyboardInterrupt`, if need be once more, until it isn't lost. The next
+    one, or one while Python shuts down, ends the process at once. What the process was started to ignore stays ignored."""
     minded = [number for number in signals if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    again: list[Timer] = []
+    otherwise = sys.unraisablehook
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         _end_at_once(minded)
         raise KeyboardInterrupt
 
+    def lost(what: "sys.UnraisableHookArgs") -> None:
+        if what.exc_type is not KeyboardInterrupt or not minded:
+            otherwise(what)
+            return
+        signal.signal(minded[0], interrupt)
+        again.append(Timer(PATIENCE, signal.pthread_kill, (main_thread().ident, minded[0])))
+        again[-1].start()
+
     atexit.unregister(_end_at_once)
     atexit.register(_end_at_once, minded)
-    with _handled(minded, interrupt):
-        yield
+    sys.unraisablehook = lost
+    try:
+        with _handled(minded, interrupt):
+            yield
+    finally:
+        sys.unraisablehook = otherwise
+        for timer in again:
+            timer.cancel()
 
 
 @contextmanager

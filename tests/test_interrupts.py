@@ -3,6 +3,8 @@
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 
 import pytest
 from conftest import ROOT
@@ -47,6 +49,33 @@ def test_an_interruption_waits_for_an_error_too():
         signal.raise_signal(signal.SIGINT)
         raise ValueError
     assert isinstance(caught.value.__context__, ValueError)
+
+
+def test_an_interruption_that_a_finalizer_swallows_is_raised_behind_it(capfd: pytest.CaptureFixture):
+    class Left:
+        def __del__(self) -> None:
+            if not done:
+                done.append("finalized")
+                signal.raise_signal(signal.SIGINT)
+
+    done: list[str] = []
+    with interruptible(signal.SIGINT, signal.SIGTERM):
+        with pytest.raises(KeyboardInterrupt):
+            Left()
+            time.sleep(60)
+            done.append("never")
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert done == ["finalized"] and capfd.readouterr().err == ""
+
+
+def test_one_swallowed_at_the_very_end_comes_too_late():
+    class Left:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    with suppress(KeyboardInterrupt), interruptible(signal.SIGINT):
+        Left()
+    time.sleep(0.1)  # here nobody would expect it
 
 
 @pytest.mark.parametrize(

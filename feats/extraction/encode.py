@@ -43,7 +43,6 @@ def encode_blocks(
     prepared = prepare(preparation, workers, pin_memory=plan.encoder.device.type == "cuda")
     for number in numbers:
         yield _encode(plan, plan.blocks[number], prepared, told)
-    prepared.close()  # here an interruption can be raised, in a finalizer it can't
 
 
 def _jobs(plan: Plan, rows: np.ndarray) -> Iterator[Job]:

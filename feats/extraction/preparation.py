@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing import get_all_start_methods
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -111,29 +111,23 @@ def take(texts: Texts, rows: np.ndarray) -> Texts:
     )
 
 
-def prepare(dataset: Preparation, workers: int, pin_memory: bool) -> Generator[Texts | Images, None, None]:
-    """The jobs' results in order, made ahead of time by `workers` processes (0: on demand, in this one). Close it, or
-    take all there are: else the processes end whenever the garbage collector gets there."""
+def prepare(dataset: Preparation, workers: int, pin_memory: bool) -> Iterator[Texts | Images]:
+    """The jobs' results in order, made ahead of time by `workers` processes (0: on demand, in this one)."""
     if "fork" not in get_all_start_methods():  # tokenisers and preprocessing are closures: they can't be sent
         workers = 0
     workers = min(workers, len(dataset))
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_as_made,
-        pin_memory=pin_memory,
-        multiprocessing_context="fork" if workers else None,
-        worker_init_fn=_start_worker,
-    )
     with held_back():
-        prepared: Any = iter(loader)
-    try:
-        yield from prepared
-    finally:
-        if workers:
-            with held_back():
-                prepared._shutdown_workers()
+        return iter(
+            DataLoader(
+                dataset,
+                batch_size=None,
+                num_workers=workers,
+                collate_fn=_as_made,
+                pin_memory=pin_memory,
+                multiprocessing_context="fork" if workers else None,
+                worker_init_fn=_start_worker,
+            )
+        )
 
 
 def _as_made(prepared: Any) -> Any:
