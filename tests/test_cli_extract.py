@@ -15,13 +15,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_course
+from conftest import ENVIRONMENT, ROOT, make_course
 from PIL import Image
 
 from feats import efficientnet_extract_feats, minilm_extract_feats, ngrams_extract_feats, vader_extract_feats
 from feats.store import DONE, QUARANTINED, FeatureStore
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 SMALL = ["--device", "cpu", "--workers", "0", "--batch-size", "8"]
 
 

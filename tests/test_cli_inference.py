@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, make_course
+from conftest import ENVIRONMENT, ROOT, make_course
 
 from feats import efficientnet_extract_feats, minilm_extract_feats, vader_extract_feats
 from feats.store import DONE, QUARANTINED, FeatureStore
@@ -23,7 +22,6 @@ from modeling.evaluation import metrics, prediction
 from modeling.features.joined import load_features
 from modeling.runs.folder import list_runs, load_run
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 CLASSES = ["negative", "neutral", "positive"]
 WIDTHS = {"pix": ("image_feats", 6), "words": ("text_feats", 4)}
 TRAIN = [f"t{i}" for i in range(60)]

@@ -20,6 +20,7 @@ import transformers
 from clip import clip as package
 from clip.model import CLIP, build_model, convert_weights
 from conftest import make_course
+from encoding import image_features, text_features
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from PIL import Image
@@ -28,11 +29,9 @@ from safetensors.torch import load_file, save_file
 from feats import clip_extract_feats
 from feats.encoders import openai_clip as clip_encoder
 from feats.encoders.openai_clip import HUB_FILE, HUB_REPOSITORIES, describe, find_weights
-from feats.encoders.registry import Encoder, Features, load_encoder
+from feats.encoders.registry import Encoder, load_encoder
 from feats.encoders.weights import hub_reachable
 from feats.errors import UsageError
-from feats.extraction.local import Settings, to_pixels
-from feats.extraction.preparation import to_array
 
 # embedding, resolution, vision layers, vision width, patch, context, vocabulary, text width, text heads, text layers
 SMALL = {
@@ -180,18 +179,6 @@ def pictures() -> list[Image.Image]:
 
 def load(path: Path, **options: Any) -> Encoder:
     return load_encoder("clip", weights=str(path), **options)
-
-
-def image_features(encoder: Encoder, pictures: Sequence[Image.Image], dtype: torch.dtype = fp32) -> Features:
-    """As the pipeline does it: preprocessed pictures as bytes, then normalised, then the forward pass."""
-    pixels = torch.stack([to_array(encoder.image.preprocess(picture)) for picture in pictures])
-    with torch.inference_mode():
-        return encoder.image.forward(to_pixels(pixels, encoder.image, Settings(torch.device("cpu"), dtype)))
-
-
-def text_features(encoder: Encoder, texts: Sequence[str]) -> Features:
-    with torch.inference_mode():
-        return encoder.text.forward([tokens.ids for tokens in encoder.text.tokenize(texts)])
 
 
 def reference_images(model: CLIP, pictures: Sequence[Image.Image]) -> torch.Tensor:

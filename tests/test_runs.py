@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from caches import make_cache
+from conftest import one_line
 from safetensors.torch import load_file, save_file
 
 from feats.errors import UsageError
@@ -76,11 +77,6 @@ def made(feats: Path) -> tuple[Run, FeatureSet, ex.Report]:
 @pytest.fixture
 def saved(made: tuple[Run, FeatureSet, ex.Report], tmp_path: Path) -> Path:
     return save(made[0], made[2], tmp_path)
-
-
-def one_line(error: pytest.ExceptionInfo) -> str:
-    (line,) = str(error.value).splitlines()
-    return line
 
 
 # -- round trips ------------------------------------------------------------------------------------------------
