@@ -18,8 +18,11 @@ PATIENCE = 0.001  # seconds for a finalizer to end
 
 @contextmanager
 def interruptible(*signals: signal.Signals) -> Iterator[None]:
-    """In here the first of `signals` raises `KeyboardInterrupt`, if need be once more, until it isn't lost. The next
-    one, or one while Python shuts down, ends the process at once. What the process was started to ignore stays ignored."""
+    """In here the first of `signals` raises `KeyboardInterrupt`, if need be once more, until it isn't lost.
+
+    The next one, or one while Python shuts down, ends the process at once. What the process was started to ignore stays
+    ignored.
+    """
     minded = [number for number in signals if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     again: list[Timer] = []
     otherwise = sys.unraisablehook

@@ -1,9 +1,12 @@
-"""Tiny data sets, made afresh for each test."""
+"""What tests of every kind share: tiny data sets, made afresh for each test, and what commands leave."""
 
+import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 # Two test processes on two cores: with two threads each, tiny models spend their time waiting for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,6 +39,29 @@ def make_course(
         lines = [f"{i},null" for i in range(rows, rows + test_rows)]
         (root / "test_without_label.txt").write_text("\n".join(["guid,tag", *lines]) + "\n")
     return root
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """The bytes of a picture's file."""
+    buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    (line,) = str(error.value).splitlines()
+    return line
+
+
+def content(run: Path, name: str) -> Any:
+    """<run>/<name>.json."""
+    return json.loads((run / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def trained_with(run: Path) -> dict[str, Any]:
+    """The settings of a run's first head and of its training."""
+    settings = content(run, "config")["members"][0]["train"]
+    return {**settings, **settings["head"]}
 
 
 @pytest.fixture

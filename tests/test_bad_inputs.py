@@ -12,6 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from conftest import encoded
 from PIL import Image
 
 from feats import efficientnet_extract_feats, vader_extract_feats
@@ -27,12 +28,6 @@ PIXELS[:, :20] = (220, 30, 60)
 PICTURE = Image.fromarray(PIXELS)
 GREY = PICTURE.convert("L")
 OTHER = Image.new("RGB", PICTURE.size, "blue")
-
-
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def oriented(orientation: int, stored: Image.Image) -> bytes:

@@ -1,17 +1,16 @@
 """bad_cases.py as a user runs it: training rows that a head gets wrong when it hasn't seen them."""
 
 import csv
-import json
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 from caches import CLASSES, make_cache, make_tags, read
+from conftest import content
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
@@ -57,10 +56,6 @@ def of_run(path: Path) -> Experiment:
     return experiment_of_run(run, run.source, "cpu")
 
 
-def split_of(path: Path) -> dict[str, Any]:
-    return json.loads((path / "split.json").read_text(encoding="utf-8"))
-
-
 def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
@@ -82,7 +77,7 @@ def test_training_rows_that_are_wrong_the_surest_first(feats: Path, tmp_path: Pa
     before = {p.name: p.read_bytes() for p in path.iterdir()}
     capsys.readouterr()
     assert export(tmp_path) == 0  # of the newest run, with the caches it was trained on
-    out, split = capsys.readouterr().out, split_of(path)
+    out, split = capsys.readouterr().out, content(path, "split")
     rows = rows_of(path / "bad_cases.csv")
     check(rows, split["train"])
     planted = [i for i in WRONG if i in split["train"]]
@@ -116,7 +111,7 @@ def test_every_misclassified_row_is_there(feats: Path, tmp_path: Path):
     assert export(tmp_path, "--run", str(path), "--folds", "3", "--out", str(tmp_path / "new" / "bad.csv")) == 0
     rows = rows_of(tmp_path / "new" / "bad.csv")
     experiment = of_run(path)
-    folds = unseen_folds(split_of(path)["train"], 3, experiment, 0.2)
+    folds = unseen_folds(content(path, "split")["train"], 3, experiment, 0.2)
     tag_of = dict(zip([f"p{i}" for i in range(90)], make_tags(90), strict=True))
 
     def matrix(ids: Sequence[str], like: Sequence[str]) -> np.ndarray:
@@ -131,7 +126,7 @@ def test_every_misclassified_row_is_there(feats: Path, tmp_path: Path):
         model.fit(matrix(fold.train, fold.train), [tag_of[i] for i in fold.train])
         predicted = model.predict(matrix(fold.test, fold.train))
         wrong |= {i: p for i, p in zip(fold.test, predicted, strict=True) if p != tag_of[i]}
-    assert sorted(i for fold in folds for i in fold.test) == split_of(path)["train"]
+    assert sorted(i for fold in folds for i in fold.test) == content(path, "split")["train"]
     assert {row["id"]: row["pred"] for row in rows} == wrong and len(wrong) > 2
 
 
@@ -140,7 +135,7 @@ def test_only_those_as_sure_as_asked(feats: Path, tmp_path: Path, capsys: pytest
     capsys.readouterr()
     export(tmp_path)
     every = read_predictions(path / "bad_cases.csv")
-    wrong = f"{len(every[0])} of {len(split_of(path)['train'])} training rows wrong"
+    wrong = f"{len(every[0])} of {len(content(path, 'split')['train'])} training rows wrong"
     out = capsys.readouterr().out
     assert wrong in out and "confidence" not in out
     middle = np.median(every[2].max(1)) + 1e-6
@@ -170,7 +165,7 @@ def test_of_a_sweeps_run_and_of_several_seeds(feats: Path, tmp_path: Path):
     seeds = train(feats, tmp_path, "--seeds", "2", "--ablation", "1")
     for run in (path, seeds):
         assert export(tmp_path, "--run", str(run)) == 0
-        check(rows_of(run / "bad_cases.csv"), split_of(run)["train"])
+        check(rows_of(run / "bad_cases.csv"), content(run, "split")["train"])
 
 
 def random_cache(folder: Path, tags: Sequence[str], twins: bool = False) -> None:
@@ -186,7 +181,7 @@ def test_no_row_has_a_say_in_what_predicts_it(tmp_path: Path):
     random_cache(tmp_path / "feats", [("a", "b")[i % 2] for i in range(240)])
     path = train(tmp_path / "feats", tmp_path, "--ep", "60", "--lr", "5e-2")
     assert export(tmp_path) == 0
-    assert len(rows_of(path / "bad_cases.csv")) > 0.42 * len(split_of(path)["train"])
+    assert len(rows_of(path / "bad_cases.csv")) > 0.42 * len(content(path, "split")["train"])
 
 
 @pytest.mark.parametrize("duplicates", ["together", "apart"])
@@ -196,14 +191,14 @@ def test_duplicates_fall_as_in_the_run(duplicates: str, tmp_path: Path):
     head = ["--head", "kernel", "--gamma", "8", "--ridge", "0.001"]
     path = train(tmp_path / "feats", tmp_path, *head, "--duplicates", duplicates)
     assert export(tmp_path) == 0
-    share = len(rows_of(path / "bad_cases.csv")) / len(split_of(path)["train"])
+    share = len(rows_of(path / "bad_cases.csv")) / len(content(path, "split")["train"])
     assert share > 0.55 if duplicates == "together" else share < 0.45
 
 
 def test_a_rare_class_costs_no_training_rows(tmp_path: Path):
     random_cache(tmp_path / "feats", [*["a", "b"] * 58, *["c"] * 4])
     path = train(tmp_path / "feats", tmp_path)
-    ids = split_of(path)["train"]
+    ids = content(path, "split")["train"]
     experiment = of_run(path)
     assert len(ids) == 108 and experiment.features.tags_of(ids).count("c") == 3
     folds = unseen_folds(ids, 5, experiment, 0.1)
@@ -217,7 +212,7 @@ def test_of_few_rows(tmp_path: Path):
     random_cache(tmp_path / "feats", make_tags(30))
     path = train(tmp_path / "feats", tmp_path)
     experiment = of_run(path)
-    assert {len(f.val) for f in unseen_folds(split_of(path)["train"], 5, experiment, 0.1)} == {3}
+    assert {len(f.val) for f in unseen_folds(content(path, "split")["train"], 5, experiment, 0.1)} == {3}
     assert export(tmp_path) == 0
 
 
@@ -265,7 +260,7 @@ def test_labels_that_are_gone(feats: Path, tmp_path: Path, capsys: pytest.Captur
     home = tmp_path / "feats"
     shutil.copytree(feats, home)
     path = train(home, tmp_path)
-    split = split_of(path)
+    split = content(path, "split")
     with h5py.File(home / "clip_train.h5", "r+") as file:
         tags = file["tag"][:]
         for row in (3, 5, 8, 13):

@@ -18,14 +18,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_course
+from conftest import ENVIRONMENT, ROOT, make_course
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from feats import efficientnet_extract_feats, minilm_extract_feats, ngrams_extract_feats, vader_extract_feats
 from feats.store import DONE, QUARANTINED, FeatureStore
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 SMALL = ["--device", "cpu", "--workers", "0", "--batch-size", "8"]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, make_course
+from conftest import ENVIRONMENT, ROOT, make_course
 
 from feats import efficientnet_extract_feats, minilm_extract_feats, vader_extract_feats
 from feats.store import DONE, QUARANTINED, FeatureStore
@@ -25,7 +25,6 @@ from modeling.prediction import cached as prediction
 from modeling.prediction.cached import VoteSettings
 from modeling.runs.folder import list_runs, load_run, newest_run, open_runs
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 CLASSES = ["negative", "neutral", "positive"]
 WIDTHS = {"pix": ("image_feats", 6), "words": ("text_feats", 4)}
 TRAIN = [f"t{i}" for i in range(60)]

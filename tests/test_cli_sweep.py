@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import json
-import os
 import re
 import signal
 import subprocess
@@ -20,7 +19,7 @@ import numpy as np
 import pytest
 import sklearn.metrics as reference
 from caches import CLASSES, make_cache, make_tags
-from conftest import ROOT
+from conftest import ENVIRONMENT, ROOT, content, trained_with
 from safetensors.torch import load_file
 from scipy.spatial.distance import cdist
 from scipy.stats import beta
@@ -35,7 +34,6 @@ from modeling.search import auto, sweep as sweep_module
 from modeling.search.sweep import best_run
 from modeling.training import closed_form
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 SHORT = ["--ep", "2", "--bs", "32", "--val-ratio", "0.3"]
 GRID = ["--head", "fusion", "mlp", "--D", "4", "8", "--lr", "1e-3", "1e-2", "--seeds", "2", *SHORT]
 
@@ -61,15 +59,6 @@ def swept(feats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs / "sweep"
 
 
-def content(path: Path, name: str) -> Any:
-    return json.loads((path / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def settings(path: Path) -> dict[str, Any]:
-    train = content(path, "config")["members"][0]["train"]
-    return {**train, **train["head"]}
-
-
 def runs_in(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob("[!.]*/config.json"))
 
@@ -87,7 +76,7 @@ def times(folder: Path) -> dict[str, int]:
 
 
 def test_every_point_of_the_grid_is_trained_once(swept: Path):
-    points = [(s["head"], s["D"], s["lr"], s["seed"]) for s in map(settings, runs_in(swept))]
+    points = [(s["head"], s["D"], s["lr"], s["seed"]) for s in map(trained_with, runs_in(swept))]
     wanted = [(h, D, lr, s) for h in ("fusion", "mlp") for D in (4, 8) for lr in (1e-3, 1e-2) for s in (42, 43)]
     assert sorted(points) == sorted(wanted)
     assert not [path for path in swept.iterdir() if path.name.startswith(".")]
@@ -209,7 +198,7 @@ def test_corrected_data_are_trained_on_anew(tmp_path: Path, capsys: pytest.Captu
 def test_a_run_of_a_sweep_is_that_of_train_head(feats: Path, swept: Path, tmp_path: Path):
     features = load_features(feats, "train", ["clip"], ["clip"])
     for path in runs_in(swept)[::3]:
-        s = settings(path)
+        s = trained_with(path)
         argv = ["--head", s["head"], "--D", str(s["D"]), "--lr", str(s["lr"]), "--seed", str(s["seed"]), *SHORT]
         argv += ["--vtype", "clip", "--feats", str(feats), "--runs", str(tmp_path)]
         assert train_head.main(argv) == 0
@@ -297,7 +286,7 @@ def rows_right(folder: Path, row: dict[str, str]) -> np.ndarray:
     """Whether each run of a table's row gets each validation row right, (seeds, n), from the runs themselves."""
     right = []
     for path in runs_in(folder):
-        s = settings(path)
+        s = trained_with(path)
         if (s["head"], s["D"], s["lr"]) == (row["head"], int(row["D"]), float(row["lr"])):
             with (path / "predictions_val.csv").open() as file:
                 right.append([r["pred"] == r["tag"] for r in csv.DictReader(file)])
@@ -306,7 +295,7 @@ def rows_right(folder: Path, row: dict[str, str]) -> np.ndarray:
 
 def sweep_predictions(folder: Path, row: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
     """Labels (n,) and what each seed of a table's row predicts (seeds, n)."""
-    runs = [path for path in runs_in(folder) if settings(path)["head"] == row["head"]]
+    runs = [path for path in runs_in(folder) if trained_with(path)["head"] == row["head"]]
     of_seeds = [read_predictions(path / "predictions_val.csv") for path in runs]
     return np.array([CLASSES.index(tag) for tag in of_seeds[0][1]]), np.array([p.argmax(1) for _, _, p in of_seeds])
 
@@ -338,13 +327,13 @@ def test_the_table_says_what_the_runs_say(swept: Path):
             assert float(row["to best"]) == pytest.approx(difference.mean(), abs=1e-12)
             assert float(row["p"]) == pytest.approx(numpy_bootstrap(difference)[1], abs=0.04)
         first = swept / row["run"]
-        assert settings(first)["seed"] == 42
+        assert trained_with(first)["seed"] == 42
         assert int(row["parameters"]) == sum(
             t.numel() for name, t in load_file(first / "head.safetensors").items() if "running" not in name
         )
     f1 = []
     for path in runs_in(swept):
-        s = settings(path)
+        s = trained_with(path)
         if (s["head"], s["D"], s["lr"]) == (rows[0]["head"], int(rows[0]["D"]), float(rows[0]["lr"])):
             _, tags, probabilities = read_predictions(path / "predictions_val.csv")
             predicted = [CLASSES[k] for k in probabilities.argmax(1)]
@@ -491,7 +480,7 @@ def test_a_diverging_configuration_does_not_end_the_others(feats: Path, tmp_path
         out = capsys.readouterr().out
         assert f"4 trainings, {finished} of them finished before" in out
         assert "Left out for diverging (1 of 2):" in out and "the loss of late became" in out
-        assert {settings(path)["lr"] for path in runs_in(tmp_path / "sweep")} == {1e-3}
+        assert {trained_with(path)["lr"] for path in runs_in(tmp_path / "sweep")} == {1e-3}
         assert [row["head"] for row in table(tmp_path / "sweep")] == ["late", "always positive"]
     assert sweep(feats, tmp_path / "other", "--head", "late", "--D", "4", "--lr", "1e30", *SHORT) == 2
     error = capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 import shlex
 import signal
@@ -17,7 +16,7 @@ import pytest
 import sklearn.metrics as reference
 import torch
 from caches import CLASSES, make_cache, make_tags, read
-from conftest import ROOT
+from conftest import ENVIRONMENT, ROOT, content, trained_with
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler, normalize
@@ -29,7 +28,6 @@ from modeling.heads.registry import HEADS
 from modeling.runs.folder import load_run, newest_run, read_predictions
 from modeling.training.config import settings_read
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 SHORT = ["--ep", "3", "--D", "8", "--bs", "32", "--lr", "1e-2"]
 
 
@@ -50,15 +48,6 @@ def train(feats: Path, runs: Path, *argv: str) -> Path:
     assert train_head.main([*given, "--feats", str(feats), "--runs", str(runs), *SHORT, *argv]) == 0
     (path,) = set(runs.glob("*")) - before
     return path
-
-
-def content(path: Path, name: str) -> Any:
-    return json.loads((path / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def trained_with(path: Path) -> dict[str, Any]:
-    settings = content(path, "config")["members"][0]["train"]
-    return {**settings, **settings["head"]}
 
 
 # -- the documented command -------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from caches import make_cache
 from clip import clip as package
 from clip.model import CLIP, build_model, convert_weights
 from conftest import make_course
+from encoding import image_features, text_features
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from PIL import Image
@@ -28,7 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from feats import clip_extract_feats
 from feats.encoders import openai_clip as clip_encoder
-from feats.encoders.base import Encoder, Features
+from feats.encoders.base import Encoder
 from feats.encoders.openai_clip import HUB_FILE, HUB_REPOSITORIES, architecture_of, find_weights
 from feats.encoders.registry import load_encoder
 from feats.encoders.weights import hub_reachable
@@ -190,18 +191,6 @@ def pictures() -> list[Image.Image]:
 
 def load(path: Path, **options: Any) -> Encoder:
     return load_encoder("clip", weights=str(path), **options)
-
-
-def image_features(encoder: Encoder, pictures: Sequence[Image.Image]) -> Features:
-    """As the pipeline does it: preprocessed pictures as bytes, then normalised, then the forward pass."""
-    pixels = torch.stack([encoder.image.to_bytes(picture) for picture in pictures])
-    with torch.inference_mode():
-        return encoder.image.forward(encoder.to_pixels(pixels))
-
-
-def text_features(encoder: Encoder, texts: Sequence[str]) -> Features:
-    with torch.inference_mode():
-        return encoder.text.forward([tokens.ids for tokens in encoder.text.tokenize(texts)])
 
 
 def reference_images(model: CLIP, pictures: Sequence[Image.Image]) -> torch.Tensor:

@@ -235,7 +235,12 @@ def test_numbers_that_are_not_finite(bad: float):
 def test_penalties_too_weak_to_be_solved():
     x = torch.randn(60, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     y = (x[:, 0] > 0).long() + ((x[:, 1] > 0.5) & (x[:, 0] > 0)).long()  # told apart by planes
-    with pytest.raises(UsageError, match="give a smaller `C`"):
+    with pytest.raises(
+        UsageError, match=r"is \de-0[0-6] of its objective from the minimum after 100 .*; give a smaller "
+    ):
         fit_logistic(x, y, 3, [1e15])
-    with pytest.raises(UsageError, match="too weak; give a larger `ridge`"):
+    twice = torch.cat([x[:, :1], x[:, :1]], 1)  # only the penalty tells how two equal columns share a weight
+    with pytest.raises(UsageError, match="the linear head's equations are singular.*too weak; give a smaller "):
+        fit_logistic(twice, torch.arange(60) // 7 % 2, 2, [1e17])
+    with pytest.raises(UsageError, match="the kernel head's equations are singular.*too weak; give a larger `ridge`"):
         fit_kernel(x, y, 3, torch.arange(60) % 4, gammas=[1e-12], ridges=[1e-20])

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import one_line
 from sklearn.preprocessing import StandardScaler, normalize
 
 from feats.errors import UsageError
@@ -79,11 +80,6 @@ def make(
 def check(features: torch.Tensor, name: str, dataset: str, ids: Sequence[str]) -> None:
     assert features.dtype == torch.float16
     np.testing.assert_array_equal(features.numpy(), np.stack([values(name, dataset, i) for i in ids]))
-
-
-def one_line(error: pytest.ExceptionInfo) -> str:
-    (line,) = str(error.value).splitlines()
-    return line
 
 
 # -- joining ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save
+from tensors import normal
 from torch import Tensor, nn
 
 from feats.errors import UsageError
@@ -22,10 +23,6 @@ WIDTHS = {
     "equal": {"image": 6, "text": 6, "image_tokens": 6, "image_positions": 4, "text_tokens": 6, "support": 4},
     "odd": {"image": 5, "text": 13, "image_tokens": 7, "image_positions": 4, "text_tokens": 3, "support": 4},
 }
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def make_batch(widths: dict[str, int], n_models: int = 1, rows: int = 9) -> Batch:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from encoding import text_features
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoModel,
@@ -78,11 +79,6 @@ def load(folder: Path, pooling: str = "mean", **options) -> Encoder:
     return load_encoder("roberta", str(folder), pooling=pooling, **options)
 
 
-def features(encoder: Encoder, texts: list[str]) -> dict[str, torch.Tensor]:
-    with torch.inference_mode():
-        return encoder.text.forward([tokens.ids for tokens in encoder.text.tokenize(texts)])
-
-
 def reference(folder: Path, text: str, pooling: str, max_length: int = 16) -> torch.Tensor:
     """One text through plain transformers: no padding, so no mask."""
     model = AutoModel.from_pretrained(folder).eval()
@@ -105,7 +101,7 @@ def reference(folder: Path, text: str, pooling: str, max_length: int = 16) -> to
 )
 def test_equals_plain_transformers(models: Path, name: str, pooling: str):
     texts = [text for text in TEXTS if text or name != "gpt2"]  # a GPT makes no token of an empty text
-    feats = features(load(models / name, pooling), texts)["feats"]
+    feats = text_features(load(models / name, pooling), texts)["feats"]
     expected = torch.stack([reference(models / name, text, pooling) for text in texts])
     assert feats.dtype is torch.float32
     torch.testing.assert_close(feats, expected, atol=1e-5, rtol=1e-5)
@@ -114,19 +110,19 @@ def test_equals_plain_transformers(models: Path, name: str, pooling: str):
 @pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "t5"])
 def test_features_do_not_depend_on_the_batch(models: Path, name: str):
     encoder = load(models / name, tokens=True)
-    together = features(encoder, TEXTS)
+    together = text_features(encoder, TEXTS)
     for row, text in enumerate(TEXTS):
-        alone = features(encoder, [text])
+        alone = text_features(encoder, [text])
         length = encoder.text.tokenize([text])[0].length
         torch.testing.assert_close(together["feats"][row], alone["feats"][0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(together["tokens"][row, :length], alone["tokens"][0], atol=1e-5, rtol=1e-5)
 
 
 def test_tokens_are_the_last_hidden_state(models: Path):
-    out = features(load(models / "bert", tokens=True), ["love"])
+    out = text_features(load(models / "bert", tokens=True), ["love"])
     assert out["tokens"].shape == (1, 3, 32)  # [CLS] love [SEP]
     torch.testing.assert_close(out["tokens"][0].mean(0), out["feats"][0])
-    assert features(load(models / "bert"), ["love"]).keys() == {"feats"}
+    assert text_features(load(models / "bert"), ["love"]).keys() == {"feats"}
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])  # RoBERTa: 18 places, the first two unused
@@ -142,7 +138,7 @@ def test_truncation_keeps_the_closing_token_and_is_counted(models: Path, name: s
     assert sum(t.truncated for t in made) >= 2
     assert [t.length for t in made] == [min(length, 16) for length in full] == [len(t.ids) for t in made]
     assert all(t.ids[-1] == tokenizer.sep_token_id for t in made)
-    assert features(encoder, texts)["feats"].isfinite().all()
+    assert text_features(encoder, texts)["feats"].isfinite().all()
     assert capfd.readouterr().err == ""
     assert encoder.text.tokenize([]) == []
 
@@ -151,11 +147,11 @@ def test_an_empty_text_without_special_tokens_is_one_padding_token(models: Path)
     encoder = load(models / "gpt2")
     (made,) = encoder.text.tokenize([""])
     assert made.length == len(made.ids) == 1
-    assert features(encoder, [""])["feats"].isfinite().all()
+    assert text_features(encoder, [""])["feats"].isfinite().all()
 
 
 def test_bf16_stays_close(models: Path):
-    full, half = (features(load(models / "bert", dtype=dtype), TEXTS) for dtype in (torch.float32, torch.bfloat16))
+    full, half = (text_features(load(models / "bert", dtype=dtype), TEXTS) for dtype in (torch.float32, torch.bfloat16))
     assert half["feats"].dtype is torch.float32  # pooled in float32
     assert torch.cosine_similarity(full["feats"], half["feats"]).min() > 0.999
 
@@ -203,8 +199,8 @@ def test_weights_from_a_file_elsewhere(models: Path, tmp_path: Path, suffix: str
     encoder = load(models / "bert", weights=str(file))
     assert encoder.identity["weights_sha256"] == sha256_of(file)
     save(tmp_path / "whole", trained, AutoTokenizer.from_pretrained(models / "bert"))
-    expected = features(load("ignored", weights=str(tmp_path / "whole")), TEXTS)["feats"]
-    torch.testing.assert_close(features(encoder, TEXTS)["feats"], expected)
+    expected = text_features(load("ignored", weights=str(tmp_path / "whole")), TEXTS)["feats"]
+    torch.testing.assert_close(text_features(encoder, TEXTS)["feats"], expected)
 
 
 def test_bad_folders_and_files(models: Path, tmp_path: Path):

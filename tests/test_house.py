@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import os
 import re
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ENVIRONMENT, ROOT
 
 import feats
 import modeling
@@ -19,7 +18,6 @@ import modeling
 PACKAGES = ("feats", "modeling")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8"), str(path)) for path in MODULES}
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 # Libraries that needn't be installed where the tests run, and names too close to the standard library's.
 RESERVED = set(
     "clip torch torchvision transformers datasets evaluate tokenizers select random profile types io code queue signal "

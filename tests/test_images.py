@@ -7,6 +7,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
+from conftest import encoded
 from PIL import Image
 
 from feats.errors import RowError
@@ -20,12 +21,6 @@ COLOURS = np.array(
 
 def picture(size=(32, 24), seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-
-
-def encoded(image, kind, **options):
-    buffer = BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 @pytest.fixture

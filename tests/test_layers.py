@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+from tensors import normal
 from torch import Tensor, nn
 
 from modeling.heads.layers import (
@@ -20,10 +21,6 @@ from modeling.heads.layers import (
 )
 
 SEEDS = [5, 3, 8]  # neither sorted nor equal
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def close(found: Tensor, expected: Iterable[Tensor] | Tensor) -> None:

@@ -124,6 +124,10 @@ def test_ece_by_hand_and_by_brute_force():
     # Bins of width 0.1: two rows in (.9, 1] (.92 wrong, 1.0 wrong), one in (.8, .9] right, one in (.6, .7] right.
     expected = (abs(0 - (0.92 + 1.0)) + (1 - 0.9) + (1 - 0.7)) / 4
     assert expected_calibration_error(labels, probabilities, 10) == pytest.approx(expected)
+    rows = np.full((2, 17), 1 / 17)  # in the two lowest of 15 bins: 1/17 is wrong, 2/17 right
+    rows[1] = [2 / 17, *[15 / 17 / 16] * 16]
+    expected = (1 / 17 + 1 - 2 / 17) / 2
+    assert expected_calibration_error(np.array([16, 0]), rows) == pytest.approx(expected)
     for n_classes, scale in ((4, 1.0), (17, 0.2)):  # confidences of 1/17 and up fill the lowest bins, too
         labels, logits = example(500, n_classes)
         probabilities = softmax(logits * scale)

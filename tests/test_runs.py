@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from caches import make_cache
+from conftest import one_line
 from safetensors.torch import load_file, save_file
 
 from feats.errors import UsageError
@@ -75,11 +76,6 @@ def made(feats: Path) -> tuple[Run, FeatureSet, Report]:
 @pytest.fixture
 def saved(made: tuple[Run, FeatureSet, Report], tmp_path: Path) -> Path:
     return save(made[0], made[2], tmp_path)
-
-
-def one_line(error: pytest.ExceptionInfo) -> str:
-    (line,) = str(error.value).splitlines()
-    return line
 
 
 # -- round trips ------------------------------------------------------------------------------------------------

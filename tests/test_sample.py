@@ -3,7 +3,6 @@
 import csv
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ENVIRONMENT, ROOT
 from PIL import Image
 
 from feats.errors import UsageError
@@ -25,7 +24,7 @@ _spec.loader.exec_module(script)
 
 def run(*options: object) -> subprocess.CompletedProcess:
     command = [sys.executable, str(SCRIPT), *map(str, options)]
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

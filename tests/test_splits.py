@@ -187,7 +187,8 @@ def test_folds_tell_how_they_were_made():
     folds = deal_folds(IDS, LABELS, 3, 7, GROUPS)
     told = {"folds": 3, "seed": 7, "duplicates_together": True}
     assert [fold.how for fold in folds] == [{**told, "fold": k} for k in (1, 2, 3)]
-    assert deal_folds(IDS, LABELS) == deal_folds(IDS, LABELS, 5, 42) != deal_folds(IDS, LABELS, 5, 43)
+    assert deal_folds(IDS, LABELS) == deal_folds(IDS, LABELS, 5, 42)
+    assert deal_folds(IDS, LABELS, 5, 43)[0].val != deal_folds(IDS, LABELS)[0].val
     assert not deal_folds(IDS, LABELS)[0].how["duplicates_together"]
 
 
@@ -388,6 +389,7 @@ def test_a_split_file_without_a_test_part(tmp_path: Path):
             {"s.json": '{"train": ["a", "b"], "val": ["1", "2", "3", "4", "5", "6"]}'},
             r"6 ids \(1, 2, 3, 4, 5, \.\.\.\) not among the 8 rows",
         ),
+        ({"train.txt": "a\nb", "val.txt": "c\nz"}, r"train.txt, \S*val.txt: 1 id \(z\) not among"),
         ({"train.txt": "a", "x.txt": "b", "y.txt": "c"}, "can't tell which of train.txt, x.txt, y.txt"),
         ({"train.txt": "a", "train_val.txt": "b"}, "can't tell which"),
         ({"1.txt": "a", "2.txt": "b", "3.txt": "c", "4.txt": "d"}, "4 split files; give one"),

@@ -12,11 +12,11 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from conftest import ENVIRONMENT
 
 from feats import inspect_feats
 from feats.store import DONE, PENDING, QUARANTINED, CacheError, FeatureStore, MissingRowsError, fingerprint_difference
 
-ROOT = Path(__file__).parents[1]
 N, BLOCK = 200, 32
 RNG = np.random.default_rng(0)
 IDS = [f"row {i} é/{'x' * (i % 5)}" for i in range(N)]
@@ -243,7 +243,7 @@ def test_killed_at_random_moments_ends_with_the_same_data(tmp_path: Path, full: 
         process = subprocess.Popen(
             [sys.executable, "-c", script, str(path)],
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env=ENVIRONMENT,
         )
         process.stdout.readline()
         try:
@@ -554,7 +554,7 @@ def test_two_writers_are_refused(full: Path):
             [sys.executable, "-c", reader, str(full)],
             capture_output=True,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env=ENVIRONMENT,
         )
         assert out.returncode == 2 and "being written by another process" in out.stderr
     FeatureStore.append(full).close()
@@ -578,9 +578,8 @@ FULL_DISK = """
 def test_a_full_disk_is_one_clear_message(tmp_path: Path, limit: int):
     path = tmp_path / "big_train.h5"
     script = textwrap.dedent(FULL_DISK.format(tests=str(Path(__file__).parent)))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     out = subprocess.run(
-        [sys.executable, "-c", script, str(path), str(limit)], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", script, str(path), str(limit)], capture_output=True, text=True, env=ENVIRONMENT
     )
     assert "the disk is full; its creation was undone" in out.stdout, out
     assert not path.exists() and not list(tmp_path.glob("*.creating"))
@@ -630,7 +629,7 @@ def test_memory_stays_flat_over_a_million_rows(tmp_path: Path):
         [sys.executable, "-c", textwrap.dedent(MILLION), str(tmp_path / "m_train.h5"), "1000000"],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=ENVIRONMENT,
     )
     assert out.returncode == 0, out.stderr
     growth, ids = map(int, out.stdout.split())

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from encoding import image_features
 from PIL import Image
 from safetensors.torch import save_file
 from torchvision.models import get_model, get_model_weights
 from torchvision.transforms import functional as TF
 
-from feats.encoders.base import Encoder
 from feats.encoders.registry import load_encoder
 from feats.encoders.torchvision_image import fold_batch_norms
 from feats.encoders.weights import sha256_of
@@ -50,18 +50,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[torch.nn
     return made
 
 
-def pixels(encoder: Encoder, images: list[Image.Image], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    side = encoder.image
-    batch = torch.stack([TF.to_tensor(side.preprocess(image)) for image in images])
-    batch = TF.normalize(batch, side.mean, side.std).to(dtype)
-    return batch.to(memory_format=torch.channels_last) if side.channels_last else batch
-
-
-def features(encoder: Encoder, images: list[Image.Image], dtype: torch.dtype = torch.float32):
-    with torch.inference_mode():
-        return encoder.image.forward(pixels(encoder, images, dtype))
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_plain_torchvision(models, pictures, name: str):
     network, path = models[name]
@@ -79,11 +67,11 @@ def test_equals_plain_torchvision(models, pictures, name: str):
     else:
         pooled, tokens = seen["output"][:, 0], seen["output"][:, 1:]
 
-    out = features(load_encoder("resnet", name, str(path), tokens=True), pictures)
+    out = image_features(load_encoder("resnet", name, str(path), tokens=True), pictures)
     torch.testing.assert_close(out["feats"], pooled, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(out["tokens"], tokens, atol=2e-4, rtol=1e-3)
     assert out["tokens"].shape[1] == {"resnet18": 49, "vit_b_16": 196}[name]
-    out = features(load_encoder("resnet", name, str(path), layer="logits"), pictures[:2])
+    out = image_features(load_encoder("resnet", name, str(path), layer="logits"), pictures[:2])
     torch.testing.assert_close(out["feats"], logits[:2], atol=5e-5, rtol=1e-3)
     assert out.keys() == {"feats"}
 
@@ -121,10 +109,10 @@ def test_folding_keeps_the_values():
 def test_bf16_stays_close_and_rows_do_not_depend_on_the_batch(models, pictures, name: str):
     encoder = load_encoder("resnet", name, str(models[name][1]))
     pictures = pictures[:2]
-    full = features(encoder, pictures)["feats"]
+    full = image_features(encoder, pictures)["feats"]
     half = load_encoder("resnet", name, str(models[name][1]), dtype=torch.bfloat16)
-    assert torch.cosine_similarity(full, features(half, pictures, torch.bfloat16)["feats"].float()).min() > 0.999
-    alone = features(encoder, pictures[1:2])["feats"]
+    assert torch.cosine_similarity(full, image_features(half, pictures, torch.bfloat16)["feats"].float()).min() > 0.999
+    alone = image_features(encoder, pictures[1:2])["feats"]
     torch.testing.assert_close(full[1:2], alone, atol=1e-5, rtol=1e-4)
 
 
@@ -132,7 +120,7 @@ def test_identity_and_file_formats(models, pictures, tmp_path: Path):
     network, path = models["resnet18"]
     save_file(network.state_dict(), tmp_path / "same.safetensors")
     plain, safe = (load_encoder("resnet", "resnet18", str(p)) for p in (path, tmp_path / "same.safetensors"))
-    assert torch.equal(features(plain, pictures)["feats"], features(safe, pictures)["feats"])
+    assert torch.equal(image_features(plain, pictures)["feats"], image_features(safe, pictures)["feats"])
     assert plain.identity == {
         "encoder": "resnet",
         "model": "resnet18",
@@ -146,7 +134,7 @@ def test_identity_and_file_formats(models, pictures, tmp_path: Path):
             "std": [0.229, 0.224, 0.225],
         },
     }
-    assert not any(parameter.requires_grad for parameter in features(plain, pictures).values())
+    assert not any(parameter.requires_grad for parameter in image_features(plain, pictures).values())
 
 
 def test_bad_weights_and_names(models, tmp_path: Path):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.utils.class_weight import compute_class_weight
+from tensors import normal
 from torch import Tensor, nn
 
 from feats.errors import UsageError
@@ -32,10 +33,6 @@ from modeling.training.problem import Problem, Trained, class_weights, predict_s
 SGD = [name for name, head in HEADS.items() if head.closed_form() is False]
 N_TRAIN, N = 49, 70  # batches of 16 leave one row over
 CLASSES = ["a", "b", "c"]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def make_problem(**changed: Tensor) -> Problem:
