@@ -170,7 +170,7 @@ def test_efficientnet_batches_and_bf16(pictures):
     full = image_features(encoder, pictures)["feats"]
     alone = torch.cat([image_features(encoder, [image])["feats"] for image in pictures])
     torch.testing.assert_close(full, alone, atol=1e-5, rtol=1e-4)
-    half = image_features(load_encoder("efficientnet", dtype=torch.bfloat16), pictures, torch.bfloat16)["feats"]
+    half = image_features(load_encoder("efficientnet", dtype=torch.bfloat16), pictures)["feats"]
     assert half.dtype is torch.float32
     assert torch.cosine_similarity(full, half).min() >= 0.999
 
