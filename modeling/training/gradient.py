@@ -24,8 +24,10 @@ from modeling.heads.layers import Noise, attach_noise, set_product_dtype
 from modeling.heads.registry import build_head
 from modeling.training.config import PRECISIONS, TrainConfig, hyperparameters
 from modeling.training.problem import Problem, Trained, class_weights, predict_stack, validation_figures
+from modeling.training.threads import StepThreads, threads_kept
 
 
+@threads_kept()
 def train_stack(configs: Sequence[TrainConfig], problem: Problem, progress: Callable[[int], Any]) -> list[Trained]:
     """Train configurations of one shape, see `modeling.training.fit.stacks`; `progress` is told epochs times models."""
     first, device, n_classes = configs[0], problem.inputs.device, len(problem.classes)
@@ -41,19 +43,21 @@ def train_stack(configs: Sequence[TrainConfig], problem: Problem, progress: Call
         weights = torch.stack([class_weights(c.class_weights, problem) for c in configs])
     if any(c.label_smoothing for c in configs):
         smoothing = torch.tensor([c.label_smoothing for c in configs], device=device)
-    best = _Best(head, configs)
+    best, threads = _Best(head, configs), StepThreads(device)
     history: list[list[dict[str, Any]]] = [[] for _ in configs]
     for epoch in range(1, first.ep + 1):
         head.train()
         rows, views = draws.epoch()
         losses = []
         for low in range(0, rows.shape[1], first.bs):
+            threads.begin_step()
             batch_rows = rows[:, low : low + first.bs]
             logits = head(inputs.batch(batch_rows, views))
             loss = cross_entropy(logits, problem.labels[batch_rows], weights, smoothing)
             loss.sum().backward()
             optimizer.step()
             losses.append(loss.detach() * batch_rows.shape[1])
+            threads.end_step()
         val_logits = predict_stack(head, inputs, problem.val)
         figures = validation_figures(val_logits, problem.labels[problem.val])
         figures = {"train_loss": torch.stack(losses).sum(0).cpu().numpy() / rows.shape[1], **figures}
