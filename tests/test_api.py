@@ -158,6 +158,22 @@ def test_what_does_not_fit_is_said(caches: Path, tmp_path: Path):
         assert "--" not in str(error.value), "a flag's name"
 
 
+def test_only_a_run_is_replaced(caches: Path, tmp_path: Path):
+    data = load_features(caches, "train", "clip", "clip")
+    run = fit_head(data, make_split(data), ep=1, bs=16)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "config.json").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    run.save(tmp_path / "runs" / "a")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for taken in (tmp_path / "thesis", tmp_path / "thesis" / "config.json", tmp_path / "runs"):
+        with pytest.raises(UsageError, match=f"{taken} is there already and is no run, so that it isn't replaced"):
+            run.save(taken, overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    for replaced in (tmp_path / "empty", tmp_path / "runs" / "a"):
+        assert run.save(replaced, overwrite=True).path == replaced and load_run(replaced).classes == CLASSES
+
+
 def test_another_encoder_s_features_are_refused(caches: Path, tmp_path: Path):
     data = load_features(caches, "train", "clip", "clip")
     run = fit_head(data, make_split(data), ep=1, bs=16)
