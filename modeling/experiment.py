@@ -14,7 +14,7 @@ from feats.store import SIDES
 from modeling.evaluation import metrics
 from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSet, FeatureSource, load_features
-from modeling.features.splits import Split, SplitSettings, deal_folds, duplicates_of, make_splits
+from modeling.features.splits import Split, SplitSettings, check_split, deal_folds, duplicates_of, make_splits
 from modeling.heads.base import HeadConfig, head_class
 from modeling.runs.run import Member, Report, Run
 from modeling.training.config import TrainConfig, changed, settings_read, with_seeds
@@ -66,7 +66,12 @@ class Experiment:
         notes: Sequence[str] = (),
     ) -> "Experiment":
         """An experiment on `splits` of `data`. Warns of test rows whose class no training or validation row has: they
-        are left out, since nothing could predict them."""
+        are left out, since nothing could predict them. Raises `UsageError` for splits that can't be trained on, see
+        `check_split`."""
+        if not splits:
+            raise UsageError("there is no split to train on; make one with make_split, or several with make_folds")
+        for split in splits:
+            check_split(split)
         on = resolve_device(device)
         classes, kept = _known_classes(data, splits)
         group_of = duplicates_of(data) if duplicates_together else None
@@ -445,14 +450,16 @@ def _figures(
 def protocol(experiment: Experiment) -> str:
     """One line on how the figures came about."""
     how = experiment.splits[0].how
-    if "files" in how:
+    if not how:
+        split = f"{len(experiment.splits)} splits as given" if len(experiment.splits) > 1 else "split as given"
+    elif "files" in how:
         folds = f"{len(experiment.splits)} folds" if len(experiment.splits) > 1 else "split"
         split = f"{folds} from {', '.join(how['files'])}"
     elif len(experiment.splits) > 1:
         split = f"{len(experiment.splits)}-fold cross-validation, stratified, seed {how['seed']}"
     else:
         split = f"stratified split, {how['val_ratio']:g} for validation, seed {how['seed']}"
-    together = "" if "files" in how else ", duplicates together" if experiment.group_of else ", duplicates anywhere"
+    together = "" if not how or "files" in how else ", duplicates together" if experiment.group_of else ", duplicates anywhere"
     return f"{split}{together}"
 
 

@@ -19,7 +19,7 @@ from feats.errors import UsageError
 from modeling import inference_head, train_head
 from modeling.experiment import evaluate, fit_head
 from modeling.features.joined import load_features
-from modeling.features.splits import make_folds, make_split
+from modeling.features.splits import Split, make_folds, make_split
 from modeling.heads.base import Batch, Head, HeadConfig
 from modeling.heads.layers import Linear
 from modeling.heads.registry import HEADS
@@ -156,6 +156,43 @@ def test_what_does_not_fit_is_said(caches: Path, tmp_path: Path):
         with pytest.raises(UsageError, match=message) as error:
             call()
         assert "--" not in str(error.value), "a flag's name"
+
+
+def test_a_split_of_one_s_own(caches: Path, tmp_path: Path):
+    data = load_features(caches, "train", "clip", "clip")
+    ids = data.ids
+    run = fit_head(data, Split(ids[:60], ids[60:]), "linear", norm="standard", C=0.1)
+    saved = run.save(tmp_path / "mine")
+    assert load_run(saved.path).split == Split(ids[:60], ids[60:])
+    assert json.loads((saved.path / "metrics.json").read_text())["protocol"].startswith("split as given; ")
+    unfit = {
+        "the split has no validation rows": lambda: fit_head(data, Split(ids, [])),
+        "the split has no training rows": lambda: fit_head(data, Split([], ids)),
+        r"the split: 5 ids .* named more than once \(p55 in train, val\)": lambda: fit_head(
+            data, Split(ids[:60], ids[55:])
+        ),
+        "there is no split to train on": lambda: fit_head(data, []),
+        "`seeds` 0: expected 1 or more": lambda: fit_head(data, Split(ids[:60], ids[60:]), seeds=0),
+    }
+    for message, call in unfit.items():
+        with pytest.raises(UsageError, match=message):
+            call()
+
+
+def test_only_a_run_is_replaced(caches: Path, tmp_path: Path):
+    data = load_features(caches, "train", "clip", "clip")
+    run = fit_head(data, make_split(data), ep=1, bs=16)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "config.json").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    run.save(tmp_path / "runs" / "a")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for taken in (tmp_path / "thesis", tmp_path / "thesis" / "config.json", tmp_path / "runs"):
+        with pytest.raises(UsageError, match=f"{taken} is there already and is no run, so that it isn't replaced"):
+            run.save(taken, overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    for replaced in (tmp_path / "empty", tmp_path / "runs" / "a"):
+        assert run.save(replaced, overwrite=True).path == replaced and load_run(replaced).classes == CLASSES
 
 
 def test_another_encoder_s_features_are_refused(caches: Path, tmp_path: Path):

@@ -42,6 +42,15 @@ class Split:
         return Split(train, val, test, self.how)
 
 
+def check_split(split: Split) -> None:
+    """Raise `UsageError` for a split without training or validation rows, and for one that names a row twice: what was
+    trained on would also validate."""
+    for part, rows in (("training", split.train), ("validation", split.val)):
+        if not rows:
+            raise UsageError(f"the split has no {part} rows; name some")
+    _check_disjoint({part: getattr(split, part) for part in PARTS}, "the split")
+
+
 def save_split(split: Split | Sequence[Split], path: Path | str) -> None:
     """Write a split, or several of the same rows, as JSON that `load_split` and `read_split_file` read."""
     content = vars(split) if isinstance(split, Split) else {"folds": [vars(fold) for fold in split]}

@@ -57,10 +57,13 @@ def save_run(
     """Write `run` as the folder `path`, which appears only when it is whole; returns the run as it lies there.
 
     Where `path` is taken it is replaced with `overwrite`, or with `numbered` gets a number behind its name. `command`
-    is what the user typed. Raises `UsageError` when it is taken otherwise, and when the folder can't be written.
+    is what the user typed. Raises `UsageError` when it is taken otherwise, when what is to be replaced isn't a run, and
+    when the folder can't be written.
     """
     path = Path(path)
-    if path.exists() and not overwrite and not numbered:
+    if path.exists() and overwrite:
+        _check_replaceable(path)
+    elif path.exists() and not numbered:
         raise UsageError(f"{path} is there already; give another name, or replace it with `overwrite`")
     report = run.report or (None if run.path is None else read_report(run.path))
     if report is None:
@@ -80,6 +83,14 @@ def save_run(
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UsageError(f"can't write the run {path}: {reason}; give another folder for `runs`") from None
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise `UsageError` for all but a run, be it damaged, and an empty folder: whatever else lies there is somebody's,
+    the runs in a folder of runs among it."""
+    if path.is_dir() and (any((path / name).is_file() for name in (TENSORS, PREDICTIONS)) or not any(path.iterdir())):
+        return
+    raise UsageError(f"{path} is there already and is no run, so that it isn't replaced; give another name")
 
 
 def _under_a_free_name(unfinished: Path, wanted: Path) -> Path:

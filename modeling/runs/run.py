@@ -137,8 +137,8 @@ class Run:
         return float(np.mean([a == b for a, b in zip(self.predict(data, kept), tags, strict=True)]))
 
     def save(self, path: Path | str, *, overwrite: bool = False) -> "Run":
-        """Write the run folder `path`; returns the run as it lies there. Raises `UsageError` when the folder exists
-        (unless `overwrite`) or can't be written."""
+        """Write the run folder `path`; returns the run as it lies there. Raises `UsageError` when there is something
+        already (with `overwrite`: something that isn't a run) or it can't be written."""
         from modeling.runs.folder import save_run  # which is built on this module
 
         return save_run(self, path, overwrite=overwrite)

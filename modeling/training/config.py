@@ -125,7 +125,10 @@ def as_read(config: TrainConfig) -> TrainConfig:
 
 
 def with_seeds(config: TrainConfig, n: int = 1) -> list[TrainConfig]:
-    """`n` seeds from the configuration's own up; a head in closed form gives the same for all of them and gets one."""
+    """`n` seeds from the configuration's own up; a head in closed form gives the same for all of them and gets one.
+    Raises `UsageError` for fewer than one."""
+    if n < 1:
+        raise UsageError(f"`seeds` {n}: expected 1 or more")
     count = 1 if head_class(config.head.head).closed_form() else n
     return [replace(config, seed=config.seed + k) for k in range(count)]
 
