@@ -197,6 +197,11 @@ def test_a_text_without_room_is_explained_in_plain_words(course: Path, tmp_path:
     assert "1 when the cache was made; overwrite the cache" in shown and "`" not in shown
 
 
+def test_one_text_is_no_list_of_texts():
+    with pytest.raises(UsageError, match="`texts` 'so happy' is one text, expected a list"):
+        both_sides().encode(texts="so happy")
+
+
 # -- where the pairs lie -----------------------------------------------------------------------------------------
 
 
