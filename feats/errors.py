@@ -14,5 +14,7 @@ class RowError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's message that says anything, for one-line errors; the error's type if none does."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of a library's message that says anything, for one-line errors; the error's type if none does.
+    Without backquotes, which name our own settings."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line.replace("`", "'")

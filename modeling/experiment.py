@@ -459,7 +459,9 @@ def protocol(experiment: Experiment) -> str:
         split = f"{len(experiment.splits)}-fold cross-validation, stratified, seed {how['seed']}"
     else:
         split = f"stratified split, {how['val_ratio']:g} for validation, seed {how['seed']}"
-    together = "" if not how or "files" in how else ", duplicates together" if experiment.group_of else ", duplicates anywhere"
+    together = (
+        "" if not how or "files" in how else ", duplicates together" if experiment.group_of else ", duplicates anywhere"
+    )
     return f"{split}{together}"
 
 

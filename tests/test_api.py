@@ -179,6 +179,16 @@ def test_a_split_of_one_s_own(caches: Path, tmp_path: Path):
             call()
 
 
+def test_tokens_that_were_not_loaded(tmp_path: Path):
+    make_cache(tmp_path, "clip", tokens=True)
+    data, bare = (load_features(tmp_path, "train", "clip", "clip", tokens=tokens) for tokens in (True, False))
+    with pytest.raises(UsageError, match="needs image tokens, and none were loaded; load the features with `tokens`"):
+        fit_head(bare, make_split(bare), "coattention")
+    run = fit_head(data, make_split(data), "query_attention", D=8, ep=1, bs=16)
+    with pytest.raises(UsageError, match="the data from .* have none; load the features with `tokens`"):
+        run.predict(bare)
+
+
 def test_only_a_run_is_replaced(caches: Path, tmp_path: Path):
     data = load_features(caches, "train", "clip", "clip")
     run = fit_head(data, make_split(data), ep=1, bs=16)

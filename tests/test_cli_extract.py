@@ -22,7 +22,13 @@ from conftest import ENVIRONMENT, ROOT, make_course
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from feats import efficientnet_extract_feats, minilm_extract_feats, ngrams_extract_feats, vader_extract_feats
+from feats import (
+    clip_extract_feats,
+    efficientnet_extract_feats,
+    minilm_extract_feats,
+    ngrams_extract_feats,
+    vader_extract_feats,
+)
 from feats.store import DONE, QUARANTINED, FeatureStore
 
 SMALL = ["--device", "cpu", "--workers", "0", "--batch-size", "8"]
@@ -508,6 +514,14 @@ def test_compiled_where_it_pays_and_possible(tmp_path: Path, monkeypatch: pytest
         fast = store.read("image_feats").astype(np.float32)
     plain = datasets(tmp_path / "plain" / "efficientnet_train.h5")["image_feats"].astype(np.float32)
     np.testing.assert_allclose(fast, plain, atol=0.05)
+
+
+def test_a_library_s_words_stay_its_own(course: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Torch names `weights_only` in backquotes, as we name settings: it is no option of ours."""
+    (tmp_path / "notes.pt").write_text("no weights")
+    assert clip_extract_feats.main(["--data", str(course), "--weights", str(tmp_path / "notes.pt")]) == 2
+    said = capsys.readouterr().err
+    assert "'weights_only'" in said and "--" not in said and "`" not in said
 
 
 def test_one_pair_is_a_data_set(tmp_path: Path):

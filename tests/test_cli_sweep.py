@@ -92,6 +92,15 @@ def test_finished_configurations_are_not_trained_again(feats: Path, swept: Path,
     assert [(swept / name).read_bytes() for name in ("table.csv", "table.md")] == tables
 
 
+def test_class_weights_stand_in_the_tables_as_they_are_typed(
+    feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    chosen = ["none", "neutral=2,positive=0.5"]
+    assert sweep(feats, tmp_path, "--D", "4", "--class-weights", *chosen, *SHORT) == 0
+    assert {row["class_weights"] for row in table(tmp_path / "sweep")[:-1]} == set(chosen)
+    assert " neutral=2,positive=0.5 " in capsys.readouterr().out
+
+
 def test_a_larger_grid_trains_what_is_new(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     sweep(feats, tmp_path, "--head", "fusion", "--D", "4", "4", *SHORT)  # twice the same is once
     before = times(tmp_path / "sweep")

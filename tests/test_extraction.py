@@ -185,6 +185,23 @@ def test_each_text_is_cleaned_once(
     assert cleaned == []
 
 
+def test_a_text_without_room_is_explained_in_plain_words(course: Path, tmp_path: Path, capsys):
+    """Reasons are shown as they are, by whoever reads the cache."""
+    (course / "data" / "4.txt").rename(tmp_path / "4.txt")
+    cache = tmp_path / "x.h5"
+    for _ in range(2):
+        extract(both_sides(), read_dataset(course)["train"], cache, ALONE)
+        shutil.copy(tmp_path / "4.txt", course / "data")
+    inspect_feats.main([str(cache)])
+    shown = capsys.readouterr().out
+    assert "1 when the cache was made; overwrite the cache" in shown and "`" not in shown
+
+
+def test_one_text_is_no_list_of_texts():
+    with pytest.raises(UsageError, match="`texts` 'so happy' is one text, expected a list"):
+        both_sides().encode(texts="so happy")
+
+
 # -- where the pairs lie -----------------------------------------------------------------------------------------
 
 

@@ -203,7 +203,9 @@ def test_tokens_on_request(tmp_path: Path):
     assert joined.text_tokens["clip"].padded(rows[:0])[0].shape == (0, 0, 7)
     assert joined.text_tokens["clip"].padded(torch.tensor([0]))[0].shape == (1, 0, 7)
     joined.require_tokens("image"), joined.require_tokens("text")
-    plain = load_features(tmp_path, "train", ["clip"], ["roberta"])
+    with pytest.raises(UsageError, match="needs text tokens, and none were loaded; load the features with `tokens`"):
+        load_features(tmp_path, "train", ["clip"], ["clip"]).require_tokens("text")
+    plain = load_features(tmp_path, "train", ["clip"], ["roberta"], tokens=True)
     with pytest.raises(UsageError, match=r"needs text tokens, and no text cache has them \(there: roberta\).*`tokens`"):
         plain.require_tokens("text")
 

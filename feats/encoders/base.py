@@ -150,8 +150,10 @@ class Encoder:
 
         The values are those that extraction puts into a cache, before their rounding to float16: pictures are turned
         upright, put on white and preprocessed in the same way, texts cleaned to the level `text_clean` (default: the
-        encoder's). Raises `UsageError` for a side the encoder hasn't or an unknown level.
+        encoder's). Raises `UsageError` for a side the encoder hasn't, an unknown level and a text in place of a list.
         """
+        if isinstance(texts, str):
+            raise UsageError(f"`texts` {texts[:20]!r} is one text, expected a list: its letters would be encoded")
         found = {}
         with torch.inference_mode():
             if images is not None:

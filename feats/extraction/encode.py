@@ -105,7 +105,7 @@ def _encode_texts(plan: Plan, texts: Texts, room: np.ndarray | None, reasons: di
         _note_overflow(plan, np.array([not np.isfinite(t).all() for t in tokens]), reasons)
         for k in np.flatnonzero(lengths != room):
             tokens[k] = np.full((room[k], *tokens[k].shape[1:]), np.nan, np.float16)
-            reasons[int(k)] = f"{lengths[k]} tokens now, {room[k]} when the cache was made; use `overwrite`"
+            reasons[int(k)] = f"{lengths[k]} tokens now, {room[k]} when the cache was made; overwrite the cache"
         arrays["text_tokens"] = np.concatenate(tokens)
     return arrays
 

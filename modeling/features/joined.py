@@ -1,4 +1,4 @@
-"""Feature caches joined by id into tensors, and their normalisation. No encoder, no picture, no text."""
+"""Feature caches joined by id into tensors. No encoder, no picture, no text."""
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -211,6 +211,10 @@ class FeatureSet:
     def require_tokens(self, side: str) -> None:
         """Raise `UsageError` when no cache of `side` ("image" or "text") holds token features."""
         if not getattr(self, f"{side}_tokens"):
+            if not self.source.tokens:
+                raise UsageError(
+                    f"this head needs {side} tokens, and none were loaded; load the features with `tokens`"
+                )
             names = ", ".join(getattr(self, side)) or "none"
             raise UsageError(
                 f"this head needs {side} tokens, and no {side} cache has them (there: {names}); make one with "

@@ -203,7 +203,10 @@ class Run:
             if name not in getattr(data, kind):
                 side = kind.removesuffix("_tokens")
                 what = f"the tokens of {name}" if kind != side else f"{name} as {side} features"
-                remedy = "extract it again with `tokens` `overwrite`" if kind != side else "load that cache, too"
+                remedy = "load that cache, too"
+                if kind != side:
+                    again = "extract it again with `tokens` `overwrite`"
+                    remedy = again if data.source.tokens else "load the features with `tokens`"
                 raise UsageError(f"{self.named} reads {what}, and the data from {folder} have none; {remedy}")
         for name in self.source.names:
             cached, trained = (source.fingerprints.get(name, {}) for source in (data.source, self.source))

@@ -168,6 +168,9 @@ def _entry(folder: Path, setting: TrainConfig, runs: Sequence[str], monitor: str
     summary = metrics.mean_std(figures)
     values = flat(replace(setting, head=setting.head.resolved()))
     values |= {name: f"{values[name]:g}" for name in ("lr", "weight_decay")}  # three digits would show 1e-4 as 0.000
+    if not isinstance(setting.class_weights, str):
+        named = dict(setting.class_weights)
+        values["class_weights"] = ",".join(f"{name}={weight:g}" for name, weight in named.items())
     read = settings_read(setting.head.head)
     row = {
         **{name: value if name in read else None for name, value in values.items() if name not in ("seed", "sides")},
