@@ -1,10 +1,12 @@
 """Synthetic caches: what encoders would leave of a data set whose pairs tell their labels, but not surely."""
 
+import csv
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from conftest import make_course
 
 from feats.store import DONE, QUARANTINED, FeatureStore
 
@@ -80,3 +82,33 @@ def read(folder: Path, name: str, dataset: str, ids: Sequence[str], split: str =
     """Features of `ids` in double precision, straight from the cache."""
     with FeatureStore.open(folder / f"{name}_{split}.h5") as store:
         return store.read(dataset, list(ids)).astype(np.float64)
+
+
+def encoded_course(root: Path, device: str = "cpu", dtype: str = "fp32") -> Path:
+    """`root` with a course set of 24 labelled and 6 other pairs in set/, its caches by the offline encoders in feats/, and
+    one run in runs/."""
+    from feats import efficientnet_extract_feats, minilm_extract_feats, vader_extract_feats
+    from modeling import train_head
+
+    make_course(root / "set", 24, 6)
+    common = ["--data", str(root / "set"), "--out", str(root / "feats"), "--device", device, "--workers", "0"]
+    assert vader_extract_feats.main(common) == 0
+    assert minilm_extract_feats.main([*common, "--dtype", dtype]) == 0
+    assert efficientnet_extract_feats.main([*common, "--dtype", dtype, "--model", "lite0"]) == 0
+    sides = ["--vtype", "efficientnet", "--ttype", "minilm", "vader", "--norm", "standard"]
+    folders = ["--feats", str(root / "feats"), "--runs", str(root / "runs")]
+    assert train_head.main([*folders, *sides, "--val-ratio", "0.25", "--D", "8", "--ep", "2", "--device", device]) == 0
+    return root
+
+
+def pair_options(root: Path, number: int) -> list[str]:
+    """Options of inference_head.py for a raw pair of an `encoded_course`."""
+    text = (root / "set" / "data" / f"{number}.txt").read_text(encoding="utf-8")
+    return ["--image", str(root / "set" / "data" / f"{number}.jpg"), "--text", text]
+
+
+def submission(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a prediction file."""
+    with path.open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    return header, rows

@@ -176,6 +176,7 @@ def random_cache(folder: Path, tags: Sequence[str], twins: bool = False) -> None
     make_cache(folder, "clip", tags=tags, changed=changed, facts={"image_hash": rows + 1, "text_key": rows + 1})
 
 
+@pytest.mark.slow
 def test_no_row_has_a_say_in_what_predicts_it(tmp_path: Path):
     """Of noise a coin's share is wrong; the best of many epochs by the predicted rows would look better."""
     random_cache(tmp_path / "feats", [("a", "b")[i % 2] for i in range(240)])

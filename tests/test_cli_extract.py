@@ -63,6 +63,7 @@ def assert_same(a: Path, b: Path) -> None:
         np.testing.assert_array_equal(left[name], right[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_clip_with_no_argument_at_all(tmp_path: Path):
     """`python feats/clip_extract_feats.py`: reads data/, weights from the hub's cache, writes saved/feats/."""
     from clip.model import CLIP
@@ -331,10 +332,12 @@ LITE0 = ["--model", "lite0", "--device", "cpu", "--dtype", "fp32", "--batch-size
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_interrupted_by_the_user(tmp_path: Path, how: signal.Signals):
     interrupted(tmp_path, how)
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_under_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture):
     make_course(tmp_path / "set", 400)
     data, cache = str(tmp_path / "set"), tmp_path / "out" / "efficientnet_train.h5"
@@ -461,6 +464,7 @@ KILLER = """
 
 
 @pytest.mark.parametrize("name", ["minilm", "efficientnet"])
+@pytest.mark.slow
 def test_twenty_kills_end_with_the_same_bytes(name: str, tmp_path: Path):
     make_course(tmp_path / "set", 1000 if name == "minilm" else 400, size=(24, 24))
     out = subprocess.run(
@@ -496,6 +500,7 @@ def test_a_resumed_run_keeps_its_batch_size(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.slow
 def test_compiled_where_it_pays_and_possible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool):
     """Enough work switches the compiler on; a machine without a C++ compiler goes on without."""
     from feats import acceleration

@@ -14,9 +14,9 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from conftest import ENVIRONMENT, ROOT, make_course
+from caches import encoded_course, pair_options, submission
+from conftest import ENVIRONMENT, ROOT
 
-from feats import efficientnet_extract_feats, minilm_extract_feats, vader_extract_feats
 from feats.store import DONE, QUARANTINED, FeatureStore
 from modeling import bad_cases, inference_head, train_head
 from modeling.evaluation import metrics
@@ -93,12 +93,6 @@ def home(trained: Path, tmp_path: Path) -> Path:
 def infer(home: Path, *more: str) -> int:
     folders = ["--feats", str(home / "feats"), "--runs", str(home / "runs")]
     return inference_head.main([*folders, "--device", "cpu", *more])
-
-
-def submission(path: Path) -> tuple[list[str], list[list[str]]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        header, *rows = csv.reader(file)
-    return header, rows
 
 
 def refused(capsys: pytest.CaptureFixture, status: int) -> str:
@@ -620,21 +614,7 @@ def test_an_interruption_leaves_nothing_half_written(
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A course set in set/, its caches by the offline encoders in feats/, and one run in runs/."""
-    root = tmp_path_factory.mktemp("encoded")
-    make_course(root / "set", 24, 6)
-    common = ["--data", str(root / "set"), "--out", str(root / "feats"), "--device", "cpu", "--workers", "0"]
-    assert vader_extract_feats.main(common) == 0
-    assert minilm_extract_feats.main([*common, "--dtype", "fp32"]) == 0
-    assert efficientnet_extract_feats.main([*common, "--dtype", "fp32", "--model", "lite0"]) == 0
-    sides = ["--vtype", "efficientnet", "--ttype", "minilm", "vader", "--norm", "standard"]
-    folders = ["--feats", str(root / "feats"), "--runs", str(root / "runs")]
-    assert train_head.main([*folders, *sides, "--val-ratio", "0.25", "--D", "8", "--ep", "2", "--device", "cpu"]) == 0
-    return root
-
-
-def pair(root: Path, number: int) -> list[str]:
-    text = (root / "set" / "data" / f"{number}.txt").read_text(encoding="utf-8")
-    return ["--image", str(root / "set" / "data" / f"{number}.jpg"), "--text", text]
+    return encoded_course(tmp_path_factory.mktemp("encoded"))
 
 
 def cached_prediction(root: Path) -> list[list[str]]:
@@ -645,7 +625,7 @@ def cached_prediction(root: Path) -> list[list[str]]:
 def test_a_raw_pair_is_predicted_as_when_cached(encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     name, tag, *cached = cached_prediction(encoded)[2]
     capsys.readouterr()
-    assert infer(encoded, *pair(encoded, int(name)), "--proba", "--out", str(tmp_path / "raw.csv")) == 0
+    assert infer(encoded, *pair_options(encoded, int(name)), "--proba", "--out", str(tmp_path / "raw.csv")) == 0
     ((_, predicted, *p),) = submission(tmp_path / "raw.csv")[1]
     assert predicted == tag
     np.testing.assert_allclose(np.array(p, float), np.array(cached, float), atol=1e-3)
@@ -685,10 +665,10 @@ def test_an_encoder_with_other_weights_is_refused(encoded: Path, tmp_path: Path,
     config = json.loads((run / "config.json").read_text())
     config["features"]["fingerprints"]["minilm"]["weights_sha256"] = "f00"
     (run / "config.json").write_text(json.dumps(config))
-    assert infer(home, *pair(home, 24)) == 2
+    assert infer(home, *pair_options(home, 24)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "weights_sha256" in error and "f00" in error and "--weights minilm=PATH" in error
     config["features"]["fingerprints"]["minilm"]["model"] = "other"
     (run / "config.json").write_text(json.dumps(config))
-    assert infer(home, *pair(home, 24)) == 2
+    assert infer(home, *pair_options(home, 24)) == 2
     assert "unknown model 'other'" in capsys.readouterr().err.splitlines()[-1]

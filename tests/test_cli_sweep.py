@@ -231,6 +231,7 @@ def uninterrupted(feats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.slow
 def test_an_interrupted_sweep_goes_on(
     how: signal.Signals, feats: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
@@ -536,6 +537,7 @@ def searched(feats: Path, runs: Path, *argv: str) -> Path:
     return newest_run(runs)
 
 
+@pytest.mark.slow
 def test_auto_leaves_a_run_that_beats_guessing(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     path = searched(feats, tmp_path, "--vtype", "clip", "--ttype", "vader", "--val-ratio", "0.3")
     out = capsys.readouterr().out
@@ -579,6 +581,7 @@ def test_auto_stacks_the_sides_of_one_cache(feats: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("norm", ["l2", "standard"])
+@pytest.mark.slow
 def test_auto_makes_caches_equally_loud_and_scores_a_tenth_as_loud(
     norm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -667,6 +670,7 @@ def test_the_held_out_figures_of_a_candidate_are_held_out(feats: Path, tmp_path:
         assert candidate["log_loss"] > guessing - 0.1 and candidate["accuracy"] < 0.7
 
 
+@pytest.mark.slow
 def test_auto_with_folds_is_nested(feats: Path, tmp_path: Path):
     """Other labels for the rows of one fold: that fold's predictions don't change, as no member of its search, nor the
     stacking, saw them; the other folds' do."""
@@ -743,6 +747,7 @@ def test_too_many_rows_for_a_kernel(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert auto.default_heads(20_001, 2048) == ("linear", "mlp") and auto.default_heads(20_001, 2049) == ("mlp",)
 
 
+@pytest.mark.slow
 def test_without_a_kernel_where_any_of_the_searches_has_too_many_rows(
     feats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -19,13 +19,14 @@ import torch
 import transformers
 from caches import make_cache
 from clip import clip as package
-from clip.model import CLIP, build_model, convert_weights
+from clip.model import CLIP, build_model
 from conftest import make_course
 from encoding import image_features, text_features
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_models import CLIP_SHAPES, make_clip, make_pictures, save_clip
 
 from feats import clip_extract_feats
 from feats.encoders import openai_clip as clip_encoder
@@ -36,11 +37,6 @@ from feats.encoders.weights import hub_reachable
 from feats.errors import UsageError
 from modeling import inference_head, train_head
 
-# embedding, resolution, vision layers, vision width, patch, context, vocabulary, text width, text heads, text layers
-SMALL = {
-    "vit": (32, 64, 2, 128, 16, 77, 49408, 64, 1, 2),
-    "resnet": (32, 64, (1, 1, 1, 1), 8, None, 77, 49408, 64, 1, 2),
-}
 FORMATS = {
     "vit": ("archive", "plain", "safetensors", "open_clip", "hugging_face"),
     "resnet": ("archive", "plain", "safetensors", "open_clip"),
@@ -81,17 +77,8 @@ def published(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, CLIP]:
-    """A model of each family in fp32. Its weights are rounded through fp16, as OpenAI's are, and none is a constant."""
-    made = {}
-    for family, measures in SMALL.items():
-        torch.manual_seed(0)
-        model = CLIP(*measures).eval().requires_grad_(False)
-        for name, value in [*model.named_parameters(), *model.named_buffers()]:
-            if value.is_floating_point() and name != "logit_scale":
-                value += 0.2 * (torch.rand_like(value) - 0.5)
-                value.copy_(value.half())
-        made[family] = model
-    return made
+    """A model of each family in fp32."""
+    return {family: make_clip(family) for family in CLIP_SHAPES}
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +91,7 @@ def checkpoints(models: dict[str, CLIP], tmp_path_factory: pytest.TempPathFactor
         paths[family, "safetensors"] = root / f"{family}.safetensors"
         state = model.state_dict()
         save_archive(model, paths[family, "archive"])
-        half = copy.deepcopy(model)
-        convert_weights(half)
-        torch.save(half.state_dict(), paths[family, "plain"])
+        save_clip(model, paths[family, "plain"])
         save_file(state, paths[family, "safetensors"])
         torch.save(
             {"epoch": 1, "name": "run", "state_dict": {f"module.{key}": value for key, value in state.items()}},
@@ -132,7 +117,7 @@ def save_archive(model: CLIP, path: Path) -> None:
 
 def as_hugging_face(model: CLIP) -> transformers.CLIPModel:
     """The same ViT as transformers has it."""
-    embed, resolution, layers, width, patch, _, _, text_width, heads, text_layers = SMALL["vit"]
+    embed, resolution, layers, width, patch, _, _, text_width, heads, text_layers = CLIP_SHAPES["vit"]
     common = {"projection_dim": embed, "hidden_act": "quick_gelu"}
     text = {"hidden_size": text_width, "intermediate_size": 4 * text_width, "num_hidden_layers": text_layers}
     vision = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
@@ -184,9 +169,7 @@ def as_hugging_face(model: CLIP) -> transformers.CLIPModel:
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
-    rng = np.random.default_rng(0)
-    small = [Image.fromarray(rng.integers(0, 255, (7, 9, 3), np.uint8)) for _ in SIZES]
-    return [image.resize(size, Image.Resampling.BICUBIC) for image, size in zip(small, SIZES)]
+    return make_pictures(SIZES)
 
 
 def load(path: Path, **options: Any) -> Encoder:
@@ -219,7 +202,7 @@ def test_every_format_gives_the_package_s_features(models, checkpoints, pictures
     close(image_features(encoder, pictures)["feats"], reference_images(reference, pictures))
     close(text_features(encoder, TEXTS)["feats"], reference_texts(reference, TEXTS))
     file = path / "model.safetensors" if path.is_dir() else path
-    embed, resolution, layers, width, patch = SMALL[family][:5]
+    embed, resolution, layers, width, patch = CLIP_SHAPES[family][:5]
     assert encoder.identity == {
         "encoder": "clip",
         "model": f"custom {resolution} {patch or 0} {width} {layers} {embed}",
@@ -237,7 +220,7 @@ def test_every_format_gives_the_package_s_features(models, checkpoints, pictures
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load:FutureWarning")
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", CLIP_SHAPES)
 def test_features_of_clip_load(checkpoints, pictures, family: str):
     path = checkpoints[family, "archive"]
     reference, transform = package.load(str(path), device="cpu", jit=False)
@@ -262,7 +245,7 @@ def test_features_of_transformers(checkpoints, pictures):
     close(normalize(text_features(encoder, TEXTS)["feats"]), out.text_embeds)
 
 
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", CLIP_SHAPES)
 def test_cached_features(models, checkpoints, pictures, tmp_path: Path, family: str, capsys):
     """The whole pipeline: what is in the cache is the package's features, rounded to fp16."""
     data = make_course(tmp_path / "set", len(TEXTS))
@@ -331,7 +314,7 @@ def test_tokens_are_the_package_s(checkpoints):
 # -- token features, dtypes, views ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", CLIP_SHAPES)
 def test_token_features(models, checkpoints, pictures, family: str):
     path, reference = checkpoints[family, "plain"], copy.deepcopy(models[family])
     plain, encoder = load(path), load(path, tokens=True)
@@ -358,7 +341,7 @@ def test_token_features(models, checkpoints, pictures, family: str):
         close(texts["tokens"][row, : tokens.length], seen["text"][row, : tokens.length])
 
 
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", CLIP_SHAPES)
 def test_bf16_stays_close(checkpoints, pictures, family: str):
     path = checkpoints[family, "plain"]
     full, half = load(path), load(path, dtype=torch.bfloat16)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from encoding import text_features
+from tiny_models import BERT_SHAPE, BERT_VOCABULARY, BERT_WORDS, bert_tokenizer, save_transformer
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoModel,
@@ -14,7 +15,6 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertModel,
-    BertTokenizerFast,
     GPT2Config,
     GPT2Model,
     PreTrainedTokenizerFast,
@@ -33,9 +33,7 @@ from feats.encoders.registry import load_encoder
 from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
 
-WORDS = "a good bad very movie day the is sun rain love hate of and it we".split()
 TEXTS = ["a good day", "", "the very very bad movie of the rain and the sun it is", "love", "we hate 🙂 it"]
-SIZES = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
 
 
 @pytest.fixture(scope="module")
@@ -43,36 +41,33 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Model folders: bert, bert-mlm (no pooler), shallow (2 layers), roberta, gpt2, t5, vision."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    (root / "vocab.txt").write_text("\n".join(vocabulary))
-    bert_tokenizer = BertTokenizerFast(str(root / "vocab.txt"), model_max_length=int(1e30))
-    config = {"vocab_size": len(vocabulary), "max_position_embeddings": 16, **SIZES}
-    save(root / "bert", BertModel(BertConfig(num_hidden_layers=5, **config)), bert_tokenizer)
-    save(root / "bert-mlm", BertForMaskedLM(BertConfig(num_hidden_layers=4, **config)), bert_tokenizer)
-    save(root / "shallow", BertModel(BertConfig(num_hidden_layers=2, **config)), bert_tokenizer)
+    of_bert = bert_tokenizer(root)
+    config = {"vocab_size": len(BERT_VOCABULARY), "max_position_embeddings": 16, **BERT_SHAPE}
+    save_transformer(root / "bert", BertModel(BertConfig(num_hidden_layers=5, **config)), of_bert)
+    save_transformer(root / "bert-mlm", BertForMaskedLM(BertConfig(num_hidden_layers=4, **config)), of_bert)
+    save_transformer(root / "shallow", BertModel(BertConfig(num_hidden_layers=2, **config)), of_bert)
     t5 = T5Model(T5Config(vocab_size=30, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4))
-    save(root / "t5", t5, bert_tokenizer)
-    save(root / "vision", ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])), bert_tokenizer)
+    save_transformer(root / "t5", t5, of_bert)
+    save_transformer(
+        root / "vision", ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])), of_bert
+    )
 
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([" ".join(WORDS)] * 5, 300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    bpe.train_from_iterator([" ".join(BERT_WORDS)] * 5, 300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     (root / "bpe").mkdir()
     bpe.save_model(str(root / "bpe"))
     roberta_tokenizer = RobertaTokenizerFast(
         str(root / "bpe" / "vocab.json"), str(root / "bpe" / "merges.txt"), model_max_length=512
     )
     config = RobertaConfig(
-        vocab_size=len(roberta_tokenizer), num_hidden_layers=4, max_position_embeddings=18, pad_token_id=1, **SIZES
+        vocab_size=len(roberta_tokenizer), num_hidden_layers=4, max_position_embeddings=18, pad_token_id=1, **BERT_SHAPE
     )
-    save(root / "roberta", RobertaModel(config, add_pooling_layer=False), roberta_tokenizer)
+    save_transformer(root / "roberta", RobertaModel(config, add_pooling_layer=False), roberta_tokenizer)
     plain = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="</s>")
-    save(root / "gpt2", GPT2Model(GPT2Config(vocab_size=400, n_positions=16, n_embd=32, n_layer=4, n_head=4)), plain)
+    save_transformer(
+        root / "gpt2", GPT2Model(GPT2Config(vocab_size=400, n_positions=16, n_embd=32, n_layer=4, n_head=4)), plain
+    )
     return root
-
-
-def save(folder: Path, model, tokenizer) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def load(folder: Path, pooling: str = "mean", **options) -> Encoder:
@@ -198,7 +193,7 @@ def test_weights_from_a_file_elsewhere(models: Path, tmp_path: Path, suffix: str
         shutil.copy(tmp_path / "other" / "model.safetensors", file)
     encoder = load(models / "bert", weights=str(file))
     assert encoder.identity["weights_sha256"] == sha256_of(file)
-    save(tmp_path / "whole", trained, AutoTokenizer.from_pretrained(models / "bert"))
+    save_transformer(tmp_path / "whole", trained, AutoTokenizer.from_pretrained(models / "bert"))
     expected = text_features(load("ignored", weights=str(tmp_path / "whole")), TEXTS)["feats"]
     torch.testing.assert_close(text_features(encoder, TEXTS)["feats"], expected)
 

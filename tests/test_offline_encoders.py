@@ -136,6 +136,7 @@ def test_minilm_does_not_import_sentence_transformers():
 
 
 @pytest.mark.parametrize(("model", "size"), [("lite0", 224), ("lite1", 240), ("lite2", 260)])
+@pytest.mark.slow
 def test_efficientnet_equals_its_package(pictures, model: str, size: int):
     from efficientnet_lite_pytorch import EfficientNet
 

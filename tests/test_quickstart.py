@@ -19,6 +19,7 @@ def printed_commands(out: str) -> list[list[str]]:
     return [shlex.split(line[2:]) for line in out.splitlines() if line.startswith("$ ")]
 
 
+@pytest.mark.slow
 def test_from_pairs_to_predictions_and_again(
     tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):

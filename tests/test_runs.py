@@ -222,6 +222,13 @@ def test_double_precision_stays_where_it_is_sure_to_be(feats: Path):
     assert double and all(t.device.type == "cpu" for t in double)
 
 
+def test_a_copy_on_a_device_leaves_the_run_where_it_is(feats: Path):
+    run, features, _ = trained(feats, "--head", "fusion", "--norm", "standard")
+    before = run.probabilities(features)
+    assert {p.device.type for m in run.to("meta").members for p in m.head.parameters()} == {"meta"}
+    assert np.array_equal(run.probabilities(features), before)
+
+
 # -- damage -----------------------------------------------------------------------------------------------------
 
 

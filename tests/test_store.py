@@ -232,6 +232,7 @@ WRITER = """
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_ends_with_the_same_data(tmp_path: Path, full: Path):
     """`kill -9` again and again while writing; nothing is lost, nothing differs."""
     path = tmp_path / "killed_train.h5"
@@ -469,6 +470,7 @@ def test_a_done_row_that_was_never_written_is_an_error(full: Path, name: str):
         assert store.read_token_rows(np.arange(70))[0].shape == (OFFSETS[70], 7)
 
 
+@pytest.mark.slow
 def test_every_flipped_byte_of_the_structure_is_noticed_or_harmless(full: Path, tmp_path: Path):
     """The chunk index has no checksum in this file format: whatever is flipped, wrong values are never returned."""
     raw = full.read_bytes()
@@ -624,6 +626,7 @@ MILLION = """
 """
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_over_a_million_rows(tmp_path: Path):
     out = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(MILLION), str(tmp_path / "m_train.h5"), "1000000"],

@@ -10,7 +10,8 @@ import torchvision
 from encoding import image_features
 from PIL import Image
 from safetensors.torch import save_file
-from torchvision.models import get_model, get_model_weights
+from tiny_models import make_torchvision
+from torchvision.models import get_model_weights
 from torchvision.transforms import functional as TF
 
 from feats.encoders.registry import load_encoder
@@ -36,14 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[torch.nn
     torch.manual_seed(0)
     made = {}
     for name in MODELS:
-        network = get_model(name, weights=None).eval()
-        for module in network.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.1)
-                module.running_var.uniform_(0.5, 2)
-                torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-        if name.startswith("vit"):
-            torch.nn.init.normal_(network.heads.head.weight, std=0.02)  # torchvision starts it at zero
+        network = make_torchvision(name)
         path = tmp_path_factory.mktemp("weights") / f"{name}.pth"
         torch.save(network.state_dict(), path)
         made[name] = network, path

@@ -11,6 +11,7 @@ import pytest
 import sklearn.metrics as reference
 import torch
 import torch.nn.functional as F
+from problems import CLASSES, N_TRAIN, SGD, N, make_problem
 from sklearn.linear_model import LogisticRegression
 from sklearn.utils.class_weight import compute_class_weight
 from tensors import normal
@@ -21,7 +22,7 @@ from modeling.features.inputs import Inputs
 from modeling.features.joined import Ragged
 from modeling.heads.base import HeadConfig
 from modeling.heads.layers import kernel_logits
-from modeling.heads.registry import HEADS, build_head
+from modeling.heads.registry import build_head
 from modeling.training import fit as training, gradient
 from modeling.training.closed_form import fit_kernel
 from modeling.training.config import MONITORS, SCHEDULES, TrainConfig
@@ -29,27 +30,6 @@ from modeling.training.exact import LINEAR_CS
 from modeling.training.fit import fit, n_epochs, stacks, work
 from modeling.training.gradient import cross_entropy, lr_factor
 from modeling.training.problem import Problem, Trained, class_weights, predict_stack
-
-SGD = [name for name, head in HEADS.items() if head.closed_form() is False]
-N_TRAIN, N = 49, 70  # batches of 16 leave one row over
-CLASSES = ["a", "b", "c"]
-
-
-def make_problem(**changed: Tensor) -> Problem:
-    """Three classes of unequal size, features that tell them half, views and tokens."""
-    labels = torch.bucketize(torch.arange(N) * 7 % 10, torch.tensor([4, 7]))
-    lengths = torch.arange(N) * 3 % 4 + 1
-    sides = {"image": normal(N, 5), "text": normal(N, 13, seed=1)}
-    for x in sides.values():
-        x[:, 0] += labels
-    inputs = Inputs(
-        **sides,
-        image_views=sides["image"][:, None] + 0.1 * normal(N, 2, 5, seed=2),
-        image_tokens=normal(N, 4, 6, seed=3) + labels[:, None, None],
-        text_tokens=Ragged(normal(int(lengths.sum()), 7, seed=4), F.pad(lengths.cumsum(0), (1, 0))),
-    )
-    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
-    return Problem(replace(inputs, **changed), labels, order[:N_TRAIN], order[N_TRAIN:], CLASSES)
 
 
 def same(one: Trained, other: Trained) -> None:

@@ -96,6 +96,7 @@ def test_an_error_in_a_process_reaches_the_user(problem: Problem, monkeypatch: p
 LONG = [TrainConfig(HeadConfig("fusion", 4), ep=2000, bs=8)]  # some seconds
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_work_with_one_line(problem: Problem, monkeypatch: pytest.MonkeyPatch):
     started = remember_processes(monkeypatch)
 
@@ -106,6 +107,7 @@ def test_a_killed_process_ends_the_work_with_one_line(problem: Problem, monkeypa
         dict(workers.run_jobs([(LONG, 0), (LONG, 0)], [problem], kill))
 
 
+@pytest.mark.slow
 def test_an_interruption_ends_the_processes(problem: Problem, monkeypatch: pytest.MonkeyPatch):
     """A terminal sends Ctrl-C to its whole session. The processes have their own: this one ends them."""
     started = remember_processes(monkeypatch)
@@ -167,6 +169,7 @@ ORPHANS = """
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux to end the processes, and which live")
+@pytest.mark.slow
 def test_no_process_outlives_a_killed_parent(tmp_path: Path):
     """Not even one that can't notice by itself: here, because it was stopped."""
 

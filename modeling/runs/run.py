@@ -3,6 +3,7 @@
 Its probabilities are the mean of its members' calibrated ones, or what a logistic regression makes of their opinions.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,11 +56,12 @@ class Member:
         return own if rows is None else own.with_tensors(lambda x: x[rows.to(x.device)], lambda x: x.take(rows))
 
     def to(self, device: torch.device | str) -> "Member":
-        """On `device`; on the CPU where the head computes in double precision and the device may not."""
+        """A copy on `device`; on the CPU where the head computes in double precision and the device may not."""
         double = any(tensor.dtype == torch.float64 for tensor in self.head.state_dict().values())
         if double and torch.device(device).type not in FLOAT64_DEVICES:
             device = "cpu"
-        return replace(self, head=self.head.to(device), preprocessing=self.preprocessing.to(device))
+        head = copy.deepcopy(self.head).to(device)  # a module moves in place, and this member stays where it is
+        return replace(self, head=head, preprocessing=self.preprocessing.to(device))
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ class Run:
         return self.stacking.probabilities([np.mean(opinions, axis=0) for opinions in of_group])
 
     def to(self, device: torch.device | str) -> "Run":
-        """With every head and its statistics on `device`."""
+        """A copy with every head and its statistics on `device`."""
         return replace(self, members=[m.to(device) for m in self.members])
 
     def feature_folder(self, given: Path | None = None) -> Path:

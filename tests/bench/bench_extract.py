@@ -2,17 +2,22 @@
 
     python tests/bench/bench_extract.py                          # CLIP ViT-B/32 with random weights, synthetic pairs
     python tests/bench/bench_extract.py --data DIR --rows 1024   # on real pairs
-    python tests/bench/bench_extract.py --encoder resnet --weights FILE
+    python tests/bench/bench_extract.py --encoder resnet --weights FILE    # without: random weights
 
-Rounds take turns, so that a machine whose speed drifts doesn't favour anyone.
+On a machine with a GPU, where all of it takes a minute or two:
+
+    python tests/bench/bench_extract.py --device cuda --rows 8192 --skip-store
+    python tests/bench/bench_extract.py --device cuda --rows 8192 --skip-store --model ViT-L/14@336px
+    python tests/bench/bench_extract.py --device cuda --rows 8192 --skip-store --encoder resnet
+
+Whatever runs on a GPU is waited for. Rounds take turns, so that a machine whose speed drifts doesn't favour anyone.
 """
 
 import statistics
 import sys
 import tempfile
-import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import clip
@@ -20,7 +25,9 @@ import numpy as np
 import torch
 import torchvision
 from efficientnet_lite_pytorch import EfficientNet
+from limits import Product, device_name, seconds_of
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_tensor
 
 from feats.acceleration import DTYPES, compiled, dtype_name, resolve_device, resolve_dtype
@@ -28,31 +35,26 @@ from feats.encoders.base import Encoder
 from feats.encoders.registry import ENCODERS, load_encoder
 from feats.extraction.local import default_workers, extract
 from feats.extraction.plan import default_batch_size
-from feats.extraction.preparation import Job, Preparation, prepare
+from feats.extraction.preparation import Images, Job, Preparation, prepare
 from feats.extraction.settings import ExtractionSettings
 from feats.records import Record, read_dataset
 from feats.store import DONE, FeatureStore
 from feats.text import clean
 
-VIT_B32 = {
-    "embed_dim": 512,
-    "image_resolution": 224,
-    "vision_layers": 12,
-    "vision_width": 768,
-    "vision_patch_size": 32,
-    "context_length": 77,
-    "vocab_size": 49408,
-    "transformer_width": 512,
-    "transformer_heads": 8,
-    "transformer_layers": 12,
+# embedding, resolution, vision layers, vision width, patch, context, vocabulary, text width, text heads, text layers
+CLIP_MODELS = {
+    "ViT-B/32": (512, 224, 12, 768, 32, 77, 49408, 512, 8, 12),
+    "ViT-L/14@336px": (768, 336, 24, 1024, 14, 77, 49408, 768, 12, 12),
 }
+PICTURES = 256  # synthetic ones that differ; more rows show them again
+NAIVE_ROWS = 8
 
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--encoder", choices=tuple(ENCODERS), default="clip")
     parser.add_argument("--model")
-    parser.add_argument("--weights", help="(default for clip: a random ViT-B/32)")
+    parser.add_argument("--weights", help="(default for clip and resnet: random ones)")
     parser.add_argument("--data", type=Path, help="pairs (default: synthetic ones)")
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--rounds", type=_at_least_one, default=3)
@@ -71,13 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype = resolve_dtype(ENCODERS[args.encoder].auto_dtype or args.dtype, device)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         work = Path(folder)
-        weights = args.weights or (_random_clip(work) if args.encoder == "clip" else None)
+        weights = args.weights or _random_weights(args, work)
         encoder = load_encoder(args.encoder, args.model, weights, device=device, dtype=dtype)
         settings = ExtractionSettings(args.batch_size or default_batch_size(encoder), args.workers, encoder.text_clean)
         records = _records(args, work)
         print(
             f"{args.encoder} {encoder.identity.get('model')}, {len(records)} rows, batch {settings.batch_size}, "
-            f"{device}, {dtype_name(dtype)}, {torch.get_num_threads()} threads, {settings.workers} workers"
+            f"{device_name(device)}, {dtype_name(dtype)}, {torch.get_num_threads()} threads, {settings.workers} workers"
         )
         bench_pipeline(args, encoder, weights, records, settings, work)
         if args.encoder == "clip":
@@ -101,44 +103,54 @@ def bench_pipeline(
     seconds: dict[str, list[float]] = {}
 
     def timed(name: str, work: Callable[[], object], rows: int) -> None:
-        _synchronise(encoder.device)
-        start = time.perf_counter()
-        work()
-        _synchronise(encoder.device)
-        seconds.setdefault(name, []).append((time.perf_counter() - start) / rows)
+        seconds.setdefault(name, []).append(seconds_of(work, encoder.device) / rows)
 
     fast = None
     if args.compile and batches.images:
-        start = time.perf_counter()
-        fast, why_not = compiled(encoder.image.forward, batches.images[0])
-        print(f"compiling the image side: {time.perf_counter() - start:.1f} s{why_not and f' ({why_not})'}")
-    product = _matrix_product(encoder)
-    batches.forward(encoder)
+
+        def compile_it() -> None:
+            nonlocal fast, why_not
+            fast, why_not = compiled(encoder.image.forward, batches.images[0])
+
+        why_not = ""
+        print(f"compiling the image side: {seconds_of(compile_it, encoder.device):.1f} s{why_not and f' ({why_not})'}")
+    product = Product(encoder.device, encoder.dtype)
+    flops = _flops(lambda: batches.forward(encoder)) / len(records)  # and warms up
+    size = settings.batch_size
+    whole = [x for x in batches.images if len(x) == size] or batches.images
     for number in range(args.rounds):
         timed("end to end", lambda n=number: extract(encoder, records, work / f"r{n}_x.h5", settings), len(records))
         timed("forward alone", lambda: batches.forward(encoder), len(records))
         if batches.images:
-            whole = [x for x in batches.images if len(x) == settings.batch_size]
-            timed("image forward", lambda: [encoder.image.forward(x) for x in whole], len(whole) * settings.batch_size)
+            pictures = sum(map(len, whole))
+            timed("image forward", lambda: [encoder.image.forward(x) for x in whole], pictures)
             if fast:
-                timed("image forward, compiled", lambda: [fast(x) for x in whole], len(whole) * settings.batch_size)
-            timed("prepare alone", lambda: _prepare_all(encoder, records, settings), len(records))
-            timed("naive loop", lambda: [naive(record) for record in records[:24]], 24)
-        timed("matrix product", product, 1)
+                timed("image forward, compiled", lambda: [fast(x) for x in whole if len(x) == len(whole[0])], pictures)
+            timed("decode alone", lambda: [None for _ in _decoded(encoder, records, settings)], len(records))
+            timed(
+                "naive loop", lambda: [naive(record) for record in records[:NAIVE_ROWS]], min(NAIVE_ROWS, len(records))
+            )
+        timed("product", product, 1)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    limit = 2 * 4096**3 / median.pop("matrix product")
+    limit = product.flops / median.pop("product")
     for name, value in median.items():
         print(
             f"  {name:<26} {1 / value:10.1f} rows/s   (min {1 / max(seconds[name]):.1f}, max {1 / min(seconds[name]):.1f})"
         )
-    print(f"  {'4096^3 product':<26} {limit / 1e9:10.0f} GFLOP/s in {dtype_name(encoder.dtype)}")
+    print(
+        f"  {'product limit':<26} {limit / flops:10.1f} rows/s   ({limit / 1e9:.0f} GFLOP/s in products of "
+        f"{product.width} x {product.width}, {dtype_name(encoder.dtype)}; {flops / 1e9:.2f} GFLOP a row)"
+    )
     print(f"end to end / forward alone:       {median['forward alone'] / median['end to end']:.2f}")
+    print(f"end to end / product limit:       {flops / median['end to end'] / limit:.2f}")
+    print(f"forward alone / product limit:    {flops / median['forward alone'] / limit:.2f}")
     if batches.images:
+        print(f"end to end / decode alone:        {median['decode alone'] / median['end to end']:.2f}")
         print(f"end to end / naive loop:          {median['naive loop'] / median['end to end']:.1f}")
-        flops = _flops(encoder, batches.images[0][:1])
+        of_image = _flops(lambda: encoder.image.forward(batches.images[0][:1]))
         for name in ("image forward", "image forward, compiled"):
             if name in median:
-                print(f"{name} / product limit: {flops / median[name] / limit:.2f}")
+                print(f"{name} / product limit: {of_image / median[name] / limit:.2f}")
 
 
 def bench_clip_text(
@@ -150,29 +162,26 @@ def bench_clip_text(
     order = np.argsort([t.length for t in tokens], kind="stable")
     size = settings.batch_size
     batches = [[tokens[k].ids for k in order[low : low + size]] for low in range(0, len(order), size)]
-    network = clip.model.build_model(torch.load(weights, weights_only=True)).to(encoder.device)
-    network = network.float() if encoder.device.type == "cpu" else network
-    fp32 = load_encoder("clip", weights=weights, device=encoder.device) if encoder.device.type == "cpu" else encoder
-    padded = [
-        clip.tokenize(texts[low : low + size], truncate=True).to(encoder.device) for low in range(0, len(texts), size)
-    ]
+    device, dtype = encoder.device, dtype_name(encoder.dtype)
+    network = clip.model.build_model(torch.load(weights, weights_only=True)).to(device)
+    network, of_package = (network.float(), "fp32") if device.type == "cpu" else (network, "fp16")
+    padded = [clip.tokenize(texts[low : low + size], truncate=True).to(device) for low in range(0, len(texts), size)]
     ways = {
-        "padded to 77 (clip package)": lambda: [network.encode_text(batch) for batch in padded[:4]],
-        "cut, fp32": lambda: [fp32.text.forward(batch) for batch in batches],
-        f"cut, {dtype_name(encoder.dtype)}": lambda: [encoder.text.forward(batch) for batch in batches],
+        f"padded to 77 (clip package), {of_package}": lambda: [network.encode_text(batch) for batch in padded[:4]],
+        f"cut, {dtype}": lambda: [encoder.text.forward(batch) for batch in batches],
     }
+    if dtype != "fp32":
+        fp32 = load_encoder("clip", weights=weights, device=device)
+        ways["cut, fp32"] = lambda: [fp32.text.forward(batch) for batch in batches]
     rows = {name: sum(map(len, padded[:4])) if "padded" in name else len(texts) for name in ways}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, work in ways.items():
-            start = time.perf_counter()
-            work()
-            _synchronise(encoder.device)
-            seconds[name].append((time.perf_counter() - start) / rows[name])
+            seconds[name].append(seconds_of(work, device) / rows[name])
     median = {name: statistics.median(values) for name, values in seconds.items()}
     for name, value in median.items():
-        print(f"  text, {name:<28} {1 / value:10.1f} rows/s")
-    reference = median.pop("padded to 77 (clip package)")
+        print(f"  text, {name:<34} {1 / value:10.1f} rows/s")
+    reference = median.pop(f"padded to 77 (clip package), {of_package}")
     for name, value in median.items():
         print(f"text, {name} / padded to 77: {reference / value:.2f}")
 
@@ -180,20 +189,19 @@ def bench_clip_text(
 def bench_store(work: Path, rounds: int, rows: int = 100_000, width: int = 768) -> None:
     """Writing and reading 100k x 768 fp16 rows."""
     values = np.random.default_rng(0).normal(size=(rows, width)).astype(np.float16)
-    start = time.perf_counter()
-    path = work / "store_x.h5"
-    with FeatureStore.create(path, [str(i) for i in range(rows)], [""] * rows, {}, {"image_feats": (width,)}) as store:
-        for low in range(0, rows, store.block_rows):
-            block = np.arange(low, min(low + store.block_rows, rows))
-            store.write(block, np.full(len(block), DONE), {"image_feats": values[block]})
-        store.finish()
-    written = time.perf_counter() - start
-    seconds = []
+    path, cpu = work / "store_x.h5", torch.device("cpu")
+
+    def write() -> None:
+        ids, shapes = [str(i) for i in range(rows)], {"image_feats": (width,)}
+        with FeatureStore.create(path, ids, [""] * rows, {}, shapes) as store:
+            for low in range(0, rows, store.block_rows):
+                block = np.arange(low, min(low + store.block_rows, rows))
+                store.write(block, np.full(len(block), DONE), {"image_feats": values[block]})
+            store.finish()
+
+    written = seconds_of(write, cpu)
     with FeatureStore.open(path) as store:
-        for _ in range(rounds):
-            start = time.perf_counter()
-            store.read("image_feats")
-            seconds.append(time.perf_counter() - start)
+        seconds = [seconds_of(lambda: store.read("image_feats"), cpu) for _ in range(rounds)]
     size = values.nbytes / 1e6
     print(
         f"store, {rows} x {width} fp16 ({size:.0f} MB): create and write {written:.2f} s, read {statistics.median(seconds):.3f} s"
@@ -208,7 +216,7 @@ class _in_memory:
         rows = np.arange(len(records))
         size = settings.batch_size
         if encoder.image:
-            for batch in _prepare_all(encoder, records, settings):
+            for batch in _decoded(encoder, records, settings):
                 self.images.append(encoder.to_pixels(batch.pixels[:, 0]))
         if encoder.text:
             dataset = Preparation(encoder, records, [Job("texts", rows)], settings.text_clean)
@@ -224,15 +232,18 @@ class _in_memory:
             encoder.image.forward(batch)
 
 
-def _prepare_all(encoder: Encoder, records: list[Record], settings: ExtractionSettings) -> list:
+def _decoded(encoder: Encoder, records: list[Record], settings: ExtractionSettings) -> Iterator[Images]:
+    """The pictures decoded and resized by the worker processes of an extraction, in batches, and nothing more."""
     rows = np.arange(len(records))
     size = settings.batch_size
     jobs = [Job("images", rows[low : low + size]) for low in range(0, len(rows), size)]
-    return list(prepare(Preparation(encoder, records, jobs, settings.text_clean), settings.workers, False))
+    preparation = Preparation(encoder, records, jobs, settings.text_clean)
+    return prepare(preparation, settings.workers, pin_memory=encoder.device.type == "cuda")
 
 
 def _naive(name: str, model: str | None, weights: str | None, encoder: Encoder) -> Callable[[Record], object]:
-    """The usual first script, on the package's own model: one pair at a time, batch 1, fp32, texts padded to 77."""
+    """The usual first script, on the package's own model and the same device: one pair at a time, batch 1, fp32, texts
+    padded to 77."""
     if name == "clip":
         network = clip.model.build_model(torch.load(weights, weights_only=True)).float()
         image = network.encode_image
@@ -242,38 +253,39 @@ def _naive(name: str, model: str | None, weights: str | None, encoder: Encoder) 
     else:
         network = EfficientNet.from_name(f"efficientnet-{model or 'lite2'}")
         image = network
-    network.eval()
+    device = encoder.device
+    network.eval().to(device)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (encoder.image.mean, encoder.image.std))
 
     def one(record: Record) -> None:
         picture = encoder.image.preprocess(Image.open(record.image_path).convert("RGB"))
-        image(((to_tensor(picture) - mean) / std)[None])
+        image(((to_tensor(picture) - mean) / std)[None].to(device))
         if name == "clip":
-            network.encode_text(clip.tokenize([clean(record.text or "", "tweet")], truncate=True))
+            network.encode_text(clip.tokenize([clean(record.text or "", "tweet")], truncate=True).to(device))
 
     return one
 
 
-def _matrix_product(encoder: Encoder) -> Callable[[], object]:
-    """A 4096^3 product in the compute dtype, warmed up."""
-    a, b = (torch.randn(4096, 4096, device=encoder.device).to(encoder.dtype) for _ in range(2))
-    a @ b
-    return lambda: a @ b
-
-
-def _flops(encoder: Encoder, pixels: torch.Tensor) -> int:
-    from torch.utils.flop_counter import FlopCounterMode
-
+def _flops(forward: Callable[[], object]) -> int:
+    """Floating-point operations of what `forward` does."""
     with FlopCounterMode(display=False) as counter:
-        encoder.image.forward(pixels)
+        forward()
     return counter.get_total_flops()
 
 
-def _random_clip(work: Path) -> str:
+def _random_weights(args: Namespace, work: Path) -> str | None:
+    """A file of random weights for an encoder whose own have to be downloaded; None for the offline ones."""
     torch.manual_seed(0)
-    path = work / "vit_b32.pt"
-    torch.save(clip.model.CLIP(**VIT_B32).half().state_dict(), path)
-    return str(path)
+    if args.encoder == "clip":
+        if args.model not in (None, *CLIP_MODELS):
+            sys.exit(f"no shape for random weights of {args.model}; give --weights, or one of {', '.join(CLIP_MODELS)}")
+        state = clip.model.CLIP(*CLIP_MODELS[args.model or "ViT-B/32"]).half().state_dict()
+    elif args.encoder == "resnet":
+        state = torchvision.models.get_model(args.model or "resnet50", weights=None).state_dict()
+    else:
+        return None
+    torch.save(state, work / "weights.pt")
+    return str(work / "weights.pt")
 
 
 def _records(args: Namespace, work: Path) -> list[Record]:
@@ -285,15 +297,11 @@ def _records(args: Namespace, work: Path) -> list[Record]:
     folder.mkdir()
     records = []
     for i in range(args.rows):
-        small = Image.fromarray(rng.integers(0, 255, (60, 60, 3), np.uint8))
-        small.resize((600, 600), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=85)
-        records.append(Record(str(i), folder / f"{i}.jpg", "word " * int(rng.integers(3, 30))))
+        if i < PICTURES:
+            small = Image.fromarray(rng.integers(0, 255, (60, 60, 3), np.uint8))
+            small.resize((600, 600), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=85)
+        records.append(Record(str(i), folder / f"{i % PICTURES}.jpg", "word " * int(rng.integers(3, 30))))
     return records
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _at_least_one(text: str) -> int:

@@ -1,29 +1,40 @@
-"""Training, sweeping and predicting on cached features: whole processes against a usual training loop, the import of
-torch, the speed of reading, and the machine's matrix-product limit, all in one run.
+"""Training, sweeping and predicting on cached features: whole processes against a usual training loop on the same
+device, the import of torch, the speed of reading, and the device's matrix-product limit, all in one run.
 
     python tests/bench/bench_heads.py [--parts train grid predict million] [--rounds 3]
 
-Features are random and shaped as the reference study's: 4000 x (512 + 512), a tenth for validation.
+On a machine with a GPU, where each takes two minutes or less:
+
+    python tests/bench/bench_heads.py --device cuda --parts grid --rounds 1 --loop-epochs 10
+    python tests/bench/bench_heads.py --device cuda --parts train predict --rounds 1
+
+Features are random and shaped as the reference study's: 4000 x (512 + 512), a tenth for validation. Processes are
+timed from start to end, when their device has nothing left to do.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
 
+if TYPE_CHECKING:
+    import torch
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-N, WIDTH, CLASSES, TRAIN, EPOCHS = 4000, 512, ("negative", "neutral", "positive"), 3600, 100
+N, WIDTH, CLASSES, TRAIN = 4000, 512, ("negative", "neutral", "positive"), 3600
 GRID = {"--D": [128, 256], "--lr": [2e-5, 1e-4], "--bs": [32, 512], "--ablation": [0, 1, 2]}
 SEEDS = 5
 PRECISIONS = ("fp32", "bf16")
@@ -34,13 +45,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--epochs", type=int, default=100, help="of every training")
+    parser.add_argument(
+        "--loop-epochs", type=int, help="of the grid's usual loops; what more of them take is computed (default: all)"
+    )
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the part million")
-    parser.add_argument("--yardstick", nargs=5, metavar=("CACHE", "D", "BS", "ABLATION", "EPOCHS"), help="internal")
+    parser.add_argument(
+        "--yardstick", nargs=6, metavar=("CACHE", "DEVICE", "D", "BS", "ABLATION", "EPOCHS"), help="internal"
+    )
     args = parser.parse_args(argv)
+    from feats.acceleration import resolve_device
+
     if args.yardstick:
-        cache, *numbers = args.yardstick
-        usual_loop(Path(cache), *map(int, numbers))
+        cache, device, *numbers = args.yardstick
+        usual_loop(Path(cache), resolve_device(device), *map(int, numbers))
         return 0
+    from limits import device_name
+
+    device = resolve_device(args.device)
+    args.device = str(device)
+    print(f"{device_name(device)}, {args.epochs} epochs")
     with tempfile.TemporaryDirectory() as folder:
         feats = Path(folder) / "feats"
         make_caches(feats, N)
@@ -53,9 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 # -- the yardstick ----------------------------------------------------------------------------------------------
 
 
-def usual_loop(cache: Path, D: int, bs: int, ablation: int, epochs: int) -> None:
-    """How such heads are usually trained: a Dataset of numpy rows, a DataLoader, one configuration, Adam."""
+def usual_loop(cache: Path, device: "torch.device", D: int, bs: int, ablation: int, epochs: int) -> None:
+    """How such heads are usually trained: a Dataset of numpy rows, a DataLoader, one configuration, Adam. Prints the
+    seconds of the loop."""
     import torch
+    from limits import synchronise
     from torch import nn
     from torch.utils.data import DataLoader, Dataset
 
@@ -77,16 +105,19 @@ def usual_loop(cache: Path, D: int, bs: int, ablation: int, epochs: int) -> None
         return nn.Sequential(nn.Linear(WIDTH, D), nn.BatchNorm1d(D), nn.ReLU(), nn.Dropout(0.3))
 
     sides = {0: (0, 1), 1: (1,), 2: (0,)}[ablation]
-    projections = nn.ModuleList([projection() for _ in sides])
-    out = nn.Linear(D * len(sides), len(CLASSES))
+    projections = nn.ModuleList([projection() for _ in sides]).to(device)
+    out = nn.Linear(D * len(sides), len(CLASSES)).to(device)
     optimizer = torch.optim.Adam([*projections.parameters(), *out.parameters()], lr=1e-4)
     train = DataLoader(Pairs(0, TRAIN), batch_size=bs, shuffle=True)
     val = DataLoader(Pairs(TRAIN, N), batch_size=bs)
     best = 0.0
+    synchronise(device)
+    start = time.perf_counter()
     for _ in range(epochs):
         for module in (projections, out):
             module.train()
-        for *pair, y in train:
+        for batch in train:
+            *pair, y = (part.to(device) for part in batch)
             logits = out(torch.cat([p(pair[side]) for p, side in zip(projections, sides, strict=True)], 1))
             loss = nn.functional.cross_entropy(logits, y)
             optimizer.zero_grad()
@@ -96,17 +127,34 @@ def usual_loop(cache: Path, D: int, bs: int, ablation: int, epochs: int) -> None
             module.eval()
         right = 0
         with torch.no_grad():
-            for *pair, y in val:
+            for batch in val:
+                *pair, y = (part.to(device) for part in batch)
                 logits = out(torch.cat([p(pair[side]) for p, side in zip(projections, sides, strict=True)], 1))
                 right += int((logits.argmax(1) == y).sum())
         best = max(best, right / (N - TRAIN))
-    print(f"best validation accuracy {best:.3f}")
+    synchronise(device)
+    print(f"best validation accuracy {best:.3f}, seconds {time.perf_counter() - start}")
+
+
+def yardstick(feats: Path, device: str, D: int, bs: int, ablation: int, epochs: int) -> tuple[float, float]:
+    """Wall time of the usual loop's process, and that of the loop in it."""
+    command = ("--yardstick", feats / "bench_train.h5", device, D, bs, ablation, epochs)
+    start = time.perf_counter()
+    out = run(__file__, *command)
+    return time.perf_counter() - start, float(out.split()[-1])
+
+
+def run(*command: object) -> str:
+    """What a process prints. What it says of errors goes to stderr."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, *map(str, command)]
+    return subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment).stdout
 
 
 def seconds(*command: object) -> float:
     """Wall time of a whole process."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, *map(str, command)], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    run(*command)
     return time.perf_counter() - start
 
 
@@ -148,17 +196,12 @@ def make_caches(folder: Path, rows: int, splits: Sequence[str] = ("train", "test
             store.finish()
 
 
-def product_limit(precision: str) -> float:
-    """FLOP/s of a 2048-cubed matrix product in "fp32" or "bf16"."""
+def product_limit(device: str, precision: str) -> float:
+    """FLOP/s of large matrix products in "fp32" or "bf16"."""
     import torch
+    from limits import Product
 
-    a = torch.randn(2048, 2048, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - start)
-    return 2 * 2048**3 / median(times)
+    return Product(torch.device(device), {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]).limit()
 
 
 def flops(D: int, ablation: int) -> float:
@@ -170,66 +213,80 @@ def flops(D: int, ablation: int) -> float:
 # -- parts ------------------------------------------------------------------------------------------------------
 
 
-def train(folder: Path, feats: Path, args) -> None:
+def train(folder: Path, feats: Path, args: Namespace) -> None:
     """One training, whole process, against the usual loop; and what no such process can do without."""
     ours = ("modeling/train_head.py", "--vtype", "bench", "--feats", feats, "--runs", folder / "runs", "--D", 256)
-    loop = (__file__, "--yardstick", feats / "bench_train.h5", 256, 512, 0, EPOCHS)
+    ours = (*ours, "--ep", args.epochs, "--device", args.device)
+    on_device = f"import torch; torch.zeros(1, device={args.device!r})"
     times = alternate(
         args.rounds,
-        loop=lambda: seconds(*loop),
-        **{precision: partial(seconds, *ours, "--precision", precision) for precision in PRECISIONS},
-        torch=lambda: seconds("-c", "import torch"),
+        loop=lambda: yardstick(feats, args.device, 256, 512, 0, args.epochs)[0],
+        **{precision: partial(seconds, *ours, "--precision", precision) for precision in args.precisions},
+        torch=lambda: seconds("-c", on_device),
     )
-    print(f"usual loop {times['loop']:.1f} s, of which importing torch {times['torch']:.1f} s")
-    for precision in PRECISIONS:
-        bare = times["torch"] + flops(256, 0) * EPOCHS / product_limit(precision)
+    print(
+        f"usual loop {times['loop']:.1f} s, of which importing torch, and starting the device, {times['torch']:.1f} s"
+    )
+    for precision in args.precisions:
+        bare = times["torch"] + flops(256, 0) * args.epochs / product_limit(args.device, precision)
         print(
             f"train_head.py {precision} {times[precision]:.1f} s: {times['loop'] / times[precision]:.1f} x; importing "
             f"torch and the products at the limit take {bare:.1f} s: {times['loop'] / bare:.1f} x"
         )
 
 
-def grid(folder: Path, feats: Path, args) -> None:
+def grid(folder: Path, feats: Path, args: Namespace) -> None:
     """The sweep, whole process, against the usual loop one configuration after another: timed once on each shape, since
     its learning rate and seed don't change the time."""
+    epochs = min(args.loop_epochs or args.epochs, args.epochs)
     total = 0.0
     for D, bs, ablation in product(GRID["--D"], GRID["--bs"], GRID["--ablation"]):
-        one = seconds(__file__, "--yardstick", feats / "bench_train.h5", D, bs, ablation, EPOCHS)
-        total += len(GRID["--lr"]) * SEEDS * one
+        whole, loop = yardstick(feats, args.device, D, bs, ablation, epochs)
+        total += len(GRID["--lr"]) * SEEDS * (whole + loop * (args.epochs / epochs - 1))
     options = [item for name, values in GRID.items() for item in (name, *values)]
     sweep = ["modeling/sweep_heads.py", "--vtype", "bench", "--feats", feats, "--seeds", SEEDS, *options]
-    work = sum(flops(D, a) * EPOCHS for D, _, _, a in product(*GRID.values())) * SEEDS
-    count = len(list(product(*GRID.values()))) * SEEDS
-    print(f"{count} trainings: usual loop {total:.0f} s (one of each shape, times {len(GRID['--lr']) * SEEDS})")
-    for precision in PRECISIONS:
+    sweep += ["--ep", args.epochs, "--device", args.device]
+    points = list(product(*GRID.values()))
+    work = sum(flops(D, a) * args.epochs for D, _, _, a in points) * SEEDS
+    print(
+        f"{len(points)} configurations x {SEEDS} seeds: usual loop {total:.0f} s (one of each shape, {epochs} of its "
+        f"{args.epochs} epochs, times {len(GRID['--lr']) * SEEDS})"
+    )
+    for precision in args.precisions:
         taken = [
             seconds(*sweep, "--precision", precision, "--runs", folder / f"{precision}{round_}")
             for round_ in range(args.rounds)
         ]
-        ours, limit = median(taken), product_limit(precision)
+        ours, limit = median(taken), product_limit(args.device, precision)
         print(
-            f"sweep_heads.py {precision} {ours:.0f} s: {total / ours:.1f} x; {work / ours / 1e9:.0f} GFLOP/s of "
-            f"{limit / 1e9:.0f} in a matrix product: {work / ours / limit:.2f} of it"
+            f"sweep_heads.py {precision} {ours:.1f} s: {total / ours:.1f} x; {work / ours / 1e9:.0f} GFLOP/s of "
+            f"{limit / 1e9:.0f} in a matrix product: {work / ours / limit:.4f} of it"
         )
 
 
-def predict(folder: Path, feats: Path, args) -> None:
+def predict(folder: Path, feats: Path, args: Namespace) -> None:
     """inference_head.py on 511 rows, whole process, against importing torch."""
-    seconds("modeling/train_head.py", "--vtype", "bench", "--feats", feats, "--runs", folder / "runs", "--ep", 1)
+    one_epoch(folder, feats)
     ours = ("modeling/inference_head.py", "--feats", feats, "--runs", folder / "runs", "--out", folder / "out.csv")
+    ours = (*ours, "--device", args.device)
     times = alternate(max(5, args.rounds), torch=lambda: seconds("-c", "import torch"), ours=lambda: seconds(*ours))
     print(
         f"import torch {times['torch']:.2f} s, inference_head.py {times['ours']:.2f} s: {times['ours'] / times['torch']:.2f} x"
     )
 
 
-def million(folder: Path, feats: Path, args) -> None:
+def one_epoch(folder: Path, feats: Path) -> None:
+    """The newest run of the folder `runs`, for predicting."""
+    run("modeling/train_head.py", "--vtype", "bench", "--feats", feats, "--runs", folder / "runs", "--ep", 1)
+
+
+def million(folder: Path, feats: Path, args: Namespace) -> None:
     """Many cached rows: predicting them against reading them, and the memory it takes."""
     import resource
 
     big = folder / "big"
     make_caches(big, args.rows, ["test"])
-    seconds("modeling/train_head.py", "--vtype", "bench", "--feats", feats, "--runs", folder / "runs", "--ep", 1)
+    one_epoch(folder, feats)
 
     def read() -> float:
         start = time.perf_counter()
@@ -240,6 +297,7 @@ def million(folder: Path, feats: Path, args) -> None:
         return time.perf_counter() - start
 
     ours = ("modeling/inference_head.py", "--feats", big, "--runs", folder / "runs", "--out", folder / "big.csv")
+    ours = (*ours, "--device", args.device)
     times = alternate(args.rounds, read=read, ours=lambda: seconds(*ours))
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(
