@@ -426,8 +426,8 @@ def test_interrupted_while_taking_pictures_from_a_worker(
 
 
 # Imports once, then forks runs and kills them: twenty kills cost twenty extractions, not twenty imports. A run tells
-# through a pipe when extraction proper starts; an undisturbed one first shows how long it takes, so that twenty kills
-# at random moments fall within one run's work.
+# through a pipe when extraction proper starts, and each block that it has written; it is killed a part of a block's time
+# (as an undisturbed run shows it) after its start or its first block, so that twenty kills fall within one run's work.
 KILLER = """
     import importlib, os, random, signal, sys, time
     name, data, out = sys.argv[1:]
@@ -435,7 +435,7 @@ KILLER = """
     script = importlib.import_module(f"feats.{name}_extract_feats")
     importlib.import_module(feats.encoders.registry.ENCODERS[name].module)
     arguments = ["--data", data, "--batch-size", "2", "--workers", "1", "--dtype", "fp32", "--out"]
-    extract = feats.extraction.local.extract
+    extract, write = feats.extraction.local.extract, feats.extraction.local.write_block
 
     def start(folder):
         ready, tell = os.pipe()
@@ -444,21 +444,28 @@ KILLER = """
             torch.set_num_threads(1)
             sys.stdout = sys.stderr = open(os.devnull, "w")
             feats.extraction.local.extract = lambda *a, **k: (os.write(tell, b"!"), extract(*a, **k))[1]
+            feats.extraction.local.write_block = lambda *a: (write(*a), os.write(tell, b"."))[0]
             os._exit(script.main([*arguments, os.path.join(out, folder)]))
+        os.close(tell)
         os.read(ready, 1)
-        return child
+        return child, ready
 
     random.seed(0)
-    child, began = start("calm"), time.perf_counter()
-    assert os.waitpid(child, 0)[1] == 0
-    seconds = time.perf_counter() - began
+    (child, ready), began, blocks = start("calm"), time.perf_counter(), 0
+    while os.read(ready, 1):
+        blocks += 1
+    assert os.waitpid(child, 0)[1] == 0 and blocks >= 40
+    seconds = (time.perf_counter() - began) / blocks
     kills = 0
-    for _ in range(22):
-        child = start("killed")
-        time.sleep(random.uniform(0.2, 1) * seconds / 20)
+    for number in range(20):
+        child, ready = start("killed")
+        if number % 2:
+            os.read(ready, 1)
+        time.sleep(random.uniform(0, 1) * seconds)
         os.kill(child, signal.SIGKILL)
         kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    child = start("killed")
+        os.close(ready)
+    child, _ = start("killed")
     print(kills, os.waitpid(child, 0)[1])
 """
 
@@ -466,7 +473,7 @@ KILLER = """
 @pytest.mark.parametrize("name", ["minilm", "efficientnet"])
 @pytest.mark.slow
 def test_twenty_kills_end_with_the_same_bytes(name: str, tmp_path: Path):
-    make_course(tmp_path / "set", 1000 if name == "minilm" else 400, size=(24, 24))
+    make_course(tmp_path / "set", 1000 if name == "minilm" else 640, size=(24, 24))
     out = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(KILLER), name, str(tmp_path / "set"), str(tmp_path)],
         env=ENVIRONMENT,
@@ -474,7 +481,7 @@ def test_twenty_kills_end_with_the_same_bytes(name: str, tmp_path: Path):
         text=True,
     )
     kills, status = map(int, out.stdout.split())
-    assert kills >= 20 and status == 0, out.stderr
+    assert kills == 20 and status == 0, out.stderr
     assert_same(tmp_path / "killed" / f"{name}_train.h5", tmp_path / "calm" / f"{name}_train.h5")
     with FeatureStore.open(tmp_path / "killed" / f"{name}_train.h5") as store:
         assert store.complete and (store.status == DONE).all() and store.verify() == []
