@@ -144,6 +144,8 @@ def test_what_does_not_fit_is_said(caches: Path, tmp_path: Path):
     unfit = {
         "unknown head 'fusoin'; did you mean fusion": lambda: fit_head(data, split, "fusoin"),
         "unknown setting 'lrr'; did you mean lr": lambda: fit_head(data, split, lrr=1),
+        "`scale` of clip 0: expected a finite number above 0": lambda: fit_head(data, split, scale={"clip": 0}),
+        "`scale` of clip nan: expected": lambda: fit_head(data, split, scale={"clip": float("nan")}),
         "is to read image, and the caches give text": lambda: fit_head(text, split, HeadConfig(sides="image")),
         "this run reads clip as (image|text) features, and the data from .* have none": lambda: run.predict(text),
         "none of the 20 rows has a label": lambda: evaluate(run, test),

@@ -242,7 +242,9 @@ def test_a_repaired_text_of_another_length_has_no_room(course: Path, tmp_path: P
     (course / "data" / "2.txt").write_text(text)
     assert minilm(course, tmp_path / "out", "--tokens", "--splits", "train") == 0
     assert "19 rows done; 1 quarantined" in capsys.readouterr().out
-    assert "when the cache was made; use `overwrite`" in (tmp_path / "out" / "minilm_train.quarantine.csv").read_text()
+    assert (
+        "when the cache was made; overwrite the cache" in (tmp_path / "out" / "minilm_train.quarantine.csv").read_text()
+    )
 
 
 def test_image_tokens_and_views(course: Path, tmp_path: Path):

@@ -1,6 +1,7 @@
 """From joined caches to what heads read: each cache's side normalised and scaled, and the caches of a side put side by
 side. The statistics belong to a run, hence `Preprocessing` is fitted once, on training rows, and saved with it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -115,6 +116,9 @@ class Preprocessing:
             if set(given) - names:
                 unknown = ", ".join(sorted(set(given) - names))
                 raise UsageError(f"`{setting}` names {unknown}; the caches in use are {', '.join(sorted(names))}")
+        for name, factor in scales.items():
+            if not 0 < factor < math.inf:
+                raise UsageError(f"`scale` of {name} {factor:g}: expected a finite number above 0")
         normalizers = {
             f"{side}/{name}": Normalizer.fit(norms.get(name, "none"), x, rows)
             for side in SIDES
