@@ -15,6 +15,12 @@ from modeling.runs.folder import load_run
 FAST = ["--ttype", "vader", "--head", "linear"]
 
 
+@pytest.fixture(autouse=True)
+def this_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commands run the code of this tree, wherever another one is installed from."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
 def printed_commands(out: str) -> list[list[str]]:
     return [shlex.split(line[2:]) for line in out.splitlines() if line.startswith("$ ")]
 
@@ -26,7 +32,6 @@ def test_from_pairs_to_predictions_and_again(
     make_course(tmp_path / "my set", 36, 5)
     argv = ["--data", "my set", *FAST]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert quickstart.main(argv) == 0
     first = capfd.readouterr().out
     commands = printed_commands(first)

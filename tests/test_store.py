@@ -209,6 +209,14 @@ def test_quarantined_rows_are_never_zeros(tmp_path: Path):
         np.testing.assert_array_equal(store.read_tokens()[0], TOKENS)
 
 
+def test_reasons_come_back_as_they_were_written(tmp_path: Path):
+    reasons = {"a\rb": "one\r\ntwo", 'c,"d"\n': "", "é": "数"}
+    with FeatureStore.create(tmp_path / "q_train.h5", list(reasons), [""] * 3, {}, {"image_feats": (2,)}) as store:
+        store.write(np.arange(3), np.full(3, QUARANTINED), {"image_feats": np.zeros((3, 2), np.float16)}, reasons)
+    with FeatureStore.open(tmp_path / "q_train.h5") as store:
+        assert store.reasons == reasons
+
+
 def test_labels_can_be_corrected_without_encoding_again(full: Path):
     with FeatureStore.append(full) as store:
         assert store.update_tags(TAGS) == 0
