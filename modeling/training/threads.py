@@ -10,7 +10,8 @@ from time import perf_counter
 
 import torch
 
-ROUNDS = 5  # steps that a trial measures of each number of threads
+ROUNDS = 3  # of a trial: in each, every number of threads has a turn
+TURN = 3  # steps; the first, which wakes the threads, isn't counted
 HOPELESS = 2.0  # times the fastest: left out of the rest of a trial
 TRIALS_SHARE = 0.05  # of the time of all steps; trials are repeated, since other programs come and go
 
@@ -52,16 +53,18 @@ class StepThreads:
 
 def _plan(numbers: Sequence[int]) -> Generator[int, float, None]:
     """Yields the number of threads of each step, and is sent the seconds it took."""
-    yield 1  # the first step also warms up
+    yield 1  # the first step of all takes longer
     in_all = in_trials = 0.0
     while True:
         taken = dict.fromkeys(numbers, 0.0)
         for _ in range(ROUNDS):
             for threads in taken:
-                seconds = yield threads
-                taken[threads] += seconds
-                in_all += seconds
-                in_trials += seconds
+                turn = []
+                for _ in range(TURN):
+                    turn.append((yield threads))
+                taken[threads] += sum(turn[1:])
+                in_all += sum(turn)
+                in_trials += sum(turn)
             least = min(taken.values())
             taken = {threads: seconds for threads, seconds in taken.items() if seconds <= HOPELESS * least}
         fastest = min(taken, key=taken.__getitem__)
