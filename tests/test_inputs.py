@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from sklearn.preprocessing import StandardScaler, normalize
-from tensors import normal
 from torch import Tensor
 
 from feats.errors import UsageError
