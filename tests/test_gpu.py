@@ -406,11 +406,13 @@ def test_raw_pairs_as_when_cached(tmp_path: Path):
         pytest.importorskip(package)
     root = encoded_course(tmp_path, DEVICE, HALF)
     cached = predicted(root / "feats", root / "runs", DEVICE)[1]
-    assert apart(cached[0], cached[3]) > 3e-2  # or another pair's prediction would do
+    low, *_, high = cached[:, 0].argsort()
+    between = apart(cached[low], cached[high])  # little, after so short a training
+    assert between > 1e-4  # what is written has six decimals
     for device in (DEVICE, "cpu"):
-        for k in (0, 3):
-            (raw,) = predicted(root / "feats", root / "runs", device, *pair_options(root, 24 + k))[1]
-            np.testing.assert_allclose(raw, cached[k], atol=1e-2)
+        for k in (low, high):
+            (raw,) = predicted(root / "feats", root / "runs", device, *pair_options(root, 24 + int(k)))[1]
+            assert apart(raw, cached[k]) < between / 4
 
 
 # -- memory -----------------------------------------------------------------------------------------------------
