@@ -168,6 +168,7 @@ def read_state_dict(path: Path, sha256: str) -> StateDict:
             state = load_file(path)
         elif _is_archive(path):
             if sha256 not in {_published_sha256(name) for name in _MODELS}:
+                # The load named here is for users to run themselves, on a file they trust; it is never done for them.
                 raise UsageError(
                     f"{path} is a TorchScript archive that OpenAI didn't publish (sha256 {sha256}); opening it would "
                     "run whatever code is in it. Give its weights alone: where you trust its author, "

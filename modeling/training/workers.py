@@ -86,6 +86,7 @@ def _start(processes: list[subprocess.Popen[bytes]]) -> Connection:
         processes.append(
             subprocess.Popen(
                 [sys.executable, "-P", "-c", code],
+                # A script's own path, which -P and -c would not give: the process must import the very same packages.
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
                 pass_fds=[there.fileno()],
                 start_new_session=True,  # where a terminal's Ctrl-C doesn't reach: this process ends the others
