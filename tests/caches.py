@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 from conftest import make_course
 
@@ -82,6 +83,21 @@ def read(folder: Path, name: str, dataset: str, ids: Sequence[str], split: str =
     """Features of `ids` in double precision, straight from the cache."""
     with FeatureStore.open(folder / f"{name}_{split}.h5") as store:
         return store.read(dataset, list(ids)).astype(np.float64)
+
+
+def datasets(path: Path) -> dict[str, np.ndarray]:
+    """All that a cache holds, read without this program."""
+    with h5py.File(path) as file:
+        return {name: dataset[:] for name, dataset in file.items()}
+
+
+def assert_same(a: Path, b: Path) -> None:
+    """Two caches hold the same datasets, byte for byte."""
+    left, right = datasets(a), datasets(b)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].shape == right[name].shape, name
+        assert left[name].tobytes() == right[name].tobytes(), name
 
 
 def encoded_course(root: Path, device: str = "cpu", dtype: str = "fp32") -> Path:

@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 import torch
+from caches import assert_same, datasets
 from conftest import ENVIRONMENT, ROOT, make_course
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -49,18 +49,6 @@ def minilm(data: Path, out: Path, *more: str) -> int:
 
 def ngrams(data: Path, out: Path, *more: str) -> int:
     return ngrams_extract_feats.main(["--data", str(data), "--out", str(out), *SMALL, *more])
-
-
-def datasets(path: Path) -> dict[str, np.ndarray]:
-    with h5py.File(path) as file:
-        return {name: dataset[:] for name, dataset in file.items()}
-
-
-def assert_same(a: Path, b: Path) -> None:
-    left, right = datasets(a), datasets(b)
-    assert left.keys() == right.keys()
-    for name in left:
-        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
 
 
 @pytest.mark.slow

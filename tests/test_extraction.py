@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import ftfy
-import h5py
 import numpy as np
 import pytest
 import torch
+from caches import assert_same
 from conftest import ROOT, make_course
 
 import feats
@@ -48,18 +48,6 @@ def both_sides(tokens: bool = True) -> Encoder:
     loading = Loading(torch.device("cpu"), torch.float32, tokens)
     side = ImageSide(ResizeCrop(8, 8, "bilinear"), [0.5] * 3, [0.5] * 3, image)
     return Encoder({"encoder": "both"}, loading, side, TextSide(tokenize, text))
-
-
-def datasets(path: Path) -> dict[str, np.ndarray]:
-    with h5py.File(path) as file:
-        return {name: dataset[:] for name, dataset in file.items()}
-
-
-def assert_same(a: Path, b: Path) -> None:
-    left, right = datasets(a), datasets(b)
-    assert left.keys() == right.keys()
-    for name in left:
-        assert left[name].tobytes() == right[name].tobytes(), name
 
 
 # -- as the README has it ----------------------------------------------------------------------------------------
