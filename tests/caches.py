@@ -96,7 +96,7 @@ def assert_same(a: Path, b: Path) -> None:
     left, right = datasets(a), datasets(b)
     assert left.keys() == right.keys()
     for name in left:
-        assert left[name].shape == right[name].shape, name
+        assert (left[name].dtype, left[name].shape) == (right[name].dtype, right[name].shape), name
         assert left[name].tobytes() == right[name].tobytes(), name
 
 
