@@ -420,20 +420,20 @@ def report_of(experiment: Experiment, run: Run, calibrated: np.ndarray, raw: np.
     """Figures of probabilities (n, C) on the validation rows of all splits, and on the test part where there is one."""
     ids = [i for split in experiment.splits for i in split.val]
     majority = experiment.majority(experiment.splits[0])
-    figures: dict[str, Any] = {"val": _figures(experiment, ids, raw, calibrated, majority)}
+    figures: dict[str, Any] = {"val": split_figures(experiment, ids, raw, calibrated, majority)}
     if len(experiment.splits) == 1 and experiment.splits[0].test:
         test = experiment.splits[0].test
         features, rows = experiment.features.to("cpu"), experiment.features.positions(test)
         final = raw_test = run.probabilities(features, rows)
         if run.stacking is None:  # what stacks the members also calibrates them
             raw_test = np.asarray(np.mean([metrics.softmax(m.logits(features, rows)) for m in run.members], axis=0))
-        figures["test"] = _figures(experiment, test, raw_test, final, majority)
+        figures["test"] = split_figures(experiment, test, raw_test, final, majority)
     figures["protocol"] = protocol(experiment)
     figures["training_rows"] = experiment.training_rows()
     return Report(ids, experiment.features.tags_of(ids), calibrated, figures, [])
 
 
-def _figures(
+def split_figures(
     experiment: Experiment, ids: Sequence[str], raw: np.ndarray, calibrated: np.ndarray, majority: str
 ) -> dict[str, Any]:
     """`metrics.figures` of the calibrated predictions; log-loss and ECE before calibration beside those after."""

@@ -31,7 +31,7 @@ class EncoderSpec:
 
     `module` has `load(model, weights, how: Loading, **options) -> Encoder`, where `options` are the values of those
     declared here. `text_clean` is the default cleaning level, `auto_dtype` what the dtype "auto" means where it isn't
-    the device's fastest.
+    the device's fastest, `trainable` whether there is a network that gradients go through.
     """
 
     module: str
@@ -41,6 +41,7 @@ class EncoderSpec:
     options: Mapping[str, Option] = field(default_factory=dict)
     model_help: str = ""
     auto_dtype: str | None = None
+    trainable: bool = True
 
 
 ENCODERS: dict[str, EncoderSpec] = {
@@ -88,7 +89,12 @@ ENCODERS: dict[str, EncoderSpec] = {
         auto_dtype="fp32",
     ),
     "vader": EncoderSpec(
-        "feats.encoders.vader", "VADER sentiment scores (offline), text", "vader", text_clean="none", auto_dtype="fp32"
+        "feats.encoders.vader",
+        "VADER sentiment scores (offline), text",
+        "vader",
+        text_clean="none",
+        auto_dtype="fp32",
+        trainable=False,
     ),
     "ngrams": EncoderSpec(
         "feats.encoders.ngrams",
@@ -96,6 +102,7 @@ ENCODERS: dict[str, EncoderSpec] = {
         "ngrams",
         options={"columns": Option(4096, "the features' width, into which the n-grams are hashed", metavar="D")},
         auto_dtype="fp32",
+        trainable=False,
     ),
 }
 

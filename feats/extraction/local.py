@@ -153,7 +153,7 @@ def _open(
     if path.exists() and not overwrite:
         store = FeatureStore.append(path)
         try:
-            _check_same(store, fingerprint_of(encoder, records, settings), encoder, records)
+            _check_same(store, fingerprint_of(encoder, records, settings), records)
             return store, _resume(store, encoder, records, settings)
         except BaseException:
             store.close()
@@ -197,7 +197,7 @@ def _begun_with(plan: Plan, path: Path) -> FeatureStore | None:
         return None
     try:
         if not store.complete and _same_plan(store, plan):
-            _check_same(store, plan.fingerprint, plan.encoder, plan.records)
+            _check_same(store, plan.fingerprint, plan.records)
             if not store.verify():
                 return store
     except CacheError:
@@ -216,9 +216,7 @@ def _same_plan(store: FeatureStore, plan: Plan) -> bool:
     return plan.token_counts is None or np.array_equal(store.token_counts(), plan.token_counts)
 
 
-def _check_same(
-    store: FeatureStore, fingerprint: Mapping[str, Any], encoder: Encoder, records: Sequence[Record]
-) -> None:
+def _check_same(store: FeatureStore, fingerprint: Mapping[str, Any], records: Sequence[Record]) -> None:
     """Refuse a cache of anything else. Done rows must hold the same contents as then (pictures are read again only
     where they are newer than the cache); rows that aren't done may have changed: that is how a file is repaired."""
     difference = st.fingerprint_difference(store.fingerprint, json.loads(json.dumps(fingerprint)))
@@ -227,21 +225,28 @@ def _check_same(
             f"{store.path} was made by something else ({difference}); choose another `name`, or replace it with "
             "`overwrite`"
         )
-    done = np.flatnonzero(store.status == DONE).tolist()
-    changed: dict[str, str] = {}
-    if encoder.text:
-        hashes = store.facts("text_hash")
-        changed |= {records[i].id: "text" for i in done if hash_of_text(records[i]) != hashes[i]}
-    if encoder.image:
-        hashes, sizes = store.facts("image_hash"), store.facts("image_bytes")
-        since = store.path.stat().st_mtime
-        changed |= {records[i].id: "picture" for i in done if picture_changed(records[i], sizes[i], hashes[i], since)}
+    changed = changed_rows(store, records)
     if changed:
         some = ", ".join(f"{i} ({what})" for i, what in list(changed.items())[:5])
         raise CacheError(
             f"{len(changed)} of {len(store)} rows hold other content than when {store.path} was made: {some}; "
             "choose another `name`, or replace it with `overwrite`"
         )
+
+
+def changed_rows(store: FeatureStore, records: Sequence[Record]) -> dict[str, str]:
+    """Which rows that are done held another text or picture when the cache was made, and which of them ("text",
+    "picture"), by id. `records` are all rows in the cache's order. Pictures no newer than the cache aren't read."""
+    done = np.flatnonzero(store.status == DONE).tolist()
+    changed: dict[str, str] = {}
+    if "text_feats" in store.features:
+        hashes = store.facts("text_hash")
+        changed |= {records[i].id: "text" for i in done if hash_of_text(records[i]) != hashes[i]}
+    if "image_feats" in store.features:
+        hashes, sizes = store.facts("image_hash"), store.facts("image_bytes")
+        since = store.path.stat().st_mtime
+        changed |= {records[i].id: "picture" for i in done if picture_changed(records[i], sizes[i], hashes[i], since)}
+    return changed
 
 
 def _unfinished_blocks(store: FeatureStore) -> list[np.ndarray]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from multiprocessing import get_all_start_methods
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from feats.images import augment, hash64, read_image
 from feats.interrupts import INTERRUPTS, held_back
 from feats.records import Record, TarSlice
 from feats.text import clean_with_key
+
+Made = TypeVar("Made")
 
 
 class Texts(NamedTuple):
@@ -111,11 +113,11 @@ def take(texts: Texts, rows: np.ndarray) -> Texts:
     )
 
 
-def prepare(dataset: Preparation, workers: int, pin_memory: bool) -> Iterator[Texts | Images]:
-    """The jobs' results in order, made ahead of time by `workers` processes (0: on demand, in this one)."""
+def prepare(dataset: Dataset[Made], workers: int, pin_memory: bool) -> Iterator[Made]:
+    """The items of a dataset in order, made ahead of time by `workers` processes (0: on demand, in this one)."""
     if "fork" not in get_all_start_methods():  # tokenisers and preprocessing are closures: they can't be sent
         workers = 0
-    workers = min(workers, len(dataset))
+    workers = min(workers, len(dataset))  # type: ignore[arg-type]  # torch's own base class promises no length
     with held_back():
         return iter(
             DataLoader(

@@ -155,7 +155,7 @@ class Preprocessing:
         joined: dict[str, Tensor] = {}
         text_tokens: Ragged | None = None
         for side, names in self.caches.items():
-            parts = [self._apply(side, name, getattr(features, side)[name]) for name in names]
+            parts = [self.normalised(side, name, getattr(features, side)[name]) for name in names]
             if parts:
                 joined[side] = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
             for name in names:
@@ -164,9 +164,9 @@ class Preprocessing:
                 if x is None or f"{tokens}/{name}" not in self.normalizers:
                     continue
                 if isinstance(x, Ragged):
-                    text_tokens = replace(x, values=self._apply(tokens, name, x.values))
+                    text_tokens = replace(x, values=self.normalised(tokens, name, x.values))
                 else:
-                    joined[tokens] = self._apply(tokens, name, x)
+                    joined[tokens] = self.normalised(tokens, name, x)
         if any(name in features.views for name in self.caches["image"]):
             joined["image_views"] = self._views(features)
         return Inputs(**joined, text_tokens=text_tokens)
@@ -176,14 +176,15 @@ class Preprocessing:
         of_cache = {name: features.views.get(name, features.image[name][:, None]) for name in self.caches["image"]}
         count = max(views.shape[1] for views in of_cache.values())
         parts = [
-            self._apply("image", name, views[:, torch.arange(count) % views.shape[1]])
+            self.normalised("image", name, views[:, torch.arange(count) % views.shape[1]])
             for name, views in of_cache.items()
         ]
         return torch.cat(parts, -1)
 
-    def _apply(self, side: str, name: str, x: Tensor) -> Tensor:
+    def normalised(self, kind: str, name: str, x: Tensor) -> Tensor:
+        """Features (..., D) of the cache `name`, `kind` image, text, image_tokens or text_tokens, as heads read them."""
         scale = self.scales.get(name, 1.0)
-        x = self.normalizers[f"{side}/{name}"].apply(x)
+        x = self.normalizers[f"{kind}/{name}"].apply(x)
         return x if scale == 1 else x * scale
 
     def to(self, device: torch.device | str) -> "Preprocessing":

@@ -1,7 +1,8 @@
 """The run folder: everything a result consists of, whole or not there at all.
 
 `config.json` (everything needed to repeat it), `head.safetensors` (weights and normalisation of every member),
-`split.json` (ids), `metrics.json`, `history.csv`, `predictions_val.csv`.
+`split.json` (ids), `metrics.json`, `history.csv`, `predictions_val.csv`; of a finetuned run also its encoders, in
+`encoders`.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ from modeling.features.joined import FeatureSource
 from modeling.features.splits import load_split, save_split
 from modeling.heads.base import HeadConfig, ablation_number, n_parameters
 from modeling.heads.registry import build_head
-from modeling.runs.run import Member, Report, Run, Stacking
+from modeling.runs.run import Finetuned, Member, Report, Run, Stacking
 from modeling.runs.unfinished import unfinished_folder
 from modeling.training.config import TrainConfig
 
@@ -44,6 +45,7 @@ CONFIG, TENSORS, SPLIT, METRICS, HISTORY, PREDICTIONS = (
     "history.csv",
     "predictions_val.csv",
 )
+ENCODERS = "encoders"
 PREDICTION_COLUMNS = ("id", "tag", "pred")
 LONGEST_PART = 80  # bytes of the caches in a run's name; a file system takes 255 of the whole
 
@@ -52,13 +54,20 @@ LONGEST_PART = 80  # bytes of the caches in a run's name; a file system takes 25
 
 
 def save_run(
-    run: Run, path: Path | str, *, overwrite: bool = False, numbered: bool = False, command: str | None = None
+    run: Run,
+    path: Path | str,
+    *,
+    overwrite: bool = False,
+    numbered: bool = False,
+    command: str | None = None,
+    encoders: Path | None = None,
 ) -> Run:
     """Write `run` as the folder `path`, which appears only when it is whole; returns the run as it lies there.
 
     Where `path` is taken it is replaced with `overwrite`, or with `numbered` gets a number behind its name. `command`
-    is what the user typed. Raises `UsageError` when it is taken otherwise, when what is to be replaced isn't a run, and
-    when the folder can't be written.
+    is what the user typed, `encoders` the folder of a finetuned run's encoders, which moves into the run. Raises
+    `UsageError` when it is taken otherwise, when what is to be replaced isn't a run, and when the folder can't be
+    written.
     """
     path = Path(path)
     if path.exists() and overwrite:
@@ -77,6 +86,8 @@ def save_run(
             save_split(run.split, unfinished / SPLIT)
             write_table(unfinished / HISTORY, report.history)
             write_predictions(unfinished / PREDICTIONS, report.ids, report.tags, report.probabilities, run.classes)
+            if encoders is not None:
+                shutil.move(encoders, unfinished / ENCODERS)
             if overwrite:
                 shutil.rmtree(path, ignore_errors=True)
             return replace(run, path=_under_a_free_name(unfinished, path), report=report)
@@ -161,6 +172,7 @@ def _config(run: Run, path: Path, command: str | None, sha256: str) -> dict[str,
         "features_from_run": from_run,
         "split": [s.how for s in run.split] if isinstance(run.split, list) else run.split.how,
         "stacked": run.stacking is not None,
+        "finetuned": None if run.finetuned is None else asdict(run.finetuned),
         "members": members,
         "tensors_sha256": sha256,
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
@@ -245,7 +257,9 @@ def load_run(path: Path | str) -> Run:
         if config["stacked"]:
             stacking = Stacking(tensors.pop("stacking/weight"), tensors.pop("stacking/bias"))
         source, nearby = _source(config["features"]), (path / config["features_from_run"]).resolve()
-        run = Run(config["classes"], members, source, split, config["training_rows"], stacking, path, nearby)
+        tuned = config.get("finetuned")
+        finetuned = None if tuned is None else Finetuned(**tuned)
+        run = Run(config["classes"], members, source, split, config["training_rows"], stacking, finetuned, path, nearby)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]  # torch says which tensors don't fit below its first line
         raise UsageError(f"{path} is damaged ({reason}); train again") from None

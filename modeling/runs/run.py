@@ -25,6 +25,7 @@ from modeling.training.problem import predict_stack
 # What of a cache's fingerprint may differ between training and prediction: other rows, another machine. (The last two
 # follow from the dtype.)
 FREE_TO_DIFFER = ("data", "versions", "dtype", "views", "tokens", "image_dtype", "float32_blocks")
+OWN_CACHES = "feats"  # in a finetuned run's folder
 FLOAT64_DEVICES = ("cpu", "cuda")  # others (mps, some xpu) refuse double precision, or emulate it
 
 
@@ -96,8 +97,22 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Finetuned:
+    """How a run came by encoders of its own. `encoders` are their folders in the run's, by cache; `data` and `layout`
+    say where its pairs lie; `facts` are all settings of the finetuning, and what it came to."""
+
+    encoders: dict[str, str]
+    data: str
+    layout: str
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Run:
-    """A trained classifier. `source` says which caches it reads, `report` what its training said, until it is saved."""
+    """A trained classifier. `source` says which caches it reads, `report` what its training said, until it is saved.
+
+    One that was `finetuned` reads what its own encoders make of pairs: its caches lie in its own folder, and are made
+    when they are first asked for."""
 
     classes: list[str]
     members: list[Member]
@@ -105,6 +120,7 @@ class Run:
     split: Split | list[Split]
     training_rows: dict[str, int]  # of each class, of all folds
     stacking: Stacking | None = None
+    finetuned: Finetuned | None = None
     path: Path | None = None
     nearby: Path | None = None  # where the folder of caches lies if it moved along with the run
     report: Report | None = field(default=None, repr=False, compare=False)
@@ -162,10 +178,12 @@ class Run:
         return replace(self, members=[m.to(device) for m in self.members])
 
     def feature_folder(self, given: Path | None = None) -> Path:
-        """`given`, or else the folder of the caches the run was trained on. Raises `UsageError` when that isn't
-        found."""
+        """`given`, or else the folder of the caches the run was trained on: of one that was finetuned, its own. Raises
+        `UsageError` when that isn't found."""
         if given is not None:
             return given
+        if self.finetuned is not None:
+            return self.folder / OWN_CACHES
         # The working directory has no say: another project's caches have the same names. As long as the run and the
         # caches lie where they lay, they need no proof. After a move the project as a whole (then `nearby` is right) or
         # the run alone (then the absolute folder is) may have moved, and other caches may lie where these did: those
@@ -226,6 +244,10 @@ class Run:
                     f"the cache {name} in {folder} isn't what {self.named} was trained on ({difference}); extract it "
                     "again with the encoder of that run, or train a new head"
                 )
+
+    def encoder_weights(self, name: str) -> str | None:
+        """The folder of the weights of the encoder of a cache, where the run has tuned it."""
+        return None if self.finetuned is None else str(self.folder / self.finetuned.encoders[name])
 
     @property
     def folder(self) -> Path:

@@ -1,0 +1,165 @@
+"""The working folder of a finetuning: what an interrupted one goes on from.
+
+    <folder>/settings.json      what the finetuning is; another one is refused
+    <folder>/step-00000042/     tensors.safetensors, state.json: all that the rest of the steps depends on
+    <folder>/epoch-0003/        tensors.safetensors: the tuned weights as they were after an epoch
+
+A folder in it appears only when it is whole and on disk, and only then is its predecessor removed.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from feats.errors import UsageError, first_line
+
+SETTINGS, TENSORS, STATE = "settings.json", "tensors.safetensors", "state.json"
+
+Tensors = dict[str, torch.Tensor]
+
+
+class WorkFolder:
+    """Use it in a `with` block, which keeps other processes out. `writes`: whether this process is the one that writes
+    (see `modeling.finetuning.distributed.Team`).
+
+    Raises `UsageError` when the folder holds another finetuning, is in use, or can't be written.
+    """
+
+    def __init__(self, path: Path, what: Mapping[str, Any], writes: bool = True):
+        self.path, self.what, self.writes = path, json.loads(json.dumps(what)), writes
+        self.lock = FileLock(path / "lock", timeout=0)
+
+    def __enter__(self) -> "WorkFolder":
+        with self._disk("begun"):
+            if self.writes:
+                self.path.mkdir(parents=True, exist_ok=True)
+                try:
+                    self.lock.acquire()
+                except Timeout:
+                    raise UsageError(f"another process is at work in {self.path}; wait for it, or stop it") from None
+                self._check_settings()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.lock.release()
+
+    def _check_settings(self) -> None:
+        file = self.path / SETTINGS
+        if not file.exists():
+            _write(file, json.dumps(self.what, indent=1).encode())
+            return
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UsageError(f"{file} is damaged; remove {self.path} to begin anew") from None
+        differing = [key for key in {**found, **self.what} if found.get(key) != self.what.get(key)]
+        if differing:
+            some = "; ".join(
+                f"{k} {json.dumps(found.get(k))}, now {json.dumps(self.what.get(k))}" for k in differing[:3]
+            )
+            raise UsageError(
+                f"{self.path} holds checkpoints of another finetuning ({some[:400]}); give another `name`, or remove "
+                "that folder to begin anew"
+            )
+
+    def save_step(self, step: int, tensors: Tensors, state: Mapping[str, Any]) -> None:
+        """A checkpoint after `step` steps; older ones are removed when it is on disk."""
+        if not self.writes:
+            return
+        older = self._steps()
+        with self._new(f"step-{step:08d}") as folder:
+            save_file(tensors, folder / TENSORS)
+            _write(folder / STATE, json.dumps(state).encode())
+        for path in older:
+            if path != self.path / f"step-{step:08d}":
+                shutil.rmtree(path, ignore_errors=True)
+
+    def load_step(self, device: torch.device) -> tuple[Tensors, dict[str, Any]] | None:
+        """The newest checkpoint, or None. Raises `UsageError` when it is damaged."""
+        for path in reversed(self._steps()):
+            try:
+                return load_file(path / TENSORS, device=str(device)), json.loads((path / STATE).read_text())
+            except (OSError, ValueError, SafetensorError) as error:
+                raise UsageError(f"{path} is damaged ({first_line(error)}); remove {self.path} to begin anew") from None
+        return None
+
+    def save_epoch(self, epoch: int, tensors: Tensors) -> None:
+        """The tuned weights after an epoch."""
+        if self.writes:
+            with self._new(f"epoch-{epoch:04d}") as folder:
+                save_file(tensors, folder / TENSORS)
+
+    def load_epoch(self, epoch: int, device: torch.device) -> Tensors:
+        """What `save_epoch` wrote."""
+        return load_file(self.path / f"epoch-{epoch:04d}" / TENSORS, device=str(device))
+
+    def keep_epochs(self, wanted: list[int]) -> None:
+        """Remove the weights of all other epochs."""
+        if self.writes:
+            for path in self.path.glob("epoch-????"):
+                if int(path.name.removeprefix("epoch-")) not in wanted:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def remove(self) -> None:
+        """All of it: the finetuning is done."""
+        if self.writes:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def _steps(self) -> list[Path]:
+        return sorted(self.path.glob("step-????????"))
+
+    @contextmanager
+    def _new(self, name: str) -> Iterator[Path]:
+        unfinished = self.path / f"{name}.writing"
+        with self._disk("gone on with"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            try:
+                yield unfinished
+                for file in unfinished.iterdir():
+                    _sync(file)
+                _sync(unfinished)
+                shutil.rmtree(self.path / name, ignore_errors=True)
+                os.replace(unfinished, self.path / name)
+                _sync(self.path)
+            except BaseException:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise
+
+    @contextmanager
+    def _disk(self, state: str) -> Iterator[None]:
+        """What can't be written, in words that tell what is left."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
+            steps = self._steps() if self.path.is_dir() else []
+            left = f"the checkpoint {steps[-1]} is intact" if steps else "there is no checkpoint yet"
+            raise UsageError(
+                f"a checkpoint in {self.path} can't be {state} ({reason}); {left}: make room there, or give another "
+                "folder with `runs`, and run the same command again"
+            ) from None
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,271 @@
+"""What a finetuning begins with: the very encoders and head of a run, or new ones from the registries."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from feats.acceleration import resolve_dtype
+from feats.encoders.base import Encoder, Features
+from feats.encoders.registry import ENCODERS, load_encoder
+from feats.errors import UsageError
+from feats.extraction.local import changed_rows
+from feats.records import Pairs, read_dataset
+from feats.store import SIDES, FeatureStore
+from feats.text import clean
+from modeling.experiment import Experiment, experiment_of_run
+from modeling.features.inputs import Inputs, Preprocessing
+from modeling.features.joined import FeatureSource, Ragged
+from modeling.features.normalizer import Normalizer
+from modeling.features.splits import Split, SplitSettings, make_splits
+from modeling.finetuning.data import rows_as_features
+from modeling.finetuning.model import PairModel, checked_side
+from modeling.finetuning.scratch import untrained_text, untrained_vit
+from modeling.finetuning.settings import TuneSettings
+from modeling.finetuning.studies import EncoderChoice
+from modeling.heads.base import HeadConfig, head_class
+from modeling.heads.registry import build_head
+from modeling.prediction.out_of_fold import single_split
+from modeling.runs.encoders import encoder_of
+from modeling.runs.run import Member, Run
+
+UNTRAINED = {"roberta": untrained_text, "vit": untrained_vit}  # encoders that can begin with random weights
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model before its first step, and the rows it is for.
+
+    `records` are all of the split that holds the labelled rows, `experiment` says which are for training and for
+    validation. `member` is the head as stage 2 keeps it, `run` where it comes from (None: it is new). `cleaning` is the
+    cleaning level of texts by cache.
+    """
+
+    model: PairModel
+    member: Member
+    records: Pairs
+    experiment: Experiment
+    cleaning: dict[str, str]
+    run: Run | None = None
+    weights: Mapping[str, str] = field(default_factory=dict)  # where encoders' weights were given
+
+    @property
+    def split(self) -> Split:
+        """The rows of each part."""
+        return self.experiment.splits[0]
+
+
+@dataclass(frozen=True)
+class DataPlace:
+    """Where raw pairs lie: `path` None is where caches say."""
+
+    path: Path | None = None
+    layout: str | None = None
+
+
+# -- from a run -------------------------------------------------------------------------------------------------
+
+
+def from_run(
+    run: Run,
+    settings: TuneSettings,
+    *,
+    device: torch.device,
+    folder: Path | None = None,
+    place: DataPlace = DataPlace(),
+    weights: Mapping[str, str] = {},
+) -> Start:
+    """The encoders of the caches a run was trained on, as their fingerprints say, and the run's head: the model gives
+    the run's own logits (to the rounding of cached features), so that tuning begins where the cached head ended (LP-FT:
+    Kumar et al., Fine-Tuning can Distort Pretrained Features, ICLR 2022). `folder` is that of the caches, where they
+    don't lie where they did.
+
+    Raises `UsageError` for a run of several heads, an encoder without gradients or whose weights can't be had, and
+    pairs that aren't those the caches were made of.
+    """
+    if len(run.members) > 1:
+        raise UsageError(
+            f"{run.named} has {len(run.members)} heads; tuning begins with one: give a run of train_head.py without "
+            "`seeds` and `folds`"
+        )
+    single_split(run)
+    source = replace(run.source, folder=run.feature_folder(folder))
+    experiment = experiment_of_run(run, source, "cpu")
+    records = _records_of(source, place)
+    [member] = run.members
+    tokens = {key.partition("/")[2] for key in member.preprocessing.normalizers if "_tokens/" in key}
+    encoders = {}
+    for name in source.names:
+        chosen = weights.get(name) or run.encoder_weights(name)
+        fingerprint = run.source.fingerprints[name]
+        _check_gradients(fingerprint["encoder"], name)
+        encoders[name] = encoder_of(
+            name, fingerprint, chosen, device=device, tokens=name in tokens, trainable=True, trained_by=run.named
+        )
+    own = member.to(device)
+    model = PairModel(encoders, own.preprocessing, own.head, _autocast(encoders, settings.dtype, device))
+    model.train_head_statistics = False
+    cleaning = {name: run.source.fingerprints[name]["text_clean"] or "none" for name in source.names}
+    return Start(model, member, records, experiment, cleaning, run, dict(weights))
+
+
+def _check_gradients(encoder: str, name: str) -> None:
+    if encoder in ENCODERS and not ENCODERS[encoder].trainable:
+        raise UsageError(
+            f"the run reads {name}, and encoder {encoder} has no gradients: there is nothing in it to tune; give a run "
+            "of encoders that have some"
+        )
+
+
+def _records_of(source: FeatureSource, place: DataPlace) -> Pairs:
+    """The pairs that caches were made of. Raises `UsageError` when they aren't found, or are others."""
+    stores = [source.folder / f"{name}_train.h5" for name in source.names]
+    with FeatureStore.open(stores[0]) as store:
+        kept = store.source
+    if place.path is None and kept is None:
+        raise UsageError(f"{stores[0]} doesn't say where its pairs lie; name their folder with `data`")
+    path = place.path or Path(kept.resolved if kept else "")
+    split = kept.split if kept else "train"
+    records = read_dataset(path, place.layout or (kept.layout if kept and place.path is None else None))[split]
+    for file in stores:
+        with FeatureStore.open(file) as store:
+            if store.ids.tolist() != [record.id for record in records]:
+                common = len(set(store.ids.tolist()) & {record.id for record in records})
+                raise UsageError(
+                    f"{path} holds other data than {file} was made of ({len(records)} and {len(store)} rows, {common} "
+                    "ids in common); name the right folder with `data`"
+                )
+            changed = changed_rows(store, records)
+        if changed:
+            some = ", ".join(f"{i} ({what})" for i, what in list(changed.items())[:5])
+            raise UsageError(
+                f"{len(changed)} rows in {path} hold other content than when {file} was made: {some}; name the right "
+                "folder with `data`, or extract and train again"
+            )
+    return records
+
+
+# -- from the registries ----------------------------------------------------------------------------------------
+
+
+def from_choices(
+    image: EncoderChoice | None,
+    text: EncoderChoice | None,
+    head: HeadConfig,
+    settings: TuneSettings,
+    split: SplitSettings,
+    *,
+    device: torch.device,
+    place: DataPlace = DataPlace(),
+    weights: Mapping[str, str] = {},
+    norm: str = "none",
+    tokens: bool = False,
+    scratch: Path | None = None,
+    sizes: Mapping[str, Mapping[str, int]] = {},
+) -> Start:
+    """Encoders of stage 1's registry, one a side (one for both where both name it), and a new head of stage 2's.
+
+    With `tokens` a head that can do without reads token features, too. `weights` (by encoder) give files or folders.
+    `scratch` is the folder for untrained encoders, `sizes` (by side) theirs: layers, width, heads, patch.
+    Raises `UsageError` for whatever doesn't fit, and when weights can't be had.
+    """
+    if head_class(head.head).closed_form() and head.head == "kernel":
+        raise UsageError("a new kernel head has no rows to compare with; train one on caches first and name its `run`")
+    choices = {side: choice for side, choice in (("image", image), ("text", text)) if choice and side in head.sides}
+    if not choices:
+        raise UsageError("no encoder for the sides the head reads; give `image_encoder`, `text_encoder` or both")
+    head = replace(head, sides=tuple(side for side in SIDES if side in choices))
+    caches = {side: [choices[side].name] if side in choices else [] for side in SIDES}
+    tokens = tokens or bool(head_class(head.head).tokens)
+    for choice in choices.values():
+        if choice.name in ENCODERS and not ENCODERS[choice.name].trainable:
+            raise UsageError(f"encoder {choice.name} has no gradients: there is nothing in it to tune; name another")
+    data = read_dataset(place.path or Path("data"), place.layout)["train"]
+    source = FeatureSource(Path("."), tuple(caches["image"]), tuple(caches["text"]), tokens)
+    rows = rows_as_features(data, source, "train")
+    experiment = Experiment.of(
+        rows, make_splits(rows, split), device="cpu", duplicates_together=split.duplicates_together
+    )
+    encoders: dict[str, Encoder] = {}
+    for side, choice in choices.items():
+        if choice.name not in encoders:
+            encoders[choice.name] = _load(choice, settings, tokens, device, weights, scratch, sizes.get(side, {}))
+    inputs, preprocessing = _measured(encoders, caches, head, tokens, norm, data)
+    new = build_head(head, inputs.widths, len(experiment.classes), [settings.seed], device)
+    model = PairModel(encoders, preprocessing.to(device), new, _autocast(encoders, settings.dtype, device))
+    member = Member(settings.as_train_config(head), new, preprocessing, inputs.widths)
+    cleaning = {name: encoder.text_clean for name, encoder in encoders.items()}
+    return Start(model, member, data, experiment, cleaning, None, dict(weights))
+
+
+def _load(
+    choice: EncoderChoice,
+    settings: TuneSettings,
+    tokens: bool,
+    device: torch.device,
+    weights: Mapping[str, str],
+    scratch: Path | None,
+    sizes: Mapping[str, int],
+) -> Encoder:
+    chosen, model = weights.get(choice.name), choice.model
+    if choice.untrained and chosen is None:
+        if scratch is None:
+            raise ValueError("untrained encoders need a folder for their weights")
+        chosen = str(UNTRAINED[choice.name](scratch / f"{choice.name}_scratch", seed=settings.seed, **sizes))
+        model = chosen
+    return load_encoder(
+        choice.name, model, chosen, device=device, dtype="fp32", tokens=tokens, trainable=True, **choice.options
+    )
+
+
+@torch.no_grad()
+def _measured(
+    encoders: Mapping[str, Encoder],
+    caches: Mapping[str, Sequence[str]],
+    head: HeadConfig,
+    tokens: bool,
+    norm: str,
+    data: Pairs,
+) -> tuple[Inputs, Preprocessing]:
+    """One pair as the head will read it, for its widths, and how features are normalised."""
+    found: dict[str, torch.Tensor | Ragged] = {}
+    for side in head.sides:
+        [name] = caches[side]
+        checked_side(encoders[name], side)
+        out = _features_of_one(encoders[name], side, data)
+        found[side] = out["feats"]
+        if tokens and f"{side}_tokens" in head_class(head.head).read_features(head.sides):
+            lengths = torch.tensor([0, out["tokens"].shape[1]])
+            found[f"{side}_tokens"] = out["tokens"] if side == "image" else Ragged(out["tokens"][0], lengths)
+    kinds = {f"{kind}/{caches[kind.removesuffix('_tokens')][0]}": _normalizer(norm) for kind in found}
+    preprocessing = Preprocessing({side: list(names) for side, names in caches.items()}, {}, kinds)
+    return Inputs(**found), preprocessing  # type: ignore[arg-type]
+
+
+def _features_of_one(encoder: Encoder, side: str, data: Pairs) -> Features:
+    if side == "image":
+        image = encoder.image_side()
+        return image.forward(encoder.to_pixels(image.blank()[None]))
+    text = clean(next((record.text for record in data if record.text), "a"), encoder.text_clean)
+    return encoder.text_side().forward([t.ids for t in encoder.text_side().tokenize([text])])
+
+
+def _normalizer(norm: str) -> Normalizer:
+    if norm == "standard":
+        raise UsageError(
+            "`norm` standard needs statistics of features; train a head on caches with it and name that run with `run`"
+        )
+    return Normalizer.fit(norm, torch.empty(0, 1))
+
+
+# -- dtypes -----------------------------------------------------------------------------------------------------
+
+
+def _autocast(encoders: Mapping[str, Encoder], dtype: str, device: torch.device) -> dict[str, torch.dtype]:
+    """What each encoder multiplies in: under auto what extraction would choose for it."""
+    chosen = {}
+    for name, encoder in encoders.items():
+        usual = ENCODERS[encoder.identity["encoder"]].auto_dtype
+        chosen[name] = resolve_dtype(usual if dtype == "auto" and usual else dtype, device)
+    return chosen
