@@ -339,13 +339,21 @@ def _layer_norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
     return normed
 
 
+def _in_proj(attention: Any, x: torch.Tensor) -> torch.Tensor:
+    """Query, key and value of x (B, L, width) side by side, (B, L, 3 * width)."""
+    if isinstance(attention, nn.MultiheadAttention):
+        return F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+    projected: torch.Tensor = attention.in_proj(x)  # layers that must be called: they carry adapters
+    return projected
+
+
 def _transformer(blocks: Iterable[Any], x: torch.Tensor, causal: bool) -> torch.Tensor:
     """`clip.model.Transformer` on x (B, L, width). The package's works on (L, B, width), through
     `nn.MultiheadAttention`, which copies x into another layout several times a layer."""
     batch, length, width = x.shape
     for block in blocks:
         attention, mlp = block.attn, block.mlp
-        qkv = F.linear(_layer_norm(block.ln_1, x), attention.in_proj_weight, attention.in_proj_bias)
+        qkv = _in_proj(attention, _layer_norm(block.ln_1, x))
         q, k, v = qkv.view(batch, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, L, d)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).reshape(batch, length, width)
         x = x + attention.out_proj(mixed)
