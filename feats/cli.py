@@ -186,7 +186,7 @@ def _extract(name: str, args: Namespace) -> int:
     quarantined = 0
     for split in splits:
         path = args.out / f"{args.name}_{split}.h5"
-        with _bar(path.stem) as progress:
+        with rows_bar(path.stem) as progress:
             summary = extract(
                 encoder, data[split][: args.limit], path, settings, overwrite=args.overwrite, progress=progress
             )
@@ -203,7 +203,7 @@ def _chosen_splits(data: "DataSet", wanted: Sequence[str] | None) -> list[str]:
 
 
 @contextmanager
-def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
+def rows_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A callback that shows rows done of rows to do as a bar, from when it is first called."""
     from tqdm import tqdm
 

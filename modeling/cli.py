@@ -9,7 +9,7 @@ import warnings
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from modeling.experiment import ExperimentSettings
 from modeling.features.joined import DEFAULT_FOLDER, FeatureSource, caches_with
 from modeling.features.normalizer import NORMS
 from modeling.features.splits import SplitSettings
+from modeling.finetuning.augment import TextAugmentation
+from modeling.finetuning.settings import AUGMENTED, DTYPES, TuneSettings
+from modeling.finetuning.studies import TUNING_RECIPES
 from modeling.heads.base import ABLATIONS, HeadConfig, ablation_words, head_class
 from modeling.heads.registry import HEADS
 from modeling.runs import folder as run_folder
@@ -148,6 +151,70 @@ def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
     group.add_argument("--seeds", type=positive, metavar="N", help="train with N seeds, from --seed up (default: 1)")
 
 
+def add_tuning_options(parser: ArgumentParser) -> None:
+    """Options for every field of `TuneSettings`. Those that weren't typed are absent from the namespace, so that a
+    recipe can tell them from typed ones."""
+    defaults = asdict(TuneSettings())
+    group = parser.add_argument_group("finetuning")
+    group.add_argument(
+        "--recipe",
+        choices=tuple(TUNING_RECIPES),
+        help="settings of a reference study's end-to-end training; typed options win",
+    )
+
+    def add(name: str, text: str, **keywords: Any) -> None:
+        default = defaults[name]
+        shown = "" if default in (None, False, ()) else f" (default: {default})"
+        group.add_argument(_typed(name), default=SUPPRESS, help=text + shown, **keywords)
+
+    add("tune", "which weights: all, head, or last-N, the last N blocks of every encoder and the head")
+    add("lora", "adapters of this rank on attention projections, in place of the encoders' weights", type=int)
+    add("lora_alpha", "adapters count alpha / rank (default: the rank)", type=float)
+    add("ep", "epochs", type=int)
+    add("bs", "rows of a step, of all processes together", type=int)
+    add("micro_bs", "rows in memory at a time (default: a process's share of --bs); the result is the same", type=int)
+    add("optimizer", ", ".join(OPTIMIZERS))
+    add("lr", "peak learning rate of the encoders' last layers", type=float)
+    add("head_lr", "of the head (default: ten times --lr)", type=float)
+    add("layer_decay", "the rate of each block is this times the rate of the one above", type=float)
+    add("weight_decay", "of matrices", type=float)
+    add("schedule", ", ".join(SCHEDULES))
+    add("warmup", "share of the steps in which the rate rises", type=float)
+    add("clip_grad", "largest norm of a step's gradient", type=float)
+    add("train_batch_norm", "let encoders' batch norms follow the training rows", action="store_true")
+    add("label_smoothing", "share of the target spread over all classes", type=float)
+    add("class_weights", "none, balanced, sqrt, or NAME=VALUE,NAME=VALUE")
+    add("monitor", f"what decides which weights are kept: {', '.join(MONITORS)}")
+    add("patience", "epochs without a better one before stopping", type=int)
+    add("min_gain", "of the monitored figure, to count as better", type=float)
+    add("augment", "sides whose training rows are augmented anew in each epoch", nargs="+", choices=AUGMENTED)
+    group.add_argument("--particles", action="store_true", help="text augmentation also adds mood particles (study B)")
+    add("soup", "try greedy soups of this many best epochs", type=int)
+    add("wise_ft", "try weights between the start and the tuned ones", action="store_true")
+    add("dtype", f"of the encoders' products: {', '.join(DTYPES)}; auto as in extraction")
+    add("seed", "of new heads, data order, augmentation and dropout", type=int)
+    add("checkpoint_steps", "checkpoints after so many steps, besides those at each epoch's end", type=int)
+    group.add_argument(
+        "--bad-cases", type=Path, metavar="FILE", help="bad_cases.csv: its training rows come once more, augmented"
+    )
+    group.add_argument(
+        "--live-trunk", action="store_true", help="with --tune last-N compute the frozen blocks in every epoch"
+    )
+
+
+def tuning_settings(args: Namespace, classes: Sequence[str] | None = None) -> TuneSettings:
+    """From the options of `add_tuning_options`; class weights only when the `classes` are known."""
+    names = {f.name for f in fields(TuneSettings)} - {"text_augmentation", "class_weights"}
+    recipe = TUNING_RECIPES.get(args.recipe or "", {})
+    given = {name: value for name, value in {**recipe, **vars(args)}.items() if name in names}
+    weights = getattr(args, "class_weights", TuneSettings.class_weights)
+    return TuneSettings(
+        **{**given, "augment": tuple(given.get("augment", ()))},
+        text_augmentation=TextAugmentation(particles=args.particles),
+        class_weights=parse_class_weights(weights, classes) if classes else "none",
+    )
+
+
 # -- from options to settings -----------------------------------------------------------------------------------
 
 
@@ -212,7 +279,16 @@ def _training_settings(args: Namespace) -> dict[str, Any]:
 def experiment_settings(args: Namespace) -> ExperimentSettings:
     """From the options of `add_feature_options`, `add_split_options` and `add_run_options`.
 
-    Raises `UsageError` for two typed ones that both make the split, and norms or scales of caches that aren't named."""
+    Raises `UsageError` as `split_settings`, and for norms or scales of caches that aren't named."""
+    source = feature_source(args)
+    norms = named_norms(args.norm or ["none"], source.names)
+    split = split_settings(args, RECIPES.get(args.recipe or "", {}))
+    return ExperimentSettings(source, split, norms, named_values(args.scale or [], "--scale"), args.device)
+
+
+def split_settings(args: Namespace, recipe: Mapping[str, Any] = {}) -> SplitSettings:
+    """From the options of `add_split_options`, over a recipe's. Raises `UsageError` for two typed ones that both make
+    the split."""
     for option, others in (
         ("split_file", ("folds", "val_ratio", "test_ratio", "split_seed")),
         ("folds", ("val_ratio", "test_ratio")),
@@ -222,17 +298,14 @@ def experiment_settings(args: Namespace) -> ExperimentSettings:
             raise UsageError(
                 f"{_typed(option)} leaves no use for {', '.join(idle)}: both say how to split; give one or the other"
             )
-    chosen = {**RECIPES.get(args.recipe or "", {}), **vars(args)}
+    chosen = {**recipe, **vars(args)}
     given = {name.removeprefix("split_"): chosen[name] for name in SPLIT_SETTINGS if name in chosen}
-    split = SplitSettings(
+    return SplitSettings(
         **given,
         folds=args.folds,
         files=tuple(args.split_file or ()),
         duplicates_together=args.duplicates == "together",
     )
-    source = feature_source(args)
-    norms = named_norms(args.norm or ["none"], source.names)
-    return ExperimentSettings(source, split, norms, named_values(args.scale or [], "--scale"), args.device)
 
 
 def feature_source(args: Namespace) -> FeatureSource:
@@ -335,6 +408,14 @@ def named_values(items: Sequence[str], option: str) -> dict[str, float]:
         if not 0 < values[name] < math.inf:
             raise UsageError(f"{option} {item}: expected NAME=NUMBER, a finite number above 0")
     return values
+
+
+def named_texts(items: Sequence[str], option: str) -> dict[str, str]:
+    """{"clip": "x.pt"} of ["clip=x.pt"]. Raises `UsageError` for anything else."""
+    for item in items:
+        if not all(item.partition("=")):
+            raise UsageError(f"{option} {item}: expected CACHE=PATH")
+    return dict(item.split("=", 1) for item in items)
 
 
 def command_line(argv: Sequence[str] | None) -> str:

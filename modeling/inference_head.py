@@ -115,19 +115,11 @@ def predict_raw(args: Namespace, runs: Sequence[Run], voting: VoteSettings, devi
     """Predictions of the pair or the manifest that was typed, encoded into caches that are gone afterwards."""
     from modeling.prediction import raw_pairs  # encoders and their libraries: slow to import, for raw pairs only
 
-    weights = named_weights(args.weights)
+    weights = cli.named_texts(args.weights, "--weights")
     records = raw_pairs.read_manifest(args.csv) if args.csv else raw_pairs.one_pair(args.image, args.text, runs)
     with TemporaryDirectory() as folder:
         raw_pairs.encode(runs, records, Path(folder), weights=weights, device=device)
         return prediction.predict_caches(runs, Path(folder), raw_pairs.SPLIT, voting, device)
-
-
-def named_weights(items: Sequence[str]) -> dict[str, str]:
-    """{"clip": "x.pt"} of ["clip=x.pt"]. Raises `UsageError` for anything else."""
-    for item in items:
-        if not all(item.partition("=")):
-            raise UsageError(f"--weights {item}: expected CACHE=PATH")
-    return dict(item.split("=", 1) for item in items)
 
 
 def warn_of_gaps(predictions: Predictions) -> None:

@@ -1,7 +1,7 @@
 """Several processes that share one finetuning, as torchrun starts them: who does what, and what they tell each other."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -49,14 +49,6 @@ class Team:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value)
         return found
-
-    def in_turn(self, work: Callable[[], T]) -> T:
-        """The first process does `work`, the others wait and then do the same: for what the first leaves on disk."""
-        if self.size == 1:
-            return work()
-        found = work() if self.leads else None
-        self.gather(None)
-        return work() if found is None else found
 
 
 @contextmanager

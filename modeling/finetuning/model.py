@@ -37,7 +37,7 @@ class PairModel:
     """`encoders` by cache name, how their features are normalised and joined, and a head of one model.
 
     Its networks are `parts`: "image/clip", "text/roberta", ..., "head". `autocast` says in which dtype each encoder
-    multiplies; the head and all between work in float32. `cuts` gives, by part, the block that a cached trunk feeds.
+    multiplies; the head and all between work in float32. `cuts` says, by part, which block a cached trunk feeds.
     """
 
     def __init__(
@@ -46,10 +46,9 @@ class PairModel:
         preprocessing: Preprocessing,
         head: Head,
         autocast: Mapping[str, torch.dtype] = {},
-        cuts: Mapping[str, int] = {},
     ):
-        self.encoders, self.preprocessing, self.head = encoders, preprocessing, head
-        self.autocast, self.cuts = autocast, cuts
+        self.encoders, self.preprocessing, self.head, self.autocast = encoders, preprocessing, head, autocast
+        self.cuts: dict[str, int] = {}
         self.sides: dict[str, ImageSide | TextSide] = {}
         for side in SIDES:
             for name in preprocessing.caches[side]:
@@ -120,10 +119,10 @@ class PairModel:
     def _features(self, part: str, batch: PairBatch) -> Features:
         side, name = self.sides[part], part.partition("/")[2]
         encoder = self.encoders[name]
-        with self._autocast(name):
+        with self.autocast_of(name):
             if part in self.cuts:
                 assert side.blocks is not None
-                return side.blocks.above(batch.hidden[part], batch.ids.get(name), self.cuts[part])
+                return side.blocks.above(batch.hidden[part].to(self.device).float(), batch.ids.get(name), self.cuts[part])
             if isinstance(side, ImageSide):
                 return side.forward(encoder.to_pixels(batch.pixels[name]))
             return side.forward(batch.ids[name])
@@ -135,7 +134,8 @@ class PairModel:
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         return {kind: tokens.masked_fill(~mask[..., None], 0)[None], "text_mask": mask[None]}
 
-    def _autocast(self, name: str) -> AbstractContextManager[Any]:
+    def autocast_of(self, name: str) -> AbstractContextManager[Any]:
+        """The dtype in which an encoder multiplies inside the block."""
         dtype = self.autocast.get(name, torch.float32)
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=True)
 
@@ -149,3 +149,21 @@ def checked_side(encoder: Encoder, side: str) -> ImageSide | TextSide:
             "an encoder, that does without it"
         )
     return chosen
+
+
+@torch.no_grad()
+def hidden_of_nothing(model: PairModel, side: str) -> dict[str, Tensor]:
+    """What a black picture, or an empty text, is to the blocks above each cut of a side: (1, L, width) by part."""
+    found = {}
+    for part, cut in model.cuts.items():
+        name = part.partition("/")[2]
+        chosen, encoder = model.sides[part], model.encoders[name]
+        if not part.startswith(f"{side}/") or chosen.blocks is None:
+            continue
+        if isinstance(chosen, ImageSide):
+            nothing: Any = encoder.to_pixels(chosen.blank()[None])
+        else:
+            nothing = [chosen.tokenize([""])[0].ids]
+        with model.autocast_of(name):
+            found[part] = chosen.blocks.below(nothing, cut)
+    return found

@@ -1,5 +1,7 @@
 """What a finetuning leaves: a run of the usual kind, with encoders of its own, and the comparison with its start."""
 
+import hashlib
+import json
 import resource
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,18 +14,23 @@ import torch
 
 from feats.acceleration import dtype_name
 from feats.encoders.saved import save_encoder
+from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
 from feats.extraction.plan import fingerprint_of
 from feats.extraction.settings import ExtractionSettings
 from feats.store import SIDES
 from modeling.evaluation import metrics
 from modeling.experiment import TEMPERATURES, protocol, split_figures
-from modeling.features.joined import FeatureSource
+from modeling.features.joined import DEFAULT_FOLDER, FeatureSource
+from modeling.finetuning.data import without
+from modeling.finetuning.distributed import Team
+from modeling.finetuning.model import hidden_of_nothing
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.starts import Start
-from modeling.finetuning.tuning import Tuned
+from modeling.finetuning.tuning import TuneData, Tuned, predict
 from modeling.heads.base import ablation_words
-from modeling.runs.folder import save_run
+from modeling.runs.folder import read_report, run_name, save_run
+from modeling.runs.tables import report_tables
 from modeling.runs.run import OWN_CACHES, Finetuned, Report, Run
 
 
@@ -41,15 +48,15 @@ def save_tuned(
     tuned: Tuned,
     predicted: Predicted,
     settings: TuneSettings,
-    path: Path,
+    runs: Path,
     work: Path,
     *,
-    numbered: bool = True,
+    name: str | None = None,
     command: str | None = None,
     facts: Mapping[str, Any] = {},
 ) -> Run:
-    """Write the run folder of a finetuned model; returns the run as it lies there. `work` is the finetuning's working
-    folder. Raises as `save_run`."""
+    """Write the run of a finetuned model into the folder `runs`, as `name` or as its settings say; returns the run as
+    it lies there. `work` is the finetuning's working folder. Raises as `save_run`."""
     names = list(start.model.encoders)
     folder = work / "encoders"
     shutil.rmtree(folder, ignore_errors=True)  # of a finetuning that was interrupted just here
@@ -57,7 +64,7 @@ def save_tuned(
     if len(set(places.values())) < len(names):
         raise UsageError(f"caches {', '.join(names)} are too alike to be folders; rename one")
     digests = {name: save_encoder(start.model.encoders[name], work / place) for name, place in places.items()}
-    source = _source(start, digests, path)
+    source = _source(start, digests, runs)
     labels = start.experiment.labels(start.split.val)
     temperature = metrics.fit_temperature(tuned.val_logits, labels, TEMPERATURES)
     head = start.model.head.cpu().eval()
@@ -75,10 +82,11 @@ def save_tuned(
     counts = start.experiment.training_rows()
     run = Run(start.experiment.classes, [member], source, start.split, counts, finetuned=finetuned)
     run = replace(run, report=_report(start, tuned, predicted, temperature, settings))
-    return save_run(run, path, numbered=numbered, command=command, encoders=folder)
+    path = runs / (name or run_name(run, label=f"{start.member.config.head.head}_tuned"))
+    return save_run(run, path, numbered=True, command=command, encoders=folder)
 
 
-def _source(start: Start, digests: Mapping[str, str], path: Path) -> FeatureSource:
+def _source(start: Start, digests: Mapping[str, str], runs: Path) -> FeatureSource:
     """The caches that the tuned encoders would make."""
     fingerprints = {}
     for name, encoder in start.model.encoders.items():
@@ -87,7 +95,7 @@ def _source(start: Start, digests: Mapping[str, str], path: Path) -> FeatureSour
         fingerprints[name] = {**of_rows, "weights_sha256": digests[name], "dtype": dtype}
     image, text = (tuple(start.model.preprocessing.caches[side]) for side in SIDES)
     tokens = any("_tokens/" in key for key in start.model.preprocessing.normalizers)
-    return FeatureSource(path / OWN_CACHES, image, text, tokens, fingerprints)
+    return FeatureSource(runs / OWN_CACHES, image, text, tokens, fingerprints)
 
 
 def _report(start: Start, tuned: Tuned, predicted: Predicted, temperature: float, settings: TuneSettings) -> Report:
@@ -111,7 +119,76 @@ def _report(start: Start, tuned: Tuned, predicted: Predicted, temperature: float
     return Report(split.val, tags, metrics.softmax(tuned.val_logits, temperature), found, history)
 
 
+def predicted_of(start: Start, data: TuneData, team: Team, ablated: bool) -> Predicted:
+    """What the tuned model says beyond its validation rows; `ablated`: of these with one side removed, too."""
+    model, reader = start.model, data.reader
+    reader.fill(data.test)
+    test = predict(model, reader, data.test, team) if data.test else None
+    found = {}
+    sides = [side for side in SIDES if model.preprocessing.caches[side]]
+    if ablated and len(sides) == 2:
+        for side in sides:
+            hidden = hidden_of_nothing(model, side)
+            left = ablation_words(tuple(other for other in SIDES if other != side))
+            found[left] = predict(model, reader, data.val, team, lambda batch: without(batch, side, reader, hidden))
+    return Predicted(test, found)
+
+
+def what_is_tuned(start: Start, settings: TuneSettings, bad_cases: Path | None = None) -> dict[str, Any]:
+    """All that decides what a finetuning comes to, as JSON values: another one mustn't go on from its checkpoints."""
+    ids = json.dumps([start.split.train, start.split.val, start.split.test])
+    head = b"".join(tensor.cpu().numpy().tobytes() for tensor in start.model.head.state_dict().values())
+    return {
+        "settings": asdict(settings),
+        "head": asdict(start.member.config.head),
+        "head_sha256": hashlib.sha256(head).hexdigest(),
+        "encoders": {name: encoder.identity for name, encoder in start.model.encoders.items()},
+        "cleaning": start.cleaning,
+        "split_sha256": hashlib.sha256(ids.encode()).hexdigest(),
+        "bad_cases_sha256": None if bad_cases is None else sha256_of(bad_cases),
+    }
+
+
+def cache_folder(start: Start) -> Path:
+    """Where caches lie: the run's, or the usual place."""
+    return DEFAULT_FOLDER if start.run is None else start.experiment.features.source.folder
+
+
 # -- tables -----------------------------------------------------------------------------------------------------
+
+
+def start_line(start: Start) -> str:
+    """What is begun with, and on which pairs."""
+    begun = "a new model" if start.run is None else f"run {start.run.named}"
+    left_out = len(start.experiment.features.left_out)
+    return f"{begun} on {len(start.records) - left_out} pairs in {start.records.data}" + (
+        f" ({left_out} left out)" if left_out else ""
+    )
+
+
+def model_line(start: Start) -> str:
+    """Parameters of each part, and of all, in millions."""
+    sizes = {part: sum(p.numel() for p in network.parameters()) for part, network in start.model.parts.items()}
+    parts = ", ".join(f"{part} {size / 1e6:.3f} M" for part, size in sizes.items())
+    dtypes = sorted({dtype_name(dtype) for dtype in start.model.autocast.values()})
+    rows = f"{len(start.split.train)} training and {len(start.split.val)} validation rows"
+    return f"model: {sum(sizes.values()) / 1e6:.3f} M parameters ({parts}); {rows}; products in {', '.join(dtypes)}"
+
+
+def tables(start: Start, run: Run, monitor: str) -> str:
+    """The figures of a tuned run: as any run's, with sides removed, and against the frozen head it began with."""
+    assert run.report is not None and run.finetuned is not None
+    found = [report_tables(run)]
+    if "ablation_eval" in run.report.figures:
+        found.append(ablation_table(run))
+    if start.run is not None and start.run.path is not None:
+        found.append(against_start(start, read_report(start.run.path), run.report, monitor))
+    facts = run.finetuned.facts
+    found.append(
+        f"{facts['trained_parameters'] / 1e6:.3f} M trained parameters, {facts['seconds']:.0f} s, "
+        f"peak memory {facts['peak_bytes'] / 1e9:.2f} GB"
+    )
+    return "\n\n".join(found)
 
 
 def against_start(start: Start, frozen: Report, tuned: Report, monitor: str) -> str:

@@ -1,7 +1,7 @@
 """What a finetuning begins with: the very encoders and head of a run, or new ones from the registries."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,7 +48,6 @@ class Start:
     experiment: Experiment
     cleaning: dict[str, str]
     run: Run | None = None
-    weights: Mapping[str, str] = field(default_factory=dict)  # where encoders' weights were given
 
     @property
     def split(self) -> Split:
@@ -107,7 +106,7 @@ def from_run(
     model = PairModel(encoders, own.preprocessing, own.head, _autocast(encoders, settings.dtype, device))
     model.train_head_statistics = False
     cleaning = {name: run.source.fingerprints[name]["text_clean"] or "none" for name in source.names}
-    return Start(model, member, records, experiment, cleaning, run, dict(weights))
+    return Start(model, member, records, experiment, cleaning, run)
 
 
 def _check_gradients(encoder: str, name: str) -> None:
@@ -196,7 +195,7 @@ def from_choices(
     model = PairModel(encoders, preprocessing.to(device), new, _autocast(encoders, settings.dtype, device))
     member = Member(settings.as_train_config(head), new, preprocessing, inputs.widths)
     cleaning = {name: encoder.text_clean for name, encoder in encoders.items()}
-    return Start(model, member, data, experiment, cleaning, None, dict(weights))
+    return Start(model, member, data, experiment, cleaning)
 
 
 def _load(

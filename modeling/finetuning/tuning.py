@@ -38,6 +38,7 @@ class TuneData:
     labels: Tensor  # (N,) int64; of rows in no part -1
     train: Sequence[int]
     val: Sequence[int]
+    test: Sequence[int] = ()
     hard: Sequence[int] = ()
     class_weights: Tensor | None = None  # (C,)
 

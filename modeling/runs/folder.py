@@ -347,14 +347,19 @@ def list_runs(folder: Path | str) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def newest_run(folder: Path | str) -> Path:
-    """Raises `UsageError` when there is none."""
-    runs = list_runs(folder)
+def newest_run(folder: Path | str, single_head: bool = False) -> Path:
+    """The newest run, or the newest of one head on cached features. Raises `UsageError` when there is none."""
+    runs = [path for path in list_runs(folder) if not single_head or _is_single_head(path)]
     if not runs:
         raise UsageError(
-            f"no complete run in {folder}; train one with: python modeling/train_head.py `vtype` clip `D` 256"
+            f"no complete run{' of one head' if single_head else ''} in {folder}; train one with: python modeling/train_head.py `vtype` clip `D` 256"
         )
     return runs[0]
+
+
+def _is_single_head(path: Path) -> bool:
+    config = read_config(path)
+    return len(config["members"]) == 1 and not config["stacked"] and not config.get("finetuned")
 
 
 def open_runs(folder: Path, names: Sequence[str] | None) -> list[Run]:

@@ -1,0 +1,235 @@
+"""Tune encoders and head together on raw pairs, and save them as a run: the encoders and head of a run of train_head.py
+(default: the newest with one head), a reference study's model (--model), or any encoders with any head
+(--image-encoder, --text-encoder, --head). Started by torchrun, several processes share the work."""
+
+import hashlib
+import json
+import sys
+import time
+from argparse import SUPPRESS, ArgumentParser, Namespace
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import feats.threads  # noqa: F401
+
+# isort: split
+
+from feats.cli import EXIT_DONE, rows_bar
+from feats.errors import UsageError
+from modeling import cli
+from modeling.finetuning.settings import TuneSettings
+from modeling.finetuning.studies import MODELS, TUNING_RECIPES, EncoderChoice
+from modeling.heads.base import ABLATIONS, HeadConfig
+from modeling.runs.folder import load_run, newest_run, open_runs
+
+if TYPE_CHECKING:
+    import torch
+
+    from modeling.finetuning.distributed import Team
+    from modeling.finetuning.starts import Start
+
+NEW_MODEL = ("model", "image_encoder", "text_encoder")  # each says that the model isn't a run's
+OF_NEW_MODELS = ("head", "D", "dropout", "ablation", "image_positions", "norm", "tokens", "sizes")
+OF_SPLITS = ("val_ratio", "test_ratio", "split_seed", "split_file")
+SIZES = ("layers", "width", "heads", "patch")
+
+
+def build_parser() -> ArgumentParser:
+    """The script's arguments."""
+    parser = cli.new_parser(__doc__)
+    add_start_options(parser)
+    cli.add_split_options(parser)
+    cli.add_tuning_options(parser)
+    cli.add_run_options(parser)
+    parser.add_argument("--name", help="the run's name (default: made of time, encoders and head)")
+    parser.add_argument(
+        "--ablation-eval",
+        action="store_true",
+        help="also score the tuned model with a black picture (text only) and with an empty text (image only)",
+    )
+    return parser
+
+
+def add_start_options(parser: ArgumentParser) -> None:
+    """What a finetuning begins with."""
+    group = parser.add_argument_group("what is tuned")
+    group.add_argument("--run", metavar="RUN", help="a path, or a name in --runs (default: the newest with one head)")
+    group.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
+    group.add_argument("--data", type=Path, metavar="DIR|FILE", help="the pairs (default: where the caches say, or data)")
+    group.add_argument("--layout", help="how they lie on disk (default: detected)")
+    group.add_argument("--weights", nargs="+", default=[], metavar="NAME=PATH", help="weights of a cache or encoder")
+    new = parser.add_argument_group("a new model")
+    new.add_argument("--model", choices=tuple(MODELS), help="a reference study's")
+    new.add_argument("--image-encoder", metavar="NAME[=MODEL]", help="of stage 1: clip, resnet=resnet18, ...")
+    new.add_argument("--text-encoder", metavar="NAME[=MODEL]", help="of stage 1: minilm, roberta=bert-base-uncased, ...")
+
+    def add(name: str, text: str, **keywords: Any) -> None:
+        new.add_argument(f"--{name.replace('_', '-')}", default=SUPPRESS, help=text, **keywords)
+
+    add("head", "a head of stage 2 (default: the model's, else fusion)")
+    add("D", f"width of the common space or hidden layer (default: {HeadConfig.D})", type=int)
+    add("dropout", "of the head (default: its own)", type=float)
+    add("ablation", "0 both sides, 1 text only, 2 image only", type=int, choices=range(len(ABLATIONS)))
+    add("image_positions", "coattention: learnable positions of image tokens", action="store_true")
+    add("norm", "of the head's inputs (default: none)", choices=("none", "l2"))
+    add("tokens", "let a head that can read token features", action="store_true")
+    shown = f"of untrained encoders: {', '.join(SIZES)}, such as text.layers=6 image.patch=32"
+    add("sizes", shown, nargs="+", metavar="SIDE.SIZE=N")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; returns its exit status."""
+    args = build_parser().parse_args(argv)
+    kept = "checkpoints are kept, run the same command to go on"
+    return cli.guarded(lambda: work(args, cli.command_line(argv)), kept)
+
+
+def work(args: Namespace, command: str) -> int:
+    """Tune, show what came of it, save it; returns the exit status."""
+    from modeling.finetuning.distributed import team  # with it torch, transformers and peft: slow to import
+
+    with team(args.device) as (mates, device), TemporaryDirectory() as scratch:
+        return tune_and_save(args, command, mates, device, Path(scratch))
+
+
+def tune_and_save(args: Namespace, command: str, mates: "Team", device: "torch.device", scratch: Path) -> int:
+    """`work`, as one of the processes that share it. `scratch` is an empty folder."""
+    from modeling.finetuning import outcome, trunk
+    from modeling.finetuning.checkpoint import WorkFolder
+    from modeling.finetuning.tuning import total_rows, tune
+
+    began = time.perf_counter()
+    say = print if mates.leads else silent
+    start = begin(args, cli.tuning_settings(args), device, scratch)
+    settings = cli.tuning_settings(args, start.experiment.classes)
+    what = outcome.what_is_tuned(start, settings, args.bad_cases)
+    with WorkFolder(args.runs / f".{args.name or digest(what)}.tuning", what, mates.leads) as working:
+        say(outcome.start_line(start))
+        with rows_bar("frozen blocks") as progress:
+            data = trunk.data_of(
+                start,
+                settings,
+                (args.feats or outcome.cache_folder(start)) / trunk.FOLDER,
+                mates,
+                bad_cases=args.bad_cases,
+                cached=not args.live_trunk,
+                progress=progress,
+            )
+        say(outcome.model_line(start))
+        bar = cli.progress_bar("tune", total_rows(data, settings), "row") if mates.leads else nullcontext(silent)
+        with bar as progress:
+            tuned = tune(start.model, data, settings, working, mates, progress, lambda row: say(epoch_line(row)))
+        predicted = outcome.predicted_of(start, data, mates, args.ablation_eval)
+        if not mates.leads:
+            return EXIT_DONE
+        facts = {"seconds": round(time.perf_counter() - began, 1), "peak_bytes": outcome.peak_bytes(device)}
+        run = outcome.save_tuned(
+            start, tuned, predicted, settings, args.runs, working.path, name=args.name, command=command, facts=facts
+        )
+        working.remove()
+    print(outcome.tables(start, run, settings.monitor))
+    print(f"weights kept: {tuned.chosen}")
+    print(f"finetuned run -> {run.path}")
+    return EXIT_DONE
+
+
+def silent(*_: Any) -> None:
+    """What processes say that don't lead."""
+
+
+def digest(what: dict[str, Any]) -> str:
+    """A name for a finetuning that has none."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def epoch_line(row: dict[str, Any]) -> str:
+    """One epoch's figures."""
+    trained = f"train loss {row['train_loss']:.4f}, " if row["train_loss"] is not None else ""
+    validated = ", ".join(f"{name.replace('_', ' ')} {row[name]:.3f}" for name in ("accuracy", "weighted_f1", "macro_f1"))
+    return f"epoch {row['epoch']}: {trained}validation loss {row['val_loss']:.4f}, {validated}"
+
+
+# -- what is tuned ----------------------------------------------------------------------------------------------
+
+
+def begin(args: Namespace, settings: TuneSettings, device: "torch.device", scratch: Path) -> "Start":
+    """The model that the options ask for, before its first step."""
+    from modeling.finetuning.starts import DataPlace, from_choices, from_run
+
+    place = DataPlace(args.data, args.layout)
+    weights = cli.named_texts(args.weights, "--weights")
+    if not any(getattr(args, option) for option in NEW_MODEL):
+        refuse(args, (*OF_NEW_MODELS, *OF_SPLITS, "folds"), "a run has its own; leave it out, or begin anew with `model`")
+        [run] = open_runs(args.runs, [args.run]) if args.run else [load_run(newest_run(args.runs, single_head=True))]
+        return from_run(run, settings, device=device, folder=args.feats, place=place, weights=weights)
+    refuse(args, ("run",), "the model is begun anew; leave it out, or leave out `model` and the encoders")
+    refuse(args, ("folds",), "one model is tuned on one split; give `val_ratio`, or compare_finetuning.py its folds")
+    recipe = TUNING_RECIPES.get(args.recipe or "", {})
+    image, text, head, tokens = model_choice(args, recipe)
+    return from_choices(
+        image,
+        text,
+        head,
+        settings,
+        cli.split_settings(args, recipe),
+        device=device,
+        place=place,
+        weights=weights,
+        norm=getattr(args, "norm", "none"),
+        tokens=tokens,
+        scratch=scratch,
+        sizes=sizes_from(getattr(args, "sizes", [])),
+    )
+
+
+def refuse(args: Namespace, options: Sequence[str], why: str) -> None:
+    """Raise `UsageError` when one of these options was typed."""
+    typed = [f"`{option}`" for option in options if getattr(args, option, None) is not None]
+    if typed:
+        raise UsageError(f"{', '.join(typed)}: {why}")
+
+
+def model_choice(
+    args: Namespace, recipe: dict[str, Any]
+) -> tuple[EncoderChoice | None, EncoderChoice | None, HeadConfig, bool]:
+    """The encoders and the head of a new model, and whether it reads tokens where it can do without."""
+    model = MODELS.get(args.model or "")
+    image, text = (
+        encoder_choice(typed) if typed else getattr(model, side, None)
+        for side, typed in (("image", args.image_encoder), ("text", args.text_encoder))
+    )
+    given = {"head": model.head} if model else {}
+    of_head = {f.name for f in fields(HeadConfig)} - {"sides"}
+    given |= {name: value for name, value in {**recipe, **vars(args)}.items() if name in of_head}
+    sides = ABLATIONS[getattr(args, "ablation", 0)]
+    there = tuple(side for side, choice in (("image", image), ("text", text)) if choice and side in sides)
+    if not there:
+        raise UsageError("`ablation` leaves no encoder; name one of the other side")
+    tokens = getattr(args, "tokens", False) or bool(model and model.tokens)
+    return image, text, HeadConfig(**given, sides=there), tokens
+
+
+def encoder_choice(typed: str) -> EncoderChoice:
+    """clip, or resnet=resnet18."""
+    name, _, model = typed.partition("=")
+    return EncoderChoice(name, model or None)
+
+
+def sizes_from(items: Sequence[str]) -> dict[str, dict[str, int]]:
+    """{"text": {"layers": 6}} of ["text.layers=6"]. Raises `UsageError` for anything else."""
+    found: dict[str, dict[str, int]] = {"image": {}, "text": {}}
+    for item in items:
+        place, _, value = item.partition("=")
+        side, _, size = place.partition(".")
+        if side not in found or size not in SIZES or not value.isdecimal() or not int(value):
+            raise UsageError(f"`sizes` {item}: expected SIDE.SIZE=N, such as text.layers=6; sizes are {', '.join(SIZES)}")
+        found[side][size] = int(value)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
