@@ -68,7 +68,7 @@ def load(model: str | None, weights: str | None, how: Loading) -> Encoder:
     weights_sha256 = verified_sha256(path, how.expected_sha256)
     state = read_state_dict(path, weights_sha256)
     try:
-        network = build_model(dict(state))
+        network = _network_of(state)
     except (AssertionError, KeyError, RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise UsageError(f"{path} holds no CLIP model ({type(error).__name__}: {first_line(error)})") from None
     architecture = architecture_of(state)
@@ -76,7 +76,7 @@ def load(model: str | None, weights: str | None, how: Loading) -> Encoder:
         raise UsageError(f"{path} holds {architecture}, not {model}; leave out `model` or give the right weights")
     is_resnet = not hasattr(network.visual, "transformer")
     # In bf16 rounding errors add up over a ResNet's depth: cosines to fp32 fall below 0.999.
-    _cast(network.float(), how.dtype, image_side=not (is_resnet and how.dtype is torch.bfloat16))
+    _cast(network, how.dtype, image_side=not (is_resnet and how.dtype is torch.bfloat16))
     network = network.to(how.device).eval().requires_grad_(how.trainable)
     visual = network.visual
     del network.visual  # what is left is the text side: each has its own parameters, under OpenAI's names
@@ -293,6 +293,14 @@ _ARCHITECTURES = {
     (224, 14, 1024, 24, 768): "ViT-L/14",
     (336, 14, 1024, 24, 768): "ViT-L/14@336px",
 }
+
+
+def _network_of(state: StateDict) -> CLIP:
+    """The network with the weights of `state`, in fp32, exactly: `build_model` alone rounds them to fp16."""
+    weights = dict(state)
+    network = build_model(weights).float()  # takes out of `weights` what are no parameters
+    network.load_state_dict(weights)
+    return network
 
 
 def architecture_of(state: StateDict) -> str:
