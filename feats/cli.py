@@ -96,7 +96,9 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
     encoder = parser.add_argument_group("encoder")
     shown = f"{spec.model_help} (default: {spec.default_model})" if spec.default_model else spec.model_help
     encoder.add_argument("--model", help=shown)
-    encoder.add_argument("--weights", metavar="PATH", help="a local file or folder (default: see the README)")
+    encoder.add_argument(
+        "--weights", metavar="PATH", help="a local file or folder, or a finetuned run (default: see the README)"
+    )
     encoder.add_argument("--tokens", action="store_true", help="also cache token and patch level features")
     encoder.add_argument("--text-clean", choices=CLEAN_LEVELS, default=spec.text_clean, help="cleaning level of texts")
     encoder.add_argument("--views", type=positive, metavar="K", help="also cache K augmented views of each picture")
@@ -107,10 +109,10 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
         encoder.add_argument(
             f"--{key.replace('_', '-')}",
             type=type(option.default),
-            default=option.default,
+            default=SUPPRESS,  # one that wasn't typed: a saved encoder has its own
             choices=option.choices or None,
             metavar=option.metavar,
-            help=option.help,
+            help=f"{option.help} (default: {option.default})",
         )
     compute = parser.add_argument_group("compute")
     compute.add_argument(
@@ -174,7 +176,7 @@ def _extract(name: str, args: Namespace) -> int:
         device=device,
         dtype=args.dtype,
         tokens=args.tokens,
-        **{option: getattr(args, option) for option in ENCODERS[name].options},
+        **{option: getattr(args, option) for option in ENCODERS[name].options if hasattr(args, option)},
     )
     settings = ExtractionSettings(
         batch_size=args.batch_size,

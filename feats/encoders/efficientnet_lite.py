@@ -15,7 +15,7 @@ from torch import nn
 
 from feats.encoders.base import Encoder, Features, ImageSide, Loading
 from feats.encoders.torchvision_image import fold_batch_norms, load_strictly, map_tokens, pool_map
-from feats.encoders.weights import verified_sha256
+from feats.encoders.weights import save_weights, verified_sha256, weights_at
 from feats.errors import UsageError
 from feats.images import ResizeCrop
 
@@ -31,14 +31,14 @@ def load(model: str, weights: str | None, how: Loading) -> Encoder:
     """Load EfficientNet-Lite: the last feature map's mean, (B, 1280) float32; with `tokens` also the map's positions,
     row by row, (B, H * W, 1280).
 
-    `weights` is a state-dict file in place of the package's. Raises `UsageError` for an unknown model, a missing
-    file, or weights of another model.
+    `weights` is a state-dict file in place of the package's, or the folder of a saved encoder. Raises `UsageError` for
+    an unknown model, a missing file, or weights of another model.
     """
     if model not in MODELS:
         raise UsageError(f"unknown EfficientNet-Lite model {model!r}; there are {', '.join(MODELS)}")
-    path = Path(weights).expanduser() if weights else packaged_weights(model)
+    path = weights_at(Path(weights).expanduser()) if weights else packaged_weights(model)
     if not path.is_file():
-        raise UsageError(f"`weights` {weights}: no such file; leave it out to use the package's weights")
+        raise UsageError(f"`weights` {weights}: no such file or saved encoder; leave it out to use the package's")
     weights_sha256 = verified_sha256(path, how.expected_sha256)
     network = EfficientNet.from_name(f"efficientnet-{model}")
     load_strictly(network, path, f"EfficientNet-Lite {model}")
@@ -63,6 +63,9 @@ def load(model: str, weights: str | None, how: Loading) -> Encoder:
         grid = network._swish(network._bn1(network._conv_head(grid)))  # (B, 1280, H, W)
         return {"feats": pool_map(grid), "tokens": map_tokens(grid)} if how.tokens else {"feats": pool_map(grid)}
 
+    def save(folder: Path) -> None:
+        save_weights(folder, network.state_dict())
+
     return Encoder(
         identity={
             "model": model,
@@ -74,6 +77,7 @@ def load(model: str, weights: str | None, how: Loading) -> Encoder:
         image=ImageSide(
             preprocess=preprocess, mean=MEAN, std=STD, forward=forward, network=network, channels_last=True
         ),
+        save=save if how.trainable else None,
     )
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +21,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from feats.encoders.base import Encoder, Features, Loading, TextSide, Tokens
+from feats.encoders.saved import RECORD
 from feats.encoders.weights import HUB_TIMEOUT, sha256_of, unobtainable, verified_sha256, weight_files
 from feats.errors import UsageError, first_line
 
@@ -63,6 +64,7 @@ def load_folder(
     weights_sha256 = verified_sha256(weights_file or _weights_in(folder), how.expected_sha256)
     tokenizer, network, missing = _read_folder(folder, weights_file)
     source = weights_file or folder
+    whole, lacking = network, set(missing)
     if network.config.is_encoder_decoder:
         network = network.get_encoder()
         missing = [key for key in missing if not key.startswith("decoder.")]
@@ -87,6 +89,10 @@ def load_folder(
     tokenize = _Tokenize(tokenizer, limit)
     forward = _forward(network, tokenize.pad, how.device, pooling, how.tokens, normalize)
     _check(source, network, tokenize, forward, pooling)
+
+    def save(target: Path) -> None:
+        _save(whole, lacking, folder, target)
+
     return Encoder(
         identity={
             "model": name,
@@ -97,6 +103,7 @@ def load_folder(
         },
         loading=how,
         text=TextSide(tokenize=tokenize, forward=forward, network=network),
+        save=save if how.trainable else None,
     )
 
 
@@ -288,6 +295,22 @@ def _check(
             f"{source} holds a {type(network).__name__}, which doesn't work as a text encoder "
             f"({type(error).__name__}: {first_line(error)}); give a model such as roberta-base"
         ) from error
+
+
+# -- saving ----------------------------------------------------------------------------------------------------
+
+
+def _save(network: transformers.PreTrainedModel, lacking: Collection[str], source: Path, target: Path) -> None:
+    """Write a model folder, less the weights that the checkpoint itself was `lacking`: they are random, and nobody
+    must take them for trained ones. The other files are copied from `source`: written anew they'd have other digests.
+    """
+    nn.Module.float(network)  # of an encoder half the decoder, which stayed as it was loaded
+    state = {key: value for key, value in network.state_dict().items() if key not in lacking}
+    with _quiet():
+        network.save_pretrained(target, state_dict=state)
+    for name in _wanted([file.name for file in source.iterdir()], with_weights=False):
+        if name not in ("config.json", RECORD) and not name.endswith(".index.json"):
+            shutil.copyfile(source / name, target / name)
 
 
 # -- running ---------------------------------------------------------------------------------------------------

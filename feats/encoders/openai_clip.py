@@ -20,7 +20,15 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.transforms import Normalize
 
 from feats.encoders.base import Encoder, Features, ImageSide, Loading, TextSide, Tokens
-from feats.encoders.weights import HUB_TIMEOUT, hub_reachable, sha256_of, unobtainable, verified_sha256, weight_files
+from feats.encoders.weights import (
+    HUB_TIMEOUT,
+    hub_reachable,
+    save_weights,
+    sha256_of,
+    unobtainable,
+    verified_sha256,
+    weight_files,
+)
 from feats.errors import UsageError, first_line
 from feats.images import ResizeCrop
 
@@ -56,11 +64,12 @@ def load(model: str | None, weights: str | None, how: Loading) -> Encoder:
     after the final LayerNorm.
 
     `weights` is a TorchScript archive that OpenAI published, a state dict (.pt or .safetensors), an open_clip
-    checkpoint or a folder of a Hugging Face `CLIPModel`; without it the local caches, the hub and OpenAI's address are
-    tried in this order.
+    checkpoint, a folder of a Hugging Face `CLIPModel` or of a saved encoder; without it the local caches, the hub and
+    OpenAI's address are tried in this order.
     Raises `UsageError` for an unknown model, weights of another model than asked for, or none to be had.
     """
-    if model is not None and model not in _MODELS:
+    unpublished = weights is not None and model is not None and model.startswith(UNPUBLISHED)
+    if model is not None and model not in _MODELS and not unpublished:
         raise UsageError(f"unknown CLIP model {model!r}; there are {', '.join(_MODELS)}")
     path = Path(weights).expanduser() if weights else find_weights(model or DEFAULT_MODEL)
     if not path.exists():
@@ -68,7 +77,7 @@ def load(model: str | None, weights: str | None, how: Loading) -> Encoder:
     weights_sha256 = verified_sha256(path, how.expected_sha256)
     state = read_state_dict(path, weights_sha256)
     try:
-        network = build_model(dict(state))
+        network = _network_of(state)
     except (AssertionError, KeyError, RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise UsageError(f"{path} holds no CLIP model ({type(error).__name__}: {first_line(error)})") from None
     architecture = architecture_of(state)
@@ -76,10 +85,14 @@ def load(model: str | None, weights: str | None, how: Loading) -> Encoder:
         raise UsageError(f"{path} holds {architecture}, not {model}; leave out `model` or give the right weights")
     is_resnet = not hasattr(network.visual, "transformer")
     # In bf16 rounding errors add up over a ResNet's depth: cosines to fp32 fall below 0.999.
-    _cast(network.float(), how.dtype, image_side=not (is_resnet and how.dtype is torch.bfloat16))
+    _cast(network, how.dtype, image_side=not (is_resnet and how.dtype is torch.bfloat16))
     network = network.to(how.device).eval().requires_grad_(how.trainable)
     visual = network.visual
     del network.visual  # what is left is the text side: each has its own parameters, under OpenAI's names
+
+    def save(folder: Path) -> None:
+        images = {f"visual.{key}": value for key, value in visual.state_dict().items()}
+        save_weights(folder, {**network.state_dict(), **images})
 
     resolution = visual.input_resolution
     preprocess = ResizeCrop(resolution, resolution, "bicubic")  # as the package's own transform
@@ -105,6 +118,7 @@ def load(model: str | None, weights: str | None, how: Loading) -> Encoder:
             forward=_text_forward(network, how.device, how.tokens),
             network=network,
         ),
+        save=save if how.trainable else None,
     )
 
 
@@ -281,6 +295,7 @@ def _from_hugging_face(state: StateDict) -> StateDict:
     return out
 
 
+UNPUBLISHED = "custom "  # how the names of other architectures begin
 # resolution, patch size (0: ResNet), vision width, vision layers, embedding width
 _ARCHITECTURES = {
     (224, 0, 64, (3, 4, 6, 3), 1024): "RN50",
@@ -293,6 +308,14 @@ _ARCHITECTURES = {
     (224, 14, 1024, 24, 768): "ViT-L/14",
     (336, 14, 1024, 24, 768): "ViT-L/14@336px",
 }
+
+
+def _network_of(state: StateDict) -> CLIP:
+    """The network with the weights of `state`, in fp32, exactly: `build_model` alone rounds them to fp16."""
+    weights = dict(state)
+    network = build_model(weights).float()  # takes out of `weights` what are no parameters
+    network.load_state_dict(weights)
+    return network
 
 
 def architecture_of(state: StateDict) -> str:
@@ -312,7 +335,7 @@ def architecture_of(state: StateDict) -> str:
         vision_width = state["visual.layer1.0.conv1.weight"].shape[0]
     resolution = round(positions**0.5) * (patch or 32)
     measures = (resolution, patch, vision_width, layers, width)
-    return _ARCHITECTURES.get(measures, "custom " + " ".join(map(str, measures)))
+    return _ARCHITECTURES.get(measures, UNPUBLISHED + " ".join(map(str, measures)))
 
 
 # -- forward passes --------------------------------------------------------------------------------------------

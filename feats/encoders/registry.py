@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from feats.errors import UsageError
@@ -124,13 +125,17 @@ def load_encoder(
     `device` and `dtype` may be given by name, as on the command line: "auto", "cuda", ...; "auto", "fp32", "bf16",
     "fp16". With `tokens` its sides also give token vectors. With `trainable` its networks' parameters require
     gradients, nothing is folded away, and the weights stay float32; computing in less is `torch.autocast`'s affair.
-    `expected_sha256` is what `identity["weights_sha256"]` must become.
+    `expected_sha256` is what `identity["weights_sha256"]` must become. Where `weights` is the folder of a saved
+    encoder, or a run that holds one (see `feats.encoders.saved.find_saved`), the model and those options that aren't
+    given are the saved one's.
 
     Raises `UsageError` for an unknown name, model or option, a device or dtype that can't be used, when the weights
-    can't be had, and, before they are opened, when they aren't the expected ones.
+    can't be had, and, before they are opened, when they aren't the expected ones; also for a model or option other
+    than the saved encoder's.
     """
     from feats.acceleration import DTYPES, resolve_device, resolve_dtype
     from feats.encoders.base import Loading
+    from feats.encoders.saved import find_saved, read_saved
 
     spec = ENCODERS.get(name)
     if spec is None:
@@ -146,6 +151,10 @@ def load_encoder(
         raise UsageError(
             "trainable weights stay float32, so `dtype` must be fp32; to compute in less, run under torch.autocast"
         )
+    folder = find_saved(Path(weights).expanduser(), name) if weights else None
+    saved = read_saved(folder) if folder else None
+    if saved:
+        model, options, weights = saved.model_for(model), saved.options_with(options), str(folder)
     encoder: Encoder = import_module(spec.module).load(
         model or spec.default_model,
         weights,
@@ -153,5 +162,7 @@ def load_encoder(
         **{key: options.get(key, option.default) for key, option in spec.options.items()},
     )
     encoder.identity = {"encoder": name, **encoder.identity}
+    if saved:
+        encoder.identity["model"] = saved.model  # not the folder's name
     encoder.text_clean = spec.text_clean
     return encoder

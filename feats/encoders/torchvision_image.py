@@ -10,29 +10,31 @@ from urllib.parse import urlparse
 
 import torch
 import torchvision
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 from torchvision.models import ResNet, VisionTransformer, WeightsEnum, get_model, get_model_weights, list_models
 
 from feats.encoders.base import Encoder, Features, ImageSide, Loading
-from feats.encoders.weights import sha256_of, unobtainable, verified_sha256
+from feats.encoders.weights import save_weights, sha256_of, unobtainable, verified_sha256, weights_at
 from feats.errors import UsageError
 from feats.images import ResizeCrop
 
 FAMILIES = ("resnet", "resnext", "wide_resnet", "vit_")
+PREPROCESSED_AS = "preprocessed_as"  # in a saved file's metadata: the weights name whose preprocessing it goes on with
 STALL_SECONDS = 15  # a download that hears nothing for this long is given up
 
 
 def load(model: str, weights: str | None, how: Loading, *, layer: str) -> Encoder:
     """Load a torchvision classifier as an encoder.
 
-    `weights` is one of the model's torchvision weights (`IMAGENET1K_V1`, ...) or a state-dict file (.pth, .pt,
-    .safetensors), which gets the default weights' preprocessing; without it the default weights are looked for in
-    torch hub's cache, then downloaded. `layer` is `pooled` (ResNet: the last map's mean; ViT: the class token after
-    the final LayerNorm), (B, D) float32, or `logits`, (B, 1000). With `tokens` also the last map's positions, row by
-    row (ResNet: (B, 49, D)), or the patch tokens after the final LayerNorm (ViT: (B, 196, D)).
+    `weights` is one of the model's torchvision weights (`IMAGENET1K_V1`, ...), a state-dict file (.pth, .pt,
+    .safetensors), which gets the default weights' preprocessing, or the folder of a saved encoder, which keeps its own;
+    without it the default weights are looked for in torch hub's cache, then downloaded. `layer` is `pooled` (ResNet:
+    the last map's mean; ViT: the class token after the final LayerNorm), (B, D) float32, or `logits`, (B, 1000). With
+    `tokens` also the last map's positions, row by row (ResNet: (B, 49, D)), or the patch tokens after the final
+    LayerNorm (ViT: (B, 196, D)).
 
     Raises `UsageError` for an unknown model or weights name, weights of another model, or none to be had.
     """
@@ -41,6 +43,7 @@ def load(model: str, weights: str | None, how: Loading, *, layer: str) -> Encode
         raise UsageError(f"unknown torchvision model {model!r}; there are {', '.join(supported)}")
     entry, path = find_weights(model, weights)
     weights_sha256 = verified_sha256(path, how.expected_sha256)
+    entry = _entry_saved_in(path, entry)
     options = {"image_size": entry.meta["min_size"][0]} if model.startswith("vit_") else {}
     network = get_model(model, weights=None, **options)
     load_strictly(network, path, model)
@@ -50,6 +53,9 @@ def load(model: str, weights: str | None, how: Loading, *, layer: str) -> Encode
         fold_batch_norms(network)
     memory_format = torch.channels_last if is_resnet else torch.preserve_format
     network.to(device=how.device, dtype=how.dtype, memory_format=memory_format)
+
+    def save(folder: Path) -> None:
+        save_weights(folder, network.state_dict(), {PREPROCESSED_AS: entry.name})
 
     preset = entry.transforms()
     preprocess = ResizeCrop(preset.resize_size[0], preset.crop_size[0], preset.interpolation.value)
@@ -69,6 +75,7 @@ def load(model: str, weights: str | None, how: Loading, *, layer: str) -> Encode
             network=network,
             channels_last=is_resnet,
         ),
+        save=save if how.trainable else None,
     )
 
 
@@ -84,11 +91,29 @@ def find_weights(model: str, weights: str | None) -> tuple[WeightsEnum, Path]:
     if weights is None or weights in entries.__members__:
         entry = entries[weights or "DEFAULT"]
         return entry, _cached_or_downloaded(model, entry)
-    path = Path(weights).expanduser()
+    path = weights_at(Path(weights).expanduser())
     if not path.is_file():
         names = ", ".join(entries.__members__)
         raise UsageError(f"`weights` {weights}: no such file, and {model} has only the weights {names}")
     return entries.DEFAULT, path
+
+
+def _entry_saved_in(path: Path, default: WeightsEnum) -> WeightsEnum:
+    """The weights that a saved encoder's file names, else `default`. Raises `UsageError` for another model's."""
+    try:
+        with safe_open(path, "pt") as file:
+            name = (file.metadata() or {}).get(PREPROCESSED_AS)
+    except (SafetensorError, OSError):  # no such file: a pickle, or damaged, as `load_strictly` finds out
+        return default
+    entries = {entry.name: entry for entry in type(default)}
+    if name is None:
+        return default
+    if name not in entries:
+        raise UsageError(
+            f"{path} is preprocessed as {name}, and the model has only {', '.join(entries)}; give the "
+            "model that the file was saved from"
+        )
+    return entries[name]
 
 
 def _cached_or_downloaded(model: str, entry: WeightsEnum) -> Path:

@@ -1,11 +1,16 @@
 """Where weights come from: local files, the hub and its cache; their sha256; what to say when they can't be had."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from feats.errors import UsageError
 
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS_FILE = "model.safetensors"  # of a saved encoder, as of a Hugging Face model folder
 HUB_TIMEOUT = 5  # seconds; the hub's own downloads retry for half a minute before they say that there is no network
 
 
@@ -47,6 +52,19 @@ def weight_files(folder: Path) -> list[Path]:
     if not files:
         raise UsageError(f"{folder} holds no weights; expected *.safetensors or pytorch_model*.bin in it")
     return files
+
+
+def weights_at(path: Path) -> Path:
+    """The state-dict file that `path` names: itself, or the one in a folder of a saved encoder."""
+    return path / WEIGHTS_FILE if path.is_dir() else path
+
+
+def save_weights(folder: Path, state: Mapping[str, "torch.Tensor"], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a state dict, whose tensors share no memory, as `model.safetensors` in `folder`, bit for bit."""
+    from safetensors.torch import save_file
+
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    save_file(tensors, folder / WEIGHTS_FILE, dict(metadata) if metadata else None)
 
 
 def unobtainable(what: str, tried: Sequence[str]) -> UsageError:
