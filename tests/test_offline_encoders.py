@@ -66,6 +66,7 @@ def test_unknown_models_and_missing_weights(name: str):
         ("clip", "x.safetensors"),
         ("roberta", "folder"),
         ("resnet", "x.pth"),
+        ("vit", "folder"),
         ("minilm", "x.safetensors"),
         ("efficientnet", "x.pth"),
         ("vader", None),

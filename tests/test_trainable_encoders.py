@@ -10,7 +10,7 @@ from clip.model import CLIP
 from conftest import make_course
 from PIL import Image
 from torchvision.models import get_model
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertConfig, BertModel, BertTokenizerFast, ViTConfig, ViTModel
 
 from feats.encoders.base import Encoder
 from feats.encoders.registry import ENCODERS, load_encoder
@@ -54,6 +54,13 @@ def bert_pooler(folder: Path) -> Where:
     return {**bert(folder), "pooling": "pooler"}
 
 
+def huggingface_vit(folder: Path) -> Where:
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    ViTModel(ViTConfig(image_size=64, patch_size=16, **sizes)).save_pretrained(folder / "vit")
+    return {"model": str(folder / "vit")}
+
+
 def torchvision_model(name: str, layer: str) -> Callable[[Path], Where]:
     def make(folder: Path) -> Where:
         torch.manual_seed(0)
@@ -79,6 +86,7 @@ CASES: dict[tuple[str, str], tuple[Callable[[Path], Where], tuple[str, ...]]] = 
     ("resnet", "pooled"): (torchvision_model("resnet18", "pooled"), ("fc.",)),
     ("resnet", "logits"): (torchvision_model("resnet18", "logits"), ()),
     ("resnet", "vit"): (torchvision_model("vit_b_16", "pooled"), ("heads.",)),
+    ("vit", ""): (huggingface_vit, ()),
     ("minilm", ""): (lambda folder: {}, ("pooler.",)),
     ("efficientnet", ""): (lambda folder: {"model": "lite0"}, ("_fc.",)),
     ("vader", ""): (lambda folder: {}, ()),
