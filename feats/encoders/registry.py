@@ -110,6 +110,13 @@ ENCODERS: dict[str, EncoderSpec] = {
         options={"columns": Option(4096, "the features' width, into which the n-grams are hashed", metavar="D")},
         auto_dtype="fp32",
     ),
+    "pixels": EncoderSpec(
+        "feats.encoders.pixels",
+        "the pixels themselves (offline), image",
+        "pixels",
+        options={"size": Option(224, "the square's side, to which pictures are resized and cropped", metavar="PIXELS")},
+        auto_dtype="fp32",
+    ),
 }
 
 
