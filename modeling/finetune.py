@@ -59,13 +59,17 @@ def add_start_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("what is tuned")
     group.add_argument("--run", metavar="RUN", help="a path, or a name in --runs (default: the newest with one head)")
     group.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
-    group.add_argument("--data", type=Path, metavar="DIR|FILE", help="the pairs (default: where the caches say, or data)")
+    group.add_argument(
+        "--data", type=Path, metavar="DIR|FILE", help="the pairs (default: where the caches say, or data)"
+    )
     group.add_argument("--layout", help="how they lie on disk (default: detected)")
     group.add_argument("--weights", nargs="+", default=[], metavar="NAME=PATH", help="weights of a cache or encoder")
     new = parser.add_argument_group("a new model")
     new.add_argument("--model", choices=tuple(MODELS), help="a reference study's")
     new.add_argument("--image-encoder", metavar="NAME[=MODEL]", help="of stage 1: clip, resnet=resnet18, ...")
-    new.add_argument("--text-encoder", metavar="NAME[=MODEL]", help="of stage 1: minilm, roberta=bert-base-uncased, ...")
+    new.add_argument(
+        "--text-encoder", metavar="NAME[=MODEL]", help="of stage 1: minilm, roberta=bert-base-uncased, ..."
+    )
 
     def add(name: str, text: str, **keywords: Any) -> None:
         new.add_argument(f"--{name.replace('_', '-')}", default=SUPPRESS, help=text, **keywords)
@@ -149,7 +153,9 @@ def digest(what: dict[str, Any]) -> str:
 def epoch_line(row: dict[str, Any]) -> str:
     """One epoch's figures."""
     trained = f"train loss {row['train_loss']:.4f}, " if row["train_loss"] is not None else ""
-    validated = ", ".join(f"{name.replace('_', ' ')} {row[name]:.3f}" for name in ("accuracy", "weighted_f1", "macro_f1"))
+    validated = ", ".join(
+        f"{name.replace('_', ' ')} {row[name]:.3f}" for name in ("accuracy", "weighted_f1", "macro_f1")
+    )
     return f"epoch {row['epoch']}: {trained}validation loss {row['val_loss']:.4f}, {validated}"
 
 
@@ -163,7 +169,9 @@ def begin(args: Namespace, settings: TuneSettings, device: "torch.device", scrat
     place = DataPlace(args.data, args.layout)
     weights = cli.named_texts(args.weights, "--weights")
     if not any(getattr(args, option) for option in NEW_MODEL):
-        refuse(args, (*OF_NEW_MODELS, *OF_SPLITS, "folds"), "a run has its own; leave it out, or begin anew with `model`")
+        refuse(
+            args, (*OF_NEW_MODELS, *OF_SPLITS, "folds"), "a run has its own; leave it out, or begin anew with `model`"
+        )
         [run] = open_runs(args.runs, [args.run]) if args.run else [load_run(newest_run(args.runs, single_head=True))]
         return from_run(run, settings, device=device, folder=args.feats, place=place, weights=weights)
     refuse(args, ("run",), "the model is begun anew; leave it out, or leave out `model` and the encoders")
@@ -226,7 +234,9 @@ def sizes_from(items: Sequence[str]) -> dict[str, dict[str, int]]:
         place, _, value = item.partition("=")
         side, _, size = place.partition(".")
         if side not in found or size not in SIZES or not value.isdecimal() or not int(value):
-            raise UsageError(f"`sizes` {item}: expected SIDE.SIZE=N, such as text.layers=6; sizes are {', '.join(SIZES)}")
+            raise UsageError(
+                f"`sizes` {item}: expected SIDE.SIZE=N, such as text.layers=6; sizes are {', '.join(SIZES)}"
+            )
         found[side][size] = int(value)
     return found
 

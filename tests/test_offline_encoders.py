@@ -22,7 +22,9 @@ from feats.encoders.registry import ENCODERS, load_encoder
 from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
 
-OFFLINE = ["minilm", "efficientnet", "vader", "ngrams"]
+OFFLINE = ["minilm", "efficientnet", "vader", "ngrams", "pixels"]
+DIGESTS = {"ngrams": "probe_sha256", "pixels": None}  # others have their weights' digest
+IMAGE_ONLY = ("efficientnet", "pixels")
 TEXTS = [
     "What a lovely day at the beach! 😀",
     "",
@@ -47,15 +49,19 @@ def test_identity_is_json_and_names_the_weights(name: str):
     identity = json.loads(json.dumps(encoder.identity))
     assert identity == encoder.identity
     assert (identity["encoder"], identity["model"]) == (name, ENCODERS[name].default_model)
-    assert len(identity["probe_sha256" if name == "ngrams" else "weights_sha256"]) == 64
-    assert (encoder.text is not None, encoder.image is not None) == (name != "efficientnet", name == "efficientnet")
+    digest = DIGESTS.get(name, "weights_sha256")
+    assert {key for key in identity if key.endswith("sha256")} == (
+        {digest, "tokenizer_sha256"} if name == "minilm" else {digest} - {None}
+    )
+    assert digest is None or len(identity[digest]) == 64
+    assert (encoder.text is not None, encoder.image is not None) == (name not in IMAGE_ONLY, name in IMAGE_ONLY)
 
 
 @pytest.mark.parametrize("name", OFFLINE)
 def test_unknown_models_and_missing_weights(name: str):
     with pytest.raises(UsageError, match="unknown .*'other'; there (is|are) "):
         load_encoder(name, "other")
-    with pytest.raises(UsageError, match="no such file|takes no weights"):
+    with pytest.raises(UsageError, match="no such file|takes? no weights"):
         load_encoder(name, weights="nowhere/at.all")
 
 
@@ -66,10 +72,12 @@ def test_unknown_models_and_missing_weights(name: str):
         ("clip", "x.safetensors"),
         ("roberta", "folder"),
         ("resnet", "x.pth"),
+        ("vit", "folder"),
         ("minilm", "x.safetensors"),
         ("efficientnet", "x.pth"),
         ("vader", None),
         ("ngrams", None),
+        ("pixels", None),
     ],
 )
 def test_a_digest_is_compared_before_weights_are_opened(name: str, file: str | None, tmp_path: Path):
@@ -81,7 +89,7 @@ def test_a_digest_is_compared_before_weights_are_opened(name: str, file: str | N
     elif file:
         (tmp_path / file).write_bytes(b"not weights")
     weights = str(tmp_path / file) if file else None
-    with pytest.raises(UsageError, match=r"isn't the file asked for|holds other lexicons|takes no weights"):
+    with pytest.raises(UsageError, match=r"isn't the file asked for|holds other lexicons|takes? no weights"):
         load_encoder(name, weights=weights, expected_sha256="f00")
     if file:
         with pytest.raises(UsageError, match="can't be read|can't be loaded"):
@@ -290,3 +298,35 @@ def test_ngrams_read_ten_thousand_characters():
     assert (short.ids, short.length, short.truncated) == ("so happy!", 9, False)
     assert (full.length, full.truncated) == (10_000, False)
     assert (long.ids, long.length, long.truncated) == (full.ids, 10_000, True)
+
+
+# -- pixels ----------------------------------------------------------------------------------------------------
+
+
+def test_pixels_equal_torchvision_s_transforms(pictures):
+    transform = transforms.Compose(
+        [
+            transforms.Resize(32),
+            transforms.CenterCrop(32),
+            transforms.ToTensor(),
+            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
+    expected = torch.stack([transform(picture) for picture in pictures])
+    out = image_features(load_encoder("pixels", tokens=True, size=32), pictures)
+    assert out["tokens"].shape == (3, 32 * 32, 3) and out["feats"].dtype is torch.float32
+    rows = torch.stack([expected[:, :, i, j] for i in range(32) for j in range(32)], 1)
+    torch.testing.assert_close(out["tokens"], rows)
+    torch.testing.assert_close(out["feats"], rows.mean(1))
+    assert image_features(load_encoder("pixels", size=32), pictures).keys() == {"feats"}
+
+
+def test_pixels_identity_and_size():
+    identity = load_encoder("pixels").identity
+    assert identity["size"] == 224 and identity["preprocess"]["crop"] == 224
+    other = load_encoder("pixels", size=32).identity
+    assert {key for key in identity if identity[key] != other[key]} == {"size", "preprocess"}
+    assert load_encoder("pixels", dtype="bf16").dtype is torch.float32
+    for size in (0, -1, 1025):
+        with pytest.raises(UsageError, match=f"`size` {size}: expected a number of pixels from 1 to 1024"):
+            load_encoder("pixels", size=size)

@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,6 +30,18 @@ FALLBACK_LENGTH = 512  # for models that state no limit: relative positions, a t
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "*.model")
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What a model folder is to hold: in words, an example of it on the hub, and whether a tokenizer belongs to it."""
+
+    words: str
+    example: str
+    tokenizer: bool
+
+
+TEXT = Kind("a text encoder", "roberta-base", tokenizer=True)
+
+
 def load(model: str, weights: str | None, how: Loading, *, pooling: str) -> Encoder:
     """Load the text encoder `model`: a local folder, or a name looked for in the hub's cache, then on the hub.
 
@@ -41,9 +54,7 @@ def load(model: str, weights: str | None, how: Loading, *, pooling: str) -> Enco
     without trained pooler weights, `cls` without a leading class token, `last4` with fewer than four layers.
     """
     folder, weights_file = find_model(model, weights)
-    # A hub snapshot's folder is named by a hash; folders the user gave are named by themselves, wherever they lie.
-    overridden = weights is not None and (weights_file is None or weights_file.parent == folder)
-    name = folder.resolve().name if overridden or Path(model).expanduser().is_dir() else model
+    name = model_name(model, weights, folder, weights_file)
     return load_folder(folder, weights_file, how, name=name, pooling=pooling)
 
 
@@ -61,7 +72,7 @@ def load_folder(
     limit; `normalize` scales the pooled vectors to length one. See `load` for the rest."""
     # Rows are tokenised in forked workers; the tokenizers' threads don't survive a fork, and they say so on stderr.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    weights_sha256 = verified_sha256(weights_file or _weights_in(folder), how.expected_sha256)
+    weights_sha256 = verified_sha256(weights_file or weights_in(folder), how.expected_sha256)
     tokenizer, network, missing = _read_folder(folder, weights_file)
     source = weights_file or folder
     whole, lacking = network, set(missing)
@@ -69,12 +80,7 @@ def load_folder(
         network = network.get_encoder()
         missing = [key for key in missing if not key.startswith("decoder.")]
     untrained = [key for key in missing if key.split(".")[0] == "pooler"]
-    if len(missing) > len(untrained):
-        lost = sorted(set(missing) - set(untrained))
-        raise UsageError(
-            f"{source} lacks {len(lost)} weights of its {type(network).__name__} ({lost[0]}, ...); "
-            "give the checkpoint that belongs to this config.json"
-        )
+    refuse_lost(source, network, set(missing) - set(untrained))
     if pooling == "pooler" and (untrained or getattr(network, "pooler", None) is None):
         raise UsageError(
             f"{source} holds no trained pooler weights, its pooled output would be random; "
@@ -91,7 +97,7 @@ def load_folder(
     _check(source, network, tokenize, forward, pooling)
 
     def save(target: Path) -> None:
-        _save(whole, lacking, folder, target)
+        save_folder(whole, lacking, folder, target)
 
     return Encoder(
         identity={
@@ -110,33 +116,41 @@ def load_folder(
 # -- where the model is ----------------------------------------------------------------------------------------
 
 
-def find_model(model: str, weights: str | None) -> tuple[Path, Path | None]:
+def find_model(model: str, weights: str | None, kind: Kind = TEXT) -> tuple[Path, Path | None]:
     """The model folder, and the weights file where that isn't the folder's own. Raises `UsageError` if not found."""
     if weights is None:
-        return find_folder(model), None
+        return find_folder(model, kind), None
     path = Path(weights).expanduser()
     if path.is_dir():
-        return find_folder(str(path)), None
+        return find_folder(str(path), kind), None
     if not path.is_file():
         raise UsageError(f"`weights` {weights}: no such file or folder; expected a model folder or its weights file")
-    beside = not _lacking(path.parent, with_weights=False)
-    return path.parent if beside else find_folder(model, with_weights=False), path
+    beside = not _lacking(path.parent, kind, with_weights=False)
+    return path.parent if beside else find_folder(model, kind, with_weights=False), path
 
 
-def find_folder(model: str, with_weights: bool = True) -> Path:
-    """A folder with configuration, tokenizer and weights: `model` itself, the hub's cache, a download from the hub.
+def model_name(model: str, weights: str | None, folder: Path, weights_file: Path | None) -> str:
+    """What `find_model` found, as the fingerprint calls it. A hub snapshot's folder is named by a hash; folders the
+    user gave are named by themselves, wherever they lie."""
+    overridden = weights is not None and (weights_file is None or weights_file.parent == folder)
+    return folder.resolve().name if overridden or Path(model).expanduser().is_dir() else model
+
+
+def find_folder(model: str, kind: Kind = TEXT, with_weights: bool = True) -> Path:
+    """A folder with configuration, tokenizer (of texts' models) and weights: `model` itself, the hub's cache, a
+    download from the hub.
 
     Raises `UsageError` for a folder that isn't there or lacks files, and when neither cache nor hub has the model.
     """
     local = Path(model).expanduser()
     if local.is_dir():
-        if lacking := _lacking(local, with_weights):
+        if lacking := _lacking(local, kind, with_weights):
             raise UsageError(
                 f"model folder {local} lacks {', '.join(lacking)}; give a folder as save_pretrained makes it"
             )
         return local
     if local.exists() or model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
-        raise UsageError(f"no model folder at {local}; give an existing folder or a hub name such as roberta-base")
+        raise UsageError(f"no model folder at {local}; give an existing folder or a hub name such as {kind.example}")
     try:
         cached = try_to_load_from_cache(model, "config.json")
     except HFValidationError:
@@ -147,14 +161,14 @@ def find_folder(model: str, with_weights: bool = True) -> Path:
     tried = [f"local folder {model} (not there)"]
     if isinstance(cached, str):
         folder = Path(cached).parent
-        lacking = _lacking(folder, with_weights)
+        lacking = _lacking(folder, kind, with_weights)
         if not lacking:
             return folder
         tried.append(f"the hub's cache {folder} (lacks {', '.join(lacking)})")
     else:
         tried.append(f"the hub's cache {hub_constants.HF_HUB_CACHE} (nothing of {model})")
     try:
-        with _quiet(progress=True):
+        with quiet(progress=True):
             # One unrepeated question first: without a network it fails at once, where a download would wait and retry.
             entries = HfApi().model_info(model, timeout=HUB_TIMEOUT).siblings
             wanted = _wanted([entry.rfilename for entry in entries or ()], with_weights)
@@ -162,15 +176,15 @@ def find_folder(model: str, with_weights: bool = True) -> Path:
     except Exception as error:  # the hub's http library, and with it the exceptions, differ between its versions
         tried.append(f"the hub {hub_constants.ENDPOINT} ({type(error).__name__}: {first_line(error)})")
         raise unobtainable(model, tried) from error
-    if lacking := _lacking(folder, with_weights):
+    if lacking := _lacking(folder, kind, with_weights):
         raise UsageError(f"{model} on the hub lacks {', '.join(lacking)}; choose another model")
     return folder
 
 
-def _lacking(folder: Path, with_weights: bool) -> list[str]:
+def _lacking(folder: Path, kind: Kind, with_weights: bool) -> list[str]:
     """What a model folder needs and `folder` hasn't, in words."""
     lacking = [] if (folder / "config.json").is_file() else ["config.json"]
-    if not _vocabulary(folder):
+    if kind.tokenizer and not _vocabulary(folder):
         lacking.append(f"tokenizer files ({', '.join(VOCABULARIES)})")
     if with_weights:
         indices = (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json")
@@ -205,7 +219,7 @@ def _vocabulary_sha256(folder: Path) -> str:
     return hashlib.sha256("".join(map(sha256_of, _vocabulary(folder))).encode()).hexdigest()
 
 
-def _weights_in(folder: Path) -> Path:
+def weights_in(folder: Path) -> Path:
     """What transformers reads: model.safetensors where there is one; the shards or older files, named by the folder."""
     single = folder / "model.safetensors"
     if single.is_file():
@@ -218,7 +232,7 @@ def _weights_in(folder: Path) -> Path:
 
 
 @contextmanager
-def _quiet(progress: bool = False) -> Iterator[None]:
+def quiet(progress: bool = False) -> Iterator[None]:
     """Silence the warnings of transformers and the hub and, unless `progress`, their bars, for the block only."""
     levels = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
     hide_bars = not progress and transformers_logging.is_progress_bar_enabled()
@@ -238,26 +252,58 @@ def _quiet(progress: bool = False) -> Iterator[None]:
 def _read_folder(
     folder: Path, weights_file: Path | None
 ) -> tuple[PreTrainedTokenizerBase, transformers.PreTrainedModel, list[str]]:
-    """Tokenizer, model and the names of the weights that the checkpoint lacks (left random by transformers)."""
-    with TemporaryDirectory() as assembled, _quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            if weights_file is not None:
-                # transformers reads folders: make one of the configuration and this file.
-                safe = weights_file.suffix == ".safetensors"
-                shutil.copy(folder / "config.json", assembled)
-                os.symlink(
-                    weights_file.resolve(), Path(assembled, "model.safetensors" if safe else "pytorch_model.bin")
-                )
-            network, info = AutoModel.from_pretrained(
-                assembled if weights_file else folder, output_loading_info=True, trust_remote_code=False
-            )
-        except Exception as error:  # foreign files: the libraries under transformers raise anything at all
-            raise UsageError(
-                f"{weights_file or folder} can't be loaded as a text encoder "
-                f"({type(error).__name__}: {first_line(error)}); give a folder as save_pretrained makes it"
-            ) from error
-    return tokenizer, network, list(info["missing_keys"])
+    """Tokenizer, model and the names of the weights that the checkpoint lacks, see `read_network`."""
+    with _refused_if_unreadable(weights_file or folder, TEXT):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return tokenizer, *read_network(folder, weights_file, TEXT)
+
+
+def read_network(folder: Path, weights_file: Path | None, kind: Kind) -> tuple[transformers.PreTrainedModel, list[str]]:
+    """The model, and the names of the weights that the checkpoint lacks (left random by transformers)."""
+    with TemporaryDirectory() as assembled, _refused_if_unreadable(weights_file or folder, kind):
+        if weights_file is not None:
+            # transformers reads folders: make one of the configuration and this file.
+            safe = weights_file.suffix == ".safetensors"
+            shutil.copy(folder / "config.json", assembled)
+            os.symlink(weights_file.resolve(), Path(assembled, "model.safetensors" if safe else "pytorch_model.bin"))
+        network, info = AutoModel.from_pretrained(
+            assembled if weights_file else folder, output_loading_info=True, trust_remote_code=False
+        )
+    return network, list(info["missing_keys"])
+
+
+@contextmanager
+def _refused_if_unreadable(source: Path, kind: Kind) -> Iterator[None]:
+    try:
+        with quiet():
+            yield
+    except Exception as error:  # foreign files: the libraries under transformers raise anything at all
+        raise UsageError(
+            f"{source} can't be loaded as {kind.words} "
+            f"({type(error).__name__}: {first_line(error)}); give a folder as save_pretrained makes it"
+        ) from error
+
+
+def refuse_lost(source: Path, network: nn.Module, lost: Set[str]) -> None:
+    """Raise `UsageError` when weights that the model uses are `lost`: they would be random."""
+    if lost:
+        raise UsageError(
+            f"{source} lacks {len(lost)} weights of its {type(network).__name__} ({min(lost)}, ...); "
+            "give the checkpoint that belongs to this config.json"
+        )
+
+
+@contextmanager
+def refused_if_failing(source: Path, network: nn.Module, kind: Kind) -> Iterator[None]:
+    """Try a forward pass within: errors of a model that isn't of this kind become a `UsageError`."""
+    try:
+        with torch.no_grad():  # not inference mode: what a network keeps must serve training, too
+            yield
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{source} holds a {type(network).__name__}, which doesn't work as {kind.words} "
+            f"({type(error).__name__}: {first_line(error)}); give a model such as {kind.example}"
+        ) from error
 
 
 def _longest_input(tokenizer: PreTrainedTokenizerBase, network: nn.Module) -> int:
@@ -287,26 +333,20 @@ def _check(
     layers = getattr(network.config, "num_hidden_layers", 4)
     if pooling == "last4" and layers < 4:
         raise UsageError(f"{source} has {layers} layers, `pooling` last4 needs 4; use `pooling` mean")
-    try:
-        with torch.no_grad():  # not inference mode: what a network keeps must serve training, too
-            forward([ids])
-    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{source} holds a {type(network).__name__}, which doesn't work as a text encoder "
-            f"({type(error).__name__}: {first_line(error)}); give a model such as roberta-base"
-        ) from error
+    with refused_if_failing(source, network, TEXT):
+        forward([ids])
 
 
 # -- saving ----------------------------------------------------------------------------------------------------
 
 
-def _save(network: transformers.PreTrainedModel, lacking: Collection[str], source: Path, target: Path) -> None:
+def save_folder(network: transformers.PreTrainedModel, lacking: Collection[str], source: Path, target: Path) -> None:
     """Write a model folder, less the weights that the checkpoint itself was `lacking`: they are random, and nobody
     must take them for trained ones. The other files are copied from `source`: written anew they'd have other digests.
     """
     nn.Module.float(network)  # of an encoder half the decoder, which stayed as it was loaded
     state = {key: value for key, value in network.state_dict().items() if key not in lacking}
-    with _quiet():
+    with quiet():
         network.save_pretrained(target, state_dict=state)
     for name in _wanted([file.name for file in source.iterdir()], with_weights=False):
         if name not in ("config.json", RECORD) and not name.endswith(".index.json"):

@@ -80,6 +80,19 @@ ENCODERS: dict[str, EncoderSpec] = {
         },
         model_help="resnet18, resnet34, resnet50, resnet101, resnet152 or vit_b_16",
     ),
+    "vit": EncoderSpec(
+        "feats.encoders.huggingface_image",
+        "a Hugging Face image encoder",
+        "google/vit-base-patch16-224-in21k",
+        options={
+            "pooling": Option(
+                "cls",
+                "how token vectors become one: the class token, or the mean of the patches",
+                ("cls", "mean"),
+            )
+        },
+        model_help="a hub name or a local folder of a ViT, DeiT, DINOv2, Swin, ...",
+    ),
     "minilm": EncoderSpec("feats.encoders.minilm", "all-MiniLM-L6-v2 (offline), text", "all-MiniLM-L6-v2"),
     "efficientnet": EncoderSpec(
         "feats.encoders.efficientnet_lite",
@@ -104,6 +117,13 @@ ENCODERS: dict[str, EncoderSpec] = {
         options={"columns": Option(4096, "the features' width, into which the n-grams are hashed", metavar="D")},
         auto_dtype="fp32",
         trainable=False,
+    ),
+    "pixels": EncoderSpec(
+        "feats.encoders.pixels",
+        "the pixels themselves (offline), image",
+        "pixels",
+        options={"size": Option(224, "the square's side, to which pictures are resized and cropped", metavar="PIXELS")},
+        auto_dtype="fp32",
     ),
 }
 

@@ -122,7 +122,9 @@ class PairModel:
         with self.autocast_of(name):
             if part in self.cuts:
                 assert side.blocks is not None
-                return side.blocks.above(batch.hidden[part].to(self.device).float(), batch.ids.get(name), self.cuts[part])
+                return side.blocks.above(
+                    batch.hidden[part].to(self.device).float(), batch.ids.get(name), self.cuts[part]
+                )
             if isinstance(side, ImageSide):
                 return side.forward(encoder.to_pixels(batch.pixels[name]))
             return side.forward(batch.ids[name])

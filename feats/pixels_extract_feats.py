@@ -1,0 +1,21 @@
+"""Put pictures, as they are, into saved/feats/pixels_<split>.h5."""
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+
+from feats.cli import extraction_parser, run
+
+
+def build_parser() -> ArgumentParser:
+    """The script's arguments."""
+    return extraction_parser("pixels", __doc__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; returns its exit status."""
+    return run("pixels", build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

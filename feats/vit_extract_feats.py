@@ -1,0 +1,21 @@
+"""Encode pictures with a Hugging Face image encoder into saved/feats/vit_<split>.h5."""
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+
+from feats.cli import extraction_parser, run
+
+
+def build_parser() -> ArgumentParser:
+    """The script's arguments."""
+    return extraction_parser("vit", __doc__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; returns its exit status."""
+    return run("vit", build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
