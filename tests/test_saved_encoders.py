@@ -29,7 +29,7 @@ from feats.encoders.saved import find_saved, save_encoder
 from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
 from feats.store import FeatureStore
-from modeling.prediction import raw_pairs
+from modeling.runs.encoders import encoder_of
 
 # Less torchvision's ViT: its smallest is 0.3 GB, and it is saved by the same lines as a ResNet.
 LEARNED = [(name, kind) for name, kind in CASES if name not in NOTHING_LEARNED and kind != "vit" or name == "clip"]
@@ -277,7 +277,7 @@ def test_raw_pairs_are_encoded_as_the_fingerprint_says(pooled_run: Path):
     encoder = load_encoder("roberta", weights=str(pooled_run))
     fingerprint = {**encoder.identity, "dtype": "fp32", "text_clean": "tweet", "tokens": False}
     run = SimpleNamespace(path=pooled_run, source=SimpleNamespace(fingerprints={"text": fingerprint}))
-    found = raw_pairs._load("text", run, str(pooled_run), torch.device("cpu"), torch.float32, False)
+    found = encoder_of("text", fingerprint, str(pooled_run), device=torch.device("cpu"))
     assert found.identity == encoder.identity
 
 

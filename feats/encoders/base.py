@@ -33,13 +33,34 @@ class Tokens:
     truncated: bool = False
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """A side's network as blocks one after another, so that it can be cut between two of them.
+
+    `modules` are the blocks, the first applied first. `after` are the beginnings of the parameters' names in
+    `network` that come after the last block; every other parameter outside the blocks comes before the first.
+
+    `below` (inputs, k) computes what enters block k, for k from 0 to len(modules): (B, L, width), where L are the
+    tokens of the longest text (what is beyond a text's length means nothing), a picture's positions, or those of a
+    convolutional net's square map, row by row. `above` (that in any floating dtype, inputs, k) goes on from there to
+    what `forward` gives: above(below(x, k), x, k) is forward(x), with gradients, too. `inputs` are what `forward`
+    takes; for pictures `above` needs none and takes None.
+    """
+
+    modules: Sequence[nn.Module]
+    after: tuple[str, ...]
+    below: Callable[[Any, int], torch.Tensor]
+    above: Callable[[torch.Tensor, Any, int], Features]
+
+
 @dataclass
 class ImageSide:
     """`preprocess` runs in forked worker processes and returns RGB images of one size.
 
     `forward` takes what `Encoder.to_pixels` gives: (B, 3, H, W), scaled to [0, 1], normalised with `mean` and `std`, in
     the compute dtype and on the compute device. Tokens, where the model has them, are its patch or grid positions
-    (B, P, D'). `network` holds the parameters that `forward` uses, under the names of a checkpoint of its kind.
+    (B, P, D'). `network` holds the parameters that `forward` uses, under the names of a checkpoint of its kind,
+    `blocks` is the same network as a stack.
     """
 
     preprocess: Callable[[Image.Image], Image.Image]
@@ -48,6 +69,7 @@ class ImageSide:
     forward: Callable[[torch.Tensor], Features]
     network: nn.Module | None = None
     channels_last: bool = False  # memory format of the pixels: convolutional nets want it
+    blocks: Blocks | None = None
 
     def to_bytes(self, image: Image.Image) -> torch.Tensor:
         """An RGB image after preprocessing, (H, W, 3) uint8."""
@@ -62,13 +84,15 @@ class ImageSide:
 class TextSide:
     """`forward` takes a list of `Tokens.ids`, in any number and any mix of lengths.
 
-    It pads to the longest itself; its tokens are (B, longest, D') with row b valid up to its length. `network` is as
-    in `ImageSide`; None where nothing is learned.
+    It pads to the longest itself; its tokens are (B, longest, D') with row b valid up to its length. `network` and
+    `blocks` are as in `ImageSide`; None where nothing is learned. `blocks` is also None for a network whose layers
+    can't be told apart, such as ALBERT's, which are one.
     """
 
     tokenize: Callable[[Sequence[str]], list[Tokens]]
     forward: Callable[[list[Any]], Features]
     network: nn.Module | None = None
+    blocks: Blocks | None = None
 
 
 @dataclass(frozen=True)
@@ -186,6 +210,33 @@ class Encoder:
             feats[torch.from_numpy(chosen)] = out
         assert feats is not None
         return feats[: len(texts)].numpy()
+
+
+def parameter_depths(side: ImageSide | TextSide) -> dict[str, int]:
+    """How deep each parameter of the side's network lies, by name: 0 before the blocks, i + 1 in block i,
+    len(modules) + 1 after them. Empty where nothing is learned.
+
+    Raises `UsageError` for a network that can't be seen as blocks.
+    """
+    if side.network is None:
+        return {}
+    if side.blocks is None:
+        raise UsageError(
+            f"{type(side.network).__name__} can't be seen as blocks one after another; choose another model, or train "
+            "it as a whole"
+        )
+    within = {id(p): depth for depth, block in enumerate(side.blocks.modules, 1) for p in block.parameters()}
+    last = len(side.blocks.modules) + 1
+    return {
+        name: within.get(id(parameter), last if name.startswith(side.blocks.after) else 0)
+        for name, parameter in side.network.named_parameters()
+    }
+
+
+def masked_mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of `hidden` (B, L, D) over the positions where `mask` (B, L) is 1, at least one a row -> (B, D)."""
+    weights = mask.to(hidden.dtype)
+    return torch.bmm(weights[:, None], hidden)[:, 0] / weights.sum(1, keepdim=True)
 
 
 def by_length(tokens: Sequence[Tokens], size: int) -> Iterator[np.ndarray]:

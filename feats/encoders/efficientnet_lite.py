@@ -14,7 +14,8 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import nn
 
 from feats.encoders.base import Encoder, Features, ImageSide, Loading
-from feats.encoders.torchvision_image import fold_batch_norms, load_strictly, map_tokens, pool_map
+from feats.encoders.stack import map_tokens, stacked
+from feats.encoders.torchvision_image import fold_batch_norms, load_strictly, pool_map
 from feats.encoders.weights import save_weights, verified_sha256, weights_at
 from feats.errors import UsageError
 from feats.images import ResizeCrop
@@ -49,23 +50,38 @@ def load(model: str, weights: str | None, how: Loading) -> Encoder:
     network.to(device=how.device, memory_format=torch.channels_last)
     exact = FLOAT32_BLOCKS if how.dtype is torch.bfloat16 else 0
     # Cast the others only: a weight once rounded to bfloat16 stays so in float32.
-    for module in (*network._blocks[exact:], network._conv_head, *([] if exact else [network._conv_stem])):
+    blocks = tuple(network._blocks)
+    for module in (*blocks[exact:], network._conv_head, *([] if exact else [network._conv_stem])):
         module.to(how.dtype)
 
     size = EfficientNet.get_image_size(f"efficientnet-{model}")
     preprocess = ResizeCrop(size, size, "bilinear")
 
-    def forward(pixels: torch.Tensor) -> Features:
-        # EfficientNet.extract_features, but for the casts
-        grid = network._swish(network._bn0(network._conv_stem(pixels.float() if exact else pixels)))
-        for index, block in enumerate(network._blocks):
-            grid = block(grid if index < exact else grid.to(how.dtype))
+    # EfficientNet.extract_features in three, but for the casts
+    def begin(pixels: torch.Tensor) -> torch.Tensor:
+        grid: torch.Tensor = network._swish(network._bn0(network._conv_stem(pixels.float() if exact else pixels)))
+        return grid
+
+    def step(i: int, grid: torch.Tensor) -> torch.Tensor:
+        stepped: torch.Tensor = blocks[i](grid if i < exact else grid.to(how.dtype))
+        return stepped
+
+    def end(grid: torch.Tensor, pixels: torch.Tensor | None) -> Features:
         grid = network._swish(network._bn1(network._conv_head(grid)))  # (B, 1280, H, W)
         return {"feats": pool_map(grid), "tokens": map_tokens(grid)} if how.tokens else {"feats": pool_map(grid)}
 
     def save(folder: Path) -> None:
         save_weights(folder, network.state_dict())
 
+    forward, stack = stacked(
+        blocks,
+        after=("_conv_head.", "_bn1.", "_fc."),
+        begin=begin,
+        step=step,
+        end=end,
+        entering=lambda k: torch.float32 if k < exact else how.dtype,
+        maps=True,
+    )
     return Encoder(
         identity={
             "model": model,
@@ -75,7 +91,13 @@ def load(model: str, weights: str | None, how: Loading) -> Encoder:
         },
         loading=how,
         image=ImageSide(
-            preprocess=preprocess, mean=MEAN, std=STD, forward=forward, network=network, channels_last=True
+            preprocess=preprocess,
+            mean=MEAN,
+            std=STD,
+            forward=forward,
+            network=network,
+            channels_last=True,
+            blocks=stack,
         ),
         save=save if how.trainable else None,
     )

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from feats.encoders.base import Encoder, Features, ImageSide, Loading
+from feats.encoders.base import Blocks, Encoder, Features, ImageSide, Loading
+from feats.encoders.hidden_layers import find_layers
 from feats.encoders.huggingface_text import (
     Kind,
     find_model,
@@ -75,7 +76,14 @@ def load(model: str, weights: str | None, how: Loading, *, pooling: str) -> Enco
             "preprocess": preprocess.as_json(mean, std),
         },
         loading=how,
-        image=ImageSide(preprocess=preprocess, mean=mean, std=std, forward=forward, network=network),
+        image=ImageSide(
+            preprocess=preprocess,
+            mean=mean,
+            std=std,
+            forward=forward,
+            network=network,
+            blocks=_blocks(network, forward, preprocess.crop, how),
+        ),
         save=save if how.trainable else None,
     )
 
@@ -136,3 +144,23 @@ def _forward(network: nn.Module, first: int, pooling: str, tokens: bool) -> Call
         return {"feats": feats, "tokens": patches} if tokens else {"feats": feats}
 
     return forward
+
+
+def _blocks(network: nn.Module, forward: Callable[[torch.Tensor], Features], size: int, how: Loading) -> Blocks | None:
+    """The network's layers as blocks; None where they can't be told apart, as tried on one picture."""
+
+    def black(count: int) -> torch.Tensor:
+        return torch.zeros(count, 3, size, size, device=how.device, dtype=how.dtype)
+
+    layers = find_layers(network, lambda: network(pixel_values=black(1), return_dict=True).last_hidden_state)
+    if layers is None:
+        return None
+
+    def below(pixels: torch.Tensor, k: int) -> torch.Tensor:
+        return layers.states_before(k, lambda: forward(pixels))
+
+    def above(hidden: torch.Tensor, pixels: torch.Tensor | None, k: int) -> Features:
+        with layers.entered_with(hidden.to(how.dtype), k):
+            return forward(black(len(hidden)))  # the network wants some, and makes nothing of them
+
+    return Blocks(layers.modules, layers.after, below, above)

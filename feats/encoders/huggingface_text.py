@@ -21,7 +21,8 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from feats.encoders.base import Encoder, Features, Loading, TextSide, Tokens
+from feats.encoders.base import Blocks, Encoder, Features, Loading, TextSide, Tokens, masked_mean
+from feats.encoders.hidden_layers import find_layers
 from feats.encoders.saved import RECORD
 from feats.encoders.weights import HUB_TIMEOUT, sha256_of, unobtainable, verified_sha256, weight_files
 from feats.errors import UsageError, first_line
@@ -108,7 +109,12 @@ def load_folder(
             "max_length": limit,
         },
         loading=how,
-        text=TextSide(tokenize=tokenize, forward=forward, network=network),
+        text=TextSide(
+            tokenize=tokenize,
+            forward=forward,
+            network=network,
+            blocks=_blocks(network, tokenize, forward, pooling, how),
+        ),
         save=save if how.trainable else None,
     )
 
@@ -417,7 +423,30 @@ def _forward(
     return forward
 
 
-def masked_mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of `hidden` (B, L, D) over the positions where `mask` (B, L) is 1, at least one a row -> (B, D)."""
-    weights = mask.to(hidden.dtype)
-    return torch.bmm(weights[:, None], hidden)[:, 0] / weights.sum(1, keepdim=True)
+def _blocks(
+    network: nn.Module,
+    tokenize: _Tokenize,
+    forward: Callable[[list[list[int]]], Features],
+    pooling: str,
+    how: Loading,
+) -> Blocks | None:
+    """The network's layers as blocks; None where they can't be told apart, as tried on one text."""
+    last_states = _forward(network, tokenize.pad, how.device, "mean", tokens=True, normalize=False)
+    layers = find_layers(network, lambda: last_states([tokenize(["a"])[0].ids])["tokens"])
+    if layers is None:
+        return None
+    count = len(layers.modules)
+
+    def below(ids: list[list[int]], k: int) -> torch.Tensor:
+        return layers.states_before(k, lambda: forward(ids))
+
+    def above(hidden: torch.Tensor, ids: list[list[int]], k: int) -> Features:
+        if pooling == "last4" and k > count - 3:
+            raise UsageError(
+                f"`pooling` last4 reads the last four of {count} blocks, whose outputs aren't there above a cut at "
+                f"{k}; cut at {count - 3} or below, or use `pooling` mean"
+            )
+        with layers.entered_with(hidden.to(how.dtype), k):
+            return forward(ids)
+
+    return Blocks(layers.modules, layers.after, below, above)

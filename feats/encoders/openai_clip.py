@@ -5,7 +5,7 @@ Radford et al., Learning Transferable Visual Models From Natural Language Superv
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.transforms import Normalize
 
-from feats.encoders.base import Encoder, Features, ImageSide, Loading, TextSide, Tokens
+from feats.encoders.base import Blocks, Encoder, Features, ImageSide, Loading, TextSide, Tokens
+from feats.encoders.stack import map_tokens, stacked
 from feats.encoders.weights import (
     HUB_TIMEOUT,
     hub_reachable,
@@ -97,6 +98,8 @@ def load(model: str | None, weights: str | None, how: Loading) -> Encoder:
     resolution = visual.input_resolution
     preprocess = ResizeCrop(resolution, resolution, "bicubic")  # as the package's own transform
     normalise = next(step for step in _transform(resolution).transforms if isinstance(step, Normalize))
+    image_forward, image_blocks = (_resnet if is_resnet else _vit)(visual, how.tokens)
+    text_forward, text_blocks = _text(network, how.device, how.tokens)
     return Encoder(
         identity={
             "model": architecture,
@@ -109,14 +112,16 @@ def load(model: str | None, weights: str | None, how: Loading) -> Encoder:
             preprocess=preprocess,
             mean=normalise.mean,
             std=normalise.std,
-            forward=(_resnet_forward if is_resnet else _vit_forward)(visual, how.tokens),
+            forward=image_forward,
             network=visual,
             channels_last=is_resnet,
+            blocks=image_blocks,
         ),
         text=TextSide(
             tokenize=_Tokenize(network.context_length),
-            forward=_text_forward(network, how.device, how.tokens),
+            forward=text_forward,
             network=network,
+            blocks=text_blocks,
         ),
         save=save if how.trainable else None,
     )
@@ -370,49 +375,70 @@ def _in_proj(attention: Any, x: torch.Tensor) -> torch.Tensor:
     return projected
 
 
-def _transformer(blocks: Iterable[Any], x: torch.Tensor, causal: bool) -> torch.Tensor:
-    """`clip.model.Transformer` on x (B, L, width). The package's works on (L, B, width), through
+def _residual_block(block: Any, x: torch.Tensor, causal: bool) -> torch.Tensor:
+    """A block of `clip.model.Transformer` on x (B, L, width). The package's works on (L, B, width), through
     `nn.MultiheadAttention`, which copies x into another layout several times a layer."""
     batch, length, width = x.shape
-    for block in blocks:
-        attention, mlp = block.attn, block.mlp
-        qkv = _in_proj(attention, _layer_norm(block.ln_1, x))
-        q, k, v = qkv.view(batch, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, L, d)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).reshape(batch, length, width)
-        x = x + attention.out_proj(mixed)
-        hidden = mlp.c_fc(_layer_norm(block.ln_2, x))
-        gate = (hidden * 1.702).sigmoid_()  # QuickGELU
-        x = x + mlp.c_proj(gate * hidden if gate.requires_grad else gate.mul_(hidden))
-    return x
+    attention, mlp = block.attn, block.mlp
+    qkv = _in_proj(attention, _layer_norm(block.ln_1, x))
+    q, k, v = qkv.view(batch, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, L, d)
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).reshape(batch, length, width)
+    x = x + attention.out_proj(mixed)
+    hidden = mlp.c_fc(_layer_norm(block.ln_2, x))
+    gate = (hidden * 1.702).sigmoid_()  # QuickGELU
+    mapped: torch.Tensor = mlp.c_proj(gate * hidden if gate.requires_grad else gate.mul_(hidden))
+    return x + mapped
 
 
-def _vit_forward(visual: Any, tokens: bool) -> Callable[[torch.Tensor], Features]:
-    def forward(pixels: torch.Tensor) -> Features:
+def _vit(visual: Any, tokens: bool) -> tuple[Callable[[torch.Tensor], Features], Blocks]:
+    blocks = tuple(visual.transformer.resblocks)
+
+    def begin(pixels: torch.Tensor) -> torch.Tensor:
         x = visual.conv1(pixels).flatten(2).transpose(1, 2)  # (B, P, width)
         start = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
-        x = _layer_norm(visual.ln_pre, torch.cat([start, x], 1) + visual.positional_embedding.to(x.dtype))
-        x = _transformer(visual.transformer.resblocks, x, causal=False)
+        return _layer_norm(visual.ln_pre, torch.cat([start, x], 1) + visual.positional_embedding.to(x.dtype))
+
+    def end(x: torch.Tensor, pixels: torch.Tensor | None) -> Features:
         if not tokens:
             return {"feats": _layer_norm(visual.ln_post, x[:, 0]) @ visual.proj}
         x = _layer_norm(visual.ln_post, x)
         return {"feats": x[:, 0] @ visual.proj, "tokens": x[:, 1:]}
 
-    return forward
+    return stacked(
+        blocks,
+        after=("ln_post.", "proj"),
+        begin=begin,
+        step=lambda i, x: _residual_block(blocks[i], x, causal=False),
+        end=end,
+        entering=lambda k: visual.conv1.weight.dtype,
+    )
 
 
-def _resnet_forward(visual: Any, tokens: bool) -> Callable[[torch.Tensor], Features]:
+def _resnet(visual: Any, tokens: bool) -> tuple[Callable[[torch.Tensor], Features], Blocks]:
     visual.to(memory_format=torch.channels_last)
-    maps: list[torch.Tensor] = []
-    if tokens:
-        visual.layer4.register_forward_hook(lambda module, args, output: maps.append(output))
+    blocks = (*visual.layer1, *visual.layer2, *visual.layer3, *visual.layer4)
+    dtype = visual.conv1.weight.dtype
 
-    def forward(pixels: torch.Tensor) -> Features:
-        feats = visual(pixels)
-        if not tokens:
-            return {"feats": feats}
-        return {"feats": feats, "tokens": maps.pop().flatten(2).transpose(1, 2)}
+    def begin(pixels: torch.Tensor) -> torch.Tensor:
+        x = visual.relu1(visual.bn1(visual.conv1(pixels.to(dtype))))
+        x = visual.relu2(visual.bn2(visual.conv2(x)))
+        x = visual.relu3(visual.bn3(visual.conv3(x)))
+        pooled: torch.Tensor = visual.avgpool(x)
+        return pooled
 
-    return forward
+    def end(grid: torch.Tensor, pixels: torch.Tensor | None) -> Features:
+        feats = visual.attnpool(grid)
+        return {"feats": feats, "tokens": map_tokens(grid)} if tokens else {"feats": feats}
+
+    return stacked(
+        blocks,
+        after=("attnpool.",),
+        begin=begin,
+        step=lambda i, grid: blocks[i](grid),
+        end=end,
+        entering=lambda k: dtype,
+        maps=True,
+    )
 
 
 class _Tokenize:
@@ -443,21 +469,31 @@ class _Tokenize:
         return Tokens(ids, len(ids), len(body) > room)
 
 
-def _text_forward(network: CLIP, device: torch.device, tokens: bool) -> Callable[[list[Any]], Features]:
+def _text(network: CLIP, device: torch.device, tokens: bool) -> tuple[Callable[[list[Any]], Features], Blocks]:
     """The text tower is causal and is read at the end token, so positions after the longest text change nothing:
     they are cut off, where `CLIP.encode_text` computes all 77."""
+    blocks = tuple(network.transformer.resblocks)
     dtype = network.text_projection.dtype
 
-    def forward(ids: list[Any]) -> Features:
-        lengths = torch.tensor([len(i) for i in ids])
+    def begin(ids: list[Any]) -> torch.Tensor:
         padded = pad_sequence([torch.from_numpy(i) for i in ids], batch_first=True).to(device)  # (B, L)
         positions = network.positional_embedding[: padded.shape[1]]
-        x = network.token_embedding(padded).to(dtype) + positions.to(dtype)  # (B, L, width)
-        x = _transformer(network.transformer.resblocks, x, causal=True)
+        embedded: torch.Tensor = network.token_embedding(padded).to(dtype) + positions.to(dtype)  # (B, L, width)
+        return embedded
+
+    def end(x: torch.Tensor, ids: list[Any]) -> Features:
+        lengths = torch.tensor([len(i) for i in ids])
         ends = torch.arange(len(ids)), lengths.to(device) - 1
         if not tokens:
             return {"feats": _layer_norm(network.ln_final, x[ends]) @ network.text_projection}
         x = _layer_norm(network.ln_final, x)
         return {"feats": x[ends] @ network.text_projection, "tokens": x}
 
-    return forward
+    return stacked(
+        blocks,
+        after=("ln_final.", "text_projection", "logit_scale"),
+        begin=begin,
+        step=lambda i, x: _residual_block(blocks[i], x, causal=True),
+        end=end,
+        entering=lambda k: dtype,
+    )

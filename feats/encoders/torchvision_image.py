@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 from torchvision.models import ResNet, VisionTransformer, WeightsEnum, get_model, get_model_weights, list_models
 
-from feats.encoders.base import Encoder, Features, ImageSide, Loading
+from feats.encoders.base import Blocks, Encoder, Features, ImageSide, Loading
+from feats.encoders.stack import map_tokens, stacked
 from feats.encoders.weights import save_weights, sha256_of, unobtainable, verified_sha256, weights_at
 from feats.errors import UsageError
 from feats.images import ResizeCrop
@@ -57,6 +58,7 @@ def load(model: str, weights: str | None, how: Loading, *, layer: str) -> Encode
     def save(folder: Path) -> None:
         save_weights(folder, network.state_dict(), {PREPROCESSED_AS: entry.name})
 
+    forward, blocks = (_resnet if is_resnet else _vit)(network, layer, how)
     preset = entry.transforms()
     preprocess = ResizeCrop(preset.resize_size[0], preset.crop_size[0], preset.interpolation.value)
     return Encoder(
@@ -71,9 +73,10 @@ def load(model: str, weights: str | None, how: Loading, *, layer: str) -> Encode
             preprocess=preprocess,
             mean=preset.mean,
             std=preset.std,
-            forward=(_resnet_forward if is_resnet else _vit_forward)(network, layer, how.tokens),
+            forward=forward,
             network=network,
             channels_last=is_resnet,
+            blocks=blocks,
         ),
         save=save if how.trainable else None,
     )
@@ -194,31 +197,51 @@ def pool_map(grid: torch.Tensor) -> torch.Tensor:
     return grid.float().mean((2, 3))
 
 
-def map_tokens(grid: torch.Tensor) -> torch.Tensor:
-    """(B, D, H, W) -> (B, H * W, D), row by row."""
-    return grid.flatten(2).transpose(1, 2)
+def _resnet(network: ResNet, layer: str, how: Loading) -> tuple[Callable[[torch.Tensor], Features], Blocks]:
+    blocks = (*network.layer1, *network.layer2, *network.layer3, *network.layer4)
 
+    def begin(pixels: torch.Tensor) -> torch.Tensor:
+        grid: torch.Tensor = network.maxpool(network.relu(network.bn1(network.conv1(pixels))))
+        return grid
 
-def _resnet_forward(network: ResNet, layer: str, tokens: bool) -> Callable[[torch.Tensor], Features]:
-    def forward(pixels: torch.Tensor) -> Features:
-        grid = network.maxpool(network.relu(network.bn1(network.conv1(pixels))))
-        grid = network.layer4(network.layer3(network.layer2(network.layer1(grid))))  # (B, D, 7, 7)
-        feats = pool_map(grid)
+    def end(grid: torch.Tensor, pixels: torch.Tensor | None) -> Features:
+        feats = pool_map(grid)  # of (B, D, 7, 7)
         if layer == "logits":
             feats = network.fc(feats.to(grid.dtype))
-        return {"feats": feats, "tokens": map_tokens(grid)} if tokens else {"feats": feats}
+        return {"feats": feats, "tokens": map_tokens(grid)} if how.tokens else {"feats": feats}
 
-    return forward
+    return stacked(
+        blocks,
+        after=("fc.",),
+        begin=begin,
+        step=lambda i, grid: blocks[i](grid),
+        end=end,
+        entering=lambda k: how.dtype,
+        maps=True,
+    )
 
 
-def _vit_forward(network: VisionTransformer, layer: str, tokens: bool) -> Callable[[torch.Tensor], Features]:
-    def forward(pixels: torch.Tensor) -> Features:
+def _vit(network: VisionTransformer, layer: str, how: Loading) -> tuple[Callable[[torch.Tensor], Features], Blocks]:
+    blocks = tuple(network.encoder.layers)
+
+    def begin(pixels: torch.Tensor) -> torch.Tensor:
         patches = map_tokens(network.conv_proj(pixels))  # (B, P, D)
         sequence = torch.cat([network.class_token.expand(len(pixels), -1, -1), patches], 1)
-        sequence = network.encoder(sequence)  # adds positions; ends in the LayerNorm
+        embedded: torch.Tensor = network.encoder.dropout(sequence + network.encoder.pos_embedding)
+        return embedded
+
+    def end(sequence: torch.Tensor, pixels: torch.Tensor | None) -> Features:
+        sequence = network.encoder.ln(sequence)
         feats = sequence[:, 0]
         if layer == "logits":
             feats = network.heads(feats)
-        return {"feats": feats, "tokens": sequence[:, 1:]} if tokens else {"feats": feats}
+        return {"feats": feats, "tokens": sequence[:, 1:]} if how.tokens else {"feats": feats}
 
-    return forward
+    return stacked(
+        blocks,
+        after=("encoder.ln.", "heads."),
+        begin=begin,
+        step=lambda i, sequence: blocks[i](sequence),
+        end=end,
+        entering=lambda k: how.dtype,
+    )

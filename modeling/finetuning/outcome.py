@@ -57,13 +57,14 @@ def save_tuned(
 ) -> Run:
     """Write the run of a finetuned model into the folder `runs`, as `name` or as its settings say; returns the run as
     it lies there. `work` is the finetuning's working folder. Raises as `save_run`."""
-    names = list(start.model.encoders)
+    names = [name for name, encoder in start.model.encoders.items() if encoder.save is not None]
     folder = work / "encoders"
     shutil.rmtree(folder, ignore_errors=True)  # of a finetuning that was interrupted just here
     places = {name: f"encoders/{name.replace('/', '-')}" for name in names}
     if len(set(places.values())) < len(names):
         raise UsageError(f"caches {', '.join(names)} are too alike to be folders; rename one")
     digests = {name: save_encoder(start.model.encoders[name], work / place) for name, place in places.items()}
+    folder.mkdir(exist_ok=True)  # where nothing is learned there is none
     source = _source(start, digests, runs)
     labels = start.experiment.labels(start.split.val)
     temperature = metrics.fit_temperature(tuned.val_logits, labels, TEMPERATURES)
@@ -92,7 +93,9 @@ def _source(start: Start, digests: Mapping[str, str], runs: Path) -> FeatureSour
     for name, encoder in start.model.encoders.items():
         of_rows = fingerprint_of(encoder, start.records, ExtractionSettings(text_clean=start.cleaning[name]))
         dtype = dtype_name(start.model.autocast.get(name, torch.float32))
-        fingerprints[name] = {**of_rows, "weights_sha256": digests[name], "dtype": dtype}
+        fingerprints[name] = {**of_rows, "dtype": dtype}
+        if name in digests:
+            fingerprints[name]["weights_sha256"] = digests[name]
     image, text = (tuple(start.model.preprocessing.caches[side]) for side in SIDES)
     tokens = any("_tokens/" in key for key in start.model.preprocessing.normalizers)
     return FeatureSource(runs / OWN_CACHES, image, text, tokens, fingerprints)

@@ -82,7 +82,7 @@ def _cached_trunks(
         if not cuts or min(cuts.values()) < 0:  # too few blocks: what is tuned says so
             continue
         dtype = start.model.autocast.get(name, torch.float32)
-        trunk = lower_part(encoder, cuts, None if dtype == torch.float32 else dtype)
+        trunk = lower_part(encoder, cuts, autocast=None if dtype == torch.float32 else dtype)
         how = ExtractionSettings(text_clean=start.cleaning[name])
         made_by = {**fingerprint_of(trunk, start.records, how), "versions": None, "data": None}
         digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]

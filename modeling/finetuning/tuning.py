@@ -91,7 +91,7 @@ def choose_parameters(model: PairModel, settings: TuneSettings) -> None:
     for part, side in model.sides.items():
         network = model.parts[part]
         network.requires_grad_(settings.tune == "all" and settings.lora is None)
-        if settings.last_blocks is not None:
+        if settings.last_blocks is not None and next(network.parameters(), None) is not None:
             blocks = side.blocks
             count = 0 if blocks is None else len(blocks.modules)
             if count < settings.last_blocks:
@@ -199,7 +199,7 @@ class _Tuning:
 
     def _depths(self, part: str) -> dict[str, int]:
         side = self.model.sides[part]
-        if side.blocks is None or self.settings.layer_decay == 1:
+        if self.settings.layer_decay == 1:
             return dict.fromkeys((name for name, _ in self.model.parts[part].named_parameters()), 0)
         return parameter_depths(side)
 

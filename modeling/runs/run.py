@@ -247,7 +247,8 @@ class Run:
 
     def encoder_weights(self, name: str) -> str | None:
         """The folder of the weights of the encoder of a cache, where the run has tuned it."""
-        return None if self.finetuned is None else str(self.folder / self.finetuned.encoders[name])
+        place = None if self.finetuned is None else self.finetuned.encoders.get(name)
+        return None if place is None else str(self.folder / place)
 
     @property
     def folder(self) -> Path:
