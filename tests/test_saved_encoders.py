@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -276,7 +275,6 @@ def test_settings_of_a_saved_encoder_hold(pooled_run: Path):
 def test_raw_pairs_are_encoded_as_the_fingerprint_says(pooled_run: Path):
     encoder = load_encoder("roberta", weights=str(pooled_run))
     fingerprint = {**encoder.identity, "dtype": "fp32", "text_clean": "tweet", "tokens": False}
-    run = SimpleNamespace(path=pooled_run, source=SimpleNamespace(fingerprints={"text": fingerprint}))
     found = encoder_of("text", fingerprint, str(pooled_run), device=torch.device("cpu"))
     assert found.identity == encoder.identity
 
