@@ -13,7 +13,7 @@ from feats.store import DONE, QUARANTINED, FeatureStore
 
 CLASSES = ["negative", "neutral", "positive"]
 WIDTHS = {"clip": (8, 8), "resnet": (12, None), "roberta": (None, 10), "vader": (None, 4)}  # image, text
-TOKENS, TOKEN_WIDTH = 3, 6
+TOKENS, TOKEN_WIDTH = 4, 6  # a square of tokens
 
 
 def make_tags(rows: int) -> list[str]:

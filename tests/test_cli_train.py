@@ -539,7 +539,7 @@ def test_what_a_head_reads_decides_what_becomes_of_it(
     name: str, feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     """... and nothing else: comparing runs that differ in nothing but what isn't read."""
-    caches = ["--vtype", "clip"] if name == "coattention" else ["--vtype", "resnet", "--ttype", "clip"]
+    caches = ["--vtype", "clip"] if HEADS[name].tokens else ["--vtype", "resnet", "--ttype", "clip"]
     base = train(
         feats, tmp_path, "--head", name, *caches, "--dropout", "0.2", "--gamma", "2", "--C", "2", "--ridge", "2"
     )

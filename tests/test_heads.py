@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save
+from stacked import give
 from tensors import normal
 from torch import Tensor, nn
 
@@ -56,7 +57,7 @@ def shake(head: Head) -> Head:
 def constant(config: HeadConfig, name: str, widths: dict[str, int]) -> bool:
     """Whether a parameter's gradient is 0 by mathematics: softmax doesn't see what all its arguments share, so a key's
     bias has no effect, and of a single key nothing but its value has."""
-    lone = {"attention", "attention_linear", "gated_transformer"} if len(config.sides) == 1 else set()
+    lone = {"attention", "attention_linear", "gated_transformer", "vilbert"} if len(config.sides) == 1 else set()
     if "image_tokens" not in widths or config.sides == ("text",):
         lone.add("query_attention")
     if config.head in lone and re.search(r"\b(query|key)\.", name):
@@ -139,8 +140,8 @@ def toy(image_shows: list[int], text_shows: list[int], tokens: bool = True) -> P
         for c in shown[side]:
             signal[labels == c, c] = 2.0
         vectors[side] = signal + normal(n, width, seed=i) * 0.3
-        sequences[side] = signal[:, None] + normal(n, 3, width, seed=2 + i) * 0.3
-    offsets = torch.arange(n + 1) * 3
+        sequences[side] = signal[:, None] + normal(n, 4, width, seed=2 + i) * 0.3
+    offsets = torch.arange(n + 1) * 4
     extra = {"image_tokens": sequences["image"], "text_tokens": Ragged(sequences["text"].flatten(0, 1), offsets)}
     inputs = Inputs(**vectors, **extra) if tokens else Inputs(**vectors)
     train, val = torch.arange(100), torch.arange(100, n)
@@ -148,7 +149,7 @@ def toy(image_shows: list[int], text_shows: list[int], tokens: bool = True) -> P
 
 
 def learnt(name: str, problem: Problem, sides: tuple[str, ...] = ("image", "text")) -> float:
-    config = TrainConfig(HeadConfig(name, D=16, sides=sides), lr=1e-2, ep=12, bs=25, monitor="loss", seed=0)
+    config = TrainConfig(HeadConfig(name, D=32, sides=sides), lr=1e-2, ep=12, bs=25, monitor="loss", seed=0)
     (trained,) = fit([config], problem)
     return (trained.val_logits.argmax(1) == problem.labels[problem.val].numpy()).mean()
 
@@ -156,7 +157,7 @@ def learnt(name: str, problem: Problem, sides: tuple[str, ...] = ("image", "text
 @pytest.mark.parametrize("name", [name for name in HEADS if name != "query_attention"])  # see its own test below
 def test_learns_from_both_sides(name: str):
     """Neither side knows two of the classes apart, so a head that reads one only can't do it."""
-    problem = toy([0], [2], tokens=name == "coattention")
+    problem = toy([0], [2], tokens=bool(HEADS[name].tokens))
     assert learnt(name, problem) >= 0.9
     assert learnt(name, problem, sides=("text",)) < 0.85 and learnt(name, problem, sides=("image",)) < 0.85
 
@@ -189,6 +190,7 @@ def test_parameter_counts(v: int, t: int, D: int, n_classes: int):
         "late_512": (v + 1 + t + 1) * 512 + 1025 * C,
         "query_attention": (v + 1) * t + 4 * (t + 1) * t + (t + 1) * C,
         "linear": (v + t + 1) * C,
+        "vilbert": common + 2 * (12 * width + 13) * width + (2 * width + 1) * 2 * D + (2 * D + 1) * C,
     }
     for name, count in expected.items():
         assert n_parameters(build_head(HeadConfig(name, D), {"image": v, "text": t}, C, [0, 1])) == count, name
@@ -322,6 +324,127 @@ def test_query_attention_reads_the_text_only_through_image_tokens():
     assert (with_tokens(other) - with_tokens(batch)).abs().max() > 1e-3
 
 
+class PlainVilbert(nn.Module):
+    """Study B's two-token encoder, of vectors of one width."""
+
+    def __init__(self, width: int, D: int):
+        super().__init__()
+        layer = {"dim_feedforward": 4 * width, "activation": "gelu", "batch_first": True}
+        self.encoder = nn.ModuleList(nn.TransformerEncoderLayer(width, 6, **layer) for _ in range(2))
+        self.mlp = nn.Sequential(nn.Linear(2 * width, 2 * D), nn.ReLU(), nn.Dropout(), nn.Linear(2 * D, 3))
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        x = torch.stack([image, text], 1)
+        for layer in self.encoder:
+            x = layer(x)
+        return self.mlp(torch.cat([x[:, 0], x[:, 1]], 1))
+
+
+@pytest.mark.parametrize("m", [0, 1])
+def test_vilbert_equals_torch_s_transformer(m: int):
+    batch = make_batch(WIDTHS["equal"], 2)
+    head = shake(build_head(HeadConfig("vilbert", D=5), vectors_only(WIDTHS["equal"]), 3, [0, 1])).eval()
+    plain = PlainVilbert(6, 5).eval()
+    for ours, theirs in [*zip(head.layers, plain.encoder), (head.mlp[0], plain.mlp[0]), (head.mlp[3], plain.mlp[3])]:
+        give(ours, m, theirs)
+    assert n_parameters(head) == sum(p.numel() for p in plain.parameters())
+    torch.testing.assert_close(head(batch)[m], plain(batch.image[m], batch.text[m]), rtol=1e-4, atol=1e-5)
+
+
+class PlainCrossModal(nn.Module):
+    """Study B's cross-modal attention, one pair at a time: nothing to mask."""
+
+    def __init__(self, image: int, text: int, D: int):
+        super().__init__()
+        self.project = nn.ModuleDict({"image": nn.Linear(image, D), "text": nn.Linear(text, D)})
+        self.attention = nn.ModuleDict({side: nn.MultiheadAttention(D, 8) for side in self.project})
+        self.norm = nn.ModuleDict({side: nn.LayerNorm(D) for side in self.project})
+        self.mlp = nn.Sequential(nn.Linear(2 * D, D), nn.ReLU(), nn.Dropout(), nn.Linear(D, 3))
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        image, text = self.project["image"](image), self.project["text"](text)
+        seen = self.norm["image"](image + self.attention["image"](image, text, text)[0])
+        read = self.norm["text"](text + self.attention["text"](text, image, image)[0])
+        return self.mlp(torch.cat([seen.mean(0), read.mean(0)]))
+
+
+@pytest.mark.parametrize("m", [0, 1])
+def test_cross_modal_equals_torch_s_attention(m: int):
+    widths, batch = WIDTHS["odd"], make_batch(WIDTHS["odd"], 2)
+    head = shake(build_head(HeadConfig("cross_modal", D=16), widths, 3, [0, 1])).eval()
+    plain = PlainCrossModal(7, 3, 16).eval()
+    pairs = [(head.mlp[0], plain.mlp[0]), (head.mlp[3], plain.mlp[3])]
+    for part in ("project", "attention", "norm"):
+        pairs += [(getattr(head, part)[side], getattr(plain, part)[side]) for side in ("image", "text")]
+    for ours, theirs in pairs:
+        give(ours, m, theirs)
+    assert n_parameters(head) == sum(p.numel() for p in plain.parameters())
+    rows = zip(batch.image_tokens[m], batch.text_tokens[m], batch.text_mask[m])
+    expected = torch.stack([plain(image, text[mask]) for image, text, mask in rows])
+    torch.testing.assert_close(head(batch)[m], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_cross_modal_on_one_side_attends_to_itself():
+    widths, batch = WIDTHS["odd"], make_batch(WIDTHS["odd"])
+    for side in ("image", "text"):
+        head = shake(build_head(HeadConfig("cross_modal", D=16, sides=(side,)), widths, 3)).eval()
+        rows = []
+        for row, mask in zip(batch.of(f"{side}_tokens")[0], batch.text_mask[0]):
+            x = linear(head.project[side], row[mask] if side == "text" else row)[None]
+            mixed = F.layer_norm(x + attend(head.attention[side], x, x), (16,))
+            rows.append((mixed[0] * head.norm[side].weight[0] + head.norm[side].bias[0]).mean(0))
+        expected = linear(head.mlp[3], linear(head.mlp[0], torch.stack(rows)).relu())
+        torch.testing.assert_close(head(batch)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_cross_modal_of_a_text_without_a_token():
+    inputs = Inputs(image_tokens=normal(3, 4, 7), text_tokens=Ragged(normal(2, 3, seed=1), torch.tensor([0, 0, 2, 2])))
+    head = shake(build_head(HeadConfig("cross_modal", D=8), inputs.widths, 3)).eval()
+    every = head(inputs.batch(torch.tensor([[0, 1, 2]])))
+    assert every.isfinite().all()
+
+
+class PlainEarlyPlane(nn.Module):
+    """Study E's early fusion of pictures (B, 3, 20, 20); without `text`, of the pictures alone."""
+
+    def __init__(self, text: int, D: int):
+        super().__init__()
+        self.to_plane = nn.Linear(text, 400) if text else None
+        self.convolutions = nn.Sequential(
+            *(nn.Conv2d(4 if text else 3, D // 4, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(2)),  # 20 to 10 and 5
+            *(nn.Conv2d(D // 4, D // 2, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)),  # to 3 and 2
+            *(nn.Conv2d(D // 2, D, 3, 2, 1), nn.ReLU()),  # to 1
+        )
+        self.out = nn.Linear(D, 3)
+
+    def forward(self, pictures: Tensor, text: Tensor) -> Tensor:
+        planes = [pictures] + ([self.to_plane(text).view(-1, 1, 20, 20)] if self.to_plane else [])
+        return self.out(self.convolutions(torch.cat(planes, 1)).flatten(1))
+
+
+@pytest.mark.parametrize("sides", [("image", "text"), ("image",)])
+@pytest.mark.parametrize("m", [0, 1])
+def test_early_plane_equals_a_plain_net(m: int, sides: tuple[str, ...]):
+    pictures, text = normal(2, 21, 3, 20, 20), normal(2, 21, 13, seed=1)
+    widths = {"image": 3, "text": 13, "image_tokens": 3, "image_positions": 400}
+    head = shake(build_head(HeadConfig("early_plane", D=8, dropout=0.0, sides=sides), widths, 3, [0, 1]))
+    plain = PlainEarlyPlane(13 if "text" in sides else 0, 8)
+    pairs = [(head.stages[i], plain.convolutions[i]) for i in (0, 3, 6)] + [(head.out, plain.out)]
+    for ours, theirs in [*pairs, *([(head.to_plane, plain.to_plane)] if "text" in sides else [])]:
+        give(ours, m, theirs)
+    assert n_parameters(head) == sum(p.numel() for p in plain.parameters())
+    batch = Batch(text=text, image_tokens=pictures.flatten(3).transpose(2, 3))  # pixels row by row
+    expected = plain(pictures[m], text[m])
+    for mode in (True, False):
+        torch.testing.assert_close(head.train(mode)(batch)[m], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_early_plane_of_the_text_alone_has_the_picture_s_usual_size():
+    head = build_head(HeadConfig("early_plane", D=4, sides=("text",)), {"text": 13}, 3)
+    assert head.to_plane.weight.shape == (1, 224 * 224, 13) and head.stages[0].weight.shape == (1, 1, 1, 3, 3)
+    assert head.out.weight.shape == (1, 3, 4 * 4 * 4)  # 224 to 56, 14 and 4
+
+
 # -- configuration ----------------------------------------------------------------------------------------------
 
 
@@ -355,6 +478,13 @@ def test_configurations_that_make_no_head(wrong: dict, match: str):
         (HeadConfig("concat", sides=("text",)), {"image": 5}, "head concat needs text features, and there are image"),
         (HeadConfig("coattention"), {"image": 5, "text": 5}, "head coattention needs image tokens features"),
         (HeadConfig("coattention", sides=("text",)), {"text": 5}, "head coattention needs text tokens features"),
+        (HeadConfig("early_plane"), {"image": 5, "text": 5}, "head early_plane needs image tokens features"),
+        (HeadConfig("early_plane"), {"image_tokens": 3, "image_positions": 4}, "head early_plane needs text features"),
+        (
+            HeadConfig("early_plane"),
+            {"image_tokens": 3, "image_positions": 49 * 2, "text": 5},
+            "head early_plane needs square pictures, and there are 98 image tokens; use the encoder pixels",
+        ),
         (HeadConfig("linear"), {}, "needs image features, and there are none"),
     ],
 )

@@ -263,9 +263,13 @@ def test_one_batch_for_all_models():
 def test_a_head_gets_no_more_than_it_reads(head: str, sides: tuple[str, ...]):
     config = HeadConfig(head, sides=sides)
     inputs = everything().for_head(config)
-    read = {"coattention": {"image_tokens", "text_tokens"}, "query_attention": {"image", "text", "image_tokens"}}.get(
-        head, {"image", "text"}
-    )
+    tokens = {"image_tokens", "text_tokens"}
+    read = {
+        "coattention": tokens,
+        "cross_modal": tokens,
+        "early_plane": {"image_tokens", "text"},
+        "query_attention": {"image", "text", "image_tokens"},
+    }.get(head, {"image", "text"})
     read |= {"image_views"} if "image" in read else set()
     read = {name for name in read if name.startswith(sides)}
     there = {

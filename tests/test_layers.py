@@ -4,14 +4,17 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+from stacked import give
 from tensors import normal
 from torch import Tensor, nn
 
 from modeling.heads.layers import (
     BatchNorm,
+    Conv2d,
     Dropout,
     LayerNorm,
     Linear,
+    MaxPool2d,
     MultiheadAttention,
     Noise,
     TransformerEncoderLayer,
@@ -34,25 +37,6 @@ def shake(stack: nn.Module) -> nn.Module:
     for i, parameter in enumerate(stack.parameters()):
         parameter.copy_(normal(*parameter.shape, seed=100 + i) * 0.5)
     return stack
-
-
-@torch.no_grad()
-def give(layer: nn.Module, m: int, reference: nn.Module) -> None:
-    """Copy model m's parameters into the torch module that does the same."""
-    if isinstance(layer, TransformerEncoderLayer):
-        pairs = [(layer.attention, reference.self_attn), (layer.mlp[0], reference.linear1)]
-        pairs += [(layer.mlp[3], reference.linear2), (layer.norm1, reference.norm1), (layer.norm2, reference.norm2)]
-        for ours, theirs in pairs:
-            give(ours, m, theirs)
-    elif isinstance(layer, MultiheadAttention):
-        parts = layer.query, layer.key, layer.value
-        reference.in_proj_weight.copy_(torch.cat([part.weight[m] for part in parts]))
-        reference.in_proj_bias.copy_(torch.cat([part.bias[m] for part in parts]))
-        give(layer.out, m, reference.out_proj)
-    else:
-        reference.weight.copy_(layer.weight[m])
-        if reference.bias is not None:
-            reference.bias.copy_(layer.bias[m])
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -199,6 +183,30 @@ def test_transformer_encoder_layer():
         torch.testing.assert_close(x.grad[m], own.grad, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kernel, stride", [(1, 1), (3, 1), (5, 1), (3, 2), (5, 3)])
+def test_convolution(kernel: int, stride: int):
+    stack = shake(Conv2d(3, 4, 6, kernel, stride))
+    x = normal(3, 5, 4, 7, 8).requires_grad_()
+    y = stack(x)
+    y.square().sum().backward()
+    for m in range(3):
+        reference, own = nn.Conv2d(4, 6, kernel, stride, padding=kernel // 2), x.detach()[m].requires_grad_()
+        give(stack, m, reference)
+        expected = reference(own)
+        expected.square().sum().backward()
+        torch.testing.assert_close(y[m], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(x.grad[m], own.grad, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(stack.weight.grad[m], reference.weight.grad, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(stack.bias.grad[m], reference.bias.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (9, 6), (2, 2), (1, 1)])
+def test_max_pooling(height: int, width: int):
+    x = normal(2, 3, 5, height, width)
+    expected = [[x[..., i : i + 3, j : j + 3].amax((-1, -2)) for j in range(0, width, 3)] for i in range(0, height, 3)]
+    assert torch.equal(MaxPool2d(3)(x), torch.stack([torch.stack(row, -1) for row in expected], -2))
+
+
 # -- initial weights --------------------------------------------------------------------------------------------
 
 
@@ -221,8 +229,12 @@ def test_initial_weights_depend_on_the_seed_alone():
     assert len({stack[2].weight[m, 0, 0].item() for m in range(3)}) == 3
 
 
-def test_initial_weights_are_distributed_as_torch_s():
-    stack, reference = Linear(2, 200, 300), nn.Linear(200, 300)
+@pytest.mark.parametrize(
+    "stack, reference",
+    [(Linear(2, 200, 300), nn.Linear(200, 300)), (Conv2d(2, 20, 300, 3), nn.Conv2d(20, 300, 3))],
+    ids=["linear", "convolution"],
+)
+def test_initial_weights_are_distributed_as_torch_s(stack: nn.Module, reference: nn.Module):
     initialise(stack, [0, 1])
     for ours, theirs in ((stack.weight, reference.weight), (stack.bias, reference.bias)):
         for own in ours.detach():

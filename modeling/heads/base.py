@@ -99,7 +99,7 @@ class Head(nn.Module):
     study: str = ""  # letter of the reference study it comes from
     recipe: str = ""  # the recipe (`modeling.training.recipes`) of that study's settings
     dropout: float = 0.0  # the study's own
-    tokens: tuple[str, ...] = ()  # sides whose token features are needed
+    tokens: tuple[str, ...] = ()  # sides whose token features are needed, in place of their vectors
     optional_tokens: tuple[str, ...] = ()  # sides whose token features are used where cached
     # What of `HeadConfig`, beside head and sides, decides its result; of heads solved in closed form also what of
     # `modeling.training.config.TrainConfig` does: others read all that concerns gradient descent.
@@ -124,7 +124,7 @@ class Head(nn.Module):
     @classmethod
     def require(cls, config: HeadConfig, widths: Mapping[str, int]) -> None:
         """Raise `UsageError` when the features lack what the head needs."""
-        for name in [f"{side}_tokens" for side in cls.tokens if side in config.sides] or config.sides:
+        for name in [f"{side}_tokens" if side in cls.tokens else side for side in config.sides]:
             if name not in widths:
                 what = name.replace("_", " ")
                 raise UsageError(
@@ -134,7 +134,7 @@ class Head(nn.Module):
     @classmethod
     def read_features(cls, sides: Sequence[str]) -> set[str]:
         """Names of the features that it reads of `sides` where they are cached: image, text, image_tokens, ..."""
-        vectors = set() if cls.tokens else set(sides)
+        vectors = set(sides) - set(cls.tokens)
         return vectors | {f"{side}_tokens" for side in (*cls.tokens, *cls.optional_tokens) if side in sides}
 
     def build(self, config: HeadConfig, widths: Mapping[str, int], n_classes: int, n_models: int) -> None:

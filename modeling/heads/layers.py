@@ -84,6 +84,46 @@ def set_product_dtype(stack: nn.Module, dtype: torch.dtype) -> None:
             layer.product_dtype = dtype
 
 
+class Conv2d(nn.Module):
+    """Convolution of maps (M, B, n_in, H, W) -> (M, B, n_out, H / stride, W / stride), rounded up: the kernel is odd,
+    and half of it zeros are put around the maps. The weight is (M, n_out, n_in, kernel, kernel)."""
+
+    def __init__(self, n_models: int, n_in: int, n_out: int, kernel: int, stride: int = 1):
+        super().__init__()
+        self.stride = stride
+        self.weight = nn.Parameter(torch.empty(n_models, n_out, n_in, kernel, kernel))
+        self.bias = nn.Parameter(torch.empty(n_models, n_out))
+
+    def reset(self, model: int, generator: torch.Generator) -> None:
+        """Draw the weights of one model of the stack."""
+        bound = 1 / math.sqrt(self.weight[model, 0].numel())
+        self.weight[model].uniform_(-bound, bound, generator=generator)
+        self.bias[model].uniform_(-bound, bound, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # One group of channels for each model: a single kernel.
+        y = F.conv2d(
+            x.transpose(0, 1).flatten(1, 2),
+            self.weight.flatten(0, 1),
+            self.bias.flatten(),
+            self.stride,
+            self.weight.shape[-1] // 2,
+            groups=len(self.weight),
+        )
+        return y.unflatten(1, self.bias.shape).transpose(0, 1)
+
+
+class MaxPool2d(nn.Module):
+    """The largest of each `size` x `size` square of maps (M, B, C, H, W), with what is left over at the edges."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x.flatten(0, 1), self.size, ceil_mode=True).unflatten(0, x.shape[:2])
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation of (M, B, width) over B. Ioffe and Szegedy 2015; running statistics as torch.nn.BatchNorm1d,
     but a batch of a single row is left to the running statistics instead of failing."""

@@ -12,10 +12,10 @@ from modeling.heads.base import Head, HeadConfig, head_class
 from modeling.heads.beyond import KernelHead, LinearHead, Mlp
 from modeling.heads.layers import initialise
 from modeling.heads.study_a import Attention, AttentionLinear, Concat, WeightedSum
-from modeling.heads.study_b import ClipMatch, Early, GatedTransformer, Late
+from modeling.heads.study_b import ClipMatch, CrossModal, Early, GatedTransformer, Late, Vilbert
 from modeling.heads.study_c import CoAttention
 from modeling.heads.study_d import CrossAttention, Fusion
-from modeling.heads.study_e import Late512, QueryAttention
+from modeling.heads.study_e import EarlyPlane, Late512, QueryAttention
 
 HEADS: dict[str, type[Head]] = {
     "fusion": Fusion,
@@ -28,8 +28,11 @@ HEADS: dict[str, type[Head]] = {
     "late": Late,
     "clip_match": ClipMatch,
     "gated_transformer": GatedTransformer,
+    "vilbert": Vilbert,
+    "cross_modal": CrossModal,
     "late_512": Late512,
     "query_attention": QueryAttention,
+    "early_plane": EarlyPlane,
     "coattention": CoAttention,
     "mlp": Mlp,
     "linear": LinearHead,
