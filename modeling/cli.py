@@ -207,7 +207,7 @@ def tuning_settings(args: Namespace, classes: Sequence[str] | None = None) -> Tu
     names = {f.name for f in fields(TuneSettings)} - {"text_augmentation", "class_weights"}
     recipe = TUNING_RECIPES.get(args.recipe or "", {})
     given = {name: value for name, value in {**recipe, **vars(args)}.items() if name in names}
-    weights = getattr(args, "class_weights", TuneSettings.class_weights)
+    weights: str = getattr(args, "class_weights", "none")
     return TuneSettings(
         **{**given, "augment": tuple(given.get("augment", ()))},
         text_augmentation=TextAugmentation(particles=args.particles),

@@ -210,7 +210,7 @@ def model_choice(
         encoder_choice(typed) if typed else getattr(model, side, None)
         for side, typed in (("image", args.image_encoder), ("text", args.text_encoder))
     )
-    given = {"head": model.head} if model else {}
+    given: dict[str, Any] = {"head": model.head} if model else {}
     of_head = {f.name for f in fields(HeadConfig)} - {"sides"}
     given |= {name: value for name, value in {**recipe, **vars(args)}.items() if name in of_head}
     sides = ABLATIONS[getattr(args, "ablation", 0)]

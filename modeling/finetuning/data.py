@@ -211,7 +211,7 @@ def content_hashes(records: Sequence[Record]) -> dict[str, int]:
 def without(batch: PairBatch, side: str, reader: PairReader, hidden: Mapping[str, torch.Tensor]) -> PairBatch:
     """The batch with a black picture, or an empty text, in place of one side's. `hidden`: what that is to a cached
     trunk, (1, L, width) by part."""
-    size = len(next(iter([*batch.pixels.values(), *batch.ids.values(), *batch.hidden.values()])))
+    size = batch.size
     changed = {**batch.hidden, **{part: x.expand(size, *x.shape[1:]) for part, x in hidden.items()}}
     if side == "image":
         black = {name: s.blank().expand(size, *s.blank().shape) for name, s in reader.image.items()}

@@ -5,7 +5,7 @@
 With what lies below a cut cached (see `modeling.finetuning.trunk`), the encoders begin above it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +31,12 @@ class PairBatch:
     pixels: dict[str, Tensor] = field(default_factory=dict)  # (B, H, W, 3) uint8
     ids: dict[str, list[Any]] = field(default_factory=dict)  # each text's `Tokens.ids`
     hidden: dict[str, Tensor] = field(default_factory=dict)  # by "image/clip": (B, L, width)
+
+    @property
+    def size(self) -> int:
+        """B."""
+        there: list[Sized] = [*self.pixels.values(), *self.ids.values(), *self.hidden.values()]
+        return len(there[0])
 
 
 class PairModel:

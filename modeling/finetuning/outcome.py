@@ -6,6 +6,7 @@ import resource
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,11 @@ from modeling.finetuning.distributed import Team
 from modeling.finetuning.model import hidden_of_nothing
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.starts import Start
-from modeling.finetuning.tuning import TuneData, Tuned, predict
+from modeling.finetuning.tuning import Tuned, TuneData, predict
 from modeling.heads.base import ablation_words
 from modeling.runs.folder import read_report, run_name, save_run
-from modeling.runs.tables import report_tables
 from modeling.runs.run import OWN_CACHES, Finetuned, Report, Run
+from modeling.runs.tables import report_tables
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ def predicted_of(start: Start, data: TuneData, team: Team, ablated: bool) -> Pre
         for side in sides:
             hidden = hidden_of_nothing(model, side)
             left = ablation_words(tuple(other for other in SIDES if other != side))
-            found[left] = predict(model, reader, data.val, team, lambda batch: without(batch, side, reader, hidden))
+            change = partial(without, side=side, reader=reader, hidden=hidden)
+            found[left] = predict(model, reader, data.val, team, change)
     return Predicted(test, found)
 
 

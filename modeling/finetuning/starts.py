@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -213,8 +214,9 @@ def _load(
             raise ValueError("untrained encoders need a folder for their weights")
         chosen = str(UNTRAINED[choice.name](scratch / f"{choice.name}_scratch", seed=settings.seed, **sizes))
         model = chosen
+    options: dict[str, Any] = dict(choice.options)
     return load_encoder(
-        choice.name, model, chosen, device=device, dtype="fp32", tokens=tokens, trainable=True, **choice.options
+        choice.name, model, chosen, device=device, dtype="fp32", tokens=tokens, trainable=True, **options
     )
 
 

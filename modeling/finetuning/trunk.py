@@ -13,6 +13,7 @@ from feats.encoders.cut import lower_part
 from feats.extraction.local import extract
 from feats.extraction.plan import fingerprint_of
 from feats.extraction.settings import ExtractionSettings
+from feats.store import SIDES
 from modeling.features.joined import Ragged, load_features
 from modeling.finetuning.data import PairReader
 from modeling.finetuning.distributed import Team
@@ -91,14 +92,13 @@ def _cached_trunks(
             folder.mkdir(parents=True, exist_ok=True)
             extract(trunk, start.records, folder / f"{cache}_train.h5", how, progress=progress)
         team.gather(None)
-        sides = {side: [cache] if side in cuts else [] for side in ("image", "text")}
-        data = load_features(folder, "train", **sides, tokens=True)
+        image, text = ([cache] if side in cuts else [] for side in SIDES)
+        data = load_features(folder, "train", image, text, tokens=True)
         place = torch.full((len(numbers),), -1)
         place[[numbers[i] for i in data.ids]] = torch.arange(len(data))
-        for side, cut in cuts.items():
-            found = getattr(data, f"{side}_tokens")[cache]
-            hidden[f"{side}/{name}"] = _rows_of(found, place)
-            start.model.cuts[f"{side}/{name}"] = cut
+        for kind, cut in cuts.items():
+            hidden[f"{kind}/{name}"] = _rows_of(getattr(data, f"{kind}_tokens")[cache], place)
+            start.model.cuts[f"{kind}/{name}"] = cut
     return hidden
 
 

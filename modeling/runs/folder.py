@@ -352,7 +352,8 @@ def newest_run(folder: Path | str, single_head: bool = False) -> Path:
     runs = [path for path in list_runs(folder) if not single_head or _is_single_head(path)]
     if not runs:
         raise UsageError(
-            f"no complete run{' of one head' if single_head else ''} in {folder}; train one with: python modeling/train_head.py `vtype` clip `D` 256"
+            f"no complete run{' of one head' if single_head else ''} in {folder}; train one with: "
+            "python modeling/train_head.py `vtype` clip `D` 256"
         )
     return runs[0]
 
