@@ -1,0 +1,1 @@
+"""Finetuning: encoders with gradients and heads of stage 2 on raw pairs."""
