@@ -182,7 +182,7 @@ class Preprocessing:
         return torch.cat(parts, -1)
 
     def normalised(self, kind: str, name: str, x: Tensor) -> Tensor:
-        """Features (..., D) of the cache `name`, `kind` image, text, image_tokens or text_tokens, as heads read them."""
+        """Features (..., D) of a cache as heads read them; `kind` is image, text, image_tokens or text_tokens."""
         scale = self.scales.get(name, 1.0)
         x = self.normalizers[f"{kind}/{name}"].apply(x)
         return x if scale == 1 else x * scale

@@ -107,7 +107,7 @@ class PairReader(Dataset[Read]):
             if read.reasons:
                 some = "; ".join(f"{i} ({why})" for i, why in list(read.reasons.items())[:5])
                 raise UsageError(
-                    f"{len(read.reasons)} rows can't be read: {some}; repair their files, or leave them out of the split"
+                    f"{len(read.reasons)} rows can't be read: {some}; repair their files, or split without them"
                 )
             yield read.batch
 

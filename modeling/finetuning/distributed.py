@@ -1,4 +1,4 @@
-"""Several processes that share one finetuning, as torchrun starts them: who does what, and what they tell each other."""
+"""Several processes that share one finetuning, as torchrun starts them: who does what, what they tell each other."""
 
 import os
 from collections.abc import Iterator, Sequence

@@ -89,8 +89,8 @@ TUNING_RECIPES: dict[str, dict[str, Any]] = {
     },
     # C brought the rate from 1e-4 down to 5e-6 for finetuning; the best of 10 epochs by accuracy; split 4:1.
     "C": {"lr": 5e-6, "ep": 10, "monitor": "accuracy", "val_ratio": 0.2},
-    # D's table has its finetuned ResNet50 and RoBERTa at D 256 and 2e-5, its module a batch of 64. Adam, the dropout and
-    # the split with its seed are those of its heads; the 100 epochs there belong to cached features.
+    # D's table has its finetuned ResNet50 and RoBERTa at D 256 and 2e-5, its module a batch of 64. Adam, the dropout
+    # and the split with its seed are those of its heads; the 100 epochs there belong to cached features.
     "D": {
         "optimizer": "adam",
         "lr": 2e-5,
