@@ -421,6 +421,7 @@ def report_of(experiment: Experiment, run: Run, calibrated: np.ndarray, raw: np.
     ids = [i for split in experiment.splits for i in split.val]
     majority = experiment.majority(experiment.splits[0])
     figures: dict[str, Any] = {"val": split_figures(experiment, ids, raw, calibrated, majority)}
+    tested = None
     if len(experiment.splits) == 1 and experiment.splits[0].test:
         test = experiment.splits[0].test
         features, rows = experiment.features.to("cpu"), experiment.features.positions(test)
@@ -428,9 +429,10 @@ def report_of(experiment: Experiment, run: Run, calibrated: np.ndarray, raw: np.
         if run.stacking is None:  # what stacks the members also calibrates them
             raw_test = np.asarray(np.mean([metrics.softmax(m.logits(features, rows)) for m in run.members], axis=0))
         figures["test"] = split_figures(experiment, test, raw_test, final, majority)
+        tested = (test, experiment.features.tags_of(test), final)
     figures["protocol"] = protocol(experiment)
     figures["training_rows"] = experiment.training_rows()
-    return Report(ids, experiment.features.tags_of(ids), calibrated, figures, [])
+    return Report(ids, experiment.features.tags_of(ids), calibrated, figures, [], tested)
 
 
 def split_figures(

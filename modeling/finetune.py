@@ -63,6 +63,7 @@ def add_start_options(parser: ArgumentParser) -> None:
         "--data", type=Path, metavar="DIR|FILE", help="the pairs (default: where the caches say, or data)"
     )
     group.add_argument("--layout", help="how they lie on disk (default: detected)")
+    group.add_argument("--new-head", action="store_true", help="begin with a new head of the run's shape")
     group.add_argument("--weights", nargs="+", default=[], metavar="NAME=PATH", help="weights of a cache or encoder")
     new = parser.add_argument_group("a new model")
     new.add_argument("--model", choices=tuple(MODELS), help="a reference study's")
@@ -173,7 +174,9 @@ def begin(args: Namespace, settings: TuneSettings, device: "torch.device", scrat
             args, (*OF_NEW_MODELS, *OF_SPLITS, "folds"), "a run has its own; leave it out, or begin anew with `model`"
         )
         [run] = open_runs(args.runs, [args.run]) if args.run else [load_run(newest_run(args.runs, single_head=True))]
-        return from_run(run, settings, device=device, folder=args.feats, place=place, weights=weights)
+        return from_run(
+            run, settings, device=device, folder=args.feats, place=place, weights=weights, new_head=args.new_head
+        )
     refuse(args, ("run",), "the model is begun anew; leave it out, or leave out `model` and the encoders")
     refuse(args, ("folds",), "one model is tuned on one split; give `val_ratio`, or compare_finetuning.py its folds")
     recipe = TUNING_RECIPES.get(args.recipe or "", {})

@@ -120,7 +120,11 @@ def _report(start: Start, tuned: Tuned, predicted: Predicted, temperature: float
     found["training_rows"] = experiment.training_rows()
     history = [{"fold": "", "seed": settings.seed, **row} for row in tuned.history]
     tags = experiment.features.tags_of(split.val)
-    return Report(split.val, tags, metrics.softmax(tuned.val_logits, temperature), found, history)
+    probabilities = metrics.softmax(tuned.val_logits, temperature)
+    test = None
+    if predicted.test is not None:
+        test = (split.test, experiment.features.tags_of(split.test), metrics.softmax(predicted.test, temperature))
+    return Report(split.val, tags, probabilities, found, history, test)
 
 
 def predicted_of(start: Start, data: TuneData, team: Team, ablated: bool) -> Predicted:
@@ -197,20 +201,22 @@ def tables(start: Start, run: Run, monitor: str) -> str:
 
 
 def against_start(start: Start, frozen: Report, tuned: Report, monitor: str) -> str:
-    """The tuned model and the frozen head it began with on the same rows: test rows where there are some, else the
-    validation rows that also chose the epoch, said so. A paired bootstrap tells whether they differ."""
-    labels = start.experiment.labels(start.split.val)
-    both = np.stack([report.probabilities.argmax(1) for report in (frozen, tuned)])
+    """The tuned model and the frozen head it began with on the same rows: the test part where both have predicted it,
+    else the validation rows that also chose both. A paired bootstrap tells whether they differ."""
+    part = "test" if frozen.test is not None and tuned.test is not None else "val"
+    both = [report.test[2] if part == "test" and report.test else report.probabilities for report in (frozen, tuned)]
+    labels = start.experiment.labels(getattr(start.split, part))
+    predicted = np.stack([probabilities.argmax(1) for probabilities in both])
     figure = monitor if monitor in metrics.AVERAGES else "accuracy"
-    drawn = metrics.resampled(labels, both, len(start.experiment.classes), figure)
-    columns = ["val", *metrics.AVERAGES]
-    rows = [{"val": name, **report.figures["val"]} for name, report in (("frozen head", frozen), ("tuned", tuned))]
-    difference = rows[1][figure] - rows[0][figure]
-    low, high = np.quantile(drawn[:, 1] - drawn[:, 0], [0.025, 0.975])
+    drawn = metrics.resampled(labels, predicted, len(start.experiment.classes), figure)
+    differences = drawn[:, 1] - drawn[:, 0]
+    rows = [{part: name, **report.figures[part]} for name, report in (("frozen head", frozen), ("tuned", tuned))]
+    low, high = np.quantile(differences, [0.025, 0.975])
+    on = f"{len(labels)} {'test rows' if part == 'test' else 'validation rows, by which both were also chosen'}"
     return (
-        f"{metrics.format_table(rows, columns)}\n\n{figure} of the tuned model {difference:+.3f} to its frozen head's, "
-        f"95 % {low:+.3f} to {high:+.3f}, p {metrics.two_sided_p(drawn[:, 1] - drawn[:, 0]):.3f} (paired bootstrap, "
-        f"{len(labels)} validation rows, by which both also chose)"
+        f"{metrics.format_table(rows, [part, *metrics.AVERAGES])}\n\n{figure} of the tuned model "
+        f"{rows[1][figure] - rows[0][figure]:+.3f} to its frozen head's, 95 % {low:+.3f} to {high:+.3f}, "
+        f"p {metrics.two_sided_p(differences):.3f} (paired bootstrap, {on})"
     )
 
 

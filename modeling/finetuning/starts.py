@@ -75,11 +75,12 @@ def from_run(
     folder: Path | None = None,
     place: DataPlace = DataPlace(),
     weights: Mapping[str, str] = {},
+    new_head: bool = False,
 ) -> Start:
     """The encoders of the caches a run was trained on, as their fingerprints say, and the run's head: the model gives
     the run's own logits (to the rounding of cached features), so that tuning begins where the cached head ended (LP-FT:
     Kumar et al., Fine-Tuning can Distort Pretrained Features, ICLR 2022). `folder` is that of the caches, where they
-    don't lie where they did.
+    don't lie where they did. With `new_head` the head has the run's shape, but begins anew.
 
     Raises `UsageError` for a run of several heads, an encoder without gradients or whose weights can't be had, and
     pairs that aren't those the caches were made of.
@@ -103,9 +104,12 @@ def from_run(
         encoders[name] = encoder_of(
             name, fingerprint, chosen, device=device, tokens=name in tokens, trainable=True, trained_by=run.named
         )
+    if new_head:
+        head = build_head(member.config.head, member.widths, len(run.classes), [settings.seed])
+        member = replace(member, head=head)
     own = member.to(device)
     model = PairModel(encoders, own.preprocessing, own.head, _autocast(encoders, settings.dtype, device))
-    model.train_head_statistics = False
+    model.train_head_statistics = new_head
     cleaning = {name: run.source.fingerprints[name]["text_clean"] or "none" for name in source.names}
     return Start(model, member, records, experiment, cleaning, run)
 

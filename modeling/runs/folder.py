@@ -1,8 +1,8 @@
 """The run folder: everything a result consists of, whole or not there at all.
 
 `config.json` (everything needed to repeat it), `head.safetensors` (weights and normalisation of every member),
-`split.json` (ids), `metrics.json`, `history.csv`, `predictions_val.csv`; of a finetuned run also its encoders, in
-`encoders`.
+`split.json` (ids), `metrics.json`, `history.csv`, `predictions_val.csv`; where the split has a test part
+`predictions_test.csv`; of a finetuned run also its encoders, in `encoders`.
 """
 
 import hashlib
@@ -45,6 +45,7 @@ CONFIG, TENSORS, SPLIT, METRICS, HISTORY, PREDICTIONS = (
     "history.csv",
     "predictions_val.csv",
 )
+TEST_PREDICTIONS = "predictions_test.csv"  # where the split has a test part
 ENCODERS = "encoders"
 PREDICTION_COLUMNS = ("id", "tag", "pred")
 LONGEST_PART = 80  # bytes of the caches in a run's name; a file system takes 255 of the whole
@@ -86,6 +87,8 @@ def save_run(
             save_split(run.split, unfinished / SPLIT)
             write_table(unfinished / HISTORY, report.history)
             write_predictions(unfinished / PREDICTIONS, report.ids, report.tags, report.probabilities, run.classes)
+            if report.test is not None:
+                write_predictions(unfinished / TEST_PREDICTIONS, *report.test, run.classes)
             if encoders is not None:
                 shutil.move(encoders, unfinished / ENCODERS)
             if overwrite:
@@ -331,7 +334,8 @@ def read_metrics(path: Path) -> dict[str, Any]:
 def read_report(path: Path) -> Report:
     """What a saved run's training said. Raises `UsageError` when its files can't be read."""
     try:
-        return Report(*read_predictions(path / PREDICTIONS), read_metrics(path), read_table(path / HISTORY))
+        test = read_predictions(path / TEST_PREDICTIONS) if (path / TEST_PREDICTIONS).is_file() else None
+        return Report(*read_predictions(path / PREDICTIONS), read_metrics(path), read_table(path / HISTORY), test)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} is damaged ({first_line(error)}); train again") from None
 

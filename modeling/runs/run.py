@@ -87,13 +87,15 @@ def opinion(logits: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Report:
-    """What a training said of its validation rows, each predicted by members that weren't trained on it."""
+    """What a training said of its validation rows, each predicted by members that weren't trained on it; and of its
+    test part, where the split has one, in `test`: ids, tags and probabilities."""
 
     ids: list[str]
     tags: list[str]
     probabilities: np.ndarray  # (N, C), calibrated
     figures: dict[str, Any]  # what goes into metrics.json
     history: list[dict[str, Any]]
+    test: tuple[list[str], list[str], np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
