@@ -363,8 +363,11 @@ class _Tuning:
             prefix = f"optimizer/{name}/"
             moments = {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
             if moments:
-                # torch's own loading would go by numbers; steps stay on the CPU but for fused kernels on a GPU.
-                self.optimizer.state[parameter] = moments
+                # Laid out in memory as their parameter: fused kernels go by position. (The number of steps has no
+                # dimensions. Torch's own loading goes by numbers, which says nothing when it goes wrong.)
+                self.optimizer.state[parameter] = {
+                    key: torch.empty_like(parameter).copy_(x) if x.dim() else x for key, x in moments.items()
+                }
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.history = state["step"], state["history"]
         self.team.gather(None)
