@@ -14,7 +14,7 @@ import feats.threads  # noqa: F401
 import torch
 
 from feats.acceleration import resolve_device
-from feats.cli import EXIT_DONE
+from feats.cli import EXIT_DONE, rows_bar
 from feats.errors import UsageError
 from modeling import cli
 from modeling.prediction import cached as prediction
@@ -34,6 +34,9 @@ def build_parser() -> ArgumentParser:
         "--feats", type=Path, metavar="DIR", help="folder of caches (default: of each run, the one it was trained from)"
     )
     cached.add_argument("--split", default="test", help="which caches: <name>_<split>.h5")
+    cached.add_argument(
+        "--data", type=Path, metavar="DIR|FILE", help="the pairs of a finetuned run (default: where they lay)"
+    )
     raw = parser.add_argument_group("raw pairs, encoded as the run's caches were")
     raw.add_argument("--image", type=Path, metavar="FILE", help="one pair's picture")
     raw.add_argument("--text", help="one pair's text")
@@ -87,6 +90,7 @@ def work(args: Namespace) -> int:
     if one_pair or args.csv:
         predictions = predict_raw(args, runs, voting, device)
     else:
+        encode_own_caches(args, runs, device)
         predictions = prediction.predict_caches(runs, args.feats, args.split, voting, device)
         print("\n".join(f"caches {folder}" for folder in predictions.folders))
     warn_of_gaps(predictions)
@@ -120,6 +124,16 @@ def predict_raw(args: Namespace, runs: Sequence[Run], voting: VoteSettings, devi
     with TemporaryDirectory() as folder:
         raw_pairs.encode(runs, records, Path(folder), weights=weights, device=device)
         return prediction.predict_caches(runs, Path(folder), raw_pairs.SPLIT, voting, device)
+
+
+def encode_own_caches(args: Namespace, runs: Sequence[Run], device: torch.device) -> None:
+    """Finetuned runs encode the rows with encoders of their own, once."""
+    finetuned = [run for run in runs if run.finetuned]
+    if finetuned and args.feats is None:
+        from modeling.prediction.raw_pairs import encode_split
+
+        for run in finetuned:
+            encode_split(run, args.split, args.data, device=device, bar=rows_bar)
 
 
 def warn_of_gaps(predictions: Predictions) -> None:

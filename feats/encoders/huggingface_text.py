@@ -87,6 +87,8 @@ def load_folder(
             f"{source} holds no trained pooler weights, its pooled output would be random; "
             "use `pooling` mean, cls or last4"
         )
+    if untrained:
+        network.register_module("pooler", None)  # random weights that nothing uses
     nn.Module.to(network, device=how.device, dtype=how.dtype)
     network.train(False).requires_grad_(how.trainable)
 

@@ -46,7 +46,11 @@ class WorkFolder:
                     self.lock.acquire()
                 except Timeout:
                     raise UsageError(f"another process is at work in {self.path}; wait for it, or stop it") from None
-                self._check_settings()
+                try:
+                    self._check_settings()
+                except BaseException:
+                    self.lock.release()
+                    raise
         return self
 
     def __exit__(self, *exc: object) -> None:

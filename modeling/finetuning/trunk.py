@@ -15,6 +15,7 @@ from feats.extraction.plan import fingerprint_of
 from feats.extraction.settings import ExtractionSettings
 from feats.store import SIDES
 from modeling.features.joined import Ragged, load_features
+from modeling.features.splits import duplicates_of
 from modeling.finetuning.data import PairReader
 from modeling.finetuning.distributed import Team
 from modeling.finetuning.hard_rows import hard_rows
@@ -47,7 +48,9 @@ def data_of(
     labels = torch.full((len(records),), -1)
     for part, ids in (("train", split.train), ("val", split.val)):
         labels[rows[part]] = torch.from_numpy(start.experiment.labels(ids))
-    hard = [] if bad_cases is None else hard_rows(bad_cases, split, start.experiment.group_of)
+    hard: list[str] = []
+    if bad_cases is not None:  # duplicates matter here whether or not the split kept them together
+        hard = hard_rows(bad_cases, split, duplicates_of(start.experiment.features))
     hidden: dict[str, Rows] = {}
     frozen = settings.last_blocks is not None or settings.tune == "head"
     if frozen and cached and not settings.augment and not hard:

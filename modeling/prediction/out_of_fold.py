@@ -23,6 +23,11 @@ def single_split(run: Run) -> Split:
             f"{run.named} is an ensemble of `auto`, whose parts were chosen on all of its training rows: none is "
             f"unseen; {remedy}"
         )
+    if run.finetuned is not None:
+        raise UsageError(
+            f"{run.named} was finetuned: there are no cached features of its training rows; extract some with its "
+            "encoders, `weights` and its folder, train a head on these, and name that run"
+        )
     if isinstance(run.split, list):
         raise UsageError(f"{run.named} is a cross-validation: each of its rows is validation in some fold; {remedy}")
     return run.split

@@ -1,16 +1,19 @@
 """Raw image-text pairs as caches of the kinds that runs were trained on. The only part of prediction that loads
 encoders: each as its cache's fingerprint says, through the ordinary extraction loop."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from feats.encoders.base import Encoder
 from feats.errors import UsageError
 from feats.extraction.local import extract
 from feats.extraction.settings import ExtractionSettings
 from feats.records import Record, read_dataset
+from feats.store import FeatureStore
 from modeling.runs.encoders import encoder_of, essence
 from modeling.runs.run import Run
 
@@ -56,16 +59,56 @@ def encode(
     if unknown:
         raise UsageError(f"`weights` names {', '.join(unknown)}; the caches in use are {', '.join(wanted)}")
     for name, run in wanted.items():
-        fingerprint = run.source.fingerprints[name]
-        tokens = fingerprint["tokens"] and any(r.source.tokens for r in runs)
-        encoder = encoder_of(
-            name, fingerprint, weights.get(name), device=device, tokens=tokens, trained_by=str(run.path)
-        )
-        if not any(name in r.source.image for r in runs):
-            encoder = replace(encoder, image=None)
-        if not any(name in r.source.text for r in runs):
-            encoder = replace(encoder, text=None)
-        settings = ExtractionSettings(
-            workers=None if len(records) > 1 else 0, text_clean=fingerprint["text_clean"] or "none"
-        )
-        extract(encoder, records, folder / f"{name}_{SPLIT}.h5", settings)
+        encoder = _encoder(name, run, runs, weights.get(name), device)
+        extract(encoder, records, folder / f"{name}_{SPLIT}.h5", _as_trained(name, run, len(records)))
+
+
+def encode_split(
+    run: Run,
+    split: str,
+    data: Path | None,
+    *,
+    device: torch.device,
+    bar: Callable[[str], AbstractContextManager[Callable[[int, int], None]]],
+) -> None:
+    """Bring a finetuned run's own caches of `split` up to date: its encoders made none while they were tuned. `data` is
+    where its pairs lie, if not where they lay then; `bar` (title) shows rows done of rows to do.
+
+    Raises `UsageError` as `read_dataset`, and when an encoder can't be loaded."""
+    assert run.finetuned is not None
+    folder = run.feature_folder()
+    lacking = [name for name in run.source.names if not _is_complete(folder / f"{name}_{split}.h5")]
+    if not lacking and data is None:
+        return
+    records = read_dataset(data or run.finetuned.data, None if data else run.finetuned.layout)[split]
+    for name in run.source.names:
+        encoder = _encoder(name, run, [run], None, device)
+        path = folder / f"{name}_{split}.h5"
+        path.parent.mkdir(exist_ok=True)
+        with bar(path.stem) as progress:
+            extract(encoder, records, path, _as_trained(name, run, len(records)), progress=progress)
+
+
+def _is_complete(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with FeatureStore.open(path) as store:
+        return store.complete
+
+
+def _encoder(name: str, run: Run, runs: Sequence[Run], weights: str | None, device: torch.device) -> Encoder:
+    """The encoder of a cache, with the sides that any of `runs` reads."""
+    fingerprint = run.source.fingerprints[name]
+    tokens = fingerprint["tokens"] and any(r.source.tokens for r in runs)
+    chosen = weights or run.encoder_weights(name)
+    encoder = encoder_of(name, fingerprint, chosen, device=device, tokens=tokens, trained_by=str(run.path))
+    if not any(name in r.source.image for r in runs):
+        encoder = replace(encoder, image=None)
+    if not any(name in r.source.text for r in runs):
+        encoder = replace(encoder, text=None)
+    return encoder
+
+
+def _as_trained(name: str, run: Run, rows: int) -> ExtractionSettings:
+    text_clean = run.source.fingerprints[name]["text_clean"] or "none"
+    return ExtractionSettings(workers=None if rows > 1 else 0, text_clean=text_clean)

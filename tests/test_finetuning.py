@@ -1,0 +1,520 @@
+"""Finetuning as a library: where it begins, what a step does, what is frozen, what is kept, and that it goes on."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import one_line
+from pairs import cache, cached_pairs, make_pairs, tiny_clip
+from safetensors.torch import load_file
+
+from feats.encoders.registry import load_encoder
+from feats.errors import UsageError
+from modeling import HeadConfig, fit_head, load_features, make_split
+from modeling.finetuning.checkpoint import WorkFolder
+from modeling.finetuning.data import PairReader, Sample, epoch_samples
+from modeling.finetuning.distributed import Team
+from modeling.finetuning.model import PairModel
+from modeling.finetuning.settings import TuneSettings, lr_factor
+from modeling.finetuning.starts import Start, from_run
+from modeling.finetuning.trunk import data_of
+from modeling.finetuning.tuning import Tuned, choose_parameters, predict, tune
+from modeling.runs.folder import load_run
+
+CPU = torch.device("cpu")
+PLAIN = TuneSettings(ep=2, bs=8, lr=1e-3, head_lr=1e-2, dtype="fp32", schedule="constant", warmup=0, monitor="accuracy")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Pairs, their caches by a tiny ViT and a tiny BERT, and a run of a head on these."""
+    weights = cached_pairs(tmp_path)
+    (tmp_path / "weights.txt").write_text("\n".join(f"{name}={path}" for name, path in weights.items()))
+    save_run(tmp_path, "concat", norm="standard")
+    return tmp_path
+
+
+def save_run(root: Path, head: str, name: str = "run", tokens: bool = False, **settings: Any) -> Path:
+    data = load_features(root / "feats", "train", ["vit"], ["roberta"], tokens=tokens)
+    split = make_split(data, val_ratio=0.25)
+    run = fit_head(data, split, HeadConfig(head, D=8, dropout=0.0), **{"ep": 3, "bs": 8, **settings}, device="cpu")
+    run.save(root / name)
+    return root / name
+
+
+def begin(root: Path, settings: TuneSettings = PLAIN, name: str = "run", **more: Any) -> Start:
+    weights = dict(line.split("=", 1) for line in (root / "weights.txt").read_text().splitlines())
+    return from_run(load_run(root / name), settings, device=CPU, weights=weights, **more)
+
+
+def tuned(
+    root: Path, settings: TuneSettings = PLAIN, work: str = "work", live: bool = True, **more: Any
+) -> tuple[Start, Tuned]:
+    start = begin(root, settings)
+    data = data_of(start, settings, root / "trunks", cached=not live)
+    with WorkFolder(root / work, {"settings": repr(settings)}) as folder:
+        return start, tune(start.model, data, settings, folder, **more)
+
+
+def state(model: PairModel) -> dict[str, torch.Tensor]:
+    return {name: x.detach().clone() for name, x in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def digest(start: Start, result: Tuned) -> str:
+    """Of everything a finetuning leaves."""
+    of = hashlib.sha256(result.val_logits.tobytes() + repr((result.history, result.chosen, result.tried)).encode())
+    for name, x in sorted(state(start.model).items()):
+        of.update(name.encode() + x.numpy().tobytes())
+    return of.hexdigest()
+
+
+# -- where it begins ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("head", "norm", "tokens"),
+    [
+        ("fusion", "none", False),
+        ("concat", "standard", False),
+        ("late", "l2", False),
+        ("linear", "standard", False),
+        ("kernel", "standard", False),
+        ("coattention", "standard", True),
+        ("query_attention", "none", True),
+    ],
+)
+def test_tuning_begins_at_the_runs_own_logits(head: str, norm: str, tokens: bool, tmp_path: Path):
+    weights = cached_pairs(tmp_path, tokens=tokens)
+    run = load_run(save_run(tmp_path, head, tokens=tokens, norm=norm))
+    start = from_run(run, PLAIN, device=CPU, weights=weights)
+    data = data_of(start, PLAIN, tmp_path / "trunks")
+    features = load_features(tmp_path / "feats", "train", ["vit"], ["roberta"], tokens=tokens)
+    expected = run.members[0].logits(features, features.positions(start.split.val))
+    found = predict(start.model, data.reader, data.val)
+    assert np.abs(found - expected).max() < 4e-3 * max(1, np.abs(expected).max())
+    assert np.abs(expected).max() > 0.01
+
+
+def test_clip_on_both_sides_begins_there_too(tmp_path: Path):
+    make_pairs(tmp_path / "set")
+    where = tiny_clip(tmp_path / "clip")
+    cache(load_encoder("clip", **where), tmp_path / "set", tmp_path / "feats", "clip")
+    data = load_features(tmp_path / "feats", "train", ["clip"], ["clip"])
+    split = make_split(data, val_ratio=0.25)
+    run = fit_head(data, split, HeadConfig("clip_match", D=8), ep=2, bs=8, norm="l2", device="cpu")
+    run.save(tmp_path / "run")
+    start = from_run(load_run(tmp_path / "run"), PLAIN, device=CPU, weights={"clip": where["weights"]})
+    rows = data_of(start, PLAIN, tmp_path)
+    expected = run.members[0].logits(data, data.positions(split.val))
+    assert np.abs(predict(start.model, rows.reader, rows.val) - expected).max() < 4e-3
+    assert sorted(start.model.parts) == ["head", "image/clip", "text/clip"]
+
+
+def test_a_new_head_has_the_runs_shape_and_other_weights(root: Path):
+    old, new = begin(root), begin(root, new_head=True)
+    a, b = old.model.head.state_dict(), new.model.head.state_dict()
+    assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
+    assert not torch.equal(a["classifier.0.weight"], b["classifier.0.weight"])
+
+
+# -- what a step does --------------------------------------------------------------------------------------------
+
+
+def reference(start: Start, settings: TuneSettings, root: Path, steps: int) -> dict[str, torch.Tensor]:
+    """The first steps written plainly: every row's logits, torch's own loss and optimiser, no parts and no processes."""
+    data = data_of(start, settings, root / "trunks")
+    model = start.model
+    encoders = [p for part, network in model.parts.items() if part != "head" for p in network.parameters()]
+    head = list(model.head.parameters())
+    decay = settings.weight_decay
+    groups = [
+        {"params": [p for p in encoders if p.dim() > 1], "lr": settings.lr, "weight_decay": decay},
+        {"params": [p for p in encoders if p.dim() <= 1], "lr": settings.lr, "weight_decay": 0},
+        {"params": [p for p in head if p.dim() > 2], "lr": settings.rate_of_head, "weight_decay": decay},
+        {"params": [p for p in head if p.dim() <= 2], "lr": settings.rate_of_head, "weight_decay": 0},
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    order = epoch_samples(data.train, (), settings.seed, 1, ())
+    model.train(False)  # no dropout here, and batch norms are frozen
+    for step in range(steps):
+        rows = order[step * settings.bs : (step + 1) * settings.bs]
+        logits = model(next(data.reader.batches([rows])))
+        targets = data.labels[[sample.row for sample in rows]]
+        loss = torch.nn.functional.cross_entropy(
+            logits, targets, data.class_weights, label_smoothing=settings.label_smoothing
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([*encoders, *head], settings.clip_grad)
+        optimizer.step()
+    return state(model)
+
+
+@pytest.mark.parametrize("micro_bs", [None, 3])
+def test_steps_are_those_of_plain_torch(micro_bs: int | None, root: Path):
+    weighty = {"class_weights": {"good": 3.0}, "label_smoothing": 0.1, "clip_grad": 0.5}
+    settings = replace(PLAIN, ep=1, bs=9, micro_bs=micro_bs, **weighty)
+    expected = reference(begin(root), settings, root, steps=2)
+    start = begin(root)
+    data = data_of(start, settings, root / "trunks")
+    assert len(data.train) == 18
+    seen: list[dict[str, torch.Tensor]] = []
+    with WorkFolder(root / "work", {}) as work:
+        tune(start.model, data, settings, work, told=lambda row: seen.append(state(start.model)))
+    before, after = seen
+    # A key's bias changes no attention: its gradient is rounding noise, which Adam turns into full steps.
+    assert [name for name, x in expected.items() if not torch.allclose(after[name], x, atol=2e-6)] == []
+    moved = [name for name, x in before.items() if not torch.equal(x, after[name])]
+    assert len(moved) > 40
+
+
+def test_the_rate_rises_then_falls():
+    settings = replace(PLAIN, schedule="cosine", warmup=0.2)
+    rates = [lr_factor(settings, step, 20) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0
+    assert rates[12] == pytest.approx(0.5) and rates[-1] == pytest.approx((1 + np.cos(np.pi * 15 / 16)) / 2)
+    once = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(once, 1.0, total_steps=20, pct_start=0.2, cycle_momentum=False)
+    for step in range(20):
+        assert lr_factor(replace(settings, schedule="onecycle"), step, 20) == pytest.approx(cycle.get_last_lr()[0])
+        once.step()
+        cycle.step()
+    assert {lr_factor(replace(PLAIN, warmup=0), step, 5) for step in range(5)} == {1.0}
+
+
+def test_rates_fall_from_block_to_block(root: Path):
+    """The ViT has three blocks and what comes before and after, the BERT four and nothing after."""
+    from modeling.finetuning.tuning import _Tuning
+
+    settings = replace(PLAIN, layer_decay=0.5)
+    start = begin(root, settings)
+    with WorkFolder(root / "work", {}) as work:
+        data = data_of(start, settings, root)
+        tuning = _Tuning(start.model, data, settings, work, Team(), print, print)
+    rate_of = {
+        id(parameter): peak
+        for group, peak in zip(tuning.optimizer.param_groups, tuning.peaks)
+        for parameter in group["params"]
+    }
+    found = {name: rate_of[id(p)] for name, p in start.model.named_parameters() if id(p) in rate_of}
+    vit = {name.removeprefix("image/vit/"): rate for name, rate in found.items() if name.startswith("image/vit/")}
+    bert = {name.removeprefix("text/roberta/"): rate for name, rate in found.items() if name.startswith("text/roberta")}
+
+    def expected(name: str, blocks: int) -> float:
+        digits = [int(part) for part in name.split(".") if part.isdigit()]
+        depth = digits[0] + 1 if digits else 0 if "embeddings" in name else blocks + 1
+        return 1e-3 * 0.5 ** (blocks + 1 - depth)
+
+    assert vit == {name: pytest.approx(expected(name, 3)) for name in vit} and len(set(vit.values())) == 5
+    assert bert == {name: pytest.approx(expected(name, 4)) for name in bert} and len(set(bert.values())) == 5
+    assert {rate for name, rate in found.items() if name.startswith("head/")} == {1e-2}
+
+
+# -- what is frozen ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "free"),
+    [
+        ({"tune": "head"}, lambda name: name.startswith("head/")),
+        (
+            {"tune": "last-1"},
+            lambda name: (
+                name.startswith(("head/", "text/roberta/encoder.layer.3."))
+                or ".layernorm." in f".{name}."
+                and "image/" in name
+                and "layers.2" in name
+                or "image/vit/layers.2" in name
+                or "image/vit/encoder.layer.2" in name
+                or name in ("image/vit/layernorm.weight", "image/vit/layernorm.bias")
+            ),
+        ),
+        ({"tune": "all"}, lambda name: True),
+    ],
+)
+def test_gradients_reach_what_is_trained_and_nothing_else(how: dict[str, str], free: Callable, root: Path):
+    settings = replace(PLAIN, ep=1, **how)
+    start = begin(root, settings)
+    before = state(start.model)
+    choose_parameters(start.model, settings)
+    data = data_of(start, settings, root / "trunks", cached=False)
+    start.model.train()
+    start.model(next(data.reader.batches([[Sample(row) for row in data.train]]))).square().sum().backward()
+    parameters = dict(start.model.named_parameters())
+    assert {n for n, p in parameters.items() if p.requires_grad} == {n for n in parameters if free(n)}
+    assert all((p.grad is not None and bool(p.grad.abs().sum() > 0)) == free(n) for n, p in parameters.items())
+    again, result = tuned(root, settings, work="second")
+    moved = {name for name, x in state(again.model).items() if not torch.equal(x, before[name])}
+    trained = {n for n in parameters if free(n)}
+    assert moved <= trained and (moved == trained or result.epoch == 0)
+    assert result.trained_parameters == sum(parameters[n].numel() for n in trained)
+
+
+def test_frozen_blocks_work_without_dropout_and_batch_norms_keep_their_statistics(tmp_path: Path):
+    cached_pairs(tmp_path, dropout=0.5)
+    (tmp_path / "weights.txt").write_text(f"vit={tmp_path / 'vit'}\nroberta={tmp_path / 'bert'}")
+    save_run(tmp_path, "fusion")
+    settings = replace(PLAIN, tune="last-1")
+    start = begin(tmp_path, settings)
+    choose_parameters(start.model, settings)
+    start.model.train()
+    layers = start.model.parts["text/roberta"].encoder.layer
+    assert not layers[0].training and layers[3].training
+    assert not layers[2].output.dropout.training and layers[3].output.dropout.training
+    before = {name: x.clone() for name, x in start.model.named_buffers()}
+    assert any("running_mean" in name for name in before)
+    data = data_of(start, settings, tmp_path / "trunks", cached=False)
+    with WorkFolder(tmp_path / "work", {}) as work:
+        tune(start.model, data, settings, work)
+    assert all(torch.equal(x, before[name]) for name, x in start.model.named_buffers())
+
+
+def test_adapters_alone_are_trained_and_folded_in_at_the_end(root: Path):
+    settings = replace(PLAIN, lora=2, ep=3)
+    names = [name for name, _ in begin(root).model.named_parameters()]
+    before = state(begin(root).model)
+    start, result = tuned(root, settings)
+    head = sum(p.numel() for p in start.model.head.parameters())
+    of_projections = 4 * 2 * (32 + 32)  # query, key, value, output, each 32 wide, at rank 2
+    assert result.trained_parameters == head + (3 + 4) * of_projections
+    assert [name for name, _ in start.model.named_parameters()] == names
+    moved = {name for name, x in state(start.model).items() if not torch.equal(x, before[name])}
+    assert result.epoch and all("attention" in name or name.startswith("head/") for name in moved)
+    assert sum("attention" in name for name in moved) == (3 + 4) * 4
+    data = data_of(start, settings, root)
+    assert np.abs(predict(start.model, data.reader, data.val) - result.val_logits).max() < 1e-5
+
+
+# -- the cached trunk --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["last-1", "last-3", "head"])
+def test_a_cached_trunk_gives_the_loss_curve_of_a_live_one(how: str, root: Path):
+    settings = replace(PLAIN, tune=how, ep=3)
+    _, live = tuned(root, settings, "live")
+    start, cached = tuned(root, settings, "cached", live=False)
+    assert set(start.model.cuts.values()) == {"last-1": {2, 3}, "last-3": {0, 1}, "head": {3, 4}}[how]
+    for a, b in zip(live.history, cached.history, strict=True):
+        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=2e-3)
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=2e-3)
+    assert np.abs(live.val_logits - cached.val_logits).max() < 2e-2
+    encoded: list[int] = []
+    data_of(begin(root, settings), settings, root / "trunks", progress=lambda done, total: encoded.append(total))
+    assert encoded == []  # it is there already
+    data_of(begin(root, settings), settings, root / "others", progress=lambda done, total: encoded.append(total))
+    assert set(encoded) == {24}
+
+
+def test_pictures_arent_read_where_their_trunk_is_cached(root: Path):
+    settings = replace(PLAIN, tune="last-1")
+    start = begin(root, settings)
+    data = data_of(start, settings, root / "trunks")
+    assert data.reader.image == {} and set(data.reader.hidden) == {"image/vit", "text/roberta"}
+    augmented = data_of(begin(root, settings), replace(settings, augment=("text",)), root / "trunks")
+    assert augmented.reader.hidden == {}
+
+
+# -- going on ----------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_after(rows: int) -> Callable[[int], None]:
+    done = 0
+
+    def progress(more: int) -> None:
+        nonlocal done
+        done += more
+        if done >= rows:
+            raise Killed
+
+    return progress
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"augment": ("image", "text"), "schedule": "cosine", "warmup": 0.2},
+        {"lora": 2, "soup": 2, "wise_ft": True},
+        {"tune": "last-1", "optimizer": "adam"},
+    ],
+)
+def test_wherever_it_is_interrupted_it_ends_with_the_same_bytes(how: dict[str, Any], tmp_path: Path):
+    weights = cached_pairs(tmp_path, dropout=0.3)
+    (tmp_path / "weights.txt").write_text("\n".join(f"{name}={path}" for name, path in weights.items()))
+    save_run(tmp_path, "fusion", dropout=0.3)
+    settings = replace(PLAIN, bs=5, checkpoint_steps=2, **how)
+    undisturbed = digest(*tuned(tmp_path, settings, "undisturbed"))
+    for rows in (5, 10, 15, 20, 25, 35):
+        work = f"work-{rows}"
+        with pytest.raises(Killed):
+            tuned(tmp_path, settings, work, progress=killed_after(rows))
+        with pytest.raises(Killed):  # a second time, as soon as it has begun again
+            tuned(tmp_path, settings, work, progress=killed_after(1))
+        assert digest(*tuned(tmp_path, settings, work)) == undisturbed
+    other = replace(settings, seed=7)
+    assert digest(*tuned(tmp_path, other, "other")) != undisturbed
+
+
+def test_another_finetuning_isnt_gone_on_with(root: Path):
+    with WorkFolder(root / "work", {"settings": {"lr": 1}}), pytest.raises(UsageError, match="at work in") as held:
+        WorkFolder(root / "work", {"settings": {"lr": 1}}).__enter__()
+    assert one_line(held)
+    with pytest.raises(UsageError, match="another finetuning .*lr.*1.*now.*2.*give another `name`") as refused:
+        WorkFolder(root / "work", {"settings": {"lr": 2}}).__enter__()
+    assert one_line(refused)
+    with WorkFolder(root / "work", {"settings": {"lr": 1}}):
+        pass
+
+
+def test_a_damaged_checkpoint_is_refused(root: Path):
+    with pytest.raises(Killed):
+        tuned(root, replace(PLAIN, checkpoint_steps=1), progress=killed_after(8))
+    [step] = (root / "work").glob("step-*")
+    content = (step / "tensors.safetensors").read_bytes()
+    (step / "tensors.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UsageError, match="is damaged .*remove .* to begin anew") as refused:
+        tuned(root, replace(PLAIN, checkpoint_steps=1))
+    assert one_line(refused)
+
+
+# -- which weights are kept --------------------------------------------------------------------------------------
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_it(root: Path):
+    settings = replace(PLAIN, ep=8, lr=1e-6, head_lr=1e-6, patience=2, monitor="loss", min_gain=10.0)
+    start, result = tuned(root, settings)
+    assert [row["epoch"] for row in result.history] == [0, 1, 2]
+    assert (result.epoch, result.chosen) == (0, "the start, which no epoch bettered")
+    before = state(begin(root).model)
+    assert all(torch.equal(x, before[name]) for name, x in state(start.model).items())
+    # Without a least gain the last of ever better epochs is kept, and with it its logits.
+    start, result = tuned(root, replace(settings, min_gain=0.0, ep=3, lr=1e-4, head_lr=1e-3), "second")
+    losses = [row["val_loss"] for row in result.history]
+    assert result.epoch == int(np.argmin(losses)) > 0
+    data = data_of(start, settings, root)
+    assert np.array_equal(predict(start.model, data.reader, data.val), result.val_logits)
+
+
+def test_soups_and_interpolations_are_means_of_weights_and_chosen_by_validation(root: Path):
+    settings = replace(PLAIN, ep=4, soup=3, wise_ft=True, monitor="loss", lr=3e-3, head_lr=3e-2)
+    start, result = tuned(root, settings)
+    losses = {row["epoch"]: row["val_loss"] for row in result.history}
+    tried = {row["weights"]: row["loss"] for row in result.tried}
+    assert len([name for name in tried if name.startswith("the mean of epochs")]) == 2
+    assert len([name for name in tried if " of the way from the start to " in name]) in (0, 9)
+    data = data_of(start, settings, root)
+    labels = data.labels[data.val]
+    loss = float(torch.nn.functional.cross_entropy(torch.from_numpy(result.val_logits), labels))
+    assert loss == pytest.approx(min([*losses.values(), *tried.values()]), abs=1e-6)
+    # The mean of two epochs, by hand.
+    ranked = sorted((epoch for epoch in losses if epoch), key=losses.__getitem__)
+    name = f"the mean of epochs {ranked[0]}, {ranked[1]}"
+    with WorkFolder(root / "work", {"settings": repr(settings)}) as work:
+        states = [load_file(work.path / f"epoch-{epoch:04d}" / "tensors.safetensors") for epoch in ranked[:2]]
+    own = dict(start.model.named_parameters())
+    with torch.no_grad():
+        for key in states[0]:
+            own[key].copy_((states[0][key] + states[1][key]) / 2)
+    mixed = torch.from_numpy(predict(start.model, data.reader, data.val))
+    assert tried[name] == pytest.approx(float(torch.nn.functional.cross_entropy(mixed, labels)), abs=1e-5)
+
+
+def test_a_loss_that_isnt_finite_ends_it_in_one_line(root: Path):
+    with pytest.raises(UsageError, match=r"the loss became nan in epoch \d .*use a smaller `lr`") as raised:
+        tuned(root, replace(PLAIN, lr=1e30, head_lr=1e30, clip_grad=None))
+    assert one_line(raised)
+
+
+# -- data --------------------------------------------------------------------------------------------------------
+
+
+def test_what_an_epoch_sees_is_a_function_of_seed_and_epoch():
+    rows = list(range(20))
+    first = epoch_samples(rows, (), 1, 1, ())
+    assert [s.row for s in first] != rows and sorted(s.row for s in first) == rows
+    assert first == epoch_samples(rows, (), 1, 1, ())
+    assert first != epoch_samples(rows, (), 1, 2, ()) and first != epoch_samples(rows, (), 2, 1, ())
+    augmented = epoch_samples(rows, (), 1, 1, ("image",))
+    assert len({s.seed for s in augmented}) == 20 and {s.sides for s in augmented} == {("image",)}
+    assert {s.seed for s in augmented}.isdisjoint({s.seed for s in epoch_samples(rows, (), 1, 2, ("image",))})
+    with_copies = epoch_samples(rows, [3, 4], 1, 1, ())
+    assert sorted(s.row for s in with_copies if s.sides) == [3, 4] and len(with_copies) == 22
+
+
+def test_augmentation_changes_training_rows_only(root: Path):
+    start = begin(root)
+    data = data_of(start, PLAIN, root)
+    plain, again, other = (
+        next(data.reader.batches([[sample]]))
+        for sample in (Sample(0), Sample(0, ("image", "text"), 5), Sample(0, ("image", "text"), 6))
+    )
+    assert not torch.equal(plain.pixels["vit"], again.pixels["vit"])
+    assert not torch.equal(other.pixels["vit"], again.pixels["vit"])
+    repeated = next(data.reader.batches([[Sample(0, ("image", "text"), 5)]]))
+    assert torch.equal(repeated.pixels["vit"], again.pixels["vit"]) and repeated.ids == again.ids
+    seen: list[Sample] = []
+    inner = data.reader.batches
+
+    def watched(jobs: Any) -> Any:
+        seen.extend(sample for job in jobs for sample in job)
+        return inner(jobs)
+
+    data.reader.batches = watched  # type: ignore[method-assign]
+    with WorkFolder(root / "work", {}) as work:
+        tune(start.model, data, replace(PLAIN, ep=1, augment=("image",)), work)
+    assert {s.row for s in seen if s.sides} == set(data.train)
+    assert {s.row for s in seen if not s.sides} <= {*data.val, data.train[0], *data.train}
+    assert not {s.row for s in seen if s.sides} & set(data.val)
+
+
+def test_a_picture_that_cant_be_read_is_named(root: Path):
+    start = begin(root)
+    data = data_of(start, PLAIN, root)
+    broken = start.records[data.train[0]]
+    Path(str(broken.image_path)).write_bytes(b"no picture")
+    reader = PairReader(start.records, start.model.encoders, start.model.preprocessing.caches, start.cleaning)
+    with pytest.raises(UsageError, match=f"1 rows can't be read: {broken.id} .*repair") as raised:
+        reader.fill(range(len(start.records)))
+    assert one_line(raised)
+
+
+def test_bf16_comes_near_fp32(root: Path):
+    _, exact = tuned(root, replace(PLAIN, ep=3), "fp32")
+    _, rough = tuned(root, replace(PLAIN, ep=3, dtype="bf16"), "bf16")
+    for a, b in zip(exact.history, rough.history, strict=True):
+        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=0.05)
+    assert exact.history[1]["val_loss"] != rough.history[1]["val_loss"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tune": "last-0"},
+        {"tune": "some"},
+        {"lora": 0},
+        {"lora": 2, "tune": "head"},
+        {"warmup": 1.0},
+        {"layer_decay": 0.0},
+        {"clip_grad": -1.0},
+        {"lr": float("nan")},
+        {"dtype": "fp8"},
+        {"schedule": "linear"},
+        {"monitor": "f1"},
+        {"micro_bs": 0},
+        {"soup": -1},
+        {"class_weights": {"a": -1.0}},
+    ],
+)
+def test_settings_out_of_range(wrong: dict[str, Any]):
+    with pytest.raises(UsageError) as raised:
+        TuneSettings(**wrong)
+    assert one_line(raised)
