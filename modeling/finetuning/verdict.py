@@ -203,9 +203,10 @@ def paired_tests(
     drawn = metrics.resampled(labels, predictions, n_classes, figure)
     differences = drawn[:, 1:] - drawn[:, :1]
     alone = [metrics.two_sided_p(of_one) for of_one in differences.T]
+    edges = np.quantile(differences, [0.025, 0.975], axis=0).T.tolist()
     tests = [
-        Tested(value - found[0], *np.quantile(of_one, [0.025, 0.975]).tolist(), p, adjusted)
-        for value, of_one, p, adjusted in zip(found[1:], differences.T, alone, holm(alone), strict=True)
+        Tested(value - found[0], low, high, p, adjusted)
+        for value, (low, high), p, adjusted in zip(found[1:], edges, alone, holm(alone), strict=True)
     ]
     better = [k for k, tested in enumerate(tests) if tested.better]
     first = max(better, key=lambda k: tests[k].difference, default=None)
