@@ -81,7 +81,7 @@ class WorkFolder:
             return
         older = self._steps()
         with self._new(f"step-{step:08d}") as folder:
-            save_file(tensors, folder / TENSORS)
+            _save_tensors(tensors, folder / TENSORS)
             _write(folder / STATE, json.dumps(state).encode())
         for path in older:
             if path != self.path / f"step-{step:08d}":
@@ -100,7 +100,7 @@ class WorkFolder:
         """The tuned weights after an epoch."""
         if self.writes:
             with self._new(f"epoch-{epoch:04d}") as folder:
-                save_file(tensors, folder / TENSORS)
+                _save_tensors(tensors, folder / TENSORS)
 
     def load_epoch(self, epoch: int, device: torch.device) -> Tensors:
         """What `save_epoch` wrote."""
@@ -152,6 +152,10 @@ class WorkFolder:
                 f"a checkpoint in {self.path} can't be {state} ({reason}); {left}: make room there, or give another "
                 "folder with `runs`, and run the same command again"
             ) from None
+
+
+def _save_tensors(tensors: Tensors, path: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)  # it takes no channels_last
 
 
 def _write(path: Path, content: bytes) -> None:

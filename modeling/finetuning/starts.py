@@ -194,7 +194,9 @@ def from_choices(
     caches = {side: [choices[side].name] if side in choices else [] for side in SIDES}
     tokens = tokens or bool(head_class(head.head).tokens)
     for choice in choices.values():
-        if choice.name in ENCODERS and not ENCODERS[choice.name].trainable:
+        if choice.name not in ENCODERS:
+            raise UsageError(f"unknown encoder {choice.name!r}; there are {', '.join(ENCODERS)}")
+        if not ENCODERS[choice.name].trainable:
             raise UsageError(f"encoder {choice.name} has no gradients: there is nothing in it to tune; name another")
     data = read_dataset(place.path or Path("data"), place.layout)["train"]
     source = FeatureSource(Path("."), tuple(caches["image"]), tuple(caches["text"]), tokens)

@@ -345,7 +345,7 @@ class _Tuning:
             moments = self.optimizer.state.get(parameter, {})
             tensors |= {f"optimizer/{name}/{key}": value for key, value in moments.items()}
         state = {"step": self.step, "history": self.history, "scaler": self.scaler.state_dict()}
-        self.work.save_step(self.step, {name: x.contiguous() for name, x in tensors.items()}, state)
+        self.work.save_step(self.step, tensors, state)
 
     def _resume(self) -> None:
         self.team.gather(None)  # nobody reads while the first process still writes
@@ -362,9 +362,15 @@ class _Tuning:
         for name, parameter in self.trained.items():
             prefix = f"optimizer/{name}/"
             moments = {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
+            for key, x in moments.items():
+                if x.dim() == 4:  # channels_last, where the parameter is: fused kernels go by memory
+                    moments[key] = torch.empty_like(parameter).copy_(x)
             if moments:
-                # torch's own loading would go by numbers; steps stay on the CPU but for fused kernels on a GPU.
-                self.optimizer.state[parameter] = moments
+                # Laid out in memory as their parameter: fused kernels go by position. (The number of steps has no
+                # dimensions. Torch's own loading goes by numbers, which says nothing when it goes wrong.)
+                self.optimizer.state[parameter] = {
+                    key: torch.empty_like(parameter).copy_(x) if x.dim() else x for key, x in moments.items()
+                }
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.history = state["step"], state["history"]
         self.team.gather(None)
