@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from modeling.finetuning.starts import Start
 
 NEW_MODEL = ("model", "image_encoder", "text_encoder")  # each says that the model isn't a run's
-OF_NEW_MODELS = ("head", "D", "dropout", "ablation", "image_positions", "norm", "tokens", "sizes")
+OF_NEW_MODELS = ("head", "D", "ablation", "image_positions", "norm", "tokens", "sizes")
 OF_SPLITS = ("val_ratio", "test_ratio", "split_seed", "split_file")
 SIZES = ("layers", "width", "heads", "patch")
 
@@ -77,7 +77,7 @@ def add_start_options(parser: ArgumentParser) -> None:
 
     add("head", "a head of stage 2 (default: the model's, else fusion)")
     add("D", f"width of the common space or hidden layer (default: {HeadConfig.D})", type=int)
-    add("dropout", "of the head (default: its own)", type=float)
+    add("dropout", "of the head, a run's too (default: its own)", type=float)
     add("ablation", "0 both sides, 1 text only, 2 image only", type=int, choices=range(len(ABLATIONS)))
     add("image_positions", "coattention: learnable positions of image tokens", action="store_true")
     add("norm", "of the head's inputs (default: none)", choices=("none", "l2"))
@@ -105,6 +105,7 @@ def tune_and_save(args: Namespace, command: str, mates: "Team", device: "torch.d
     """`work`, as one of the processes that share it. `scratch` is an empty folder."""
     from modeling.finetuning import outcome, trunk
     from modeling.finetuning.checkpoint import WorkFolder
+    from modeling.finetuning.distributed import peak_bytes
     from modeling.finetuning.tuning import total_rows, tune
 
     began = time.perf_counter()
@@ -131,7 +132,7 @@ def tune_and_save(args: Namespace, command: str, mates: "Team", device: "torch.d
         predicted = outcome.predicted_of(start, data, mates, args.ablation_eval)
         if not mates.leads:
             return EXIT_DONE
-        facts = {"seconds": round(time.perf_counter() - began, 1), "peak_bytes": outcome.peak_bytes(device)}
+        facts = {"seconds": round(time.perf_counter() - began, 1), "peak_bytes": peak_bytes(device)}
         run = outcome.save_tuned(
             start, tuned, predicted, settings, args.runs, working.path, name=args.name, command=command, facts=facts
         )
@@ -175,7 +176,14 @@ def begin(args: Namespace, settings: TuneSettings, device: "torch.device", scrat
         )
         [run] = open_runs(args.runs, [args.run]) if args.run else [load_run(newest_run(args.runs, single_head=True))]
         return from_run(
-            run, settings, device=device, folder=args.feats, place=place, weights=weights, new_head=args.new_head
+            run,
+            settings,
+            device=device,
+            folder=args.feats,
+            place=place,
+            weights=weights,
+            new_head=args.new_head,
+            dropout=getattr(args, "dropout", None),
         )
     refuse(args, ("run",), "the model is begun anew; leave it out, or leave out `model` and the encoders")
     refuse(args, ("folds",), "one model is tuned on one split; give `val_ratio`, or compare_finetuning.py its folds")

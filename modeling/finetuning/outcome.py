@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import resource
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -227,10 +226,3 @@ def ablation_table(run: Run) -> str:
     rows = [{"test-time ablation": words, **found} for words, found in figures["ablation_eval"].items()]
     rows.insert(0, {"test-time ablation": ablation_words(SIDES), **figures["val"]})
     return metrics.format_table(rows, ["test-time ablation", "n", *metrics.AVERAGES])
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory this process has held: the GPU's, or on a CPU all of it, libraries included."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

@@ -76,11 +76,13 @@ def from_run(
     place: DataPlace = DataPlace(),
     weights: Mapping[str, str] = {},
     new_head: bool = False,
+    dropout: float | None = None,
 ) -> Start:
     """The encoders of the caches a run was trained on, as their fingerprints say, and the run's head: the model gives
     the run's own logits (to the rounding of cached features), so that tuning begins where the cached head ended (LP-FT:
     Kumar et al., Fine-Tuning can Distort Pretrained Features, ICLR 2022). `folder` is that of the caches, where they
-    don't lie where they did. With `new_head` the head has the run's shape, but begins anew.
+    don't lie where they did. With `new_head` the head has the run's shape, but begins anew; `dropout` replaces
+    the run's.
 
     Raises `UsageError` for a run of several heads, an encoder without gradients or whose weights can't be had, and
     pairs that aren't those the caches were made of.
@@ -104,14 +106,23 @@ def from_run(
         encoders[name] = encoder_of(
             name, fingerprint, chosen, device=device, tokens=name in tokens, trainable=True, trained_by=run.named
         )
-    if new_head:
-        head = build_head(member.config.head, member.widths, len(run.classes), [settings.seed])
-        member = replace(member, head=head)
+    if new_head or dropout is not None:
+        member = _rebuilt(member, len(run.classes), settings.seed, new_head, dropout)
     own = member.to(device)
     model = PairModel(encoders, own.preprocessing, own.head, _autocast(encoders, settings.dtype, device))
     model.train_head_statistics = new_head
     cleaning = {name: run.source.fingerprints[name]["text_clean"] or "none" for name in source.names}
     return Start(model, member, records, experiment, cleaning, run)
+
+
+def _rebuilt(member: Member, n_classes: int, seed: int, new: bool, dropout: float | None) -> Member:
+    """The member with another dropout, or a new head of the same shape."""
+    shape = member.config.head if dropout is None else replace(member.config.head, dropout=dropout)
+    head = build_head(shape, member.widths, n_classes, [seed])
+    if not new:
+        head.load_state_dict(member.head.state_dict())
+        head.eval()
+    return replace(member, head=head, config=replace(member.config, head=shape))
 
 
 def _check_gradients(encoder: str, name: str) -> None:
