@@ -1,6 +1,6 @@
 """Say whether finetuning is worth it: the frozen head of a run against finetunings that begin with it, under one budget
 on the same folds, with intervals, paired tests, costs, and a last line that says plainly which to use. Several values
-of --lr, --dropout, --bs and --ep make a grid, chosen from on validation rows alone."""
+of --lr, --dropout, --bs and --ep make a grid, from which validation rows alone choose."""
 
 import sys
 from argparse import ArgumentParser, Namespace
@@ -18,14 +18,17 @@ from feats.cli import EXIT_DONE, as_typed, positive
 from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
 from modeling import cli
+from modeling.evaluation.metrics import format_table
 from modeling.experiment import Experiment, experiment_of_run
 from modeling.features.splits import SplitSettings
-from modeling.finetuning import comparison, verdict
+from modeling.finetuning import comparison, past, verdict
 from modeling.finetuning.comparison import FROZEN, METHODS, Candidate, Cell
 from modeling.runs.folder import load_run, newest_run, open_runs, read_metrics
 from modeling.runs.run import Run
+from modeling.training.config import settings_read
 
 FINETUNE = Path(__file__).with_name("finetune.py")
+USUAL_GRID = {"lr": [1e-5, 2e-5], "dropout": [0.3, 0.5]}  # study E's
 BY_METHODS = ("tune", "lora", "soup", "wise_ft")  # what methods decide
 
 
@@ -57,15 +60,21 @@ def build_parser() -> ArgumentParser:
     )
     group.add_argument("--split-seed", type=int, default=SplitSettings.seed, help="seed of the folds")
     group.add_argument("--dropout", type=float, nargs="+", help="of the tuned heads (default: the run's)")
+    group.add_argument(
+        "--grid", action="store_true", help="study E's values of --lr and --dropout, where these aren't typed"
+    )
     cli.add_tuning_options(parser, grid=True)
     cli.add_run_options(parser)
     parser.add_argument("--name", help="folder of the comparison, inside --runs (default: finetuning_<run>)")
+    parser.add_argument("--history", action="store_true", help="list past finetunings and verdicts in --runs, and end")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
+    if args.history:
+        return cli.guarded(lambda: history(args.runs), "nothing was changed")
     again = "finished cells and checkpoints are kept, run the same command to go on"
     return cli.guarded(lambda: work(args, cli.command_line(argv)), again)
 
@@ -78,12 +87,13 @@ def work(args: Namespace, command: str) -> int:
     experiment = comparison.outer_folds(experiment, args.folds, args.val_ratio, args.split_seed)
     config = run.members[0].config
     folder = args.runs / (args.name or f"finetuning_{run.folder.name}")
-    candidates = candidates_of(args, experiment.classes)
+    points = points_of(args, config.head.head)
+    candidates = candidates_of(args, points, experiment.classes)
     cells = comparison.cells_of(candidates, min(args.only or args.folds, args.folds), folder)
     protocol = {"folds": args.folds, "val_ratio": args.val_ratio, "split_seed": args.split_seed}
     comparison.claim(folder, experiment, config, **protocol)
     train(args, cells, experiment, run, command)
-    monitor = cli.tuning_settings(Namespace(**{**vars(args), **points_of(args)[0]})).monitor
+    monitor = cli.tuning_settings(Namespace(**{**vars(args), **points[0]})).monitor
     scored = [
         verdict.read_scored([cell for cell in cells if cell.candidate is candidate], experiment, monitor)
         for candidate in candidates
@@ -104,6 +114,18 @@ def work(args: Namespace, command: str) -> int:
     return EXIT_DONE
 
 
+def history(runs: Path) -> int:
+    """Show what was finetuned before; returns the exit status."""
+    rows = past.finetunings(runs)
+    if not rows:
+        raise UsageError(f"nothing was finetuned in {runs} yet; begin with python modeling/finetune.py")
+    print(format_table(rows, list(rows[0])))
+    print("\naccuracy and macro_f1 are of validation rows, which also chose the weights: test rows decide a comparison")
+    for name, line in past.verdicts(runs).items():
+        print(f"\n{name}\n{line}")
+    return EXIT_DONE
+
+
 def run_to_compare(args: Namespace) -> Run:
     """The run whose head is the frozen one. Raises `UsageError` for one of several heads, or with tuned encoders."""
     [run] = open_runs(args.runs, [args.run]) if args.run else [load_run(newest_run(args.runs, single_head=True))]
@@ -115,7 +137,7 @@ def run_to_compare(args: Namespace) -> Run:
 
 def protocol_line(args: Namespace, done: int) -> str:
     """How the figures came about."""
-    folds = f"{args.folds} folds" if done == args.folds else f"the first {done} of {args.folds} folds"
+    folds = f"{args.folds} folds" if done == args.folds else f"{done} of {args.folds} folds"
     return (
         f"{folds}, stratified, duplicates together, seed {args.split_seed}: each is tested by models of the others, "
         f"{args.val_ratio:g} of whose rows chose epochs, soups and temperature"
@@ -125,20 +147,25 @@ def protocol_line(args: Namespace, done: int) -> str:
 # -- what is trained --------------------------------------------------------------------------------------------
 
 
-def points_of(args: Namespace) -> list[dict[str, Any]]:
-    """Every combination of the values typed for a grid."""
-    axes = {name: getattr(args, name) for name in cli.TUNING_GRID if getattr(args, name, None)}
-    return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+def points_of(args: Namespace, head: str) -> list[dict[str, Any]]:
+    """Every combination of the values typed for a grid. Raises `UsageError` for a dropout that the head doesn't
+    read."""
+    reads = settings_read(head)
+    if args.dropout and "dropout" not in reads:
+        raise UsageError(f"`dropout` does nothing for the head {head}; leave it out")
+    usual = {name: values for name, values in USUAL_GRID.items() if args.grid and (name != "dropout" or name in reads)}
+    axes = {name: getattr(args, name, None) or usual.get(name) for name in cli.TUNING_GRID}
+    varied = {name: values for name, values in axes.items() if values}
+    return [dict(zip(varied, values, strict=True)) for values in product(*varied.values())]
 
 
-def candidates_of(args: Namespace, classes: Sequence[str]) -> list[Candidate]:
+def candidates_of(args: Namespace, points: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[Candidate]:
     """The frozen head, then each method at each point of the grid. Raises `UsageError` for values out of range, and
     for options that methods decide."""
     typed = [f"`{name}`" for name in BY_METHODS if hasattr(args, name)]
     if typed:
         raise UsageError(f"{', '.join(typed)}: `methods` say what is tuned, and how; leave it out")
     besides = {"bad_cases": None if args.bad_cases is None else sha256_of(args.bad_cases)}
-    points = points_of(args)
     varying = [name for name in points[0] if len({point[name] for point in points}) > 1]
     found = [Candidate(FROZEN)]
     for method in dict.fromkeys(name for name in args.methods if name != FROZEN):
