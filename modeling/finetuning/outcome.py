@@ -64,6 +64,8 @@ def save_tuned(
     places = {name: f"encoders/{name.replace('/', '-')}" for name in names}
     if len(set(places.values())) < len(names):
         raise UsageError(f"caches {', '.join(names)} are too alike to be folders; rename one")
+    for name in names:
+        start.model.encoders[name].text_clean = start.cleaning[name]
     digests = {name: save_encoder(start.model.encoders[name], work / place) for name, place in places.items()}
     folder.mkdir(exist_ok=True)  # where nothing is learned there is none
     source = _source(start, digests, runs)
