@@ -215,7 +215,15 @@ def test_torchvision_keeps_the_preprocessing_of_the_weights_it_began_with(tmp_pa
 
 def record(folder: Path, encoder: str, **more: object) -> Path:
     folder.mkdir(parents=True)
-    content = {"format_version": 1, "encoder": encoder, "model": "m", "options": {}, "identity": {}, **more}
+    content = {
+        "format_version": 1,
+        "encoder": encoder,
+        "model": "m",
+        "options": {},
+        "text_clean": "none",
+        "identity": {},
+        **more,
+    }
     (folder / "encoder.json").write_text(json.dumps(content))
     return folder
 
