@@ -2,13 +2,9 @@
 (default: the newest with one head), a reference study's model (--model), or any encoders with any head
 (--image-encoder, --text-encoder, --head). Started by torchrun, several processes share the work."""
 
-import hashlib
-import json
 import sys
-import time
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +14,7 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.cli import EXIT_DONE, rows_bar
+from feats.cli import EXIT_DONE
 from feats.errors import UsageError
 from modeling import cli
 from modeling.finetuning.settings import TuneSettings
@@ -29,7 +25,6 @@ from modeling.runs.folder import load_run, newest_run, open_runs
 if TYPE_CHECKING:
     import torch
 
-    from modeling.finetuning.distributed import Team
     from modeling.finetuning.starts import Start
 
 NEW_MODEL = ("model", "image_encoder", "text_encoder")  # each says that the model isn't a run's
@@ -95,70 +90,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(args: Namespace, command: str) -> int:
     """Tune, show what came of it, save it; returns the exit status."""
-    from modeling.finetuning.distributed import team  # with it torch, transformers and peft: slow to import
+    from modeling.finetuning.distributed import team  # with these torch, transformers and peft: slow to import
+    from modeling.finetuning.finetune import finetune_model, no_bar
 
     with team(args.device) as (mates, device), TemporaryDirectory() as scratch:
-        return tune_and_save(args, command, mates, device, Path(scratch))
-
-
-def tune_and_save(args: Namespace, command: str, mates: "Team", device: "torch.device", scratch: Path) -> int:
-    """`work`, as one of the processes that share it. `scratch` is an empty folder."""
-    from modeling.finetuning import outcome, trunk
-    from modeling.finetuning.checkpoint import WorkFolder
-    from modeling.finetuning.distributed import peak_bytes
-    from modeling.finetuning.tuning import total_rows, tune
-
-    began = time.perf_counter()
-    say = print if mates.leads else silent
-    start = begin(args, cli.tuning_settings(args), device, scratch)
-    settings = cli.tuning_settings(args, start.experiment.classes)
-    what = outcome.what_is_tuned(start, settings, args.bad_cases)
-    with WorkFolder(args.runs / f".{args.name or digest(what)}.tuning", what, mates.leads) as working:
-        say(outcome.start_line(start))
-        with rows_bar("frozen blocks") as progress:
-            data = trunk.data_of(
-                start,
-                settings,
-                (args.feats or outcome.cache_folder(start)) / trunk.FOLDER,
-                mates,
-                bad_cases=args.bad_cases,
-                cached=not args.live_trunk,
-                progress=progress,
-            )
-        say(outcome.model_line(start))
-        bar = cli.progress_bar("tune", total_rows(data, settings), "row") if mates.leads else nullcontext(silent)
-        with bar as progress:
-            tuned = tune(start.model, data, settings, working, mates, progress, lambda row: say(epoch_line(row)))
-        predicted = outcome.predicted_of(start, data, mates, args.ablation_eval)
-        if not mates.leads:
-            return EXIT_DONE
-        facts = {"seconds": round(time.perf_counter() - began, 1), "peak_bytes": peak_bytes(device)}
-        run = outcome.save_tuned(
-            start, tuned, predicted, settings, args.runs, working.path, name=args.name, command=command, facts=facts
+        start = begin(args, cli.tuning_settings(args), device, Path(scratch))
+        run = finetune_model(
+            start,
+            cli.tuning_settings(args, start.experiment.classes),
+            args.runs,
+            name=args.name,
+            bad_cases=args.bad_cases,
+            ablation_eval=args.ablation_eval,
+            cached_trunk=not args.live_trunk,
+            caches=args.feats,
+            command=command,
+            team=mates,
+            say=print if mates.leads else lambda line: None,
+            bar=cli.rows_bar if mates.leads else no_bar,
         )
-        working.remove()
-    print(outcome.tables(start, run, settings.monitor))
-    print(f"weights kept: {tuned.chosen}")
-    print(f"finetuned run -> {run.path}")
+    if run is not None:
+        print(f"finetuned run -> {run.path}")
     return EXIT_DONE
-
-
-def silent(*_: Any) -> None:
-    """What processes say that don't lead."""
-
-
-def digest(what: dict[str, Any]) -> str:
-    """A name for a finetuning that has none."""
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def epoch_line(row: dict[str, Any]) -> str:
-    """One epoch's figures."""
-    trained = f"train loss {row['train_loss']:.4f}, " if row["train_loss"] is not None else ""
-    validated = ", ".join(
-        f"{name.replace('_', ' ')} {row[name]:.3f}" for name in ("accuracy", "weighted_f1", "macro_f1")
-    )
-    return f"epoch {row['epoch']}: {trained}validation loss {row['val_loss']:.4f}, {validated}"
 
 
 # -- what is tuned ----------------------------------------------------------------------------------------------
@@ -166,7 +119,7 @@ def epoch_line(row: dict[str, Any]) -> str:
 
 def begin(args: Namespace, settings: TuneSettings, device: "torch.device", scratch: Path) -> "Start":
     """The model that the options ask for, before its first step."""
-    from modeling.finetuning.starts import DataPlace, from_choices, from_run
+    from modeling.finetuning.starts import DataPlace, start_from_encoders, start_from_run
 
     place = DataPlace(args.data, args.layout)
     weights = cli.named_texts(args.weights, "--weights")
@@ -175,7 +128,7 @@ def begin(args: Namespace, settings: TuneSettings, device: "torch.device", scrat
             args, (*OF_NEW_MODELS, *OF_SPLITS, "folds"), "a run has its own; leave it out, or begin anew with `model`"
         )
         [run] = open_runs(args.runs, [args.run]) if args.run else [load_run(newest_run(args.runs, single_head=True))]
-        return from_run(
+        return start_from_run(
             run,
             settings,
             device=device,
@@ -189,7 +142,7 @@ def begin(args: Namespace, settings: TuneSettings, device: "torch.device", scrat
     refuse(args, ("folds",), "one model is tuned on one split; give `val_ratio`, or compare_finetuning.py its folds")
     recipe = TUNING_RECIPES.get(args.recipe or "", {})
     image, text, head, tokens = model_choice(args, recipe)
-    return from_choices(
+    return start_from_encoders(
         image,
         text,
         head,

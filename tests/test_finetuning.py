@@ -19,13 +19,14 @@ from modeling import HeadConfig, fit_head, load_features, make_split
 from modeling.features.splits import SplitSettings
 from modeling.finetuning.checkpoint import WorkFolder
 from modeling.finetuning.data import PairReader, Sample, epoch_samples
-from modeling.finetuning.distributed import Team
 from modeling.finetuning.model import PairModel
+from modeling.finetuning.parameters import choose_parameters, optimizer_of
+from modeling.finetuning.predicting import predict
 from modeling.finetuning.settings import TuneSettings, lr_factor
-from modeling.finetuning.starts import DataPlace, Start, from_choices, from_run
+from modeling.finetuning.starts import DataPlace, Start, start_from_encoders, start_from_run
 from modeling.finetuning.studies import EncoderChoice
 from modeling.finetuning.trunk import data_of
-from modeling.finetuning.tuning import Tuned, choose_parameters, predict, tune
+from modeling.finetuning.tuning import Tuned, tune
 from modeling.runs.folder import load_run
 
 CPU = torch.device("cpu")
@@ -51,7 +52,7 @@ def save_run(root: Path, head: str, name: str = "run", tokens: bool = False, **s
 
 def begin(root: Path, settings: TuneSettings = PLAIN, name: str = "run", **more: Any) -> Start:
     weights = dict(line.split("=", 1) for line in (root / "weights.txt").read_text().splitlines())
-    return from_run(load_run(root / name), settings, device=CPU, weights=weights, **more)
+    return start_from_run(load_run(root / name), settings, device=CPU, weights=weights, **more)
 
 
 def tuned(
@@ -93,7 +94,7 @@ def digest(start: Start, result: Tuned) -> str:
 def test_tuning_begins_at_the_runs_own_logits(head: str, norm: str, tokens: bool, tmp_path: Path):
     weights = cached_pairs(tmp_path, tokens=tokens)
     run = load_run(save_run(tmp_path, head, tokens=tokens, norm=norm))
-    start = from_run(run, PLAIN, device=CPU, weights=weights)
+    start = start_from_run(run, PLAIN, device=CPU, weights=weights)
     data = data_of(start, PLAIN, tmp_path / "trunks")
     features = load_features(tmp_path / "feats", "train", ["vit"], ["roberta"], tokens=tokens)
     expected = run.members[0].logits(features, features.positions(start.split.val))
@@ -110,7 +111,7 @@ def test_clip_on_both_sides_begins_there_too(tmp_path: Path):
     split = make_split(data, val_ratio=0.25)
     run = fit_head(data, split, HeadConfig("clip_match", D=8), ep=2, bs=8, norm="l2", device="cpu")
     run.save(tmp_path / "run")
-    start = from_run(load_run(tmp_path / "run"), PLAIN, device=CPU, weights={"clip": where["weights"]})
+    start = start_from_run(load_run(tmp_path / "run"), PLAIN, device=CPU, weights={"clip": where["weights"]})
     rows = data_of(start, PLAIN, tmp_path)
     expected = run.members[0].logits(data, data.positions(split.val))
     assert np.abs(predict(start.model, rows.reader, rows.val) - expected).max() < 4e-3
@@ -191,17 +192,12 @@ def test_the_rate_rises_then_falls():
 
 def test_rates_fall_from_block_to_block(root: Path):
     """The ViT has three blocks and what comes before and after, the BERT four and nothing after."""
-    from modeling.finetuning.tuning import _Tuning
-
     settings = replace(PLAIN, layer_decay=0.5)
     start = begin(root, settings)
-    with WorkFolder(root / "work", {}) as work:
-        data = data_of(start, settings, root)
-        tuning = _Tuning(start.model, data, settings, work, Team(), print, print)
+    choose_parameters(start.model, settings)
+    optimizer, peaks = optimizer_of(start.model, dict(start.model.named_parameters()), settings)
     rate_of = {
-        id(parameter): peak
-        for group, peak in zip(tuning.optimizer.param_groups, tuning.peaks)
-        for parameter in group["params"]
+        id(parameter): peak for group, peak in zip(optimizer.param_groups, peaks) for parameter in group["params"]
     }
     found = {name: rate_of[id(p)] for name, p in start.model.named_parameters() if id(p) in rate_of}
     vit = {name.removeprefix("image/vit/"): rate for name, rate in found.items() if name.startswith("image/vit/")}
@@ -329,13 +325,14 @@ class Killed(Exception):
     pass
 
 
-def killed_after(rows: int) -> Callable[[int], None]:
-    done = 0
+def killed_after(rows: int) -> Callable[[int, int], None]:
+    """Interrupts when so many rows more than at the beginning are done."""
+    begun: int | None = None
 
-    def progress(more: int) -> None:
-        nonlocal done
-        done += more
-        if done >= rows:
+    def progress(done: int, total: int) -> None:
+        nonlocal begun
+        begun = done if begun is None else begun
+        if done >= begun + rows:
             raise Killed
 
     return progress
@@ -375,7 +372,7 @@ def test_a_convolutional_net_ends_with_the_same_bytes_too(tmp_path: Path):
     settings = replace(PLAIN, bs=6, checkpoint_steps=1)
 
     def through(work: str, **more: Any) -> str:
-        start = from_choices(
+        start = start_from_encoders(
             resnet,
             resnet,
             HeadConfig("concat"),

@@ -165,6 +165,19 @@ class PairReader(Dataset[Read]):
         return found
 
 
+@dataclass(frozen=True)
+class TuneData:
+    """Rows of a reader, by number, and their labels; `hard`: training rows that come a second time, augmented."""
+
+    reader: PairReader
+    labels: torch.Tensor  # (N,) int64; of rows in no part -1
+    train: Sequence[int]
+    val: Sequence[int]
+    test: Sequence[int] = ()
+    hard: Sequence[int] = ()
+    class_weights: torch.Tensor | None = None  # (C,)
+
+
 def epoch_samples(
     rows: Sequence[int], hard: Sequence[int], seed: int, epoch: int, sides: tuple[str, ...]
 ) -> list[Sample]:

@@ -22,12 +22,13 @@ from feats.store import SIDES
 from modeling.evaluation import metrics
 from modeling.experiment import TEMPERATURES, protocol, split_figures
 from modeling.features.joined import DEFAULT_FOLDER, FeatureSource
-from modeling.finetuning.data import without
+from modeling.finetuning.data import TuneData, without
 from modeling.finetuning.distributed import Team
 from modeling.finetuning.model import hidden_of_nothing
+from modeling.finetuning.predicting import predict
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.starts import Start
-from modeling.finetuning.tuning import Tuned, TuneData, predict
+from modeling.finetuning.tuning import Tuned
 from modeling.heads.base import ablation_words
 from modeling.runs.folder import read_report, run_name, save_run
 from modeling.runs.run import OWN_CACHES, Finetuned, Report, Run

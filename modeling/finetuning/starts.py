@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from feats.acceleration import resolve_dtype
+from feats.acceleration import resolve_device, resolve_dtype
 from feats.encoders.base import Encoder, Features
 from feats.encoders.registry import ENCODERS, load_encoder
 from feats.errors import UsageError
@@ -67,11 +67,11 @@ class DataPlace:
 # -- from a run -------------------------------------------------------------------------------------------------
 
 
-def from_run(
+def start_from_run(
     run: Run,
     settings: TuneSettings,
     *,
-    device: torch.device,
+    device: torch.device | str = "auto",
     folder: Path | None = None,
     place: DataPlace = DataPlace(),
     weights: Mapping[str, str] = {},
@@ -87,6 +87,7 @@ def from_run(
     Raises `UsageError` for a run of several heads, an encoder without gradients or whose weights can't be had, and
     pairs that aren't those the caches were made of.
     """
+    device = resolve_device(device) if isinstance(device, str) else device
     if len(run.members) > 1:
         raise UsageError(
             f"{run.named} has {len(run.members)} heads; tuning begins with one: give a run of train_head.py without "
@@ -164,14 +165,14 @@ def _records_of(source: FeatureSource, place: DataPlace) -> Pairs:
 # -- from the registries ----------------------------------------------------------------------------------------
 
 
-def from_choices(
+def start_from_encoders(
     image: EncoderChoice | None,
     text: EncoderChoice | None,
     head: HeadConfig,
     settings: TuneSettings,
     split: SplitSettings,
     *,
-    device: torch.device,
+    device: torch.device | str = "auto",
     place: DataPlace = DataPlace(),
     weights: Mapping[str, str] = {},
     norm: str = "none",
@@ -185,7 +186,8 @@ def from_choices(
     `scratch` is the folder for untrained encoders, `sizes` (by side) theirs: layers, width, heads, patch.
     Raises `UsageError` for whatever doesn't fit, and when weights can't be had.
     """
-    if head_class(head.head).closed_form() and head.head == "kernel":
+    device = resolve_device(device) if isinstance(device, str) else device
+    if head.head == "kernel":
         raise UsageError("a new kernel head has no rows to compare with; train one on caches first and name its `run`")
     choices = {side: choice for side, choice in (("image", image), ("text", text)) if choice and side in head.sides}
     if not choices:

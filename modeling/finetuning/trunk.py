@@ -16,12 +16,11 @@ from feats.extraction.settings import ExtractionSettings
 from feats.store import SIDES
 from modeling.features.joined import Ragged, load_features
 from modeling.features.splits import duplicates_of
-from modeling.finetuning.data import PairReader
+from modeling.finetuning.data import PairReader, TuneData
 from modeling.finetuning.distributed import Team
 from modeling.finetuning.hard_rows import hard_rows
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.starts import Start
-from modeling.finetuning.tuning import TuneData
 from modeling.training.problem import Problem, class_weights
 
 FOLDER = "trunks"  # beside the caches
