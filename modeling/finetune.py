@@ -119,7 +119,8 @@ def work(args: Namespace, command: str) -> int:
 
 def begin(args: Namespace, settings: TuneSettings, device: "torch.device", scratch: Path) -> "Start":
     """The model that the options ask for, before its first step."""
-    from modeling.finetuning.starts import DataPlace, start_from_encoders, start_from_run
+    from modeling.finetuning.pairs import DataPlace
+    from modeling.finetuning.starts import start_from_encoders, start_from_run
 
     place = DataPlace(args.data, args.layout)
     weights = cli.named_texts(args.weights, "--weights")

@@ -20,10 +20,11 @@ from modeling.features.splits import SplitSettings
 from modeling.finetuning.checkpoint import WorkFolder
 from modeling.finetuning.data import PairReader, Sample, epoch_samples
 from modeling.finetuning.model import PairModel
+from modeling.finetuning.pairs import DataPlace
 from modeling.finetuning.parameters import choose_parameters, optimizer_of
 from modeling.finetuning.predicting import predict
 from modeling.finetuning.settings import TuneSettings, lr_factor
-from modeling.finetuning.starts import DataPlace, Start, start_from_encoders, start_from_run
+from modeling.finetuning.starts import Start, start_from_encoders, start_from_run
 from modeling.finetuning.studies import EncoderChoice
 from modeling.finetuning.trunk import data_of
 from modeling.finetuning.tuning import Tuned, tune

@@ -18,7 +18,7 @@ from feats.extraction.local import default_workers
 from feats.extraction.preparation import hash_of_text, prepare
 from feats.images import augment, hash64, read_image
 from feats.records import Record, TarSlice
-from feats.store import SIDES
+from feats.source import SIDES
 from feats.text import clean, clean_with_key
 from modeling.features.joined import FeatureSet, FeatureSource, Rows
 from modeling.finetuning.augment import TextAugmentation, augment_text

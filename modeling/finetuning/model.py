@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from feats.encoders.base import Encoder, Features, ImageSide, TextSide
 from feats.errors import UsageError
-from feats.store import SIDES
+from feats.source import SIDES
 from modeling.features.inputs import Preprocessing
 from modeling.heads.base import Batch, Head
 from modeling.heads.layers import BatchNorm as HeadBatchNorm

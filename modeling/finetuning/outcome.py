@@ -18,7 +18,7 @@ from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
 from feats.extraction.plan import fingerprint_of
 from feats.extraction.settings import ExtractionSettings
-from feats.store import SIDES
+from feats.source import SIDES
 from modeling.evaluation import metrics
 from modeling.experiment import TEMPERATURES, protocol, split_figures
 from modeling.features.joined import DEFAULT_FOLDER, FeatureSource

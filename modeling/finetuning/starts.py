@@ -11,9 +11,8 @@ from feats.acceleration import resolve_device, resolve_dtype
 from feats.encoders.base import Encoder, Features
 from feats.encoders.registry import ENCODERS, load_encoder
 from feats.errors import UsageError
-from feats.extraction.local import changed_rows
 from feats.records import Pairs, read_dataset
-from feats.store import SIDES, FeatureStore
+from feats.source import SIDES
 from feats.text import clean
 from modeling.experiment import Experiment, experiment_of_run
 from modeling.features.inputs import Inputs, Preprocessing
@@ -22,6 +21,7 @@ from modeling.features.normalizer import Normalizer
 from modeling.features.splits import Split, SplitSettings, make_splits
 from modeling.finetuning.data import rows_as_features
 from modeling.finetuning.model import PairModel, checked_side
+from modeling.finetuning.pairs import DataPlace, records_of
 from modeling.finetuning.scratch import untrained_text, untrained_vit
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.studies import EncoderChoice
@@ -56,14 +56,6 @@ class Start:
         return self.experiment.splits[0]
 
 
-@dataclass(frozen=True)
-class DataPlace:
-    """Where raw pairs lie: `path` None is where caches say."""
-
-    path: Path | None = None
-    layout: str | None = None
-
-
 # -- from a run -------------------------------------------------------------------------------------------------
 
 
@@ -96,7 +88,7 @@ def start_from_run(
     single_split(run)
     source = replace(run.source, folder=run.feature_folder(folder))
     experiment = experiment_of_run(run, source, "cpu")
-    records = _records_of(source, place)
+    records = records_of(source, place)
     [member] = run.members
     tokens = {key.partition("/")[2] for key in member.preprocessing.normalizers if "_tokens/" in key}
     encoders = {}
@@ -132,34 +124,6 @@ def _check_gradients(encoder: str, name: str) -> None:
             f"the run reads {name}, and encoder {encoder} has no gradients: there is nothing in it to tune; give a run "
             "of encoders that have some"
         )
-
-
-def _records_of(source: FeatureSource, place: DataPlace) -> Pairs:
-    """The pairs that caches were made of. Raises `UsageError` when they aren't found, or are others."""
-    stores = [source.folder / f"{name}_train.h5" for name in source.names]
-    with FeatureStore.open(stores[0]) as store:
-        kept = store.source
-    if place.path is None and kept is None:
-        raise UsageError(f"{stores[0]} doesn't say where its pairs lie; name their folder with `data`")
-    path = place.path or Path(kept.resolved if kept else "")
-    split = kept.split if kept else "train"
-    records = read_dataset(path, place.layout or (kept.layout if kept and place.path is None else None))[split]
-    for file in stores:
-        with FeatureStore.open(file) as store:
-            if store.ids.tolist() != [record.id for record in records]:
-                common = len(set(store.ids.tolist()) & {record.id for record in records})
-                raise UsageError(
-                    f"{path} holds other data than {file} was made of ({len(records)} and {len(store)} rows, {common} "
-                    "ids in common); name the right folder with `data`"
-                )
-            changed = changed_rows(store, records)
-        if changed:
-            some = ", ".join(f"{i} ({what})" for i, what in list(changed.items())[:5])
-            raise UsageError(
-                f"{len(changed)} rows in {path} hold other content than when {file} was made: {some}; name the right "
-                "folder with `data`, or extract and train again"
-            )
-    return records
 
 
 # -- from the registries ----------------------------------------------------------------------------------------

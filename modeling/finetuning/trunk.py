@@ -13,7 +13,7 @@ from feats.encoders.cut import lower_part
 from feats.extraction.local import extract
 from feats.extraction.plan import fingerprint_of
 from feats.extraction.settings import ExtractionSettings
-from feats.store import SIDES
+from feats.source import SIDES
 from modeling.features.joined import Ragged, load_features
 from modeling.features.splits import duplicates_of
 from modeling.finetuning.data import PairReader, TuneData
