@@ -19,6 +19,7 @@ from modeling.search.sweep import TABLE
 SIGNIFICANT = 0.05
 MARKDOWN = "table.md"
 COLLAPSED = "predicts one class only"
+AT_START = "kept its start"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Scored:
     peak_bytes: tuple[int, ...]
     parameters: int
     collapsed: tuple[int, ...] = ()  # folds whose model says the same of all rows
+    at_start: tuple[int, ...] = ()  # folds in which no epoch bettered the start, which was kept
     resumed: tuple[int, ...] = ()  # folds begun more than once: their seconds are the last start's
     point: Mapping[str, Any] = field(default_factory=dict)
     runs: tuple[Path, ...] = ()
@@ -96,7 +98,7 @@ class Comparison:
 def read_scored(cells: Sequence[Cell], experiment: Experiment, monitor: str) -> Scored:
     """The finished cells of one candidate. Raises `UsageError` for a run that tested other rows than its fold's."""
     candidate = cells[0].candidate
-    predicted, validation, facts = [], [], []
+    predicted, validation, facts, at_start = [], [], [], []
     for cell in cells:
         ids, _, probabilities = read_predictions(cell.path / TEST_PREDICTIONS)
         config = read_config(cell.path)
@@ -106,6 +108,8 @@ def read_scored(cells: Sequence[Cell], experiment: Experiment, monitor: str) -> 
         figures = read_metrics(cell.path)["val"]
         validation.append(-figures["log_loss"] if monitor == "loss" else figures[monitor])
         [member] = config["members"]
+        if candidate.method != FROZEN and member["best_epoch"] == 0:
+            at_start.append(cell.fold)
         frozen = {**member["facts"], "trained_parameters": member["parameters"]}
         facts.append(frozen if candidate.method == FROZEN else config["finetuned"]["facts"])
     return Scored(
@@ -116,6 +120,7 @@ def read_scored(cells: Sequence[Cell], experiment: Experiment, monitor: str) -> 
         tuple(of_fold["peak_bytes"] for of_fold in facts),
         facts[0]["trained_parameters"],
         tuple(cell.fold for cell, classes in zip(cells, predicted, strict=True) if len(set(classes.tolist())) == 1),
+        tuple(at_start),
         tuple(cell.fold for cell in cells if _starts(cell.log) > 1),
         candidate.point,
         tuple(cell.path for cell in cells),
@@ -256,9 +261,11 @@ def verdict_line(
         times = f"{best[j].mean_seconds:.0f} s a fold, not {winner.mean_seconds:.0f} s"
         beside = f"; {_named(best[j])}, not told apart from it (p {against_best[j]:.3f}), takes {times}"
     saved = ", ".join(map(str, winner.runs))
+    millions = winner.parameters / 1e6
+    size = f"{millions:.1f}" if millions >= 0.1 else f"{millions:.3f}"
     return (
         f"verdict: use {_named(winner)} ({figure} {tested.difference:+.3f}, 95 % {tested.low:+.3f} to "
-        f"{tested.high:+.3f}, p {tested.holm:.3f}), {winner.parameters / 1e6:.1f} M trained parameters{beside}"
+        f"{tested.high:+.3f}, p {tested.holm:.3f}), {size} M trained parameters{beside}"
         + (f"; saved: {saved}" if saved else "")
     )
 
@@ -276,12 +283,7 @@ def _row(scored: Scored, labels: np.ndarray, classes: Sequence[str], figure: str
     found = metrics.scores(confusion)
     interval = metrics.intervals(confusion)[figure]
     assert isinstance(interval, list)
-    folds = len(scored.validation)
-    note = ""
-    if scored.collapsed:
-        note = COLLAPSED
-        if len(scored.collapsed) < folds:
-            note += f" in fold{'s'[: len(scored.collapsed) != 1]} {', '.join(map(str, scored.collapsed))}"
+    notes = [_of_folds(COLLAPSED, scored.collapsed, scored), _of_folds(AT_START, scored.at_start, scored)]
     return {
         "method": scored.method,
         **{name: _short(value) for name, value in scored.point.items()},
@@ -291,10 +293,17 @@ def _row(scored: Scored, labels: np.ndarray, classes: Sequence[str], figure: str
         "trained M": scored.parameters / 1e6,
         "s a fold": round(scored.mean_seconds, 1),
         "peak GB": max(scored.peak_bytes) / 1e9,
-        "note": note,
+        "note": "; ".join(filter(None, notes)),
         f"validation {monitor}": abs(scored.mean_validation),
-        "folds": folds,
+        "folds": len(scored.validation),
     }
+
+
+def _of_folds(what: str, folds: Sequence[int], scored: Scored) -> str:
+    """What is so in some folds, and in which unless in all."""
+    if not folds or len(folds) == len(scored.validation):
+        return what if folds else ""
+    return f"{what} in fold{'s'[: len(folds) != 1]} {', '.join(map(str, folds))}"
 
 
 def _points(
