@@ -113,7 +113,8 @@ def test_every_cut_is_another_place(name: str, kind: str, tmp_path: Path):
             whole = side.forward(inputs)["feats"]
             for k in range(count + 1):
                 entered.append(side.blocks.below(inputs, k))
-                assert torch.equal(above(side, entered[k], inputs, k)["feats"], whole)
+                feats = above(side, entered[k], inputs, k)["feats"]
+                close(feats, whole) if k == count else torch.testing.assert_close(feats, whole, rtol=0, atol=0)
                 if k:
                     moved = above(side, entered[k - 1], inputs, k) if entered[k].shape == entered[k - 1].shape else None
                     assert moved is None or not torch.allclose(moved["feats"], whole)
@@ -129,6 +130,19 @@ def test_a_map_is_cut_row_by_row(tmp_path: Path):
     hidden = side.blocks.below(pixels, 3)
     assert hidden.shape == (3, 28 * 28, 128)
     assert torch.equal(hidden[1, 5 * 28 + 9], grid[1, :, 5, 9])
+
+
+@pytest.mark.parametrize(("name", "kind"), [("clip", "vit"), ("clip", "resnet"), ("resnet", "pooled"), ("vit", "")])
+def test_autocast_goes_on_above_a_cut_as_without_one(name: str, kind: str, tmp_path: Path):
+    """From a cache of float16, which holds bfloat16 values of a usual size exactly."""
+    encoder = load(name, CASES[name, kind][0](tmp_path), trainable=True)
+    side, pixels = encoder.image, next(sides(encoder))[2]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        whole = side.forward(pixels)["feats"]
+        hidden = side.blocks.below(pixels, 1)
+        found = above(side, hidden.half() if hidden.dtype == torch.bfloat16 else hidden, pixels, 1)["feats"]
+    assert whole.dtype == found.dtype and (name == "vit") == (hidden.dtype == torch.float32)
+    torch.testing.assert_close(found, whole, rtol=0, atol=0)
 
 
 def test_mixed_precision_is_kept_above_a_cut():

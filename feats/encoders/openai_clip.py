@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.transforms import Normalize
 
 from feats.encoders.base import Blocks, Encoder, Features, ImageSide, Loading, TextSide, Tokens
-from feats.encoders.stack import map_tokens, stacked
+from feats.encoders.stack import map_tokens, products_dtype, stacked
 from feats.encoders.weights import (
     HUB_TIMEOUT,
     hub_reachable,
@@ -378,15 +378,34 @@ def _in_proj(attention: Any, x: torch.Tensor) -> torch.Tensor:
 def _residual_block(block: Any, x: torch.Tensor, causal: bool) -> torch.Tensor:
     """A block of `clip.model.Transformer` on x (B, L, width). The package's works on (L, B, width), through
     `nn.MultiheadAttention`, which copies x into another layout several times a layer."""
-    batch, length, width = x.shape
-    attention, mlp = block.attn, block.mlp
-    qkv = _in_proj(attention, _layer_norm(block.ln_1, x))
-    q, k, v = qkv.view(batch, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, L, d)
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).reshape(batch, length, width)
-    x = x + attention.out_proj(mixed)
-    hidden = mlp.c_fc(_layer_norm(block.ln_2, x))
+    q, k, v = _heads(block, x)
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+    return _mixed_in(block, x, mixed.reshape(x.shape))
+
+
+def _last_block(block: Any, x: torch.Tensor, read: torch.Tensor, causal: bool) -> torch.Tensor:
+    """What `_residual_block` gives at position read[b] of each row b, (B, width): a quarter of its products."""
+    q, k, v = _heads(block, x)
+    rows = torch.arange(len(x), device=x.device)
+    seen = torch.arange(x.shape[1], device=x.device) <= read[:, None] if causal else None  # (B, L)
+    mask = None if seen is None else seen[:, None, None]
+    mixed = F.scaled_dot_product_attention(q[rows, :, read][:, :, None], k, v, attn_mask=mask)  # (B, heads, 1, d)
+    return _mixed_in(block, x[rows, read], mixed.flatten(1))
+
+
+def _heads(block: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Query, key and value of a block's attention, each (B, heads, L, d)."""
+    batch, length, _ = x.shape
+    qkv = _in_proj(block.attn, _layer_norm(block.ln_1, x))
+    return qkv.view(batch, length, 3, block.attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
+
+
+def _mixed_in(block: Any, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+    """What leaves a block, of what entered it and of what its heads give, both (..., width)."""
+    x = x + block.attn.out_proj(mixed)
+    hidden = block.mlp.c_fc(_layer_norm(block.ln_2, x))
     gate = (hidden * 1.702).sigmoid_()  # QuickGELU
-    mapped: torch.Tensor = mlp.c_proj(gate * hidden if gate.requires_grad else gate.mul_(hidden))
+    mapped: torch.Tensor = block.mlp.c_proj(gate * hidden if gate.requires_grad else gate.mul_(hidden))
     return x + mapped
 
 
@@ -404,13 +423,18 @@ def _vit(visual: Any, tokens: bool) -> tuple[Callable[[torch.Tensor], Features],
         x = _layer_norm(visual.ln_post, x)
         return {"feats": x[:, 0] @ visual.proj, "tokens": x[:, 1:]}
 
+    def read(x: torch.Tensor, pixels: torch.Tensor | None) -> Features:
+        first = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        return {"feats": _layer_norm(visual.ln_post, _last_block(blocks[-1], x, first, causal=False)) @ visual.proj}
+
     return stacked(
         blocks,
         after=("ln_post.", "proj"),
         begin=begin,
         step=lambda i, x: _residual_block(blocks[i], x, causal=False),
         end=end,
-        entering=lambda k: visual.conv1.weight.dtype,
+        entering=lambda k: products_dtype(visual.conv1.weight),
+        read=None if tokens else read,
     )
 
 
@@ -481,13 +505,19 @@ def _text(network: CLIP, device: torch.device, tokens: bool) -> tuple[Callable[[
         embedded: torch.Tensor = network.token_embedding(padded).to(dtype) + positions.to(dtype)  # (B, L, width)
         return embedded
 
+    def last_positions(ids: list[Any]) -> torch.Tensor:
+        return torch.tensor([len(i) for i in ids]).to(device) - 1
+
     def end(x: torch.Tensor, ids: list[Any]) -> Features:
-        lengths = torch.tensor([len(i) for i in ids])
-        ends = torch.arange(len(ids)), lengths.to(device) - 1
+        ends = torch.arange(len(ids)), last_positions(ids)
         if not tokens:
             return {"feats": _layer_norm(network.ln_final, x[ends]) @ network.text_projection}
         x = _layer_norm(network.ln_final, x)
         return {"feats": x[ends] @ network.text_projection, "tokens": x}
+
+    def read(x: torch.Tensor, ids: list[Any]) -> Features:
+        x = _last_block(blocks[-1], x, last_positions(ids), causal=True)
+        return {"feats": _layer_norm(network.ln_final, x) @ network.text_projection}
 
     return stacked(
         blocks,
@@ -496,4 +526,5 @@ def _text(network: CLIP, device: torch.device, tokens: bool) -> tuple[Callable[[
         step=lambda i, x: _residual_block(blocks[i], x, causal=True),
         end=end,
         entering=lambda k: dtype,
+        read=None if tokens else read,
     )
