@@ -174,7 +174,11 @@ def add_tuning_options(parser: ArgumentParser, grid: bool = False) -> None:
     add("lora_alpha", "adapters count alpha / rank (default: the rank)", type=float)
     add("ep", "epochs", type=int)
     add("bs", "rows of a step, of all processes together", type=int)
-    add("micro_bs", "rows in memory at a time (default: a process's share of --bs); the result is the same", type=int)
+    add(
+        "micro_bs",
+        "rows at a time (default: a process's share of --bs): less memory; dropout goes by them",
+        type=int,
+    )
     add("optimizer", ", ".join(OPTIMIZERS))
     add("lr", "peak learning rate of the encoders' last layers", type=float)
     add("head_lr", "of the head (default: ten times --lr)", type=float)

@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
     kept = "checkpoints are kept, run the same command to go on"
-    return cli.guarded(lambda: work(args, cli.command_line(argv)), kept)
+    named = {**cli.OPTION_OF, "rank": "lora", "alpha": "lora_alpha"}
+    return cli.guarded(lambda: work(args, cli.command_line(argv)), kept, named)
 
 
 def work(args: Namespace, command: str) -> int:
@@ -124,6 +125,7 @@ def begin(args: Namespace, settings: TuneSettings, device: "torch.device", scrat
 
     place = DataPlace(args.data, args.layout)
     weights = cli.named_texts(args.weights, "--weights")
+    recipe = TUNING_RECIPES.get(args.recipe or "", {})
     if not any(getattr(args, option) for option in NEW_MODEL):
         refuse(
             args, (*OF_NEW_MODELS, *OF_SPLITS, "folds"), "a run has its own; leave it out, or begin anew with `model`"
@@ -137,11 +139,10 @@ def begin(args: Namespace, settings: TuneSettings, device: "torch.device", scrat
             place=place,
             weights=weights,
             new_head=args.new_head,
-            dropout=getattr(args, "dropout", None),
+            dropout=getattr(args, "dropout", recipe.get("dropout")),
         )
     refuse(args, ("run",), "the model is begun anew; leave it out, or leave out `model` and the encoders")
     refuse(args, ("folds",), "one model is tuned on one split; give `val_ratio`, or compare_finetuning.py its folds")
-    recipe = TUNING_RECIPES.get(args.recipe or "", {})
     image, text, head, tokens = model_choice(args, recipe)
     return start_from_encoders(
         image,

@@ -56,7 +56,7 @@ def typed(root: Path, *options: str) -> list[str]:
 
 
 def script(*arguments: str, processes: int = 1) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--"] if processes > 1 else []
     return [sys.executable, *launcher, str(ROOT / "modeling" / "finetune.py"), *arguments]
 
 
@@ -295,7 +295,7 @@ def test_killed_at_random_steps_it_ends_with_the_same_bytes(root: Path):
 @pytest.mark.slow
 def test_two_processes_give_the_loss_curve_of_one(root: Path):
     """At equal global batch; rows aren't counted twice, though 18 training and 6 validation rows don't divide evenly."""
-    options = [*typed(root, "--bs", "7", "--micro-bs", "2", "--ep", "3")]
+    options = [*typed(root, "--bs", "7", "--micro-bs", "2", "--ep", "3", "--monitor", "loss", "--soup", "2")]
     one, two = (run_script(*options, "--name", name, processes=count) for name, count in (("one", 1), ("two", 2)))
     assert one.returncode == two.returncode == 0, two.stderr[-2000:]
     assert two.stdout.count("finetuned run -> ") == 1 and two.stdout.count("epoch 1:") == 1
@@ -395,15 +395,18 @@ def test_checkpoints_of_other_settings_are_refused(root: Path, capsys: pytest.Ca
     [
         (["--tune", "last-9"], "has 3 blocks; give a smaller number, or all"),
         (["--tune", "most"], "--tune 'most': expected all, head, or last-N"),
-        (["--lora", "500"], "500"),
+        (["--lora", "500"], "--lora 500 is out of range; expected 1 to 32"),
         (["--head", "late"], "--head: a run has its own"),
         (["--val-ratio", "0.5"], "--val-ratio: a run has its own"),
         (["--run", "nowhere"], "is no run"),
         (["--model", "clip", "--run", "x"], "--run: the model is begun anew"),
         (["--model", "clip", "--folds", "2"], "--folds: one model is tuned on one split"),
         (["--model", "bert_vit_scratch", "--sizes", "text.depth=3"], "--sizes text.depth=3: expected SIDE.SIZE=N"),
-        (["--bad-cases", "nothing.csv"], "nothing.csv"),
+        (["--bad-cases", "nothing.csv"], "can't read nothing.csv as a list of bad cases"),
         (["--class-weights", "great=2"], "'great' is no class"),
+        (["--weights", "vlt=x.pt"], "--weights names vlt; the encoders in use are vit, roberta"),
+        (["--image-encoder", "clip=RN50", "--text-encoder", "clip=RN101"], "both sides name encoder clip"),
+        (["--new-head", "--wise-ft"], "--wise-ft mixes in the start's weights"),
         (["--image-encoder", "nonesuch"], "unknown encoder 'nonesuch'"),
         (["--image-encoder", "vit", "--head", "nonesuch"], "unknown head 'nonesuch'"),
         (["--image-encoder", "vit", "--head", "kernel"], "a new kernel head has no rows"),

@@ -20,6 +20,7 @@ from modeling.features.splits import SplitSettings
 from modeling.finetuning.checkpoint import WorkFolder
 from modeling.finetuning.data import PairReader, Sample, epoch_samples
 from modeling.finetuning.model import PairModel
+from modeling.finetuning.outcome import what_is_tuned
 from modeling.finetuning.pairs import DataPlace
 from modeling.finetuning.parameters import choose_parameters, optimizer_of
 from modeling.finetuning.predicting import predict
@@ -401,6 +402,102 @@ def test_another_finetuning_isnt_gone_on_with(root: Path):
     assert one_line(refused)
     with WorkFolder(root / "work", {"settings": {"lr": 1}}):
         pass
+
+
+def test_a_model_is_tuned_once(root: Path):
+    start, _ = tuned(root)
+    with pytest.raises(UsageError, match="has been tuned already, and is no start any more; make a new one"):
+        tune(start.model, data_of(start, PLAIN, root), PLAIN, WorkFolder(root / "second", {}))
+
+
+@pytest.mark.parametrize("what", ["norms", "settings", "contents", "head", "dtypes"])
+def test_what_decides_the_result_decides_whether_checkpoints_fit(what: str, root: Path):
+    start = begin(root)
+    before = what_is_tuned(start, PLAIN)
+    settings = replace(PLAIN, lr=1.0) if what == "settings" else replace(PLAIN, micro_bs=2, checkpoint_steps=3)
+    if what == "norms":
+        start.model.preprocessing.scales["vit"] = 2.0
+    elif what == "contents":
+        start.experiment.features.dataset.text_key[0] += 1
+    elif what == "head":
+        with torch.no_grad():
+            next(start.model.head.parameters()).add_(1)
+    elif what == "dtypes":
+        start = begin(root, replace(PLAIN, dtype="bf16"))
+    after = what_is_tuned(start, settings)
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed == {{"norms": "features", "head": "head_sha256"}.get(what, what)}
+
+
+def test_counts_of_batch_norms_go_on_too(tmp_path: Path):
+    """The same bytes, with batch norms in training: those of a ResNet count their batches."""
+    make_pairs(tmp_path / "set")
+    where = tiny_clip(tmp_path / "clip", "resnet")
+    cache(load_encoder("clip", **where), tmp_path / "set", tmp_path / "feats", "clip")
+    data = load_features(tmp_path / "feats", "train", ["clip"], ["clip"])
+    run = fit_head(data, make_split(data, val_ratio=0.25), HeadConfig("concat", D=8), ep=1, bs=8, device="cpu")
+    run.save(tmp_path / "run")
+    settings = replace(PLAIN, bs=6, micro_bs=3, train_batch_norm=True, checkpoint_steps=1, lr=1e-4, soup=2)
+
+    def again(work: str, **more: Any) -> tuple[Start, Tuned]:
+        start = start_from_run(load_run(tmp_path / "run"), settings, device=CPU, weights={"clip": where["weights"]})
+        with WorkFolder(tmp_path / work, {}) as folder:
+            return start, tune(start.model, data_of(start, settings, tmp_path), settings, folder, **more)
+
+    undisturbed = again("undisturbed")
+    with pytest.raises(Killed):
+        again("killed", progress=killed_after(12))
+    assert digest(*again("killed")) == digest(*undisturbed)
+    counts = {name: int(x) for name, x in undisturbed[0].model.named_buffers() if "num_batches" in name}
+    assert counts and (undisturbed[1].epoch == 0 or set(counts.values()) == {3 * (undisturbed[1].epoch or 2)})
+
+
+def test_rows_a_trunk_cant_store_are_named(root: Path):
+    settings = replace(PLAIN, tune="last-1")
+    start = begin(root, settings)
+    data_of(start, settings, root / "trunks")
+    spoilt = start.records[data_of(begin(root, settings), PLAIN, root / "x").val[0]]
+    other = begin(root, settings)
+    with torch.no_grad():  # beyond float16's range, in every row
+        other.model.parts["image/vit"].layers[0].mlp.fc2.bias.add_(1e6)
+    with pytest.raises(UsageError, match="rows have no outputs of the frozen blocks .*float16.*`live_trunk`") as raised:
+        data_of(other, settings, root / "others")
+    assert one_line(raised) and spoilt.id
+
+
+def test_large_trunks_are_read_batch_by_batch(root: Path, monkeypatch: pytest.MonkeyPatch):
+    settings = replace(PLAIN, tune="last-1")
+    _, in_memory = tuned(root, settings, "small", live=False)
+    monkeypatch.setattr("modeling.finetuning.hidden_states.MEMORY_BYTES", 1)
+    _, from_store = tuned(root, settings, "large", live=False)
+    assert from_store.history == in_memory.history
+    assert np.array_equal(from_store.val_logits, in_memory.val_logits)
+
+
+def test_pictures_beyond_memory_are_decoded_batch_by_batch(root: Path, monkeypatch: pytest.MonkeyPatch):
+    _, in_memory = tuned(root, PLAIN, "small")
+    monkeypatch.setattr("modeling.finetuning.trunk.PICTURE_BYTES", 1)
+    start, decoded = tuned(root, PLAIN, "large")
+    assert decoded.history == in_memory.history
+
+
+def test_pooling_of_the_last_four_layers_is_cut_below_them(tmp_path: Path):
+    weights = cached_pairs(tmp_path, layers=6)
+    cache(
+        load_encoder("roberta", weights=weights["roberta"], pooling="last4"), tmp_path / "set", tmp_path / "feats", "b4"
+    )
+    data = load_features(tmp_path / "feats", "train", [], ["b4"])
+    run = fit_head(data, make_split(data, val_ratio=0.25), HeadConfig("mlp", D=8), ep=1, bs=8, device="cpu")
+    run.save(tmp_path / "run")
+    settings = replace(PLAIN, tune="last-1")
+    histories = []
+    for cached in (True, False):
+        start = start_from_run(load_run(tmp_path / "run"), settings, device=CPU, weights={"b4": weights["roberta"]})
+        with WorkFolder(tmp_path / f"work{cached}", {}) as work:
+            rows = data_of(start, settings, tmp_path / "trunks", cached=cached)
+            histories.append(tune(start.model, rows, settings, work).history)
+    assert start.model.cuts == {}
+    assert [row["val_loss"] for row in histories[0]] == pytest.approx([r["val_loss"] for r in histories[1]], abs=2e-3)
 
 
 def test_a_damaged_checkpoint_is_refused(root: Path):

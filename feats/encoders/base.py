@@ -44,13 +44,15 @@ class Blocks:
     tokens of the longest text (what is beyond a text's length means nothing), a picture's positions, or those of a
     convolutional net's square map, row by row. `above` (that in any floating dtype, inputs, k) goes on from there to
     what `forward` gives: above(below(x, k), x, k) is forward(x), with gradients, too. `inputs` are what `forward`
-    takes; for pictures `above` needs none and takes None.
+    takes; for pictures `above` needs none and takes None. `deepest` is the last k that `above` can go on from (None:
+    any).
     """
 
     modules: Sequence[nn.Module]
     after: tuple[str, ...]
     below: Callable[[Any, int], torch.Tensor]
     above: Callable[[torch.Tensor, Any, int], Features]
+    deepest: int | None = None
 
 
 @dataclass

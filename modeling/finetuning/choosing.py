@@ -1,7 +1,7 @@
 """Which weights a finetuning keeps: the best epoch's, a soup of several, or some between these and the start. All are
 chosen on validation rows alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,7 @@ class Choice:
     ):
         self.model, self.data, self.settings, self.work, self.team = model, data, settings, work, team
         self.history, self.start = history, start
-        self.tried: list[Candidate] = []  # soups and interpolations
+        self.tried: list[tuple[str, float]] = []  # soups and interpolations, in words, with their scores
 
     def best(self) -> Candidate:
         """The candidate of the highest figure; of equals the one that was tried first. The model then holds it."""
@@ -77,13 +77,17 @@ class Choice:
         if self.settings.soup:
             best = self._better(best, self._soups())
         if self.settings.wise_ft and best.epoch != 0:
-            best = self._better(best, [self._between(share, best) for share in WISE_FT_SHARES])
+            best = self._better(best, (self._between(share, best) for share in WISE_FT_SHARES))
         load_plain(self.model, best.state)
         return best
 
-    def _better(self, best: Candidate, others: Sequence[Candidate]) -> Candidate:
-        self.tried += others
-        return max([best, *others], key=lambda candidate: candidate.score)
+    def _better(self, best: Candidate, others: Iterable[Candidate]) -> Candidate:
+        """One by one: the weights of all at once wouldn't fit beside a large model."""
+        chosen = best
+        for other in others:
+            self.tried.append((other.words, other.score))
+            chosen = other if other.score > chosen.score else chosen
+        return chosen
 
     def _judged(self, state: Tensors, words: str, epoch: int | None = None) -> Candidate:
         load_plain(self.model, state)
@@ -95,21 +99,26 @@ class Choice:
         state = self.work.load_epoch(epoch, self.model.device) if epoch else self.start
         return self._judged(state, f"epoch {epoch}" if epoch else "the start, which no epoch bettered", epoch)
 
-    def _soups(self) -> list[Candidate]:
+    def _soups(self) -> Iterator[Candidate]:
         """Greedy soup (Wortsman et al. 2022): from the best epoch down, each is mixed in if that betters the figure."""
         first, *others = _ranked(self.history, self.settings)[: self.settings.soup]
-        mixed, members, tried = self._of_epoch(first), [first], []
+        mixed, members = self._of_epoch(first), [first]
         for epoch in others:
             more = self.work.load_epoch(epoch, self.model.device)
             share = 1 / (len(members) + 1)
-            state = {name: torch.lerp(x, more[name], share) for name, x in mixed.state.items()}
-            tried.append(self._judged(state, f"the mean of epochs {', '.join(map(str, [*members, epoch]))}"))
-            if tried[-1].score > mixed.score:
-                mixed = tried[-1]
+            words = f"the mean of epochs {', '.join(map(str, [*members, epoch]))}"
+            candidate = self._judged(_between(mixed.state, more, share), words)
+            yield candidate
+            if candidate.score > mixed.score:
+                mixed = candidate
                 members.append(epoch)
-        return tried
 
     def _between(self, share: float, tuned: Candidate) -> Candidate:
         """WiSE-FT (Wortsman et al. 2022): weights on the straight way from the start to the tuned ones."""
-        state = {name: torch.lerp(self.start[name], x, share) for name, x in tuned.state.items()}
-        return self._judged(state, f"{share:g} of the way from the start to {tuned.words}")
+        words = f"{share:g} of the way from the start to {tuned.words}"
+        return self._judged(_between(self.start, tuned.state, share), words)
+
+
+def _between(a: Tensors, b: Tensors, share: float) -> Tensors:
+    """Weights `share` of the way from `a` to `b`; counts are `b`'s."""
+    return {name: torch.lerp(a[name], x, share) if x.is_floating_point() else x for name, x in b.items()}

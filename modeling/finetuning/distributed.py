@@ -6,6 +6,7 @@ import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,7 +71,8 @@ def team(device: str) -> Iterator[tuple[Team, torch.device]]:
     if on.type == "cuda":
         on = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(on)
-    dist.init_process_group("nccl" if on.type == "cuda" else "gloo")
+    # The first process may work alone for long, on a cached trunk; one that dies is noticed without a limit.
+    dist.init_process_group("nccl" if on.type == "cuda" else "gloo", timeout=timedelta(days=1))
     try:
         yield Team(dist.get_rank(), size), on
     except dist.DistError as error:

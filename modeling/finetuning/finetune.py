@@ -8,13 +8,16 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from feats.errors import UsageError
+from modeling.features.splits import duplicates_of
 from modeling.finetuning import outcome
 from modeling.finetuning.checkpoint import WorkFolder
 from modeling.finetuning.distributed import Team, peak_bytes
+from modeling.finetuning.hard_rows import hard_rows
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.starts import Start
 from modeling.finetuning.trunk import FOLDER, data_of
-from modeling.finetuning.tuning import tune
+from modeling.finetuning.tuning import memory_named, tune
 from modeling.runs.folder import DEFAULT_FOLDER
 from modeling.runs.run import Run
 
@@ -45,38 +48,46 @@ def finetune_model(
     """Tune the model of `start_from_run` or `start_from_encoders` and save it as a run in the folder `runs`; only the
     leading process of a `team` returns that.
 
-    An interrupted finetuning goes on when it is called again with the same arguments: its checkpoints lie in a hidden
-    folder of `runs`, called by `name` or by all that decides the result. `bad_cases` is a file of training rows that
-    come once more, augmented; `ablation_eval` also scores the model with one side removed. With `cached_trunk` frozen
-    blocks run once, and their outputs are kept beside the `caches` (None: those of the run, or the usual folder).
-    `say` hears what there is to tell, `bar` (title) shows progress.
+    An interrupted finetuning goes on when it is called again with a start and settings like those before: its
+    checkpoints lie in a hidden folder of `runs`, called by `name` or by all that decides the result. `bad_cases` is a
+    file of training rows that come once more, augmented; `ablation_eval` also scores the model with one side removed.
+    With `cached_trunk` frozen blocks run once, and their outputs are kept beside the `caches` (None: those of the run,
+    or the usual folder). `say` hears what there is to tell, `bar` (title) shows progress.
     Raises `UsageError` for whatever doesn't fit, as `tune`, and when a file can't be written.
     """
     runs, began = Path(runs), time.perf_counter()
-    what = outcome.what_is_tuned(start, settings, bad_cases)
-    with WorkFolder(runs / f".{name or _digest(what)}.tuning", what, team.leads) as working:
+    if settings.wise_ft and start.model.new_head:
+        raise UsageError("`wise_ft` mixes in the start's weights, and those of a new head are random; leave it out")
+    # Duplicates matter here whether or not the split kept them together.
+    hard = hard_rows(bad_cases, start.split, duplicates_of(start.experiment.features)) if bad_cases else []
+    what = outcome.what_is_tuned(start, settings, hard)
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    folder = runs / f".{name or digest[:12]}.tuning"
+    with memory_named(settings), WorkFolder(folder, what, team.leads) as working:
+        finished = outcome.finished_run(runs, digest) if working.begun else None
+        if finished is not None:  # it was interrupted between its last two strokes
+            working.remove()
+            return finished if team.leads else None
         say(outcome.start_line(start))
         with bar("frozen blocks") as progress:
             trunks = (caches or outcome.cache_folder(start)) / FOLDER
-            data = data_of(start, settings, trunks, team, bad_cases=bad_cases, cached=cached_trunk, progress=progress)
+            data = data_of(start, settings, trunks, team, hard=hard, cached=cached_trunk, progress=progress)
         say(outcome.model_line(start))
+        for note in outcome.notes_of(start, settings, ablation_eval):
+            say(note)
         with bar("tune") as progress:
             tuned = tune(start.model, data, settings, working, team, progress, lambda row: say(_epoch_line(row)))
         predicted = outcome.predicted_of(start, data, team, ablation_eval)
         if not team.leads:
             return None
-        facts = {"seconds": round(time.perf_counter() - began, 1), "peak_bytes": peak_bytes(start.model.device)}
+        seconds = round(time.perf_counter() - began, 1)
+        facts = {"digest": digest, "seconds": seconds, "peak_bytes": peak_bytes(start.model.device)}
         run = outcome.save_tuned(
             start, tuned, predicted, settings, runs, working.path, name=name, command=command, facts=facts
         )
         working.remove()
     say(f"{outcome.tables(start, run, settings.monitor)}\nweights kept: {tuned.chosen}")
     return run
-
-
-def _digest(what: dict[str, Any]) -> str:
-    """A name for a finetuning that has none."""
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _epoch_line(row: dict[str, Any]) -> str:

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from feats.encoders.base import parameter_depths
+from feats.encoders.base import ImageSide, TextSide, parameter_depths
 from feats.errors import UsageError
 from modeling.finetuning.checkpoint import Tensors
 from modeling.finetuning.data import PairReader, Sample, stream
-from modeling.finetuning.lora import add_lora, merged_state
+from modeling.finetuning.lora import add_lora, has_attention, merged_state
 from modeling.finetuning.model import BATCH_NORMS, HEAD, PairModel
 from modeling.finetuning.predicting import seeded
 from modeling.finetuning.settings import TuneSettings
@@ -24,31 +24,32 @@ def choose_parameters(model: PairModel, settings: TuneSettings) -> None:
         network = model.parts[part]
         network.requires_grad_(settings.tune == "all" and settings.lora is None)
         if settings.last_blocks is not None and next(network.parameters(), None) is not None:
-            blocks = side.blocks
-            count = 0 if blocks is None else len(blocks.modules)
-            if count < settings.last_blocks:
-                raise UsageError(f"`tune` {settings.tune}: {part} has {count} blocks; give a smaller number, or all")
+            first = first_tuned_block(part, side, settings)
             depths = parameter_depths(side)
             for name, parameter in network.named_parameters():
-                parameter.requires_grad_(depths[name] > count - settings.last_blocks)
+                parameter.requires_grad_(depths[name] > first)
     model.head.requires_grad_(True)
     model.train_batch_norm = settings.train_batch_norm
     if settings.lora is not None:
         _add_adapters(model, settings)
 
 
+def first_tuned_block(part: str, side: ImageSide | TextSide, settings: TuneSettings) -> int:
+    """The number of the first block that is tuned; that of all blocks under `tune` head. Raises `UsageError` when
+    there are fewer than are to be tuned."""
+    count = 0 if side.blocks is None else len(side.blocks.modules)
+    last = settings.last_blocks or 0
+    if count < last:
+        raise UsageError(f"`tune` {settings.tune}: {part} has {count} blocks; give a smaller number, or all")
+    return count - last
+
+
 def _add_adapters(model: PairModel, settings: TuneSettings) -> None:
+    """Sides without attention stay as they are, as long as there is another."""
     assert settings.lora is not None
-    refusals = []
-    for part in model.sides:
-        try:
-            seed = stream(settings.seed, f"lora/{part}")
-            add_lora(model.parts[part], settings.lora, settings.lora_alpha, seed)
-            model.adapted.append(part)
-        except UsageError as error:
-            refusals.append(str(error))
-    if not model.adapted:
-        raise UsageError("; ".join(refusals))
+    model.adapted = [part for part in model.sides if has_attention(model.parts[part])] or list(model.sides)
+    for part in model.adapted:
+        add_lora(model.parts[part], settings.lora, settings.lora_alpha, stream(settings.seed, f"lora/{part}"))
 
 
 def leave_out_unused(model: PairModel, reader: PairReader, row: int) -> None:
@@ -66,15 +67,14 @@ def leave_out_unused(model: PairModel, reader: PairReader, row: int) -> None:
 
 
 def moving_statistics(model: PairModel) -> dict[str, Tensor]:
-    """The running statistics of batch norms that training changes, by name."""
+    """The running statistics of batch norms that training changes, and their counts, by name."""
     model.train()
     moving = {
         f"{part}/{path}{'.' if path else ''}{name}"
         for part, network in model.parts.items()
         for path, module in network.named_modules()
         if isinstance(module, BATCH_NORMS) and module.training
-        for name, buffer in module.named_buffers(recurse=False)
-        if buffer.is_floating_point()
+        for name, _ in module.named_buffers(recurse=False)
     }
     return {name: buffer for name, buffer in model.named_buffers() if name in moving}
 
@@ -118,7 +118,9 @@ def _peak_rates(model: PairModel, settings: TuneSettings) -> dict[str, float]:
     rates = {f"{HEAD}/{name}": settings.rate_of_head for name, _ in model.head.named_parameters()}
     for part, side in model.sides.items():
         names = [name for name, _ in model.parts[part].named_parameters()]
+        if not names:
+            continue
         depths = dict.fromkeys(names, 0) if settings.layer_decay == 1 else parameter_depths(side)
-        top = max(depths.values(), default=0)
+        top = max(depths.values())
         rates |= {f"{part}/{name}": settings.lr * settings.layer_decay ** (top - depths[name]) for name in names}
     return rates

@@ -1,5 +1,7 @@
 """What a finetuning begins with: the very encoders and head of a run, or new ones from the registries."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +38,7 @@ UNTRAINED = {"roberta": untrained_text, "vit": untrained_vit}  # encoders that c
 
 @dataclass(frozen=True)
 class Start:
-    """A model before its first step, and the rows it is for.
+    """A model before its first step, and the rows it is for. Tuning changes the model: a start serves once.
 
     `records` are all of the split that holds the labelled rows, `experiment` says which are for training and for
     validation. `member` is the head as stage 2 keeps it, `run` where it comes from (None: it is new). `cleaning` is the
@@ -54,6 +56,15 @@ class Start:
     def split(self) -> Split:
         """The rows of each part."""
         return self.experiment.splits[0]
+
+
+def contents_of(start: Start) -> str:
+    """A digest of the labelled rows: ids, labels, pictures and texts, as far as caches know them."""
+    rows = start.experiment.features.dataset
+    of = hashlib.sha256(json.dumps([rows.ids, rows.tags]).encode())
+    for values in (rows.image_hash, rows.text_key):
+        of.update(values.tobytes())
+    return of.hexdigest()
 
 
 # -- from a run -------------------------------------------------------------------------------------------------
@@ -86,8 +97,9 @@ def start_from_run(
             "`seeds` and `folds`"
         )
     single_split(run)
+    _check_weights(weights, run.source.names)
     source = replace(run.source, folder=run.feature_folder(folder))
-    experiment = experiment_of_run(run, source, "cpu")
+    experiment = without_features(experiment_of_run(run, source, "cpu"))
     records = records_of(source, place)
     [member] = run.members
     tokens = {key.partition("/")[2] for key in member.preprocessing.normalizers if "_tokens/" in key}
@@ -103,7 +115,7 @@ def start_from_run(
         member = _rebuilt(member, len(run.classes), settings.seed, new_head, dropout)
     own = member.to(device)
     model = PairModel(encoders, own.preprocessing, own.head, _autocast(encoders, settings.dtype, device))
-    model.train_head_statistics = new_head
+    model.new_head = new_head
     cleaning = {name: run.source.fingerprints[name]["text_clean"] or "none" for name in source.names}
     return Start(model, member, records, experiment, cleaning, run)
 
@@ -116,6 +128,18 @@ def _rebuilt(member: Member, n_classes: int, seed: int, new: bool, dropout: floa
         head.load_state_dict(member.head.state_dict())
         head.eval()
     return replace(member, head=head, config=replace(member.config, head=shape))
+
+
+def _check_weights(weights: Mapping[str, str], names: Sequence[str]) -> None:
+    unknown = sorted(weights.keys() - set(names))
+    if unknown:
+        raise UsageError(f"`weights` names {', '.join(unknown)}; the encoders in use are {', '.join(names)}")
+
+
+def without_features(experiment: Experiment) -> Experiment:
+    """Its rows without their features, which may be large."""
+    kinds = ("image", "text", "views", "image_tokens", "text_tokens")
+    return replace(experiment, features=experiment.features.only(dict.fromkeys(kinds, ())))
 
 
 def _check_gradients(encoder: str, name: str) -> None:
@@ -156,6 +180,9 @@ def start_from_encoders(
     choices = {side: choice for side, choice in (("image", image), ("text", text)) if choice and side in head.sides}
     if not choices:
         raise UsageError("no encoder for the sides the head reads; give `image_encoder`, `text_encoder` or both")
+    names = [choice.name for choice in choices.values()]
+    if len(set(names)) < len(set(map(repr, choices.values()))):
+        raise UsageError(f"both sides name encoder {names[0]}, but in two ways; one encoder serves both: name it alike")
     head = replace(head, sides=tuple(side for side in SIDES if side in choices))
     caches = {side: [choices[side].name] if side in choices else [] for side in SIDES}
     tokens = tokens or bool(head_class(head.head).tokens)
@@ -164,6 +191,7 @@ def start_from_encoders(
             raise UsageError(f"unknown encoder {choice.name!r}; there are {', '.join(ENCODERS)}")
         if not ENCODERS[choice.name].trainable:
             raise UsageError(f"encoder {choice.name} has no gradients: there is nothing in it to tune; name another")
+    _check_weights(weights, names)
     data = read_dataset(place.path or Path("data"), place.layout)["train"]
     source = FeatureSource(Path("."), tuple(caches["image"]), tuple(caches["text"]), tokens)
     rows = rows_as_features(data, source, "train")

@@ -65,8 +65,8 @@ def tune(
     `told` hears of each epoch's figures. Raises `UsageError` when the loss is no longer finite, when a step doesn't fit
     into memory, and for settings that the model can't follow.
     """
-    tuning = _Tuning(model, data, settings, work, team, progress, told)
     with memory_named(settings):
+        tuning = _Tuning(model, data, settings, work, team, progress, told)
         tuning.run()
         return tuning.finish()
 
@@ -86,9 +86,13 @@ class _Tuning:
     ):
         self.model, self.data, self.settings, self.work = model, data, settings, work
         self.team, self.progress, self.told = team, progress, told
+        if model.tuned:
+            raise UsageError("this model has been tuned already, and is no start any more; make a new one")
+        model.tuned = True
         self.rows = len(data.train) + len(data.hard)
         self.steps_per_epoch = math.ceil(self.rows / settings.bs)
-        self.micro = settings.micro_bs or math.ceil(settings.bs / team.size)
+        share = math.ceil(settings.bs / team.size)
+        self.micro = min(settings.micro_bs or share, share)  # so that every process has something to do
         self.labels = data.labels.to(model.device)
         choose_parameters(model, settings)
         leave_out_unused(model, data.reader, data.train[0])
@@ -145,6 +149,7 @@ class _Tuning:
 
     def _take_step(self, rows: list[Sample], shares: list[tuple[int, list[Sample], PairBatch]]) -> None:
         self.model.train()
+        self.scaler.scale(self.loss_sum)  # a process without a share of the step needs a scale, too
         of_rows = self._row_weights([sample.row for sample in rows])
         before = {name: buffer.clone() for name, buffer in self.statistics.items()}
         after = {name: torch.zeros_like(buffer) for name, buffer in self.statistics.items()}
@@ -152,8 +157,10 @@ class _Tuning:
         for k, samples, batch in shares:
             for name, buffer in self.statistics.items():
                 buffer.copy_(before[name])
-            with seeded(stream(self.settings.seed, f"dropout/{self.step}/{k}"), self.model.device) as seed:
-                attach_noise(self.model.head, Noise([seed], self.model.device))
+            drawn = f"{self.step}/{k}"
+            of_head = stream(self.settings.seed, f"dropout of head/{drawn}")
+            attach_noise(self.model.head, Noise([of_head], self.model.device))
+            with seeded(stream(self.settings.seed, f"dropout/{drawn}"), self.model.device):
                 logits = self.model(batch)
             loss = self._loss(logits, [sample.row for sample in samples]) / of_rows.sum()
             self.scaler.scale(loss).backward()
@@ -208,8 +215,9 @@ class _Tuning:
         self.history.append(row)
         if epoch:
             self.work.save_epoch(epoch, self._plain_state())
-            self.work.keep_epochs(epochs_in_question(self.history, self.settings))
         self._save()
+        self.work.keep_epochs(epochs_in_question(self.history, self.settings))  # once the others aren't gone back to
+        self.team.gather(None)  # nobody reads weights that are still being written
         self.told(row)
 
     def _stopped(self) -> bool:
@@ -243,9 +251,6 @@ class _Tuning:
         for name, parameter in self.trained.items():
             prefix = f"optimizer/{name}/"
             moments = {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
-            for key, x in moments.items():
-                if x.dim() == 4:  # channels_last, where the parameter is: fused kernels go by memory
-                    moments[key] = torch.empty_like(parameter).copy_(x)
             if moments:
                 # Laid out in memory as their parameter: fused kernels go by position. (The number of steps has no
                 # dimensions. Torch's own loading goes by numbers, which says nothing when it goes wrong.)
@@ -269,7 +274,7 @@ class _Tuning:
         self.model.adapted.clear()
         choice = Choice(self.model, self.data, self.settings, self.work, self.team, self.history, self.start)
         best = choice.best()
-        tried = [{"weights": c.words, self.settings.monitor: abs(c.score)} for c in choice.tried]
+        tried = [{"weights": words, self.settings.monitor: abs(score)} for words, score in choice.tried]
         return Tuned(best.logits, self.history, best.words, best.epoch, count, tried)
 
 
