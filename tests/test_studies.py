@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from pairs import make_pairs, tiny_clip
 from tiny_models import (
     BERT_SHAPE,
     BERT_VOCABULARY,
@@ -20,7 +21,10 @@ from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from feats.encoders.base import Encoder
 from feats.encoders.registry import ENCODERS, load_encoder
+from modeling.features.splits import SplitSettings
 from modeling.finetuning.scratch import untrained_text, untrained_vit
+from modeling.finetuning.settings import TuneSettings
+from modeling.finetuning.starts import DataPlace, from_choices
 from modeling.finetuning.studies import MODELS, TUNING_RECIPES, EncoderChoice
 from modeling.heads.base import Batch, HeadConfig, n_parameters
 from modeling.heads.registry import HEADS, build_head
@@ -121,3 +125,21 @@ def test_clip_match_has_the_study_s_size():
         build_head(HeadConfig("clip_match", D=TUNING_RECIPES["B"]["D"]), {"image": 512, "text": 512}, 3)
     )
     assert 151_277_313 + count == pytest.approx(152.328e6, abs=1e3)
+
+
+def test_the_study_s_clip_has_the_size_of_its_weights(tmp_path: Path):
+    """Its name in the study is the default, no condition on weights that are given."""
+    make_pairs(tmp_path / "set")
+    clip = MODELS["clip"]
+    start = from_choices(
+        clip.image,
+        clip.text,
+        HeadConfig(clip.head, D=8),
+        TuneSettings(),
+        SplitSettings(val_ratio=0.25),
+        device=torch.device("cpu"),
+        place=DataPlace(tmp_path / "set"),
+        weights={"clip": tiny_clip(tmp_path)["weights"]},
+    )
+    assert start.model.encoders["clip"].identity["model"].startswith("custom 64 16 128 2 32")
+    assert start.model.parts.keys() == {"image/clip", "text/clip", "head"}

@@ -35,7 +35,7 @@ class StudyModel:
 _BERT = EncoderChoice("roberta", "bert-base-uncased", {"pooling": "cls"})
 _CHINESE_BERT = EncoderChoice("roberta", "bert-base-chinese", {"pooling": "cls"})  # chosen: the class token
 _RESNET50 = EncoderChoice("resnet", "resnet50")
-_CLIP = EncoderChoice("clip", "ViT-B/32")
+_CLIP = EncoderChoice("clip")  # ViT-B/32, but for given weights what they hold
 
 MODELS: dict[str, StudyModel] = {
     "resnet_roberta": StudyModel(
