@@ -287,6 +287,7 @@ def test_killed_at_random_steps_it_ends_with_the_same_bytes(root: Path):
         time.sleep(chance.uniform(0, 0.5))
         process.kill()
         kills += process.wait() == -signal.SIGKILL
+        assert {path.name for path in working.glob("step-????????")} - begun  # it had gone on
     assert kills == 2
     assert run_script(*options, "--name", "killed").returncode == 0
     assert same_bytes(finished(root, "undisturbed"), finished(root, "killed"))
@@ -330,6 +331,21 @@ def test_a_killed_process_ends_the_others_and_the_next_start_goes_on(root: Path)
     assert list(working.glob("step-????????"))
     assert run_script(*options[:-4], "--ep", "40", "--name", "tuned").returncode == 0  # alone, it goes on
     finished(root)
+
+
+def test_killed_between_its_last_two_strokes_it_leaves_one_run(root: Path):
+    """The run is there, its working folder, too."""
+    options = typed(root, "--checkpoint-steps", "1", "--name", "tuned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modeling.finetuning.checkpoint.WorkFolder.remove", lambda self: None)
+        assert finetune.main(options) == 0
+    working = root / "runs" / ".tuned.tuning"
+    assert working.is_dir() and (root / "runs" / "tuned").is_dir()
+    other = [*options[:-1], "other"]  # of another name, the same settings are trained
+    assert finetune.main(other) == 0 and finished(root, "other")
+    assert finetune.main(options) == 0
+    finished(root)
+    assert sorted(path.name for path in (root / "runs").glob("*tuned*")) == ["tuned"]
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(root: Path):

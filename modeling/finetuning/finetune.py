@@ -64,7 +64,7 @@ def finetune_model(
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     folder = runs / f".{name or digest[:12]}.tuning"
     with memory_named(settings), WorkFolder(folder, what, team.leads) as working:
-        finished = outcome.finished_run(runs, digest) if working.begun else None
+        finished = outcome.finished_run(runs, digest, name) if working.begun else None
         if finished is not None:  # it was interrupted between its last two strokes
             working.remove()
             return finished if team.leads else None

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -168,11 +169,12 @@ def what_is_tuned(start: Start, settings: TuneSettings, hard: Sequence[str] = ()
     return copy
 
 
-def finished_run(runs: Path, digest: str) -> Run | None:
-    """The run that a finetuning of this digest left, if it did."""
+def finished_run(runs: Path, digest: str, name: str | None) -> Run | None:
+    """The run that a finetuning of this digest left, under this name where it has one, if it did."""
     for path in list_runs(runs):
         finetuned = read_config(path).get("finetuned")
-        if finetuned and finetuned["facts"].get("digest") == digest:
+        named = name is None or re.fullmatch(rf"{re.escape(name)}(-\d+)?", path.name)
+        if named and finetuned and finetuned["facts"].get("digest") == digest:
             return load_run(path)
     return None
 
