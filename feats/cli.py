@@ -100,7 +100,11 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
         "--weights", metavar="PATH", help="a local file or folder, or a finetuned run (default: see the README)"
     )
     encoder.add_argument("--tokens", action="store_true", help="also cache token and patch level features")
-    encoder.add_argument("--text-clean", choices=CLEAN_LEVELS, default=spec.text_clean, help="cleaning level of texts")
+    encoder.add_argument(
+        "--text-clean",
+        choices=CLEAN_LEVELS,
+        help=f"cleaning level of texts (default: {spec.text_clean}, or a finetuned encoder's own)",
+    )
     encoder.add_argument("--views", type=positive, metavar="K", help="also cache K augmented views of each picture")
     encoder.add_argument(
         "--views-seed", type=int, default=defaults.views_seed, metavar="SEED", help="seed of the augmentation"

@@ -1,8 +1,10 @@
-"""Where raw pairs lay when a cache was made of them."""
+"""Raw pairs: their sides, and where they lay when a cache was made of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+SIDES = ("image", "text")  # of a pair
 
 
 @dataclass(frozen=True)

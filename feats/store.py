@@ -29,7 +29,6 @@ from feats.errors import UsageError, first_line
 from feats.source import Source
 
 FORMAT_VERSION = 2
-SIDES = ("image", "text")  # of a pair
 PENDING, DONE, QUARANTINED = 0, 1, 2
 STATUS_NAMES = {PENDING: "pending", DONE: "done", QUARANTINED: "quarantined"}
 

@@ -1,6 +1,7 @@
 """Stage 2: cached features -> heads -> runs, predictions, reports.
 
     from modeling import load_features, make_split, HeadConfig, fit_head, evaluate, load_run
+    from modeling import start_from_run, TuneSettings, finetune_model
 
 The names below are found when they are first used, so that `import modeling` costs nothing.
 """
@@ -14,8 +15,10 @@ _HOMES = {
     "Run": "modeling.runs.run",
     "Split": "modeling.features.splits",
     "TrainConfig": "modeling.training.config",
+    "TuneSettings": "modeling.finetuning.settings",
     "UsageError": "feats.errors",
     "evaluate": "modeling.experiment",
+    "finetune_model": "modeling.finetuning.finetune",
     "fit_head": "modeling.experiment",
     "list_runs": "modeling.runs.folder",
     "load_features": "modeling.features.joined",
@@ -23,6 +26,8 @@ _HOMES = {
     "make_folds": "modeling.features.splits",
     "make_split": "modeling.features.splits",
     "newest_run": "modeling.runs.folder",
+    "start_from_encoders": "modeling.finetuning.starts",
+    "start_from_run": "modeling.finetuning.starts",
 }
 __all__ = list(_HOMES)
 

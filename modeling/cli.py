@@ -44,6 +44,7 @@ from modeling.training.config import (
 from modeling.training.recipes import RECIPES, SPLIT_SETTINGS
 
 OWN = "own"
+TUNING_GRID = ("lr", "dropout", "bs", "ep")  # what a grid of finetunings varies
 # Settings that the command line knows by another name.
 OPTION_OF = {"sides": "ablation", "image": "vtype", "text": "ttype"}
 
@@ -151,9 +152,9 @@ def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
     group.add_argument("--seeds", type=positive, metavar="N", help="train with N seeds, from --seed up (default: 1)")
 
 
-def add_tuning_options(parser: ArgumentParser) -> None:
-    """Options for every field of `TuneSettings`. Those that weren't typed are absent from the namespace, so that a
-    recipe can tell them from typed ones."""
+def add_tuning_options(parser: ArgumentParser, grid: bool = False) -> None:
+    """Options for every field of `TuneSettings`. With `grid` those of `TUNING_GRID` take several values. Those that
+    weren't typed are absent from the namespace, so that a recipe can tell them from typed ones."""
     defaults = asdict(TuneSettings())
     group = parser.add_argument_group("finetuning")
     group.add_argument(
@@ -165,14 +166,19 @@ def add_tuning_options(parser: ArgumentParser) -> None:
     def add(name: str, text: str, **keywords: Any) -> None:
         default = defaults[name]
         shown = "" if default in (None, False, ()) else f" (default: {default})"
-        group.add_argument(_typed(name), default=SUPPRESS, help=text + shown, **keywords)
+        several: dict[str, Any] = {"nargs": "+"} if grid and name in TUNING_GRID else {}
+        group.add_argument(_typed(name), default=SUPPRESS, help=text + shown, **several, **keywords)
 
     add("tune", "which weights: all, head, or last-N, the last N blocks of every encoder and the head")
     add("lora", "adapters of this rank on attention projections, in place of the encoders' weights", type=int)
     add("lora_alpha", "adapters count alpha / rank (default: the rank)", type=float)
     add("ep", "epochs", type=int)
     add("bs", "rows of a step, of all processes together", type=int)
-    add("micro_bs", "rows in memory at a time (default: a process's share of --bs); the result is the same", type=int)
+    add(
+        "micro_bs",
+        "rows at a time (default: a process's share of --bs): less memory; dropout goes by them",
+        type=int,
+    )
     add("optimizer", ", ".join(OPTIMIZERS))
     add("lr", "peak learning rate of the encoders' last layers", type=float)
     add("head_lr", "of the head (default: ten times --lr)", type=float)
@@ -213,6 +219,20 @@ def tuning_settings(args: Namespace, classes: Sequence[str] | None = None) -> Tu
         text_augmentation=TextAugmentation(particles=args.particles),
         class_weights=parse_class_weights(weights, classes) if classes else "none",
     )
+
+
+def tuning_command(settings: TuneSettings) -> list[str]:
+    """The options of `add_tuning_options` that give these settings; those that are no field of them aside."""
+    usual, words = TuneSettings(), []
+    for name in (f.name for f in fields(TuneSettings)):
+        value = getattr(settings, name)
+        if value is None or value == getattr(usual, name) or name == "text_augmentation":
+            continue
+        if name == "class_weights" and not isinstance(value, str):
+            value = ",".join(f"{of}={weight!r}" for of, weight in dict(value).items())
+        values = [] if value is True else value if isinstance(value, tuple) else [value]
+        words += [_typed(name), *map(str, values)]
+    return [*words, *(["--particles"] if settings.text_augmentation.particles else [])]
 
 
 # -- from options to settings -----------------------------------------------------------------------------------
@@ -428,6 +448,24 @@ def progress_bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], A
     """A bar on stderr while the block runs, and the function that moves it on by some steps."""
     with tqdm(total=total, desc=what, unit=unit, leave=False, disable=None) as bar:
         yield bar.update
+
+
+@contextmanager
+def rows_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """As `progress_bar`, for work that tells rows done and rows to do: a bar from when it first tells."""
+    bar: Any = None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, desc=title, unit="row", leave=False, disable=None)
+        bar.update(min(done, total) - bar.n)
+
+    try:
+        yield progress
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 @interruptible(signal.SIGINT)

@@ -10,7 +10,7 @@ import torch
 
 from feats.acceleration import resolve_device
 from feats.errors import UsageError
-from feats.store import SIDES
+from feats.source import SIDES
 from modeling.evaluation import metrics
 from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSet, FeatureSource, load_features

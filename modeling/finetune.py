@@ -2,13 +2,9 @@
 (default: the newest with one head), a reference study's model (--model), or any encoders with any head
 (--image-encoder, --text-encoder, --head). Started by torchrun, several processes share the work."""
 
-import hashlib
-import json
 import sys
-import time
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +14,7 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.cli import EXIT_DONE, rows_bar
+from feats.cli import EXIT_DONE
 from feats.errors import UsageError
 from modeling import cli
 from modeling.finetuning.settings import TuneSettings
@@ -29,11 +25,10 @@ from modeling.runs.folder import load_run, newest_run, open_runs
 if TYPE_CHECKING:
     import torch
 
-    from modeling.finetuning.distributed import Team
     from modeling.finetuning.starts import Start
 
 NEW_MODEL = ("model", "image_encoder", "text_encoder")  # each says that the model isn't a run's
-OF_NEW_MODELS = ("head", "D", "dropout", "ablation", "image_positions", "norm", "tokens", "sizes")
+OF_NEW_MODELS = ("head", "D", "ablation", "image_positions", "norm", "tokens", "sizes")
 OF_SPLITS = ("val_ratio", "test_ratio", "split_seed", "split_file")
 SIZES = ("layers", "width", "heads", "patch")
 
@@ -77,7 +72,7 @@ def add_start_options(parser: ArgumentParser) -> None:
 
     add("head", "a head of stage 2 (default: the model's, else fusion)")
     add("D", f"width of the common space or hidden layer (default: {HeadConfig.D})", type=int)
-    add("dropout", "of the head (default: its own)", type=float)
+    add("dropout", "of the head, a run's too (default: its own)", type=float)
     add("ablation", "0 both sides, 1 text only, 2 image only", type=int, choices=range(len(ABLATIONS)))
     add("image_positions", "coattention: learnable positions of image tokens", action="store_true")
     add("norm", "of the head's inputs (default: none)", choices=("none", "l2"))
@@ -90,74 +85,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
     kept = "checkpoints are kept, run the same command to go on"
-    return cli.guarded(lambda: work(args, cli.command_line(argv)), kept)
+    named = {**cli.OPTION_OF, "rank": "lora", "alpha": "lora_alpha"}
+    return cli.guarded(lambda: work(args, cli.command_line(argv)), kept, named)
 
 
 def work(args: Namespace, command: str) -> int:
     """Tune, show what came of it, save it; returns the exit status."""
-    from modeling.finetuning.distributed import team  # with it torch, transformers and peft: slow to import
+    from modeling.finetuning.distributed import team  # with these torch, transformers and peft: slow to import
+    from modeling.finetuning.finetune import finetune_model, no_bar
 
     with team(args.device) as (mates, device), TemporaryDirectory() as scratch:
-        return tune_and_save(args, command, mates, device, Path(scratch))
-
-
-def tune_and_save(args: Namespace, command: str, mates: "Team", device: "torch.device", scratch: Path) -> int:
-    """`work`, as one of the processes that share it. `scratch` is an empty folder."""
-    from modeling.finetuning import outcome, trunk
-    from modeling.finetuning.checkpoint import WorkFolder
-    from modeling.finetuning.tuning import total_rows, tune
-
-    began = time.perf_counter()
-    say = print if mates.leads else silent
-    start = begin(args, cli.tuning_settings(args), device, scratch)
-    settings = cli.tuning_settings(args, start.experiment.classes)
-    what = outcome.what_is_tuned(start, settings, args.bad_cases)
-    with WorkFolder(args.runs / f".{args.name or digest(what)}.tuning", what, mates.leads) as working:
-        say(outcome.start_line(start))
-        with rows_bar("frozen blocks") as progress:
-            data = trunk.data_of(
-                start,
-                settings,
-                (args.feats or outcome.cache_folder(start)) / trunk.FOLDER,
-                mates,
-                bad_cases=args.bad_cases,
-                cached=not args.live_trunk,
-                progress=progress,
-            )
-        say(outcome.model_line(start))
-        bar = cli.progress_bar("tune", total_rows(data, settings), "row") if mates.leads else nullcontext(silent)
-        with bar as progress:
-            tuned = tune(start.model, data, settings, working, mates, progress, lambda row: say(epoch_line(row)))
-        predicted = outcome.predicted_of(start, data, mates, args.ablation_eval)
-        if not mates.leads:
-            return EXIT_DONE
-        facts = {"seconds": round(time.perf_counter() - began, 1), "peak_bytes": outcome.peak_bytes(device)}
-        run = outcome.save_tuned(
-            start, tuned, predicted, settings, args.runs, working.path, name=args.name, command=command, facts=facts
+        start = begin(args, cli.tuning_settings(args), device, Path(scratch))
+        run = finetune_model(
+            start,
+            cli.tuning_settings(args, start.experiment.classes),
+            args.runs,
+            name=args.name,
+            bad_cases=args.bad_cases,
+            ablation_eval=args.ablation_eval,
+            cached_trunk=not args.live_trunk,
+            caches=args.feats,
+            command=command,
+            team=mates,
+            say=print if mates.leads else lambda line: None,
+            bar=cli.rows_bar if mates.leads else no_bar,
         )
-        working.remove()
-    print(outcome.tables(start, run, settings.monitor))
-    print(f"weights kept: {tuned.chosen}")
-    print(f"finetuned run -> {run.path}")
+    if run is not None:
+        print(f"finetuned run -> {run.path}")
     return EXIT_DONE
-
-
-def silent(*_: Any) -> None:
-    """What processes say that don't lead."""
-
-
-def digest(what: dict[str, Any]) -> str:
-    """A name for a finetuning that has none."""
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def epoch_line(row: dict[str, Any]) -> str:
-    """One epoch's figures."""
-    trained = f"train loss {row['train_loss']:.4f}, " if row["train_loss"] is not None else ""
-    validated = ", ".join(
-        f"{name.replace('_', ' ')} {row[name]:.3f}" for name in ("accuracy", "weighted_f1", "macro_f1")
-    )
-    return f"epoch {row['epoch']}: {trained}validation loss {row['val_loss']:.4f}, {validated}"
 
 
 # -- what is tuned ----------------------------------------------------------------------------------------------
@@ -165,23 +120,31 @@ def epoch_line(row: dict[str, Any]) -> str:
 
 def begin(args: Namespace, settings: TuneSettings, device: "torch.device", scratch: Path) -> "Start":
     """The model that the options ask for, before its first step."""
-    from modeling.finetuning.starts import DataPlace, from_choices, from_run
+    from modeling.finetuning.pairs import DataPlace
+    from modeling.finetuning.starts import start_from_encoders, start_from_run
 
     place = DataPlace(args.data, args.layout)
     weights = cli.named_texts(args.weights, "--weights")
+    recipe = TUNING_RECIPES.get(args.recipe or "", {})
     if not any(getattr(args, option) for option in NEW_MODEL):
         refuse(
             args, (*OF_NEW_MODELS, *OF_SPLITS, "folds"), "a run has its own; leave it out, or begin anew with `model`"
         )
         [run] = open_runs(args.runs, [args.run]) if args.run else [load_run(newest_run(args.runs, single_head=True))]
-        return from_run(
-            run, settings, device=device, folder=args.feats, place=place, weights=weights, new_head=args.new_head
+        return start_from_run(
+            run,
+            settings,
+            device=device,
+            folder=args.feats,
+            place=place,
+            weights=weights,
+            new_head=args.new_head,
+            dropout=getattr(args, "dropout", recipe.get("dropout")),
         )
     refuse(args, ("run",), "the model is begun anew; leave it out, or leave out `model` and the encoders")
     refuse(args, ("folds",), "one model is tuned on one split; give `val_ratio`, or compare_finetuning.py its folds")
-    recipe = TUNING_RECIPES.get(args.recipe or "", {})
     image, text, head, tokens = model_choice(args, recipe)
-    return from_choices(
+    return start_from_encoders(
         image,
         text,
         head,

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from caches import CLASSES, make_cache, make_tags
-from conftest import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, ROOT, make_course
 from sklearn.metrics import accuracy_score
 from torch import Tensor
 
 import feats
 import modeling
+from feats import minilm_extract_feats
 from feats.errors import UsageError
 from modeling import inference_head, train_head
 from modeling.experiment import evaluate, fit_head
@@ -45,7 +46,7 @@ def caches(tmp_path: Path) -> Path:
 
 
 def test_the_readme_shows_both_stages():
-    assert [example.split()[1] for example in EXAMPLES] == ["feats", "modeling"]
+    assert [example.split()[1] for example in EXAMPLES] == ["feats", "modeling", "modeling"]
 
 
 def test_stage_2_as_written(caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
@@ -56,6 +57,20 @@ def test_stage_2_as_written(caches: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert 0.5 < accuracy <= 1 and (tmp_path / "saved" / "runs" / "mine" / "head.safetensors").is_file()
     probabilities = load_run("saved/runs/mine").predict_proba(names["test_data"])
     assert probabilities.shape == (20, 3) and np.allclose(probabilities.sum(1), 1)
+
+
+def test_finetuning_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_course(tmp_path / "set", 30)
+    arguments = ["--data", "set", "--workers", "0", "--device", "cpu", "--dtype", "fp32"]
+    assert minilm_extract_feats.main(arguments) == 0
+    data = load_features("saved/feats", "train", text="minilm")
+    fit_head(data, make_split(data, val_ratio=0.2), "mlp", D=8, ep=1, bs=8, device="cpu").save("saved/runs/mine")
+    capsys.readouterr()
+    names: dict[str, object] = {}
+    exec(EXAMPLES[2], names)
+    assert float(capsys.readouterr().out) == names["tuned"].report.figures["val"]["macro_f1"]
+    assert (tmp_path / "saved" / "runs" / "mine_tuned" / "encoders" / "minilm" / "model.safetensors").is_file()
 
 
 # -- names ------------------------------------------------------------------------------------------------------

@@ -19,13 +19,16 @@ from modeling import HeadConfig, fit_head, load_features, make_split
 from modeling.features.splits import SplitSettings
 from modeling.finetuning.checkpoint import WorkFolder
 from modeling.finetuning.data import PairReader, Sample, epoch_samples
-from modeling.finetuning.distributed import Team
 from modeling.finetuning.model import PairModel
+from modeling.finetuning.outcome import what_is_tuned
+from modeling.finetuning.pairs import DataPlace
+from modeling.finetuning.parameters import choose_parameters, optimizer_of
+from modeling.finetuning.predicting import predict
 from modeling.finetuning.settings import TuneSettings, lr_factor
-from modeling.finetuning.starts import DataPlace, Start, from_choices, from_run
+from modeling.finetuning.starts import Start, start_from_encoders, start_from_run
 from modeling.finetuning.studies import EncoderChoice
 from modeling.finetuning.trunk import data_of
-from modeling.finetuning.tuning import Tuned, choose_parameters, predict, tune
+from modeling.finetuning.tuning import Tuned, tune
 from modeling.runs.folder import load_run
 
 CPU = torch.device("cpu")
@@ -51,7 +54,7 @@ def save_run(root: Path, head: str, name: str = "run", tokens: bool = False, **s
 
 def begin(root: Path, settings: TuneSettings = PLAIN, name: str = "run", **more: Any) -> Start:
     weights = dict(line.split("=", 1) for line in (root / "weights.txt").read_text().splitlines())
-    return from_run(load_run(root / name), settings, device=CPU, weights=weights, **more)
+    return start_from_run(load_run(root / name), settings, device=CPU, weights=weights, **more)
 
 
 def tuned(
@@ -93,7 +96,7 @@ def digest(start: Start, result: Tuned) -> str:
 def test_tuning_begins_at_the_runs_own_logits(head: str, norm: str, tokens: bool, tmp_path: Path):
     weights = cached_pairs(tmp_path, tokens=tokens)
     run = load_run(save_run(tmp_path, head, tokens=tokens, norm=norm))
-    start = from_run(run, PLAIN, device=CPU, weights=weights)
+    start = start_from_run(run, PLAIN, device=CPU, weights=weights)
     data = data_of(start, PLAIN, tmp_path / "trunks")
     features = load_features(tmp_path / "feats", "train", ["vit"], ["roberta"], tokens=tokens)
     expected = run.members[0].logits(features, features.positions(start.split.val))
@@ -110,7 +113,7 @@ def test_clip_on_both_sides_begins_there_too(tmp_path: Path):
     split = make_split(data, val_ratio=0.25)
     run = fit_head(data, split, HeadConfig("clip_match", D=8), ep=2, bs=8, norm="l2", device="cpu")
     run.save(tmp_path / "run")
-    start = from_run(load_run(tmp_path / "run"), PLAIN, device=CPU, weights={"clip": where["weights"]})
+    start = start_from_run(load_run(tmp_path / "run"), PLAIN, device=CPU, weights={"clip": where["weights"]})
     rows = data_of(start, PLAIN, tmp_path)
     expected = run.members[0].logits(data, data.positions(split.val))
     assert np.abs(predict(start.model, rows.reader, rows.val) - expected).max() < 4e-3
@@ -191,28 +194,24 @@ def test_the_rate_rises_then_falls():
 
 def test_rates_fall_from_block_to_block(root: Path):
     """The ViT has three blocks and what comes before and after, the BERT four and nothing after."""
-    from modeling.finetuning.tuning import _Tuning
-
     settings = replace(PLAIN, layer_decay=0.5)
     start = begin(root, settings)
-    with WorkFolder(root / "work", {}) as work:
-        data = data_of(start, settings, root)
-        tuning = _Tuning(start.model, data, settings, work, Team(), print, print)
+    choose_parameters(start.model, settings)
+    optimizer, peaks = optimizer_of(start.model, dict(start.model.named_parameters()), settings)
     rate_of = {
-        id(parameter): peak
-        for group, peak in zip(tuning.optimizer.param_groups, tuning.peaks)
-        for parameter in group["params"]
+        id(parameter): peak for group, peak in zip(optimizer.param_groups, peaks) for parameter in group["params"]
     }
     found = {name: rate_of[id(p)] for name, p in start.model.named_parameters() if id(p) in rate_of}
     vit = {name.removeprefix("image/vit/"): rate for name, rate in found.items() if name.startswith("image/vit/")}
     bert = {name.removeprefix("text/roberta/"): rate for name, rate in found.items() if name.startswith("text/roberta")}
 
-    def expected(name: str, blocks: int) -> float:
+    def expected(name: str, top: int) -> float:
         digits = [int(part) for part in name.split(".") if part.isdigit()]
-        depth = digits[0] + 1 if digits else 0 if "embeddings" in name else blocks + 1
-        return 1e-3 * 0.5 ** (blocks + 1 - depth)
+        depth = digits[0] + 1 if digits else 0 if "embeddings" in name else top
+        return 1e-3 * 0.5 ** (top - depth)
 
-    assert vit == {name: pytest.approx(expected(name, 3)) for name in vit} and len(set(vit.values())) == 5
+    # The ViT's last LayerNorm is above its third block, nothing above the BERT's fourth.
+    assert vit == {name: pytest.approx(expected(name, 4)) for name in vit} and len(set(vit.values())) == 5
     assert bert == {name: pytest.approx(expected(name, 4)) for name in bert} and len(set(bert.values())) == 5
     assert {rate for name, rate in found.items() if name.startswith("head/")} == {1e-2}
 
@@ -328,13 +327,14 @@ class Killed(Exception):
     pass
 
 
-def killed_after(rows: int) -> Callable[[int], None]:
-    done = 0
+def killed_after(rows: int) -> Callable[[int, int], None]:
+    """Interrupts when so many rows more than at the beginning are done."""
+    begun: int | None = None
 
-    def progress(more: int) -> None:
-        nonlocal done
-        done += more
-        if done >= rows:
+    def progress(done: int, total: int) -> None:
+        nonlocal begun
+        begun = done if begun is None else begun
+        if done >= begun + rows:
             raise Killed
 
     return progress
@@ -374,7 +374,7 @@ def test_a_convolutional_net_ends_with_the_same_bytes_too(tmp_path: Path):
     settings = replace(PLAIN, bs=6, checkpoint_steps=1)
 
     def through(work: str, **more: Any) -> str:
-        start = from_choices(
+        start = start_from_encoders(
             resnet,
             resnet,
             HeadConfig("concat"),
@@ -402,6 +402,102 @@ def test_another_finetuning_isnt_gone_on_with(root: Path):
     assert one_line(refused)
     with WorkFolder(root / "work", {"settings": {"lr": 1}}):
         pass
+
+
+def test_a_model_is_tuned_once(root: Path):
+    start, _ = tuned(root)
+    with pytest.raises(UsageError, match="has been tuned already, and is no start any more; make a new one"):
+        tune(start.model, data_of(start, PLAIN, root), PLAIN, WorkFolder(root / "second", {}))
+
+
+@pytest.mark.parametrize("what", ["norms", "settings", "contents", "head", "dtypes"])
+def test_what_decides_the_result_decides_whether_checkpoints_fit(what: str, root: Path):
+    start = begin(root)
+    before = what_is_tuned(start, PLAIN)
+    settings = replace(PLAIN, lr=1.0) if what == "settings" else replace(PLAIN, micro_bs=2, checkpoint_steps=3)
+    if what == "norms":
+        start.model.preprocessing.scales["vit"] = 2.0
+    elif what == "contents":
+        start.experiment.features.dataset.text_key[0] += 1
+    elif what == "head":
+        with torch.no_grad():
+            next(start.model.head.parameters()).add_(1)
+    elif what == "dtypes":
+        start = begin(root, replace(PLAIN, dtype="bf16"))
+    after = what_is_tuned(start, settings)
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed == {{"norms": "features", "head": "head_sha256"}.get(what, what)}
+
+
+def test_counts_of_batch_norms_go_on_too(tmp_path: Path):
+    """The same bytes, with batch norms in training: those of a ResNet count their batches."""
+    make_pairs(tmp_path / "set")
+    where = tiny_clip(tmp_path / "clip", "resnet")
+    cache(load_encoder("clip", **where), tmp_path / "set", tmp_path / "feats", "clip")
+    data = load_features(tmp_path / "feats", "train", ["clip"], ["clip"])
+    run = fit_head(data, make_split(data, val_ratio=0.25), HeadConfig("concat", D=8), ep=1, bs=8, device="cpu")
+    run.save(tmp_path / "run")
+    settings = replace(PLAIN, bs=6, micro_bs=3, train_batch_norm=True, checkpoint_steps=1, lr=1e-4, soup=2)
+
+    def again(work: str, **more: Any) -> tuple[Start, Tuned]:
+        start = start_from_run(load_run(tmp_path / "run"), settings, device=CPU, weights={"clip": where["weights"]})
+        with WorkFolder(tmp_path / work, {}) as folder:
+            return start, tune(start.model, data_of(start, settings, tmp_path), settings, folder, **more)
+
+    undisturbed = again("undisturbed")
+    with pytest.raises(Killed):
+        again("killed", progress=killed_after(12))
+    assert digest(*again("killed")) == digest(*undisturbed)
+    counts = {name: int(x) for name, x in undisturbed[0].model.named_buffers() if "num_batches" in name}
+    assert counts and (undisturbed[1].epoch == 0 or set(counts.values()) == {3 * (undisturbed[1].epoch or 2)})
+
+
+def test_rows_a_trunk_cant_store_are_named(root: Path):
+    settings = replace(PLAIN, tune="last-1")
+    start = begin(root, settings)
+    data_of(start, settings, root / "trunks")
+    spoilt = start.records[data_of(begin(root, settings), PLAIN, root / "x").val[0]]
+    other = begin(root, settings)
+    with torch.no_grad():  # beyond float16's range, in every row
+        other.model.parts["image/vit"].layers[0].mlp.fc2.bias.add_(1e6)
+    with pytest.raises(UsageError, match="rows have no outputs of the frozen blocks .*float16.*`live_trunk`") as raised:
+        data_of(other, settings, root / "others")
+    assert one_line(raised) and spoilt.id
+
+
+def test_large_trunks_are_read_batch_by_batch(root: Path, monkeypatch: pytest.MonkeyPatch):
+    settings = replace(PLAIN, tune="last-1")
+    _, in_memory = tuned(root, settings, "small", live=False)
+    monkeypatch.setattr("modeling.finetuning.hidden_states.MEMORY_BYTES", 1)
+    _, from_store = tuned(root, settings, "large", live=False)
+    assert from_store.history == in_memory.history
+    assert np.array_equal(from_store.val_logits, in_memory.val_logits)
+
+
+def test_pictures_beyond_memory_are_decoded_batch_by_batch(root: Path, monkeypatch: pytest.MonkeyPatch):
+    _, in_memory = tuned(root, PLAIN, "small")
+    monkeypatch.setattr("modeling.finetuning.trunk.PICTURE_BYTES", 1)
+    start, decoded = tuned(root, PLAIN, "large")
+    assert decoded.history == in_memory.history
+
+
+def test_pooling_of_the_last_four_layers_is_cut_below_them(tmp_path: Path):
+    weights = cached_pairs(tmp_path, layers=6)
+    cache(
+        load_encoder("roberta", weights=weights["roberta"], pooling="last4"), tmp_path / "set", tmp_path / "feats", "b4"
+    )
+    data = load_features(tmp_path / "feats", "train", [], ["b4"])
+    run = fit_head(data, make_split(data, val_ratio=0.25), HeadConfig("mlp", D=8), ep=1, bs=8, device="cpu")
+    run.save(tmp_path / "run")
+    settings = replace(PLAIN, tune="last-1")
+    histories = []
+    for cached in (True, False):
+        start = start_from_run(load_run(tmp_path / "run"), settings, device=CPU, weights={"b4": weights["roberta"]})
+        with WorkFolder(tmp_path / f"work{cached}", {}) as work:
+            rows = data_of(start, settings, tmp_path / "trunks", cached=cached)
+            histories.append(tune(start.model, rows, settings, work).history)
+    assert start.model.cuts == {}
+    assert [row["val_loss"] for row in histories[0]] == pytest.approx([r["val_loss"] for r in histories[1]], abs=2e-3)
 
 
 def test_a_damaged_checkpoint_is_refused(root: Path):

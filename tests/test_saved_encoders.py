@@ -72,11 +72,13 @@ def test_what_is_saved_comes_back_bit_for_bit(name: str, kind: str, tmp_path: Pa
         assert not any(torch.equal(*pair) for pair in zip(forward(encoder).values(), forward(before).values()))
     run = tmp_path / "run"
     folder = run / "encoders" / "tuned"
+    encoder.text_clean = "basic"  # another than its own
     digest = save_encoder(encoder, folder)
     assert digest == sha256_of(folder / "model.safetensors")
     assert find_saved(run, name) == find_saved(folder, name) == folder
 
     again = load_encoder(name, weights=str(folder), trainable=True, expected_sha256=digest)
+    assert again.text_clean == "basic"
     assert_same_identity(encoder, again, digest)
     assert_same_features(encoder, again)
     expected, found = weights_of(encoder), weights_of(again)
@@ -213,7 +215,15 @@ def test_torchvision_keeps_the_preprocessing_of_the_weights_it_began_with(tmp_pa
 
 def record(folder: Path, encoder: str, **more: object) -> Path:
     folder.mkdir(parents=True)
-    content = {"format_version": 1, "encoder": encoder, "model": "m", "options": {}, "identity": {}, **more}
+    content = {
+        "format_version": 1,
+        "encoder": encoder,
+        "model": "m",
+        "options": {},
+        "text_clean": "none",
+        "identity": {},
+        **more,
+    }
     (folder / "encoder.json").write_text(json.dumps(content))
     return folder
 

@@ -7,7 +7,7 @@ A side splits its work in two, so that the first part can run in worker processe
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,15 @@ class Blocks:
     tokens of the longest text (what is beyond a text's length means nothing), a picture's positions, or those of a
     convolutional net's square map, row by row. `above` (that in any floating dtype, inputs, k) goes on from there to
     what `forward` gives: above(below(x, k), x, k) is forward(x), with gradients, too. `inputs` are what `forward`
-    takes; for pictures `above` needs none and takes None.
+    takes; for pictures `above` needs none and takes None. `deepest` is the last k that `above` can go on from (None:
+    any).
     """
 
     modules: Sequence[nn.Module]
     after: tuple[str, ...]
     below: Callable[[Any, int], torch.Tensor]
     above: Callable[[torch.Tensor, Any, int], Features]
+    deepest: int | None = None
 
 
 @dataclass
@@ -117,6 +119,7 @@ class Encoder:
 
     `identity` holds all that decides the features' values, for the fingerprint: model, weights_sha256, preprocessing,
     pooling, ... as JSON values. `text_clean` is the cleaning level that its texts get where none is asked for.
+    `options` are the values of those that its line in the registry has.
     `save` writes the networks' present weights, exactly, into an existing folder that the backend's `load` takes as
     `weights`; None where nothing is learned, or the encoder wasn't loaded as trainable: its weights may be rounded and
     folded. `feats.encoders.saved.save_encoder` calls it.
@@ -127,6 +130,7 @@ class Encoder:
     image: ImageSide | None = None
     text: TextSide | None = None
     text_clean: str = "tweet"
+    options: dict[str, str | int] = field(default_factory=dict)
     save: Callable[[Path], None] | None = None
 
     @property

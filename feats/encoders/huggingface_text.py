@@ -451,4 +451,4 @@ def _blocks(
         with layers.entered_with(hidden.to(how.dtype), k):
             return forward(ids)
 
-    return Blocks(layers.modules, layers.after, below, above)
+    return Blocks(layers.modules, layers.after, below, above, count - 3 if pooling == "last4" else None)

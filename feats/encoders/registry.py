@@ -146,8 +146,8 @@ def load_encoder(
     "fp16". With `tokens` its sides also give token vectors. With `trainable` its networks' parameters require
     gradients, nothing is folded away, and the weights stay float32; computing in less is `torch.autocast`'s affair.
     `expected_sha256` is what `identity["weights_sha256"]` must become. Where `weights` is the folder of a saved
-    encoder, or a run that holds one (see `feats.encoders.saved.find_saved`), the model and those options that aren't
-    given are the saved one's.
+    encoder, or a run that holds one (see `feats.encoders.saved.find_saved`), the model, the cleaning level
+    and those options that aren't given are the saved one's.
 
     Raises `UsageError` for an unknown name, model or option, a device or dtype that can't be used, when the weights
     can't be had, and, before they are opened, when they aren't the expected ones; also for a model or option other
@@ -175,14 +175,16 @@ def load_encoder(
     saved = read_saved(folder) if folder else None
     if saved:
         model, options, weights = saved.model_for(model), saved.options_with(options), str(folder)
+    chosen = {key: options.get(key, option.default) for key, option in spec.options.items()}
     encoder: Encoder = import_module(spec.module).load(
         model or spec.default_model,
         weights,
         Loading(device, dtype, tokens, trainable, expected_sha256),
-        **{key: options.get(key, option.default) for key, option in spec.options.items()},
+        **chosen,
     )
     encoder.identity = {"encoder": name, **encoder.identity}
     if saved:
         encoder.identity["model"] = saved.model  # not the folder's name
-    encoder.text_clean = spec.text_clean
+    encoder.options = chosen
+    encoder.text_clean = saved.text_clean if saved else spec.text_clean
     return encoder

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from feats.encoders.base import Encoder
-from feats.encoders.registry import ENCODERS
 from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
 
@@ -26,6 +25,7 @@ class SavedEncoder:
     encoder: str
     model: str
     options: Mapping[str, str | int]
+    text_clean: str
 
     def model_for(self, given: str | None) -> str:
         """The saved model. Raises `UsageError` if another one is given."""
@@ -61,7 +61,8 @@ def save_encoder(encoder: Encoder, folder: Path) -> str:
         "format_version": FORMAT_VERSION,
         "encoder": name,
         "model": encoder.identity["model"],
-        "options": {option: encoder.identity[option] for option in ENCODERS[name].options},
+        "options": encoder.options,
+        "text_clean": encoder.text_clean,
         "identity": {**encoder.identity, "weights_sha256": digest},
     }
     (folder / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -93,7 +94,7 @@ def read_saved(folder: Path) -> SavedEncoder:
         record = json.loads(path.read_text(encoding="utf-8"))
         if (version := record["format_version"]) != FORMAT_VERSION:
             raise UsageError(f"{path} has format version {version}, expected {FORMAT_VERSION}; save the encoder again")
-        return SavedEncoder(folder, record["encoder"], record["model"], dict(record["options"]))
+        return SavedEncoder(folder, record["encoder"], record["model"], dict(record["options"]), record["text_clean"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{path} can't be read as a saved encoder ({type(error).__name__}); save the encoder again"

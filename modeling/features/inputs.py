@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from feats.errors import UsageError
-from feats.store import SIDES
+from feats.source import SIDES
 from modeling.features.joined import FeatureSet, Ragged
 from modeling.features.normalizer import Normalizer
 from modeling.heads.base import Batch, HeadConfig, head_class

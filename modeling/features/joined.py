@@ -14,7 +14,8 @@ import torch
 
 import feats
 from feats.errors import UsageError
-from feats.store import DONE, PENDING, SIDES, FeatureStore
+from feats.source import SIDES
+from feats.store import DONE, PENDING, FeatureStore
 
 DEFAULT_FOLDER = Path("saved/feats")
 BLOCK_ROWS = 1 << 16
@@ -282,6 +283,17 @@ def caches_with(side: str, folder: Path, split: str, names: Sequence[str]) -> li
             with FeatureStore.open(path) as store:
                 found += [name] if f"{side}_feats" in store.features else []
     return found
+
+
+def are_complete(folder: Path, split: str, names: Iterable[str]) -> bool:
+    """Whether the caches `<folder>/<name>_<split>.h5` are all there, every row of them done or in quarantine."""
+    for path in (folder / f"{name}_{split}.h5" for name in names):
+        if not path.is_file():
+            return False
+        with FeatureStore.open(path) as store:
+            if not store.complete:
+                return False
+    return True
 
 
 def _with_known_duplicates(features: FeatureSet) -> FeatureSet:

@@ -38,6 +38,11 @@ class WorkFolder:
         self.path, self.what, self.writes = path, json.loads(json.dumps(what)), writes
         self.lock = FileLock(path / "lock", timeout=0)
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is a checkpoint."""
+        return bool(self._steps())
+
     def __enter__(self) -> "WorkFolder":
         with self._disk("begun"):
             if self.writes:
@@ -65,14 +70,13 @@ class WorkFolder:
             found = json.loads(file.read_text(encoding="utf-8"))
         except ValueError:
             raise UsageError(f"{file} is damaged; remove {self.path} to begin anew") from None
-        differing = [key for key in {**found, **self.what} if found.get(key) != self.what.get(key)]
+        found, wanted = _flat(found), _flat(self.what)
+        differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
         if differing:
-            some = "; ".join(
-                f"{k} {json.dumps(found.get(k))}, now {json.dumps(self.what.get(k))}" for k in differing[:3]
-            )
+            facts = [f"{k} {json.dumps(found.get(k))}, now {json.dumps(wanted.get(k))}" for k in differing[:5]]
             raise UsageError(
-                f"{self.path} holds checkpoints of another finetuning ({some[:400]}); give another `name`, or remove "
-                "that folder to begin anew"
+                f"{self.path} holds checkpoints of another finetuning ({'; '.join(facts)[:400]}); give another `name`, "
+                "or remove that folder to begin anew"
             )
 
     def save_step(self, step: int, tensors: Tensors, state: Mapping[str, Any]) -> None:
@@ -152,6 +156,15 @@ class WorkFolder:
                 f"a checkpoint in {self.path} can't be {state} ({reason}); {left}: make room there, or give another "
                 "folder with `runs`, and run the same command again"
             ) from None
+
+
+def _flat(what: Mapping[str, Any]) -> dict[str, Any]:
+    """{"settings": {"lr": 1}} as {"settings.lr": 1}: so that what differs is named alone."""
+    found: dict[str, Any] = {}
+    for key, value in what.items():
+        below = _flat(value) if isinstance(value, dict) else {"": value}
+        found |= {f"{key}.{name}".rstrip("."): x for name, x in below.items()}
+    return found
 
 
 def _save_tensors(tensors: Tensors, path: Path) -> None:

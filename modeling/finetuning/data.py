@@ -18,7 +18,7 @@ from feats.extraction.local import default_workers
 from feats.extraction.preparation import hash_of_text, prepare
 from feats.images import augment, hash64, read_image
 from feats.records import Record, TarSlice
-from feats.store import SIDES
+from feats.source import SIDES
 from feats.text import clean, clean_with_key
 from modeling.features.joined import FeatureSet, FeatureSource, Rows
 from modeling.finetuning.augment import TextAugmentation, augment_text
@@ -52,7 +52,8 @@ class Read:
 
 class PairReader(Dataset[Read]):
     """Reads `records` for `encoders`; `caches` says which of them have which side, `cleaning` (by cache) how texts are
-    cleaned. `hidden` are the outputs of cached trunks, by part: their pictures aren't read."""
+    cleaned. `hidden` are the outputs of cached trunks, by part: their pictures aren't read. `rows` are those that are
+    asked for (all without); their preprocessed pictures are kept where they take no more than `memory_bytes`."""
 
     def __init__(
         self,
@@ -62,22 +63,29 @@ class PairReader(Dataset[Read]):
         cleaning: Mapping[str, str],
         text_augmentation: TextAugmentation = TextAugmentation(),
         hidden: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {},
+        *,
+        rows: Sequence[int] | None = None,
+        memory_bytes: int = MEMORY_BYTES,
     ):
         self.records, self.cleaning, self.how, self.hidden = records, cleaning, text_augmentation, hidden
         self.image: dict[str, ImageSide] = {
             name: encoders[name].image_side() for name in caches["image"] if f"image/{name}" not in hidden
         }
         self.text: dict[str, TextSide] = {name: encoders[name].text_side() for name in caches["text"]}
+        rows = range(len(records)) if rows is None else rows
         self.tokens = {
-            name: side.tokenize([clean(record.text or "", cleaning[name]) for record in records])
+            name: dict(zip(rows, side.tokenize([self._cleaned(name, row) for row in rows]), strict=True))
             for name, side in self.text.items()
         }
         self.jobs: Sequence[Sequence[Sample]] = ()
         self.memory: dict[str, torch.Tensor] = {}
         self.in_memory = torch.zeros(len(records), dtype=torch.bool)
         sizes = {name: side.blank() for name, side in self.image.items()}
-        if sum(blank.numel() for blank in sizes.values()) * len(records) <= MEMORY_BYTES:
+        if sum(blank.numel() for blank in sizes.values()) * len(rows) <= memory_bytes:
             self.memory = {name: blank.new_empty(len(records), *blank.shape) for name, blank in sizes.items()}
+
+    def _cleaned(self, name: str, row: int) -> str:
+        return clean(self.records[row].text or "", self.cleaning[name])
 
     def fill(self, rows: Sequence[int], progress: Callable[[int], object] = lambda rows: None) -> None:
         """Decode the pictures of `rows` once, where memory holds them. Raises `UsageError` naming those that can't be
@@ -133,11 +141,15 @@ class PairReader(Dataset[Read]):
     def _pixels(self, samples: Sequence[Sample], reasons: dict[str, str]) -> dict[str, torch.Tensor]:
         if not self.image:
             return {}
-        if self.memory and all("image" not in s.sides and self.in_memory[s.row] for s in samples):
+        if all("image" not in sample.sides and self.in_memory[sample.row] for sample in samples):
             rows = torch.tensor([sample.row for sample in samples])
             return {name: values[rows] for name, values in self.memory.items()}
         found: dict[str, list[torch.Tensor]] = {name: [] for name in self.image}
         for sample in samples:
+            if "image" not in sample.sides and self.in_memory[sample.row]:
+                for name, values in self.memory.items():
+                    found[name].append(values[sample.row])
+                continue
             record = self.records[sample.row]
             try:
                 picture = read_image(record.image_path)[0]
@@ -154,15 +166,26 @@ class PairReader(Dataset[Read]):
         found: dict[str, list[object]] = {}
         for name, side in self.text.items():
             changed = {
-                k: augment_text(
-                    clean(self.records[s.row].text or "", self.cleaning[name]), stream(s.seed, "text"), self.how
-                )
+                k: augment_text(self._cleaned(name, s.row), stream(s.seed, "text"), self.how)
                 for k, s in enumerate(samples)
                 if "text" in s.sides
             }
             anew = dict(zip(changed, side.tokenize(list(changed.values())), strict=True)) if changed else {}
             found[name] = [(anew.get(k) or self.tokens[name][s.row]).ids for k, s in enumerate(samples)]
         return found
+
+
+@dataclass(frozen=True)
+class TuneData:
+    """Rows of a reader, by number, and their labels; `hard`: training rows that come a second time, augmented."""
+
+    reader: PairReader
+    labels: torch.Tensor  # (N,) int64; of rows in no part -1
+    train: Sequence[int]
+    val: Sequence[int]
+    test: Sequence[int] = ()
+    hard: Sequence[int] = ()
+    class_weights: torch.Tensor | None = None  # (C,)
 
 
 def epoch_samples(

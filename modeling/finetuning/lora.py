@@ -54,6 +54,11 @@ def add_lora(network: nn.Module, rank: int, alpha: float | None = None, seed: in
     return list(projections)
 
 
+def has_attention(network: nn.Module) -> bool:
+    """Whether there is anything that `add_lora` could adapt."""
+    return bool(_projections(network))
+
+
 def lora_parameters(network: nn.Module) -> int:
     """How many numbers a network's adapters have: the sum of rank * (n_in + n_out)."""
     layers = _adapted(network).values()

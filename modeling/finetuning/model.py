@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from feats.encoders.base import Encoder, Features, ImageSide, TextSide
 from feats.errors import UsageError
-from feats.store import SIDES
+from feats.source import SIDES
 from modeling.features.inputs import Preprocessing
 from modeling.heads.base import Batch, Head
 from modeling.heads.layers import BatchNorm as HeadBatchNorm
@@ -59,9 +59,10 @@ class PairModel:
         for side in SIDES:
             for name in preprocessing.caches[side]:
                 self.sides[f"{side}/{name}"] = checked_side(encoders[name], side)
+        self.tuned = False  # whether it has been trained: then it is no start any more
         self.adapted: list[str] = []  # parts with adapters, see `modeling.finetuning.lora`
         self.train_batch_norm = False  # of encoders
-        self.train_head_statistics = True  # not of a head that a run trained: it has statistics to keep
+        self.new_head = True  # a run's head isn't: its batch norms have statistics to keep
 
     @property
     def device(self) -> torch.device:
@@ -95,7 +96,7 @@ class PairModel:
             network.train(mode)
             if not mode:
                 continue
-            frozen_norms = not (self.train_head_statistics if name == HEAD else self.train_batch_norm)
+            frozen_norms = not (self.new_head if name == HEAD else self.train_batch_norm)
             for module in network.modules():
                 own = list(module.parameters())
                 if (own and not any(p.requires_grad for p in own)) or (

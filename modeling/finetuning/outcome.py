@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import resource
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,22 +15,23 @@ import torch
 
 from feats.acceleration import dtype_name
 from feats.encoders.saved import save_encoder
-from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
 from feats.extraction.plan import fingerprint_of
 from feats.extraction.settings import ExtractionSettings
-from feats.store import SIDES
+from feats.source import SIDES
 from modeling.evaluation import metrics
 from modeling.experiment import TEMPERATURES, protocol, split_figures
 from modeling.features.joined import DEFAULT_FOLDER, FeatureSource
-from modeling.finetuning.data import without
+from modeling.finetuning.data import TuneData, without
 from modeling.finetuning.distributed import Team
+from modeling.finetuning.lora import has_attention
 from modeling.finetuning.model import hidden_of_nothing
+from modeling.finetuning.predicting import predict
 from modeling.finetuning.settings import TuneSettings
-from modeling.finetuning.starts import Start
-from modeling.finetuning.tuning import Tuned, TuneData, predict
+from modeling.finetuning.starts import Start, contents_of
+from modeling.finetuning.tuning import Tuned
 from modeling.heads.base import ablation_words
-from modeling.runs.folder import read_report, run_name, save_run
+from modeling.runs.folder import list_runs, load_run, read_config, read_report, run_name, save_run
 from modeling.runs.run import OWN_CACHES, Finetuned, Report, Run
 from modeling.runs.tables import report_tables
 
@@ -64,6 +65,8 @@ def save_tuned(
     places = {name: f"encoders/{name.replace('/', '-')}" for name in names}
     if len(set(places.values())) < len(names):
         raise UsageError(f"caches {', '.join(names)} are too alike to be folders; rename one")
+    for cache in names:
+        start.model.encoders[cache].text_clean = start.cleaning[cache]
     digests = {name: save_encoder(start.model.encoders[name], work / place) for name, place in places.items()}
     folder.mkdir(exist_ok=True)  # where nothing is learned there is none
     source = _source(start, digests, runs)
@@ -143,19 +146,49 @@ def predicted_of(start: Start, data: TuneData, team: Team, ablated: bool) -> Pre
     return Predicted(test, found)
 
 
-def what_is_tuned(start: Start, settings: TuneSettings, bad_cases: Path | None = None) -> dict[str, Any]:
+def what_is_tuned(start: Start, settings: TuneSettings, hard: Sequence[str] = ()) -> dict[str, Any]:
     """All that decides what a finetuning comes to, as JSON values: another one mustn't go on from its checkpoints."""
     ids = json.dumps([start.split.train, start.split.val, start.split.test])
     head = b"".join(tensor.cpu().numpy().tobytes() for tensor in start.model.head.state_dict().values())
-    return {
-        "settings": asdict(settings),
+    free = ("micro_bs", "checkpoint_steps")  # how it fits into memory, and how it is kept
+    preprocessing = start.model.preprocessing
+    what = {
+        "settings": {name: value for name, value in asdict(settings).items() if name not in free},
+        "device": start.model.device.type,
+        "dtypes": {name: dtype_name(dtype) for name, dtype in start.model.autocast.items()},
+        "features": {"caches": preprocessing.caches, "scales": preprocessing.scales, "norms": preprocessing.kinds},
+        "contents": contents_of(start),
         "head": asdict(start.member.config.head),
         "head_sha256": hashlib.sha256(head).hexdigest(),
         "encoders": {name: encoder.identity for name, encoder in start.model.encoders.items()},
         "cleaning": start.cleaning,
         "split_sha256": hashlib.sha256(ids.encode()).hexdigest(),
-        "bad_cases_sha256": None if bad_cases is None else sha256_of(bad_cases),
+        "hard": list(hard),
     }
+    copy: dict[str, Any] = json.loads(json.dumps(what))
+    return copy
+
+
+def finished_run(runs: Path, digest: str, name: str | None) -> Run | None:
+    """The run that a finetuning of this digest left, under this name where it has one, if it did."""
+    for path in list_runs(runs):
+        finetuned = read_config(path).get("finetuned")
+        named = name is None or re.fullmatch(rf"{re.escape(name)}(-\d+)?", path.name)
+        if named and finetuned and finetuned["facts"].get("digest") == digest:
+            return load_run(path)
+    return None
+
+
+def notes_of(start: Start, settings: TuneSettings, ablation_eval: bool) -> list[str]:
+    """What of the settings does nothing for this model."""
+    notes = []
+    if settings.lora is not None:
+        plain = [part for part, side in start.model.sides.items() if side.network is not None]
+        frozen = [part for part in plain if not has_attention(start.model.parts[part])]
+        notes += [f"note: {part} has no attention to adapt, and stays as it is" for part in frozen]
+    if ablation_eval and len(start.model.sides) < 2:
+        notes.append("note: a model of one side has none to leave out: no test-time ablation")
+    return notes
 
 
 def cache_folder(start: Start) -> Path:
@@ -227,10 +260,3 @@ def ablation_table(run: Run) -> str:
     rows = [{"test-time ablation": words, **found} for words, found in figures["ablation_eval"].items()]
     rows.insert(0, {"test-time ablation": ablation_words(SIDES), **figures["val"]})
     return metrics.format_table(rows, ["test-time ablation", "n", *metrics.AVERAGES])
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory this process has held: the GPU's, or on a CPU all of it, libraries included."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from feats.errors import UsageError
 from modeling.finetuning.augment import TextAugmentation
@@ -21,8 +21,9 @@ class TuneSettings:
     number of processes.
 
     `micro_bs` rows go through forward and backward pass at a time (None: all of a step's): less memory, the same
-    gradient. `tune` says which weights change: all, head, or last-N, the last N blocks of every encoder with what comes
-    after them. `lora` puts adapters of that rank on the attention projections, which alone change, with the head.
+    gradient, but for dropout and batch norms, which see them part by part. `tune` says which weights change: all, head,
+    or last-N, the last N blocks of every encoder with what comes after them. `lora` puts adapters of that rank on the
+    attention projections, which alone change, with the head.
     Raises `UsageError` for values out of range.
     """
 
@@ -110,11 +111,6 @@ class TuneSettings:
             patience=self.patience,
             seed=self.seed,
         )
-
-    def for_classes(self, classes: list[str]) -> "TuneSettings":
-        """Without a recipe's class weights, made for other data, where a class they name isn't there."""
-        named = () if isinstance(self.class_weights, str) else dict(self.class_weights)
-        return self if set(named) <= set(classes) else replace(self, class_weights="none")
 
 
 def lr_factor(settings: TuneSettings, step: int, steps: int) -> float:

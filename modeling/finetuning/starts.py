@@ -1,5 +1,7 @@
 """What a finetuning begins with: the very encoders and head of a run, or new ones from the registries."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,13 +9,12 @@ from typing import Any
 
 import torch
 
-from feats.acceleration import resolve_dtype
+from feats.acceleration import resolve_device, resolve_dtype
 from feats.encoders.base import Encoder, Features
 from feats.encoders.registry import ENCODERS, load_encoder
 from feats.errors import UsageError
-from feats.extraction.local import changed_rows
 from feats.records import Pairs, read_dataset
-from feats.store import SIDES, FeatureStore
+from feats.source import SIDES
 from feats.text import clean
 from modeling.experiment import Experiment, experiment_of_run
 from modeling.features.inputs import Inputs, Preprocessing
@@ -22,6 +23,7 @@ from modeling.features.normalizer import Normalizer
 from modeling.features.splits import Split, SplitSettings, make_splits
 from modeling.finetuning.data import rows_as_features
 from modeling.finetuning.model import PairModel, checked_side
+from modeling.finetuning.pairs import DataPlace, records_of
 from modeling.finetuning.scratch import untrained_text, untrained_vit
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.studies import EncoderChoice
@@ -36,7 +38,7 @@ UNTRAINED = {"roberta": untrained_text, "vit": untrained_vit}  # encoders that c
 
 @dataclass(frozen=True)
 class Start:
-    """A model before its first step, and the rows it is for.
+    """A model before its first step, and the rows it is for. Tuning changes the model: a start serves once.
 
     `records` are all of the split that holds the labelled rows, `experiment` says which are for training and for
     validation. `member` is the head as stage 2 keeps it, `run` where it comes from (None: it is new). `cleaning` is the
@@ -56,44 +58,49 @@ class Start:
         return self.experiment.splits[0]
 
 
-@dataclass(frozen=True)
-class DataPlace:
-    """Where raw pairs lie: `path` None is where caches say."""
-
-    path: Path | None = None
-    layout: str | None = None
+def contents_of(start: Start) -> str:
+    """A digest of the labelled rows: ids, labels, pictures and texts, as far as caches know them."""
+    rows = start.experiment.features.dataset
+    of = hashlib.sha256(json.dumps([rows.ids, rows.tags]).encode())
+    for values in (rows.image_hash, rows.text_key):
+        of.update(values.tobytes())
+    return of.hexdigest()
 
 
 # -- from a run -------------------------------------------------------------------------------------------------
 
 
-def from_run(
+def start_from_run(
     run: Run,
     settings: TuneSettings,
     *,
-    device: torch.device,
+    device: torch.device | str = "auto",
     folder: Path | None = None,
     place: DataPlace = DataPlace(),
     weights: Mapping[str, str] = {},
     new_head: bool = False,
+    dropout: float | None = None,
 ) -> Start:
     """The encoders of the caches a run was trained on, as their fingerprints say, and the run's head: the model gives
     the run's own logits (to the rounding of cached features), so that tuning begins where the cached head ended (LP-FT:
     Kumar et al., Fine-Tuning can Distort Pretrained Features, ICLR 2022). `folder` is that of the caches, where they
-    don't lie where they did. With `new_head` the head has the run's shape, but begins anew.
+    don't lie where they did. With `new_head` the head has the run's shape, but begins anew; `dropout` replaces
+    the run's.
 
     Raises `UsageError` for a run of several heads, an encoder without gradients or whose weights can't be had, and
     pairs that aren't those the caches were made of.
     """
+    device = resolve_device(device) if isinstance(device, str) else device
     if len(run.members) > 1:
         raise UsageError(
             f"{run.named} has {len(run.members)} heads; tuning begins with one: give a run of train_head.py without "
             "`seeds` and `folds`"
         )
     single_split(run)
+    _check_weights(weights, run.source.names)
     source = replace(run.source, folder=run.feature_folder(folder))
-    experiment = experiment_of_run(run, source, "cpu")
-    records = _records_of(source, place)
+    experiment = without_features(experiment_of_run(run, source, "cpu"))
+    records = records_of(source, place)
     [member] = run.members
     tokens = {key.partition("/")[2] for key in member.preprocessing.normalizers if "_tokens/" in key}
     encoders = {}
@@ -104,14 +111,35 @@ def from_run(
         encoders[name] = encoder_of(
             name, fingerprint, chosen, device=device, tokens=name in tokens, trainable=True, trained_by=run.named
         )
-    if new_head:
-        head = build_head(member.config.head, member.widths, len(run.classes), [settings.seed])
-        member = replace(member, head=head)
+    if new_head or dropout is not None:
+        member = _rebuilt(member, len(run.classes), settings.seed, new_head, dropout)
     own = member.to(device)
     model = PairModel(encoders, own.preprocessing, own.head, _autocast(encoders, settings.dtype, device))
-    model.train_head_statistics = new_head
+    model.new_head = new_head
     cleaning = {name: run.source.fingerprints[name]["text_clean"] or "none" for name in source.names}
     return Start(model, member, records, experiment, cleaning, run)
+
+
+def _rebuilt(member: Member, n_classes: int, seed: int, new: bool, dropout: float | None) -> Member:
+    """The member with another dropout, or a new head of the same shape."""
+    shape = member.config.head if dropout is None else replace(member.config.head, dropout=dropout)
+    head = build_head(shape, member.widths, n_classes, [seed])
+    if not new:
+        head.load_state_dict(member.head.state_dict())
+        head.eval()
+    return replace(member, head=head, config=replace(member.config, head=shape))
+
+
+def _check_weights(weights: Mapping[str, str], names: Sequence[str]) -> None:
+    unknown = sorted(weights.keys() - set(names))
+    if unknown:
+        raise UsageError(f"`weights` names {', '.join(unknown)}; the encoders in use are {', '.join(names)}")
+
+
+def without_features(experiment: Experiment) -> Experiment:
+    """Its rows without their features, which may be large."""
+    kinds = ("image", "text", "views", "image_tokens", "text_tokens")
+    return replace(experiment, features=experiment.features.only(dict.fromkeys(kinds, ())))
 
 
 def _check_gradients(encoder: str, name: str) -> None:
@@ -122,45 +150,17 @@ def _check_gradients(encoder: str, name: str) -> None:
         )
 
 
-def _records_of(source: FeatureSource, place: DataPlace) -> Pairs:
-    """The pairs that caches were made of. Raises `UsageError` when they aren't found, or are others."""
-    stores = [source.folder / f"{name}_train.h5" for name in source.names]
-    with FeatureStore.open(stores[0]) as store:
-        kept = store.source
-    if place.path is None and kept is None:
-        raise UsageError(f"{stores[0]} doesn't say where its pairs lie; name their folder with `data`")
-    path = place.path or Path(kept.resolved if kept else "")
-    split = kept.split if kept else "train"
-    records = read_dataset(path, place.layout or (kept.layout if kept and place.path is None else None))[split]
-    for file in stores:
-        with FeatureStore.open(file) as store:
-            if store.ids.tolist() != [record.id for record in records]:
-                common = len(set(store.ids.tolist()) & {record.id for record in records})
-                raise UsageError(
-                    f"{path} holds other data than {file} was made of ({len(records)} and {len(store)} rows, {common} "
-                    "ids in common); name the right folder with `data`"
-                )
-            changed = changed_rows(store, records)
-        if changed:
-            some = ", ".join(f"{i} ({what})" for i, what in list(changed.items())[:5])
-            raise UsageError(
-                f"{len(changed)} rows in {path} hold other content than when {file} was made: {some}; name the right "
-                "folder with `data`, or extract and train again"
-            )
-    return records
-
-
 # -- from the registries ----------------------------------------------------------------------------------------
 
 
-def from_choices(
+def start_from_encoders(
     image: EncoderChoice | None,
     text: EncoderChoice | None,
     head: HeadConfig,
     settings: TuneSettings,
     split: SplitSettings,
     *,
-    device: torch.device,
+    device: torch.device | str = "auto",
     place: DataPlace = DataPlace(),
     weights: Mapping[str, str] = {},
     norm: str = "none",
@@ -174,17 +174,24 @@ def from_choices(
     `scratch` is the folder for untrained encoders, `sizes` (by side) theirs: layers, width, heads, patch.
     Raises `UsageError` for whatever doesn't fit, and when weights can't be had.
     """
-    if head_class(head.head).closed_form() and head.head == "kernel":
+    device = resolve_device(device) if isinstance(device, str) else device
+    if head.head == "kernel":
         raise UsageError("a new kernel head has no rows to compare with; train one on caches first and name its `run`")
     choices = {side: choice for side, choice in (("image", image), ("text", text)) if choice and side in head.sides}
     if not choices:
         raise UsageError("no encoder for the sides the head reads; give `image_encoder`, `text_encoder` or both")
+    names = [choice.name for choice in choices.values()]
+    if len(set(names)) < len(set(map(repr, choices.values()))):
+        raise UsageError(f"both sides name encoder {names[0]}, but in two ways; one encoder serves both: name it alike")
     head = replace(head, sides=tuple(side for side in SIDES if side in choices))
     caches = {side: [choices[side].name] if side in choices else [] for side in SIDES}
     tokens = tokens or bool(head_class(head.head).tokens)
     for choice in choices.values():
-        if choice.name in ENCODERS and not ENCODERS[choice.name].trainable:
+        if choice.name not in ENCODERS:
+            raise UsageError(f"unknown encoder {choice.name!r}; there are {', '.join(ENCODERS)}")
+        if not ENCODERS[choice.name].trainable:
             raise UsageError(f"encoder {choice.name} has no gradients: there is nothing in it to tune; name another")
+    _check_weights(weights, names)
     data = read_dataset(place.path or Path("data"), place.layout)["train"]
     source = FeatureSource(Path("."), tuple(caches["image"]), tuple(caches["text"]), tokens)
     rows = rows_as_features(data, source, "train")

@@ -3,7 +3,7 @@ the same, so its outputs are cached in a store of stage 1 and epochs compute onl
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,16 @@ from feats.encoders.cut import lower_part
 from feats.extraction.local import extract
 from feats.extraction.plan import fingerprint_of
 from feats.extraction.settings import ExtractionSettings
-from feats.store import SIDES
-from modeling.features.joined import Ragged, load_features
-from modeling.features.splits import duplicates_of
-from modeling.finetuning.data import PairReader
+from modeling.finetuning.data import MEMORY_BYTES as PICTURE_BYTES, PairReader, TuneData
 from modeling.finetuning.distributed import Team
-from modeling.finetuning.hard_rows import hard_rows
+from modeling.finetuning.hidden_states import Rows, hidden_states
+from modeling.finetuning.parameters import first_tuned_block
 from modeling.finetuning.settings import TuneSettings
-from modeling.finetuning.starts import Start
-from modeling.finetuning.tuning import TuneData
+from modeling.finetuning.starts import Start, contents_of
 from modeling.training.problem import Problem, class_weights
 
 FOLDER = "trunks"  # beside the caches
 
-Rows = Callable[[torch.Tensor], torch.Tensor]
 Progress = Callable[[int, int], Any]  # rows encoded so far, rows to encode
 
 
@@ -36,25 +32,24 @@ def data_of(
     folder: Path,
     team: Team = Team(),
     *,
-    bad_cases: Path | None = None,
+    hard: Sequence[str] = (),
     cached: bool = True,
     progress: Progress = lambda done, total: None,
 ) -> TuneData:
-    """The rows of a finetuning as `tune` reads them; with `cached`, of a frozen trunk its outputs, which are kept in
-    `folder`. Raises `UsageError` for `bad_cases` that aren't training rows, and what `extract` raises."""
+    """The rows of a finetuning as `tune` reads them; `hard` are the ids of training rows that come once more,
+    augmented. With `cached`, of a frozen trunk its outputs, which are kept in `folder`. Raises `UsageError` for rows
+    that can't be encoded, and what `extract` raises."""
     split, records = start.split, start.records
     numbers = {record.id: k for k, record in enumerate(records)}
     rows = {part: [numbers[i] for i in getattr(split, part)] for part in ("train", "val", "test")}
     labels = torch.full((len(records),), -1)
     for part, ids in (("train", split.train), ("val", split.val)):
         labels[rows[part]] = torch.from_numpy(start.experiment.labels(ids))
-    hard: list[str] = []
-    if bad_cases is not None:  # duplicates matter here whether or not the split kept them together
-        hard = hard_rows(bad_cases, split, duplicates_of(start.experiment.features))
+    used = [*rows["train"], *rows["val"], *rows["test"]]
     hidden: dict[str, Rows] = {}
     frozen = settings.last_blocks is not None or settings.tune == "head"
     if frozen and cached and not settings.augment and not hard:
-        hidden = _cached_trunks(start, settings, folder, team, progress)
+        hidden = _cached_trunks(start, settings, folder, team, used, progress)
     reader = PairReader(
         records,
         start.model.encoders,
@@ -62,6 +57,8 @@ def data_of(
         start.cleaning,
         settings.text_augmentation,
         hidden,
+        rows=used,
+        memory_bytes=PICTURE_BYTES // team.size,
     )
     weights = None
     if settings.class_weights != "none":
@@ -72,41 +69,36 @@ def data_of(
 
 
 def _cached_trunks(
-    start: Start, settings: TuneSettings, folder: Path, team: Team, progress: Progress
+    start: Start, settings: TuneSettings, folder: Path, team: Team, used: Sequence[int], progress: Progress
 ) -> dict[str, Rows]:
     """Of every part that has blocks, what enters the first that is tuned; the model is told to begin there."""
     hidden: dict[str, Rows] = {}
-    numbers = {record.id: k for k, record in enumerate(start.records)}
-    for name, encoder in start.model.encoders.items():
-        cuts = {}
-        for part, side in start.model.sides.items():
-            if part.partition("/")[2] == name and side.blocks is not None:
-                kind = part.partition("/")[0]
-                cuts[kind] = len(side.blocks.modules) - (settings.last_blocks or 0)
-        if not cuts or min(cuts.values()) < 0:  # too few blocks: what is tuned says so
-            continue
+    for name, cuts in _cuts(start, settings).items():
+        encoder = start.model.encoders[name]
         dtype = start.model.autocast.get(name, torch.float32)
         trunk = lower_part(encoder, cuts, autocast=None if dtype == torch.float32 else dtype)
         how = ExtractionSettings(text_clean=start.cleaning[name])
-        made_by = {**fingerprint_of(trunk, start.records, how), "versions": None, "data": None}
+        made_by = {**fingerprint_of(trunk, start.records, how), "versions": None, "contents": contents_of(start)}
         digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
-        cache = f"{name.replace('/', '-')}-{digest}"
+        path = folder / f"{name.replace('/', '-')}-{digest}_train.h5"
         if team.leads:
             folder.mkdir(parents=True, exist_ok=True)
-            extract(trunk, start.records, folder / f"{cache}_train.h5", how, progress=progress)
-        team.gather(None)
-        image, text = ([cache] if side in cuts else [] for side in SIDES)
-        data = load_features(folder, "train", image, text, tokens=True)
-        place = torch.full((len(numbers),), -1)
-        place[[numbers[i] for i in data.ids]] = torch.arange(len(data))
-        for kind, cut in cuts.items():
-            hidden[f"{kind}/{name}"] = _rows_of(getattr(data, f"{kind}_tokens")[cache], place)
-            start.model.cuts[f"{kind}/{name}"] = cut
+            extract(trunk, start.records, path, how, progress=progress)
+        team.gather(None)  # the others read it when it is whole
+        rows_of = hidden_states(path, used)
+        for side, cut in cuts.items():
+            hidden[f"{side}/{name}"] = rows_of[side]
+            start.model.cuts[f"{side}/{name}"] = cut
     return hidden
 
 
-def _rows_of(tokens: torch.Tensor | Ragged, place: torch.Tensor) -> Rows:
-    """Rows by number -> (B, L, width), padded to the longest."""
-    if isinstance(tokens, Ragged):
-        return lambda rows: tokens.padded(place[rows])[0]
-    return lambda rows: tokens[place[rows]]
+def _cuts(start: Start, settings: TuneSettings) -> dict[str, dict[str, int]]:
+    """By cache and side, the block below which everything is frozen."""
+    cuts: dict[str, dict[str, int]] = {}
+    for part, side in start.model.sides.items():
+        if side.blocks is not None:
+            kind, _, name = part.partition("/")
+            first = first_tuned_block(part, side, settings)
+            deepest = first if side.blocks.deepest is None else side.blocks.deepest
+            cuts.setdefault(name, {})[kind] = min(first, deepest)
+    return cuts

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from feats.errors import UsageError
-from feats.store import SIDES
+from feats.source import SIDES
 from modeling.heads.layers import Linear
 
 

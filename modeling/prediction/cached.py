@@ -12,7 +12,7 @@ import torch
 
 from feats.csv_files import write_rows
 from feats.errors import UsageError
-from feats.store import SIDES
+from feats.source import SIDES
 from modeling.evaluation import metrics
 from modeling.features.joined import FeatureSet, FeatureSource, Rows, iter_features
 from modeling.runs.files import user_file

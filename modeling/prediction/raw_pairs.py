@@ -13,7 +13,7 @@ from feats.errors import UsageError
 from feats.extraction.local import extract
 from feats.extraction.settings import ExtractionSettings
 from feats.records import Record, read_dataset
-from feats.store import FeatureStore
+from modeling.features.joined import are_complete
 from modeling.runs.encoders import encoder_of, essence
 from modeling.runs.run import Run
 
@@ -77,8 +77,7 @@ def encode_split(
     Raises `UsageError` as `read_dataset`, and when an encoder can't be loaded."""
     assert run.finetuned is not None
     folder = run.feature_folder()
-    lacking = [name for name in run.source.names if not _is_complete(folder / f"{name}_{split}.h5")]
-    if not lacking and data is None:
+    if are_complete(folder, split, run.source.names) and data is None:
         return
     records = read_dataset(data or run.finetuned.data, None if data else run.finetuned.layout)[split]
     for name in run.source.names:
@@ -87,13 +86,6 @@ def encode_split(
         path.parent.mkdir(exist_ok=True)
         with bar(path.stem) as progress:
             extract(encoder, records, path, _as_trained(name, run, len(records)), progress=progress)
-
-
-def _is_complete(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with FeatureStore.open(path) as store:
-        return store.complete
 
 
 def _encoder(name: str, run: Run, runs: Sequence[Run], weights: str | None, device: torch.device) -> Encoder:

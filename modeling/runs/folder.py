@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from feats.csv_files import read_csv, read_table, write_csv, write_table
 from feats.errors import UsageError, first_line
-from feats.store import SIDES
+from feats.source import SIDES
 from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSource
 from modeling.features.splits import load_split, save_split

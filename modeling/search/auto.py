@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from feats.errors import UsageError
-from feats.store import SIDES
+from feats.source import SIDES
 from modeling.evaluation import metrics
 from modeling.experiment import Experiment, Progress, needed_source, report_of
 from modeling.features.inputs import Preprocessing
