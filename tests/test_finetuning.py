@@ -355,7 +355,7 @@ def test_wherever_it_is_interrupted_it_ends_with_the_same_bytes(how: dict[str, A
     save_run(tmp_path, "fusion", dropout=0.3)
     settings = replace(PLAIN, bs=5, checkpoint_steps=2, **how)
     undisturbed = digest(*tuned(tmp_path, settings, "undisturbed"))
-    for rows in (5, 10, 15, 20, 25, 35):
+    for rows in (5, 20, 35):
         work = f"work-{rows}"
         with pytest.raises(Killed):
             tuned(tmp_path, settings, work, progress=killed_after(rows))
