@@ -209,8 +209,9 @@ def _chosen_splits(data: "DataSet", wanted: Sequence[str] | None) -> list[str]:
 
 
 @contextmanager
-def rows_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A callback that shows rows done of rows to do as a bar, from when it is first called."""
+def rows_bar(title: str, *, passing: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A callback that shows rows done of rows to do as a bar, from when it is first called. A `passing` bar is for
+    terminals only, and leaves nothing there."""
     from tqdm import tqdm
 
     bar: Any = None
@@ -218,8 +219,8 @@ def rows_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     def progress(done: int, total: int) -> None:
         nonlocal bar
         if bar is None:
-            bar = tqdm(total=total, desc=title, unit="row")
-        bar.update(done - bar.n)
+            bar = tqdm(total=total, desc=title, unit="row", leave=not passing, disable=None if passing else False)
+        bar.update(min(done, total) - bar.n)
 
     try:
         yield progress

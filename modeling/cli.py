@@ -450,24 +450,6 @@ def progress_bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], A
         yield bar.update
 
 
-@contextmanager
-def rows_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """As `progress_bar`, for work that tells rows done and rows to do: a bar from when it first tells."""
-    bar: Any = None
-
-    def progress(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = tqdm(total=total, desc=title, unit="row", leave=False, disable=None)
-        bar.update(min(done, total) - bar.n)
-
-    try:
-        yield progress
-    finally:
-        if bar is not None:
-            bar.close()
-
-
 @interruptible(signal.SIGINT)
 def guarded(work: Callable[[], int], interrupted: str, named: Mapping[str, str] = OPTION_OF) -> int:
     """Run a script's work and show what libraries say. Unusable input ends with one line and status 2, an interruption

@@ -6,6 +6,7 @@ import sys
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.cli import EXIT_DONE
+from feats.cli import EXIT_DONE, rows_bar
 from feats.errors import UsageError
 from modeling import cli
 from modeling.finetuning.settings import TuneSettings
@@ -108,7 +109,7 @@ def work(args: Namespace, command: str) -> int:
             command=command,
             team=mates,
             say=print if mates.leads else lambda line: None,
-            bar=cli.rows_bar if mates.leads else no_bar,
+            bar=partial(rows_bar, passing=True) if mates.leads else no_bar,
         )
     if run is not None:
         print(f"finetuned run -> {run.path}")

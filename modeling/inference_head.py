@@ -14,7 +14,7 @@ import feats.threads  # noqa: F401
 import torch
 
 from feats.acceleration import resolve_device
-from feats.cli import EXIT_DONE
+from feats.cli import EXIT_DONE, rows_bar
 from feats.errors import UsageError
 from modeling import cli
 from modeling.prediction import cached as prediction
@@ -133,7 +133,7 @@ def encode_own_caches(args: Namespace, runs: Sequence[Run], device: torch.device
         from modeling.prediction.raw_pairs import encode_split
 
         for run in finetuned:
-            encode_split(run, args.split, args.data, device=device, bar=cli.rows_bar)
+            encode_split(run, args.split, args.data, device=device, bar=rows_bar)
 
 
 def warn_of_gaps(predictions: Predictions) -> None:
