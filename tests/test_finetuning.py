@@ -559,6 +559,26 @@ def test_a_loss_that_isnt_finite_ends_it_in_one_line(root: Path):
     assert one_line(raised)
 
 
+def test_too_large_a_step_names_the_option(root: Path, monkeypatch: pytest.MonkeyPatch):
+    """The allocation really fails, in the first step; the checkpoint of the start is there, and a smaller part goes on."""
+    plain = PairModel.__call__
+
+    def large(self: PairModel, batch: Any) -> torch.Tensor:
+        if torch.is_grad_enabled() and batch.size > 2:
+            torch.empty(1 << 50, dtype=torch.uint8)
+        return plain(self, batch)
+
+    monkeypatch.setattr(PairModel, "__call__", large)
+    with pytest.raises(UsageError, match="8 rows at a time don't fit into memory; give a smaller `micro_bs`") as raised:
+        tuned(root)
+    assert one_line(raised) and list((root / "work").glob("step-00000000"))
+    start = begin(root)
+    smaller = replace(PLAIN, micro_bs=2)
+    with WorkFolder(root / "work", {"settings": repr(PLAIN)}) as work:
+        result = tune(start.model, data_of(start, smaller, root), smaller, work)
+    assert [row["epoch"] for row in result.history] == [0, 1, 2]
+
+
 # -- data --------------------------------------------------------------------------------------------------------
 
 
