@@ -22,9 +22,10 @@ from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 from feats.encoders.base import Encoder
 from feats.encoders.registry import ENCODERS, load_encoder
 from modeling.features.splits import SplitSettings
+from modeling.finetuning.pairs import DataPlace
 from modeling.finetuning.scratch import untrained_text, untrained_vit
 from modeling.finetuning.settings import TuneSettings
-from modeling.finetuning.starts import DataPlace, from_choices
+from modeling.finetuning.starts import start_from_encoders
 from modeling.finetuning.studies import MODELS, TUNING_RECIPES, EncoderChoice
 from modeling.heads.base import Batch, HeadConfig, n_parameters
 from modeling.heads.registry import HEADS, build_head
@@ -131,7 +132,7 @@ def test_the_study_s_clip_has_the_size_of_its_weights(tmp_path: Path):
     """Its name in the study is the default, no condition on weights that are given."""
     make_pairs(tmp_path / "set")
     clip = MODELS["clip"]
-    start = from_choices(
+    start = start_from_encoders(
         clip.image,
         clip.text,
         HeadConfig(clip.head, D=8),

@@ -1,7 +1,7 @@
 """How far finetuning is from its model's bare steps, what a cached trunk saves, what a resume costs, and what the
 studies' models need. Prints medians and ratios, each measured in this one run.
 
-    python tests/bench/bench_finetune.py [--parts loop cut resume] [--rows 256]
+    python tests/bench/bench_finetune.py [--parts loop cut resume] [--rows 512]
     python tests/bench/bench_finetune.py --study-models [NAME ...]    # at full size: 7 GB of memory, 6 GB of disk
     python tests/bench/bench_finetune.py --device cuda --rows 2048
 
@@ -46,10 +46,12 @@ from modeling.finetuning import trunk
 from modeling.finetuning.checkpoint import Tensors, WorkFolder
 from modeling.finetuning.data import epoch_samples
 from modeling.finetuning.model import PairBatch, PairModel
+from modeling.finetuning.pairs import DataPlace
+from modeling.finetuning.parameters import choose_parameters
 from modeling.finetuning.settings import TuneSettings
-from modeling.finetuning.starts import DataPlace, Start, from_choices
+from modeling.finetuning.starts import Start, start_from_encoders
 from modeling.finetuning.studies import MODELS, EncoderChoice
-from modeling.finetuning.tuning import TuneData, choose_parameters, tune
+from modeling.finetuning.tuning import Tuned, TuneData, tune
 from modeling.heads.base import Batch, HeadConfig
 from modeling.heads.layers import Noise, attach_noise
 
@@ -93,7 +95,7 @@ def build_parser() -> ArgumentParser:
         "--study-models", nargs="*", metavar="NAME[=HEAD]", help="run these instead (default: all of them)"
     )
     parser.add_argument("--timed", nargs=REMAINDER, help="internal")
-    parser.add_argument("--rows", type=int, default=256, help="training rows")
+    parser.add_argument("--rows", type=int, default=512, help="training rows")
     parser.add_argument("--bs", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -132,7 +134,7 @@ class Bench:
         self.count = 0
 
     def start(self, subject: Subject, settings: TuneSettings) -> Start:
-        return from_choices(
+        return start_from_encoders(
             subject.image,
             subject.text,
             HeadConfig("concat"),
@@ -181,15 +183,15 @@ def loop(bench: Bench) -> None:
     bare = bare_steps(other.model, data, settings)
     seconds: dict[str, list[float]] = {"tune": [], "bare": []}
     next(bare)
-    begun = 0.0
+    begun, before = 0.0, 0
 
-    def stepped(rows: int) -> None:
-        nonlocal begun
+    def stepped(done: int, total: int) -> None:
+        nonlocal begun, before
         ended = bench.now()
-        if rows == settings.bs:
+        if done - before == settings.bs:
             seconds["tune"].append(ended - begun)
             seconds["bare"].append(next(bare))
-        begun = bench.now()
+        begun, before = bench.now(), done
 
     def validated(row: dict[str, object]) -> None:
         nonlocal begun
@@ -325,7 +327,7 @@ def seconds_to_begin(
     """Seconds until `tune` is ready for steps (the start's validation not included); it goes on for so many of them."""
     heard: list[float] = []
 
-    def stop_after(rows: int) -> None:
+    def stop_after(done: int, total: int) -> None:
         heard.append(bench.now())
         if len(heard) > steps:
             raise Stopped
@@ -412,22 +414,21 @@ def study_model(name: str, folder: Path, device: str) -> None:
 def timed_finetune(arguments: Sequence[str]) -> int:
     """finetune.py; at last it prints the seconds of its second step."""
     from modeling import finetune
-    from modeling.finetuning import tuning
+    from modeling.finetuning import finetune as library
 
     heard: list[float] = []
-    plain = tuning.tune
 
-    def timed(model: PairModel, *others: Any) -> tuning.Tuned:
+    def timed(model: PairModel, *others: Any) -> Tuned:
         *first, progress, told = others
 
-        def listening(rows: int) -> None:
+        def listening(done: int, total: int) -> None:
             synchronise(model.device)
             heard.append(time.perf_counter())  # ready, after the first step, after the second, ...
-            progress(rows)
+            progress(done, total)
 
-        return plain(model, *first, listening, told)
+        return tune(model, *first, listening, told)
 
-    tuning.tune = timed  # the script imports it when it runs
+    library.tune = timed
     status = finetune.main(arguments)
     if not status:
         print(f"{heard[2] - heard[1]:.2f}")
