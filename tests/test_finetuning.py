@@ -456,13 +456,12 @@ def test_rows_a_trunk_cant_store_are_named(root: Path):
     settings = replace(PLAIN, tune="last-1")
     start = begin(root, settings)
     data_of(start, settings, root / "trunks")
-    spoilt = start.records[data_of(begin(root, settings), PLAIN, root / "x").val[0]]
     other = begin(root, settings)
     with torch.no_grad():  # beyond float16's range, in every row
         other.model.parts["image/vit"].layers[0].mlp.fc2.bias.add_(1e6)
     with pytest.raises(UsageError, match="rows have no outputs of the frozen blocks .*float16.*`live_trunk`") as raised:
         data_of(other, settings, root / "others")
-    assert one_line(raised) and spoilt.id
+    assert one_line(raised)
 
 
 def test_large_trunks_are_read_batch_by_batch(root: Path, monkeypatch: pytest.MonkeyPatch):
@@ -617,7 +616,7 @@ def test_augmentation_changes_training_rows_only(root: Path):
     with WorkFolder(root / "work", {}) as work:
         tune(start.model, data, replace(PLAIN, ep=1, augment=("image",)), work)
     assert {s.row for s in seen if s.sides} == set(data.train)
-    assert {s.row for s in seen if not s.sides} <= {*data.val, data.train[0], *data.train}
+    assert {s.row for s in seen if not s.sides} == {*data.val, data.train[0]}  # and one row to find what is used
     assert not {s.row for s in seen if s.sides} & set(data.val)
 
 

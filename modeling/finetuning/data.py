@@ -5,6 +5,7 @@ Which rows make up a step, in which order and how augmented, is a function of (s
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 from feats.encoders.base import Encoder, ImageSide, TextSide
 from feats.errors import RowError, UsageError
 from feats.extraction.local import default_workers
-from feats.extraction.preparation import hash_of_text, prepare
+from feats.extraction.preparation import prepare
 from feats.images import augment, hash64, read_image
 from feats.records import Record, TarSlice
 from feats.source import SIDES
@@ -87,7 +88,7 @@ class PairReader(Dataset[Read]):
     def _cleaned(self, name: str, row: int) -> str:
         return clean(self.records[row].text or "", self.cleaning[name])
 
-    def fill(self, rows: Sequence[int], progress: Callable[[int], object] = lambda rows: None) -> None:
+    def fill(self, rows: Sequence[int]) -> None:
         """Decode the pictures of `rows` once, where memory holds them. Raises `UsageError` naming those that can't be
         read."""
         missing = [row for row in rows if not self.in_memory[row]]
@@ -99,15 +100,14 @@ class PairReader(Dataset[Read]):
             for name, pixels in batch.pixels.items():
                 self.memory[name][block] = pixels
             self.in_memory[block] = True
-            progress(len(block))
 
     def batches(self, jobs: Sequence[Sequence[Sample]]) -> Iterator[PairBatch]:
         """A batch for each job, read ahead by worker processes where pictures or augmented texts have to be made.
 
         Raises `UsageError` naming rows that can't be read."""
         made = any(not self._at_hand(sample) for job in jobs for sample in job)
-        reader = self.__class__.__new__(self.__class__)
-        reader.__dict__.update(self.__dict__, jobs=jobs)
+        reader = copy(self)
+        reader.jobs = jobs
         reads = (
             prepare(reader, default_workers(), pin_memory=False) if made else map(reader.__getitem__, range(len(jobs)))
         )
@@ -224,11 +224,6 @@ def rows_as_features(records: Sequence[Record], source: FeatureSource, split: st
     dataset = Rows([record.id for record in records], tags, hashes, keys)
     kept = np.array([k for k, record in enumerate(records) if record.id not in reasons], np.int64)
     return FeatureSet(split, dataset.take(kept), {}, {}, {}, {}, {}, source, reasons, dataset)
-
-
-def content_hashes(records: Sequence[Record]) -> dict[str, int]:
-    """Of each record's text, by id: what a cache calls `text_hash`."""
-    return {record.id: hash_of_text(record) for record in records}
 
 
 def without(batch: PairBatch, side: str, reader: PairReader, hidden: Mapping[str, torch.Tensor]) -> PairBatch:

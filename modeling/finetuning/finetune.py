@@ -65,6 +65,7 @@ def finetune_model(
     folder = runs / f".{name or digest[:12]}.tuning"
     with memory_named(settings), WorkFolder(folder, what, team.leads) as working:
         finished = outcome.finished_run(runs, digest, name) if working.begun else None
+        finished = team.gather(finished)[0]  # before any process removes what the others look at
         if finished is not None:  # it was interrupted between its last two strokes
             working.remove()
             return finished if team.leads else None
