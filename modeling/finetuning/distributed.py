@@ -3,11 +3,13 @@
 import os
 import re
 import resource
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -61,7 +63,7 @@ def team(device: str) -> Iterator[tuple[Team, torch.device]]:
     """The processes that torchrun started this one with, and this one's device; alone without torchrun.
 
     Gloo connects processes on CPUs, NCCL those on GPUs (one GPU each). Raises `UsageError` when a process dies while
-    the others wait for it.
+    the others wait for it, and when torchrun, which may notice first, tells this one to end.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
@@ -73,8 +75,10 @@ def team(device: str) -> Iterator[tuple[Team, torch.device]]:
         torch.cuda.set_device(on)
     # The first process may work alone for long, on a cached trunk; one that dies is noticed without a limit.
     dist.init_process_group("nccl" if on.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    before = signal.signal(signal.SIGTERM, _told_to_end)
     try:
         yield Team(dist.get_rank(), size), on
+        signal.signal(signal.SIGTERM, before)
     except dist.DistError as error:
         raise _deserted() from error
     except RuntimeError as error:
@@ -85,12 +89,18 @@ def team(device: str) -> Iterator[tuple[Team, torch.device]]:
         dist.destroy_process_group()
 
 
+def _told_to_end(_number: int, _frame: FrameType | None) -> None:
+    raise _deserted()
+
+
 def _is_of_a_connection(error: RuntimeError) -> bool:
     """Gloo's errors are plain RuntimeErrors; they name the file they come from."""
     return any(word in str(error) for word in ("gloo", "Connection closed by peer", "NCCL", "Broken pipe"))
 
 
 def _deserted() -> UsageError:
+    # torchrun's signal must not cut off this process's last words; after half a minute it kills all the same.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return UsageError(
         "another process of this finetuning has ended; its last checkpoint is intact, run the same command to go on"
     )
