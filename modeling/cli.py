@@ -21,13 +21,21 @@ from feats.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE, HelpFormatter, as_typed, 
 from feats.errors import UsageError
 from feats.interrupts import interruptible
 from modeling.experiment import ExperimentSettings
-from modeling.features.joined import DEFAULT_FOLDER, FeatureSource, caches_with
+from modeling.features.joined import DEFAULT_FOLDER, FeatureSource, cached_widths, caches_with
 from modeling.features.normalizer import NORMS
 from modeling.features.splits import SplitSettings
 from modeling.finetuning.augment import TextAugmentation
 from modeling.finetuning.settings import AUGMENTED, DTYPES, TuneSettings
 from modeling.finetuning.studies import TUNING_RECIPES
-from modeling.heads.base import ABLATIONS, HeadConfig, ablation_words, head_class
+from modeling.heads.base import (
+    ABLATIONS,
+    ATTENTION_NORMS,
+    IMAGE_POOLINGS,
+    IMAGE_POSITIONS,
+    HeadConfig,
+    ablation_words,
+    head_class,
+)
 from modeling.heads.registry import HEADS
 from modeling.runs import folder as run_folder
 from modeling.training.config import (
@@ -45,6 +53,12 @@ from modeling.training.recipes import RECIPES, SPLIT_SETTINGS
 
 OWN = "own"
 TUNING_GRID = ("lr", "dropout", "bs", "ep")  # what a grid of finetunings varies
+HEAD_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {  # of single heads: help and keywords
+    "layers": ("gated_transformer: Transformer layers (default: the head's own, 3)", {"type": int}),
+    "attention_norm": ("coattention: behind its self-attentions", {"choices": ATTENTION_NORMS}),
+    "image_positions": ("coattention: positions added to image tokens", {"choices": IMAGE_POSITIONS}),
+    "image_pooling": ("coattention: image tokens to one vector", {"choices": IMAGE_POOLINGS}),
+}
 # Settings that the command line knows by another name.
 OPTION_OF = {"sides": "ablation", "image": "vtype", "text": "ttype"}
 
@@ -130,7 +144,8 @@ def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
     add("dropout", "(default: the head's own)", type=float, **several)
     words = ", ".join(f"{number} {ablation_words(sides)}" for number, sides in enumerate(ABLATIONS))
     add("ablation", words, type=int, choices=range(len(ABLATIONS)), **several)
-    add("image_positions", "coattention: learnable positions of image tokens", action="store_true")
+    for name, (text, keywords) in HEAD_OPTIONS.items():
+        add(name, text, **keywords, **several)
     add("optimizer", ", ".join(OPTIMIZERS), **several)
     add("lr", "learning rate, or its peak", type=float, **several)
     add("weight_decay", "of the optimiser", type=float, **several)
@@ -267,15 +282,15 @@ class Grid:
 
 def grid_from(args: Namespace, **fixed: Any) -> Grid:
     """Every combination of the typed training options that have several values, over the recipe's settings. Head `all`
-    is every head that needs no token features; with recipe `own` each head gets its own study's settings, the split
-    aside. `fixed` stand in for options that weren't typed. Raises `UsageError` for values out of range."""
+    is every head that the caches in use suit (`_all_heads`); with recipe `own` each head gets its own study's settings,
+    the split aside. `fixed` stand in for options that weren't typed. Raises `UsageError` for values out of range."""
     known = set(flat(TrainConfig()))
     typed = {name: value for name, value in _training_settings(args).items() if name in known}
     recipe = RECIPES.get(args.recipe or "", {})
     values = {**fixed, **{name: value for name, value in recipe.items() if name in known}, **typed}
     axes = {name: value for name, value in values.items() if isinstance(value, list)}
     if "all" in axes.get("head", ()):
-        axes["head"] = [name for name, head in HEADS.items() if not head.tokens]
+        axes["head"] = _all_heads(feature_source(args), axes.get("sides", [HeadConfig.sides]))
     monitor = values.get("monitor", TrainConfig.monitor)
     points = [{**values, **dict(zip(axes, point, strict=True))} for point in product(*axes.values())]
     if args.recipe == OWN:
@@ -285,6 +300,21 @@ def grid_from(args: Namespace, **fixed: Any) -> Grid:
     grid = Grid(tuple(points), monitor[0] if isinstance(monitor, list) else monitor)
     _ = grid.heads  # says now, before any data are read, what is out of range
     return grid
+
+
+def _all_heads(source: FeatureSource, ablations: Sequence[tuple[str, ...]]) -> list[str]:
+    """The heads that need no token features, and those whose needs the caches meet under each of the `ablations`."""
+    widths = cached_widths(source, "train")
+
+    def suits(name: str, sides: Sequence[str]) -> bool:
+        there = tuple(side for side in sides if source.of(side))
+        try:
+            head_class(name).require(HeadConfig(name, sides=there or tuple(sides)), widths)
+        except UsageError:
+            return False
+        return True
+
+    return [name for name, head in HEADS.items() if not head.tokens or all(suits(name, sides) for sides in ablations)]
 
 
 def _training_settings(args: Namespace) -> dict[str, Any]:

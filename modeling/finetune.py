@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from modeling.finetuning.starts import Start
 
 NEW_MODEL = ("model", "image_encoder", "text_encoder")  # each says that the model isn't a run's
-OF_NEW_MODELS = ("head", "D", "ablation", "image_positions", "norm", "tokens", "sizes")
+OF_HEADS = ("layers", "attention_norm", "image_positions", "image_pooling")
+OF_NEW_MODELS = ("head", "D", "ablation", *OF_HEADS, "norm", "tokens", "sizes")
 OF_SPLITS = ("val_ratio", "test_ratio", "split_seed", "split_file")
 SIZES = ("layers", "width", "heads", "patch")
 
@@ -75,7 +76,9 @@ def add_start_options(parser: ArgumentParser) -> None:
     add("D", f"width of the common space or hidden layer (default: {HeadConfig.D})", type=int)
     add("dropout", "of the head, a run's too (default: its own)", type=float)
     add("ablation", "0 both sides, 1 text only, 2 image only", type=int, choices=range(len(ABLATIONS)))
-    add("image_positions", "coattention: learnable positions of image tokens", action="store_true")
+    for name in OF_HEADS:
+        text, keywords = cli.HEAD_OPTIONS[name]
+        add(name, text, **keywords)
     add("norm", "of the head's inputs (default: none)", choices=("none", "l2"))
     add("tokens", "let a head that can read token features", action="store_true")
     shown = f"of untrained encoders: {', '.join(SIZES)}, such as text.layers=6 image.patch=32"

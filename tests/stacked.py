@@ -3,7 +3,16 @@
 import torch
 from torch import nn
 
-from modeling.heads.layers import MultiheadAttention, TransformerEncoderLayer
+from modeling.heads.layers import (
+    BatchNorm,
+    Conv2d,
+    LayerNorm,
+    Linear,
+    MultiheadAttention,
+    TransformerEncoderLayer,
+)
+
+LAYERS = (TransformerEncoderLayer, MultiheadAttention, Linear, LayerNorm, BatchNorm, Conv2d)
 
 
 @torch.no_grad()
@@ -21,5 +30,20 @@ def give(layer: nn.Module, m: int, reference: nn.Module) -> None:
         give(layer.out, m, reference.out_proj)
     else:
         reference.weight.copy_(layer.weight[m])
-        if reference.bias is not None:
+        if reference.bias is not None and layer.bias is not None:
             reference.bias.copy_(layer.bias[m])
+        if isinstance(layer, BatchNorm):
+            reference.running_mean.copy_(layer.running_mean[m])
+            reference.running_var.copy_(layer.running_var[m])
+
+
+@torch.no_grad()
+def copy_weights(stack: nn.Module, m: int, reference: nn.Module) -> None:
+    """Copy model m's parameters into a torch module whose layers bear the same names."""
+    whole: tuple[str, ...] = ()
+    for name, layer in stack.named_modules():
+        if isinstance(layer, LAYERS) and not name.startswith(whole):
+            give(layer, m, reference.get_submodule(name))
+            whole = (*whole, f"{name}.")
+    for name, parameter in stack.named_parameters(recurse=False):
+        reference.get_parameter(name).copy_(parameter[m])

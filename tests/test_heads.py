@@ -1,20 +1,19 @@
 """Every head of the registry: shapes, gradients, learning, saving, ablation, and what the studies say of single ones."""
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save
-from stacked import give
 from tensors import normal
 from torch import Tensor, nn
 
 from feats.errors import UsageError
 from modeling.features.inputs import Inputs
 from modeling.features.joined import Ragged
-from modeling.heads.base import Batch, Head, HeadConfig, n_parameters
+from modeling.heads.base import ATTENTION_NORMS, Batch, Head, HeadConfig, n_parameters
 from modeling.heads.registry import HEADS, build_head
 from modeling.training.config import TrainConfig
 from modeling.training.fit import fit
@@ -137,6 +136,7 @@ def toy(image_shows: list[int], text_shows: list[int], tokens: bool = True) -> P
     vectors, sequences = {}, {}
     for i, (side, width) in enumerate((("image", 5), ("text", 13))):
         signal = torch.zeros(n, width)
+        signal[:, -1] = 1.0  # so that a vector's direction tells what its length does
         for c in shown[side]:
             signal[labels == c, c] = 2.0
         vectors[side] = signal + normal(n, width, seed=i) * 0.3
@@ -178,19 +178,26 @@ def test_parameter_counts(v: int, t: int, D: int, n_classes: int):
     attention, classifier = 4 * (width + 1) * width, lambda n: (n + 1) * D + 2 * D + (D + 1) * C
     expected = {
         "fusion": (v + t) * D + 2 * 2 * D + (2 * D + 1) * C,  # BatchNorm's shift is the projection's bias
-        "cross_attention": (v + t) * D + 2 * 2 * D + 2 * (D + 1) * 3 * D + (2 * D + 1) * C,
+        "cross_attention": (v + t) * D + 2 * 2 * D + (2 * 3 + 4) * (D + 1) * D + (2 * D + 1) * C,
         "concat": classifier(v + t),
         "weighted_sum": common + 2 + classifier(width),
         "attention": common + attention + classifier(width),
         "attention_linear": common + attention + (width + 1) * C,
         "early": (v + t + 1) * D + (D + 1) * C,
         "mlp": (v + t + 1) * D + (D + 1) * C,
-        "late": (v + 1 + t + 1) * D + 2 * (D + 1) * C,
+        "late": (v + 1 + t + 1) * C,
         "clip_match": common + (4 * width + 2) * D + (D + 1) * C,
-        "late_512": (v + 1 + t + 1) * 512 + 1025 * C,
+        "late_512": (v + 1 + t + 1) * 512 + 1025 * 512 + 513 * C,
         "query_attention": (v + 1) * t + 4 * (t + 1) * t + (t + 1) * C,
         "linear": (v + t + 1) * C,
-        "vilbert": common + 2 * (12 * width + 13) * width + (2 * width + 1) * 2 * D + (2 * D + 1) * C,
+        "vilbert": (v + 1) * t + 2 * (12 * t + 13) * t + (t + 1) * D + (D + 1) * C,
+        "gated_transformer": common
+        + 3 * (12 * width + 13) * width
+        + (2 * width + 1) * width
+        + 2 * width
+        + (width + 1) * D
+        + (D + 1) * (D // 2)
+        + (D // 2 + 1) * C,
     }
     for name, count in expected.items():
         assert n_parameters(build_head(HeadConfig(name, D), {"image": v, "text": t}, C, [0, 1])) == count, name
@@ -208,39 +215,41 @@ def attend(layer: nn.Module, query: Tensor, key: Tensor, present: Tensor | None 
     return reference(query, key, key, None if present is None else ~present)[0]
 
 
-def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    return x @ layer.weight[0].T + layer.bias[0]
-
-
-@pytest.mark.parametrize("positions", [False, True])
-def test_coattention_is_four_routes_added(positions: bool):
+@pytest.mark.parametrize("norm", ATTENTION_NORMS)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_coattention_does_not_see_how_long_other_texts_are(norm: str, training: bool):
     widths, batch = WIDTHS["odd"], make_batch(WIDTHS["odd"])
-    head = shake(build_head(HeadConfig("coattention", D=8, image_positions=positions), widths, 3)).eval()
-    image, text = (linear(head.project[s], getattr(batch, f"{s}_tokens")[0]) for s in ("image", "text"))
-    image = image + head.positions[0] if positions else image
-    mask = batch.text_mask[0]
-    last = (torch.arange(len(mask)), mask.sum(1) - 1)
-    read = attend(head.text_to_image, text, image)
-    seen = attend(head.image_to_text, image, text, mask)
-    routes = [
-        text[last],
-        attend(head.self_image, image, image).mean(1),
-        attend(head.self_text_to_image, read, read, mask)[last],
-        attend(head.self_image_to_text, seen, seen).mean(1),
-    ]
-    torch.testing.assert_close(head(batch)[0], linear(head.out, sum(routes)), rtol=1e-4, atol=1e-5)
-    turned = Batch(**vars(batch) | {"image_tokens": batch.image_tokens.flip(2)})
-    assert torch.allclose(head(turned), head(batch), atol=1e-5) != positions  # without them, a set of tokens
-
-
-def test_coattention_does_not_see_how_long_other_texts_are():
-    widths, batch = WIDTHS["odd"], make_batch(WIDTHS["odd"])
-    head = shake(build_head(HeadConfig("coattention", D=8), widths, 3)).eval()
+    head = shake(build_head(HeadConfig("coattention", D=8, dropout=0.0, attention_norm=norm), widths, 3))
+    head.train(training)
     longer = Batch(
         **vars(batch)
         | {"text_tokens": F.pad(batch.text_tokens, (0, 0, 0, 3)), "text_mask": F.pad(batch.text_mask, (0, 3))}
     )
-    torch.testing.assert_close(head(longer), head(batch), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(head(longer), head(batch), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("positions, differ", [("none", False), ("learnable", True), ("absolute", True)])
+def test_only_with_positions_the_order_of_image_tokens_counts(positions: str, differ: bool):
+    widths, batch = WIDTHS["odd"], make_batch(WIDTHS["odd"])
+    head = shake(build_head(HeadConfig("coattention", D=9, image_positions=positions), widths, 3)).eval()
+    turned = Batch(**vars(batch) | {"image_tokens": batch.image_tokens.flip(2)})
+    assert torch.allclose(head(turned), head(batch), atol=1e-5) != differ
+
+
+@pytest.mark.parametrize(
+    "other", [{"attention_norm": "batch", "image_positions": "absolute"}, {"image_pooling": "last"}]
+)
+def test_coattention_s_options_train_alike_alone_and_in_a_stack(other: dict[str, str]):
+    problem = toy([0, 1, 2], [0, 1, 2])
+    config = TrainConfig(HeadConfig("coattention", D=8, **other), lr=1e-2, ep=2, bs=33)
+    configs = [replace(config, seed=seed) for seed in (5, 3)]
+    found = fit(configs, problem)
+    for config, together in zip(configs, found, strict=True):
+        (alone,) = fit([config], problem)
+        torch.testing.assert_close(
+            torch.from_numpy(together.val_logits), torch.from_numpy(alone.val_logits), rtol=1e-4, atol=1e-4
+        )
+    assert abs(found[0].val_logits - found[1].val_logits).max() > 1e-2
 
 
 def test_coattention_of_texts_without_a_token():
@@ -250,21 +259,6 @@ def test_coattention_of_texts_without_a_token():
     every = head(inputs.batch(torch.tensor([[0, 1, 2]])))
     assert every.isfinite().all()
     torch.testing.assert_close(head(inputs.batch(torch.tensor([[0, 2]]))), every[:, [0, 2]], rtol=1e-5, atol=1e-6)
-
-
-def test_cross_attention_is_attention_over_two_positions():
-    widths = vectors_only(WIDTHS["odd"])
-    head, batch = shake(build_head(HeadConfig("cross_attention", D=16), widths, 3)).eval(), make_batch(WIDTHS["odd"])
-    sides = {side: head.project[side](batch.of(side)) for side in ("image", "text")}
-    q, k, v = (
-        torch.stack(
-            [x[0] @ head.qkv[s].weight[0, cut].T + head.qkv[s].bias[0, cut] for s, x in sides.items()], 1
-        ).unflatten(-1, (8, 2))
-        for cut in (slice(0, 16), slice(16, 32), slice(32, 48))
-    )
-    mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    expected = linear(head.out, mixed.transpose(1, 2).flatten(1))
-    torch.testing.assert_close(head(batch)[0], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -297,23 +291,6 @@ def test_weighted_sum_starts_equal_and_tells_its_weights():
     torch.testing.assert_close(head(batch.expand(2))[1], expected)
 
 
-def test_clip_match_compares_directions():
-    widths, batch = vectors_only(WIDTHS["equal"]), make_batch(WIDTHS["equal"])
-    head = build_head(HeadConfig("clip_match", D=8), widths, 3).eval()
-    image, text = F.normalize(batch.image, dim=-1), F.normalize(batch.text, dim=-1)
-    cosine = F.cosine_similarity(batch.image, batch.text, dim=-1)[..., None]
-    expected = head.mlp(torch.cat([text, image, text - image, image * text, cosine], -1))
-    torch.testing.assert_close(head(batch), expected)
-
-
-def test_late_is_the_mean_of_two_classifiers():
-    widths, batch = vectors_only(WIDTHS["odd"]), make_batch(WIDTHS["odd"])
-    head = build_head(HeadConfig("late", D=8), widths, 3).eval()
-    both = head(batch)
-    parts = [head.classifiers[side](batch.of(side)) for side in ("image", "text")]
-    torch.testing.assert_close(both, (parts[0] + parts[1]) / 2)
-
-
 def test_query_attention_reads_the_text_only_through_image_tokens():
     """Study E's with one key: softmax over a single score is 1, so the text has no say."""
     widths, batch = WIDTHS["odd"], make_batch(WIDTHS["odd"])
@@ -324,119 +301,11 @@ def test_query_attention_reads_the_text_only_through_image_tokens():
     assert (with_tokens(other) - with_tokens(batch)).abs().max() > 1e-3
 
 
-class PlainVilbert(nn.Module):
-    """Study B's two-token encoder, of vectors of one width."""
-
-    def __init__(self, width: int, D: int):
-        super().__init__()
-        layer = {"dim_feedforward": 4 * width, "activation": "gelu", "batch_first": True}
-        self.encoder = nn.ModuleList(nn.TransformerEncoderLayer(width, 6, **layer) for _ in range(2))
-        self.mlp = nn.Sequential(nn.Linear(2 * width, 2 * D), nn.ReLU(), nn.Dropout(), nn.Linear(2 * D, 3))
-
-    def forward(self, image: Tensor, text: Tensor) -> Tensor:
-        x = torch.stack([image, text], 1)
-        for layer in self.encoder:
-            x = layer(x)
-        return self.mlp(torch.cat([x[:, 0], x[:, 1]], 1))
-
-
-@pytest.mark.parametrize("m", [0, 1])
-def test_vilbert_equals_torch_s_transformer(m: int):
-    batch = make_batch(WIDTHS["equal"], 2)
-    head = shake(build_head(HeadConfig("vilbert", D=5), vectors_only(WIDTHS["equal"]), 3, [0, 1])).eval()
-    plain = PlainVilbert(6, 5).eval()
-    for ours, theirs in [*zip(head.layers, plain.encoder), (head.mlp[0], plain.mlp[0]), (head.mlp[3], plain.mlp[3])]:
-        give(ours, m, theirs)
-    assert n_parameters(head) == sum(p.numel() for p in plain.parameters())
-    torch.testing.assert_close(head(batch)[m], plain(batch.image[m], batch.text[m]), rtol=1e-4, atol=1e-5)
-
-
-class PlainCrossModal(nn.Module):
-    """Study B's cross-modal attention, one pair at a time: nothing to mask."""
-
-    def __init__(self, image: int, text: int, D: int):
-        super().__init__()
-        self.project = nn.ModuleDict({"image": nn.Linear(image, D), "text": nn.Linear(text, D)})
-        self.attention = nn.ModuleDict({side: nn.MultiheadAttention(D, 8) for side in self.project})
-        self.norm = nn.ModuleDict({side: nn.LayerNorm(D) for side in self.project})
-        self.mlp = nn.Sequential(nn.Linear(2 * D, D), nn.ReLU(), nn.Dropout(), nn.Linear(D, 3))
-
-    def forward(self, image: Tensor, text: Tensor) -> Tensor:
-        image, text = self.project["image"](image), self.project["text"](text)
-        seen = self.norm["image"](image + self.attention["image"](image, text, text)[0])
-        read = self.norm["text"](text + self.attention["text"](text, image, image)[0])
-        return self.mlp(torch.cat([seen.mean(0), read.mean(0)]))
-
-
-@pytest.mark.parametrize("m", [0, 1])
-def test_cross_modal_equals_torch_s_attention(m: int):
-    widths, batch = WIDTHS["odd"], make_batch(WIDTHS["odd"], 2)
-    head = shake(build_head(HeadConfig("cross_modal", D=16), widths, 3, [0, 1])).eval()
-    plain = PlainCrossModal(7, 3, 16).eval()
-    pairs = [(head.mlp[0], plain.mlp[0]), (head.mlp[3], plain.mlp[3])]
-    for part in ("project", "attention", "norm"):
-        pairs += [(getattr(head, part)[side], getattr(plain, part)[side]) for side in ("image", "text")]
-    for ours, theirs in pairs:
-        give(ours, m, theirs)
-    assert n_parameters(head) == sum(p.numel() for p in plain.parameters())
-    rows = zip(batch.image_tokens[m], batch.text_tokens[m], batch.text_mask[m])
-    expected = torch.stack([plain(image, text[mask]) for image, text, mask in rows])
-    torch.testing.assert_close(head(batch)[m], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_cross_modal_on_one_side_attends_to_itself():
-    widths, batch = WIDTHS["odd"], make_batch(WIDTHS["odd"])
-    for side in ("image", "text"):
-        head = shake(build_head(HeadConfig("cross_modal", D=16, sides=(side,)), widths, 3)).eval()
-        rows = []
-        for row, mask in zip(batch.of(f"{side}_tokens")[0], batch.text_mask[0]):
-            x = linear(head.project[side], row[mask] if side == "text" else row)[None]
-            mixed = F.layer_norm(x + attend(head.attention[side], x, x), (16,))
-            rows.append((mixed[0] * head.norm[side].weight[0] + head.norm[side].bias[0]).mean(0))
-        expected = linear(head.mlp[3], linear(head.mlp[0], torch.stack(rows)).relu())
-        torch.testing.assert_close(head(batch)[0], expected, rtol=1e-4, atol=1e-5)
-
-
 def test_cross_modal_of_a_text_without_a_token():
     inputs = Inputs(image_tokens=normal(3, 4, 7), text_tokens=Ragged(normal(2, 3, seed=1), torch.tensor([0, 0, 2, 2])))
     head = shake(build_head(HeadConfig("cross_modal", D=8), inputs.widths, 3)).eval()
     every = head(inputs.batch(torch.tensor([[0, 1, 2]])))
     assert every.isfinite().all()
-
-
-class PlainEarlyPlane(nn.Module):
-    """Study E's early fusion of pictures (B, 3, 20, 20); without `text`, of the pictures alone."""
-
-    def __init__(self, text: int, D: int):
-        super().__init__()
-        self.to_plane = nn.Linear(text, 400) if text else None
-        self.convolutions = nn.Sequential(
-            *(nn.Conv2d(4 if text else 3, D // 4, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(2)),  # 20 to 10 and 5
-            *(nn.Conv2d(D // 4, D // 2, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)),  # to 3 and 2
-            *(nn.Conv2d(D // 2, D, 3, 2, 1), nn.ReLU()),  # to 1
-        )
-        self.out = nn.Linear(D, 3)
-
-    def forward(self, pictures: Tensor, text: Tensor) -> Tensor:
-        planes = [pictures] + ([self.to_plane(text).view(-1, 1, 20, 20)] if self.to_plane else [])
-        return self.out(self.convolutions(torch.cat(planes, 1)).flatten(1))
-
-
-@pytest.mark.parametrize("sides", [("image", "text"), ("image",)])
-@pytest.mark.parametrize("m", [0, 1])
-def test_early_plane_equals_a_plain_net(m: int, sides: tuple[str, ...]):
-    pictures, text = normal(2, 21, 3, 20, 20), normal(2, 21, 13, seed=1)
-    widths = {"image": 3, "text": 13, "image_tokens": 3, "image_positions": 400}
-    head = shake(build_head(HeadConfig("early_plane", D=8, dropout=0.0, sides=sides), widths, 3, [0, 1]))
-    plain = PlainEarlyPlane(13 if "text" in sides else 0, 8)
-    pairs = [(head.stages[i], plain.convolutions[i]) for i in (0, 3, 6)] + [(head.out, plain.out)]
-    for ours, theirs in [*pairs, *([(head.to_plane, plain.to_plane)] if "text" in sides else [])]:
-        give(ours, m, theirs)
-    assert n_parameters(head) == sum(p.numel() for p in plain.parameters())
-    batch = Batch(text=text, image_tokens=pictures.flatten(3).transpose(2, 3))  # pixels row by row
-    expected = plain(pictures[m], text[m])
-    for mode in (True, False):
-        torch.testing.assert_close(head.train(mode)(batch)[m], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_early_plane_of_the_text_alone_has_the_picture_s_usual_size():
@@ -454,6 +323,12 @@ def test_a_head_s_own_dropout():
     assert HeadConfig("late", dropout=0.2).resolved() == HeadConfig("late", dropout=0.2)
 
 
+def test_a_head_s_own_layers():
+    assert HeadConfig("gated_transformer").resolved().layers == 3
+    assert HeadConfig("gated_transformer", layers=1).resolved().layers == 1
+    assert HeadConfig("early").resolved().layers is None
+
+
 @pytest.mark.parametrize(
     "wrong, match",
     [
@@ -464,6 +339,10 @@ def test_a_head_s_own_dropout():
         ({"dropout": -0.5}, "dropout -0.5"),
         ({"sides": ("image", "sound")}, "sides image, sound: expected image, text or both"),
         ({"sides": ()}, "sides .none.: expected image, text or both"),
+        ({"layers": 0}, "`layers` 0: expected 1 or more"),
+        ({"attention_norm": "group"}, "`attention_norm` group: expected one of layer, batch, none"),
+        ({"image_positions": "yes"}, "`image_positions` yes: expected one of none, learnable, absolute"),
+        ({"image_pooling": "first"}, "`image_pooling` first: expected one of mean, last"),
     ],
 )
 def test_configurations_that_make_no_head(wrong: dict, match: str):

@@ -1,5 +1,6 @@
 """Stacked layers against torch.nn: model m of a stack is an ordinary module with the same weights."""
 
+import math
 from collections.abc import Iterable
 
 import pytest
@@ -17,6 +18,7 @@ from modeling.heads.layers import (
     MaxPool2d,
     MultiheadAttention,
     Noise,
+    TokenBatchNorm,
     TransformerEncoderLayer,
     attach_noise,
     initialise,
@@ -133,6 +135,46 @@ def test_batch_norm_of_a_single_row_uses_the_running_statistics():
     close(stack.eval()(x), y)
 
 
+def test_batch_norm_of_tokens_is_that_of_the_real_ones_alone():
+    stack, references = shake(TokenBatchNorm(3, 4)), [nn.BatchNorm1d(4) for _ in range(3)]
+    for m, reference in enumerate(references):
+        give(stack, m, reference)
+    for step, masked in enumerate((True, False, True)):
+        x = (normal(3, 5, 6, 4, seed=step) * 3 + 1).requires_grad_()
+        lengths = torch.tensor([[6, 1, 3, 0, 2], [2, 5, 6, 1, 1], [1, 0, 0, 0, 1]]) if masked else torch.full((3, 5), 6)
+        real = torch.arange(6) < lengths[..., None]
+        stack.zero_grad()
+        y = stack(x, real if masked else None)
+        (y[real] ** 3).sum().backward()
+        for m, reference in enumerate(references):
+            own = x.detach()[m].requires_grad_()
+            reference.zero_grad()
+            expected = reference(own[real[m]])
+            (expected**3).sum().backward()
+            close(y[m][real[m]], expected)
+            torch.testing.assert_close(x.grad[m], own.grad, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(stack.weight.grad[m], reference.weight.grad, rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(stack.bias.grad[m], reference.bias.grad, rtol=1e-4, atol=1e-3)
+        close(stack.running_mean, [reference.running_mean for reference in references])
+        close(stack.running_var, [reference.running_var for reference in references])
+    stack.eval()
+    close(stack(x)[:, 0], [reference.eval()(own) for reference, own in zip(references, x[:, 0], strict=True)])
+
+
+def test_batch_norm_of_a_single_token_uses_the_running_statistics():
+    """Of one model; the other, which has more, goes by its own."""
+    stack = shake(TokenBatchNorm(2, 4))
+    stack(normal(2, 8, 3, 4) * 2 + 1)
+    before = {name: buffer.clone() for name, buffer in stack.named_buffers()}
+    x, real = normal(2, 2, 2, 4, seed=1), torch.tensor([[[True, False], [False, False]], [[True, True], [True, False]]])
+    y = stack(x, real)
+    for name, buffer in stack.named_buffers():
+        assert torch.equal(buffer[0], before[name][0]) and not torch.equal(buffer[1], before[name][1])
+    y.sum().backward()
+    assert all(p.grad.isfinite().all() for p in stack.parameters())
+    close(stack.eval()(x)[0], y[0])
+
+
 @pytest.mark.parametrize("rows", [(6,), (4, 3)])
 def test_layer_norm(rows: tuple[int, ...]):
     stack, x = shake(LayerNorm(3, 5)), normal(3, *rows, 5) * 3 + 1
@@ -168,13 +210,14 @@ def test_attention_to_nothing_is_finite():
     assert found.isfinite().all() and all(p.grad.isfinite().all() for p in stack.parameters())
 
 
-def test_transformer_encoder_layer():
-    stack = shake(TransformerEncoderLayer(2, 8, 4, 0.0))
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_transformer_encoder_layer(activation: str):
+    stack = shake(TransformerEncoderLayer(2, 8, 4, 0.0, {"gelu": nn.GELU, "relu": nn.ReLU}[activation]))
     x = normal(2, 5, 3, 8).requires_grad_()
     y = stack(x)
     (y**3).sum().backward()
     for m in range(2):
-        reference = nn.TransformerEncoderLayer(8, 4, 32, dropout=0.0, activation="gelu", batch_first=True)
+        reference = nn.TransformerEncoderLayer(8, 4, 32, dropout=0.0, activation=activation, batch_first=True)
         give(stack, m, reference)
         own = x.detach()[m].requires_grad_()
         expected = reference(own)
@@ -211,7 +254,13 @@ def test_max_pooling(height: int, width: int):
 
 
 def mixed(n_models: int) -> nn.Sequential:
-    return nn.Sequential(Linear(n_models, 4, 6), LayerNorm(n_models, 6), Linear(n_models, 6, 2, bias=False))
+    return nn.Sequential(
+        Linear(n_models, 4, 6),
+        LayerNorm(n_models, 6),
+        Linear(n_models, 6, 2, bias=False),
+        MultiheadAttention(n_models, 2, 1),
+        Linear(n_models, 2, 2),
+    )
 
 
 def test_initial_weights_depend_on_the_seed_alone():
@@ -242,6 +291,40 @@ def test_initial_weights_are_distributed_as_torch_s(stack: nn.Module, reference:
             assert own.std().item() == pytest.approx(theirs.std().item(), rel=0.1)
             assert own.max().item() == pytest.approx(largest, rel=0.03)
             assert own.min().item() == pytest.approx(-largest, rel=0.03)
+
+
+def test_attention_starts_as_torch_s():
+    """Xavier-uniform over the joint matrix of queries, keys and values, as any linear layer behind them, no bias."""
+    width, reference = 240, nn.MultiheadAttention(240, 8)
+    stack = MultiheadAttention(2, width, 8)
+    initialise(stack, [0, 1])
+    bound = {"in": math.sqrt(6 / (4 * width)), "out": 1 / math.sqrt(width)}
+    assert reference.in_proj_weight.abs().max().item() == pytest.approx(bound["in"], rel=0.01)
+    assert reference.out_proj.weight.abs().max().item() == pytest.approx(bound["out"], rel=0.01)
+    for m in range(2):
+        for layer, largest in ((stack.query, "in"), (stack.key, "in"), (stack.value, "in"), (stack.out, "out")):
+            weight = layer.weight.detach()[m]
+            assert bound[largest] * 0.99 < weight.abs().max().item() <= bound[largest]
+            assert weight.std().item() == pytest.approx(bound[largest] / math.sqrt(3), rel=0.02)  # uniform
+            assert weight.mean().item() == pytest.approx(0, abs=0.02 * bound[largest])
+            assert not layer.bias[m].any()
+    assert not reference.in_proj_bias.any() and not reference.out_proj.bias.any()
+    drawn = [layer.weight[m] for layer in (stack.query, stack.key, stack.value) for m in range(2)]
+    assert all(not torch.equal(one, other) for i, one in enumerate(drawn) for other in drawn[:i])
+
+
+def test_attention_drops_weights():
+    """Of what is kept, nothing is lost: a query gets the sum of kept values, each 1 / (1 - p) of its weight."""
+    stack = MultiheadAttention(1, 4, 1, dropout=0.5)
+    initialise(stack, [0])
+    attach_noise(stack, Noise([1]))
+    x = normal(1, 50, 3, 4)
+    mixed, weights = stack(x, x, x)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 50, 1, 3))
+    values, kept = stack.value(x)[0], Noise([1]).keep_mask((1, 50, 1, 3, 3), 0.5)
+    assert 0 < (kept == 0).sum() < kept.numel()
+    close(mixed[0], stack.out((weights[0, :, 0] * kept[0, :, 0] @ values)[None])[0])
+    assert not torch.equal(stack.eval()(x, x, x)[0], mixed)
 
 
 # -- dropout ----------------------------------------------------------------------------------------------------

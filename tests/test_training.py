@@ -115,7 +115,7 @@ def test_many_shapes_at_once_in_the_order_asked(monkeypatch: pytest.MonkeyPatch)
 def test_stacks_hold_what_fits(monkeypatch: pytest.MonkeyPatch):
     problem, head = make_problem(), HeadConfig("late_512")
     configs = [TrainConfig(head, seed=seed) for seed in range(10)]
-    size = 512 * (5 + 13 + 2) + 1025 * 3
+    size = 512 * (5 + 13 + 2) + 1025 * 512 + 513 * 3
     for limit, expected in ((10 * size, [10]), (10 * size - 1, [5, 5]), (4 * size, [4, 4, 2]), (1, [1] * 10)):
         monkeypatch.setitem(training.STACK_PARAMETERS, "cpu", limit)
         found = list(stacks(configs, problem))
@@ -608,12 +608,12 @@ def test_features_that_lack_what_a_head_needs(name: str, lacks: str):
 @pytest.mark.parametrize("ep", [1, 5])
 @pytest.mark.parametrize("lr", [1e30, 3e38])
 def test_a_loss_that_is_not_finite(lr: float, ep: int):
-    wild = TrainConfig(HeadConfig("late", D=8), lr=lr, ep=ep, bs=64)
+    wild = TrainConfig(HeadConfig("early", D=8), lr=lr, ep=ep, bs=64)
     tame = replace(wild, lr=0.01)
     problem = make_problem()
     told: list[int] = []
     lost, kept = fit([wild, tame], problem, told.append)
-    assert re.match(r"the loss of late became (nan|inf) in epoch \d .lr .*; use a smaller `lr`", lost.failure)
+    assert re.match(r"the loss of early became (nan|inf) in epoch \d .lr .*; use a smaller `lr`", lost.failure)
     assert kept.failure is None and len(kept.history) == ep and sum(told) == 2 * ep
     np.testing.assert_allclose(kept.val_logits, fit([tame], problem)[0].val_logits, atol=1e-5)
 

@@ -285,6 +285,25 @@ def caches_with(side: str, folder: Path, split: str, names: Sequence[str]) -> li
     return found
 
 
+def cached_widths(source: FeatureSource, split: str) -> dict[str, int]:
+    """The widths of what the caches hold, tokens included, as `modeling.heads.base.Head` takes them. Without the tokens
+    of a side of which several caches have some, and without caches that aren't there."""
+    widths: dict[str, int] = {}
+    for side in SIDES:
+        shapes = []
+        for path in (source.folder / f"{name}_{split}.h5" for name in source.of(side)):
+            if path.is_file():
+                with FeatureStore.open(path) as store:
+                    shapes.append(store.features)
+        vectors = [shape[f"{side}_feats"][0] for shape in shapes if f"{side}_feats" in shape]
+        tokens = [shape[f"{side}_tokens"] for shape in shapes if f"{side}_tokens" in shape]
+        widths |= {side: sum(vectors)} if vectors else {}
+        if len(tokens) == 1:
+            widths[f"{side}_tokens"] = tokens[0][-1]
+            widths |= {"image_positions": tokens[0][0]} if side == "image" else {}
+    return widths
+
+
 def are_complete(folder: Path, split: str, names: Iterable[str]) -> bool:
     """Whether the caches `<folder>/<name>_<split>.h5` are all there, every row of them done or in quarantine."""
     for path in (folder / f"{name}_{split}.h5" for name in names):

@@ -15,11 +15,16 @@ from feats.errors import UsageError
 from feats.source import SIDES
 from modeling.heads.layers import Linear
 
+# Of coattention: what stands behind its self-attentions, what is added to the image tokens, how they become one vector.
+ATTENTION_NORMS = ("layer", "batch", "none")
+IMAGE_POSITIONS = ("none", "learnable", "absolute")
+IMAGE_POOLINGS = ("mean", "last")
+
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """What decides a head's shape. `dropout` None is the head's own. `sides` says what it reads; where the features
-    lack one of them, training takes the other alone.
+    """What decides a head's shape. `dropout` or `layers` None is the head's own. `sides` says what it reads; where the
+    features lack one of them, training takes the other alone.
 
     Raises `UsageError` for an unknown head and values out of range.
     """
@@ -28,7 +33,10 @@ class HeadConfig:
     D: int = 256  # width of the common space or hidden layer
     dropout: float | None = None
     sides: tuple[str, ...] = SIDES
-    image_positions: bool = False  # coattention: learnable positions of image tokens
+    layers: int | None = None  # of the gated Transformer's encoder
+    attention_norm: str = ATTENTION_NORMS[0]
+    image_positions: str = IMAGE_POSITIONS[0]
+    image_pooling: str = IMAGE_POOLINGS[0]
 
     def __post_init__(self) -> None:
         head_class(self.head)
@@ -37,10 +45,18 @@ class HeadConfig:
             raise UsageError(f"D={self.D}: the width of a head must be 1 or more")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise UsageError(f"dropout {self.dropout:g}: expected 0 <= dropout < 1")
+        if self.layers is not None and self.layers < 1:
+            raise UsageError(f"`layers` {self.layers}: expected 1 or more")
+        known = {"attention_norm": ATTENTION_NORMS, "image_positions": IMAGE_POSITIONS, "image_pooling": IMAGE_POOLINGS}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise UsageError(f"`{name}` {getattr(self, name)}: expected one of {', '.join(values)}")
 
     def resolved(self) -> "HeadConfig":
-        """With the head's own dropout filled in."""
-        return self if self.dropout is not None else replace(self, dropout=head_class(self.head).dropout)
+        """With the head's own dropout and layers filled in."""
+        own = head_class(self.head)
+        dropout = own.dropout if self.dropout is None else self.dropout
+        return replace(self, dropout=dropout, layers=own.layers if self.layers is None else self.layers)
 
 
 # The sides a head reads, as the studies number their ablations: 0 both, 1 no image, 2 no text.
@@ -99,6 +115,7 @@ class Head(nn.Module):
     study: str = ""  # letter of the reference study it comes from
     recipe: str = ""  # the recipe (`modeling.training.recipes`) of that study's settings
     dropout: float = 0.0  # the study's own
+    layers: int | None = None  # the study's own, of heads with several alike
     tokens: tuple[str, ...] = ()  # sides whose token features are needed, in place of their vectors
     optional_tokens: tuple[str, ...] = ()  # sides whose token features are used where cached
     # What of `HeadConfig`, beside head and sides, decides its result; of heads solved in closed form also what of
@@ -113,6 +130,8 @@ class Head(nn.Module):
         self.sides = config.sides
         if config.dropout is not None:
             self.dropout = config.dropout
+        if config.layers is not None:
+            self.layers = config.layers
         self.require(config, widths)
         self.build(config, widths, n_classes, n_models)
 

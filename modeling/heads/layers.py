@@ -1,8 +1,9 @@
 """Layers that hold the weights of M models and compute all of them at once.
 
 Every parameter and every activation has the models as its first dimension: x (M, B, ..., width). Model m of a stack
-computes what it would compute alone; with M = 1 these are the layers of torch.nn. All weights start as those of
-torch.nn.Linear do, each model's from a generator of its own seed, drawn on the CPU, so that the device changes nothing.
+computes what it would compute alone; with M = 1 these are the layers of torch.nn. All weights start as those of their
+namesakes in torch.nn do, each model's from a generator of its own seed, drawn on the CPU, so that the device changes
+nothing.
 """
 
 import math
@@ -155,6 +156,33 @@ class BatchNorm(nn.Module):
         return y.view(rows, n_models, width).transpose(0, 1)
 
 
+class TokenBatchNorm(BatchNorm):
+    """Batch normalisation of tokens (M, B, L, width) over all real tokens of the batch: what `torch.nn.BatchNorm1d`
+    makes of those alone, (tokens, width). `mask` (M, B, L) says which are real, None that all are; the others count
+    neither in a batch's statistics nor in the running ones. A model whose batch has one real token or none is left to
+    the running statistics."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            mean, var = self._statistics(x, torch.ones_like(x[..., 0]) if mask is None else mask.to(x.dtype))
+        mean, scale, bias = (y[:, None, None] for y in (mean, self.weight * (var + self.eps).rsqrt(), self.bias))
+        return (x - mean) * scale + bias
+
+    def _statistics(self, x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance (M, width) to normalise with; the running ones move."""
+        count, real = real.sum((1, 2))[:, None], real[..., None]
+        mean = (x * real).sum((1, 2)) / count.clamp(min=1)
+        var = ((x - mean[:, None, None]).square() * real).sum((1, 2)) / count.clamp(min=1)
+        enough = count > 1
+        mean, var = torch.where(enough, mean, self.running_mean), torch.where(enough, var, self.running_var)
+        with torch.no_grad():
+            unbiased = torch.where(enough, var * count / (count - 1).clamp(min=1), var)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(unbiased, self.momentum)
+        return mean, var
+
+
 class LayerNorm(nn.Module):
     """Layer normalisation of (M, B, ..., width) over the last dimension. Ba, Kiros and Hinton 2016."""
 
@@ -221,41 +249,64 @@ class Dropout(nn.Module):
         return x * self.noise.keep_mask(x.shape, self.p)
 
 
+class _InProjection(Linear):
+    """Of the queries, keys or values of an attention. In `torch.nn.MultiheadAttention` the three are one matrix
+    (3 width, width), which starts Xavier-uniform (Glorot and Bengio 2010) as a whole; the biases start at 0."""
+
+    def reset(self, model: int, generator: torch.Generator) -> None:
+        width = self.weight.shape[2]
+        bound = math.sqrt(6 / (3 * width + width))
+        self.weight[model].uniform_(-bound, bound, generator=generator)
+        if self.bias is not None:
+            self.bias[model].zero_()
+
+
+class _OutProjection(Linear):
+    """Of an attention's result: the weight starts as any linear layer's, the bias at 0."""
+
+    def reset(self, model: int, generator: torch.Generator) -> None:
+        super().reset(model, generator)
+        if self.bias is not None:
+            self.bias[model].zero_()
+
+
 class MultiheadAttention(nn.Module):
     """Scaled dot-product attention (Vaswani et al. 2017) of queries (M, B, Lq, width) over keys and values
-    (M, B, Lk, width), with input and output projections."""
+    (M, B, Lk, width), softmax(q kᵀ / √d) v in `n_heads` heads, with input and output projections, and `dropout` of the
+    weights. The products are written out: our sequences are short, and fused kernels are slower there."""
 
-    def __init__(self, n_models: int, width: int, n_heads: int):
+    def __init__(self, n_models: int, width: int, n_heads: int, dropout: float = 0.0):
         super().__init__()
-        self.query, self.key, self.value, self.out = (Linear(n_models, width, width) for _ in range(4))
+        self.query, self.key, self.value = (_InProjection(n_models, width, width) for _ in range(3))
+        self.out = _OutProjection(n_models, width, width)
+        self.drop = Dropout(dropout)
         self.n_heads = n_heads
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The result (M, B, Lq, width) and the weights (M, B, heads, Lq, Lk). `mask` (M, B, Lk): the keys there are."""
-        mixed, weights = attend(self.query(query), self.key(key), self.value(value), self.n_heads, mask)
+        """The result (M, B, Lq, width) and the weights (M, B, heads, Lq, Lk), before dropout. `mask` (M, B, Lk): the
+        keys there are."""
+        q, k, v = (
+            x.unflatten(-1, (self.n_heads, -1)).transpose(-2, -3)  # (M, B, heads, L, d)
+            for x in (self.query(query), self.key(key), self.value(value))
+        )
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, :, None, None], torch.finfo(scores.dtype).min)
+        weights = scores.softmax(-1)
+        mixed = (self.drop(weights) @ v).transpose(-2, -3).flatten(-2)
         return self.out(mixed), weights
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """softmax(q kᵀ / √d) v in `n_heads` heads; shapes as for `MultiheadAttention`. The products are written out: our
-    sequences are short, and fused kernels are slower there."""
-    q, k, v = (x.unflatten(-1, (n_heads, -1)).transpose(-2, -3) for x in (q, k, v))  # (M, B, heads, L, d)
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, :, None, None], torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1)
-    return (weights @ v).transpose(-2, -3).flatten(-2), weights
-
-
 class TransformerEncoderLayer(nn.Module):
-    """Self-attention and a GELU MLP, each with dropout, residual and LayerNorm after it (Vaswani et al. 2017)."""
+    """Self-attention and an MLP of 4 width, each with residual and LayerNorm after it (Vaswani et al. 2017); `dropout`
+    of the attention weights, inside the MLP and after either."""
 
-    def __init__(self, n_models: int, width: int, n_heads: int, dropout: float):
+    def __init__(self, n_models: int, width: int, n_heads: int, dropout: float, activation: type[nn.Module] = nn.GELU):
         super().__init__()
-        self.attention = MultiheadAttention(n_models, width, n_heads)
+        self.attention = MultiheadAttention(n_models, width, n_heads, dropout)
         self.norm1, self.norm2 = LayerNorm(n_models, width), LayerNorm(n_models, width)
         self.mlp = nn.Sequential(
-            Linear(n_models, width, 4 * width), nn.GELU(), Dropout(dropout), Linear(n_models, 4 * width, width)
+            Linear(n_models, width, 4 * width), activation(), Dropout(dropout), Linear(n_models, 4 * width, width)
         )
         self.dropout1, self.dropout2 = Dropout(dropout), Dropout(dropout)
 

@@ -1,7 +1,7 @@
 """Study B: heads on CLIP's vectors, on BERT's and ViT's, and on the tokens of encoders from scratch, compared under
 one budget."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,14 @@ def _mlp(n_models: int, n_in: int, D: int, dropout: float, n_classes: int) -> nn
     return nn.Sequential(Linear(n_models, n_in, D), nn.ReLU(), Dropout(dropout), Linear(n_models, D, n_classes))
 
 
+def _unit(batch: Batch, sides: Sequence[str]) -> Batch:
+    """The sides' vectors brought to length 1: what all of the study's heads on CLIP read."""
+    return Batch(**{side: F.normalize(batch.of(side), dim=-1) for side in sides})
+
+
 class Early(Head):
-    """Study B: concatenated, then an MLP with one hidden layer of D."""
+    """Study B: the normalised vectors concatenated, then Linear(D)-ReLU-Dropout-Linear (D was 512). One-sided: the same
+    of one vector, the study's text only and image only."""
 
     study = "B"
     recipe = "B"
@@ -26,28 +32,29 @@ class Early(Head):
         self.mlp = _mlp(n_models, sum(widths[s] for s in self.sides), config.D, self.dropout, n_classes)
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.mlp(self.joined(batch))
+        return self.mlp(self.joined(_unit(batch, self.sides)))
 
 
 class Late(Head):
-    """Study B: a classifier for each side, the mean of their logits."""
+    """Study B: one linear layer on each side's normalised vector, the mean of their logits."""
 
     study = "B"
     recipe = "B"
-    dropout = 0.1
+    reads = ()
 
     def build(self, config: HeadConfig, widths: Mapping[str, int], n_classes: int, n_models: int) -> None:
-        self.classifiers = nn.ModuleDict(
-            {side: _mlp(n_models, widths[side], config.D, self.dropout, n_classes) for side in self.sides}
-        )
+        self.classifiers = nn.ModuleDict({side: Linear(n_models, widths[side], n_classes) for side in self.sides})
 
     def forward(self, batch: Batch) -> Tensor:
-        return torch.stack([self.classifiers[side](batch.of(side)) for side in self.sides]).mean(0)
+        unit = _unit(batch, self.sides)
+        return torch.stack([self.classifiers[side](unit.of(side)) for side in self.sides]).mean(0)
 
 
 class ClipMatch(Head):
-    """Study B: the normalised vectors, their difference, product and cosine, then an MLP. One-sided: the normalised
-    vector alone."""
+    """Study B: of the normalised vectors t and v, t, v, |t - v|, t v and their cosine, then
+    Linear(D)-ReLU-Dropout-Linear (D was 512). One-sided: the normalised vector alone.
+
+    CLIP's sides are of one width; those that aren't come to D by linear layers, and are normalised once more."""
 
     study = "B"
     recipe = "B"
@@ -59,65 +66,78 @@ class ClipMatch(Head):
         self.mlp = _mlp(n_models, 4 * width + 1 if len(self.sides) == 2 else width, config.D, self.dropout, n_classes)
 
     def forward(self, batch: Batch) -> Tensor:
-        vectors = [F.normalize(x, dim=-1) for x in self.common(batch)]
+        vectors = self.common(_unit(batch, self.sides))
+        if self.common.project:
+            vectors = [F.normalize(x, dim=-1) for x in vectors]
         if len(vectors) == 2:
             image, text = vectors
             product = image * text
-            vectors = [text, image, text - image, product, product.sum(-1, keepdim=True)]
+            vectors = [text, image, (text - image).abs(), product, product.sum(-1, keepdim=True)]
         return self.mlp(torch.cat(vectors, -1))
 
 
 class GatedTransformer(Head):
-    """Study B's improved attention: three TransformerEncoder layers over the two-token sequence, their mean, plus the
-    text vector through a learned gate, LayerNorm, and a deep GELU MLP."""
+    """Study B's improved attention: the normalised text and image vectors t and v as a sequence of two through three
+    Transformer encoder layers (8 heads, GELU), of which the text's output f goes on: f + tanh(Linear([f, t])) t,
+    LayerNorm, Linear(D)-GELU-Dropout-Linear(D / 2)-GELU-Dropout-Linear (D was 512). `layers` of the encoder is an
+    option. Sides that aren't of one width, as CLIP's are, come to D by linear layers. One-sided: a sequence of one.
+
+    Each layer draws its own start, where `torch.nn.TransformerEncoder` copies one layer's into all."""
 
     study = "B"
     recipe = "B"
     dropout = 0.1
-
-    def build(self, config: HeadConfig, widths: Mapping[str, int], n_classes: int, n_models: int) -> None:
-        D = config.D
-        self.project = nn.ModuleDict({side: Linear(n_models, widths[side], D) for side in self.sides})
-        self.layers = nn.Sequential(
-            *(TransformerEncoderLayer(n_models, D, n_heads(D, 8), self.dropout) for _ in range(3))
-        )
-        self.gate = Linear(n_models, 2 * D, D)
-        self.norm = LayerNorm(n_models, D)
-        self.mlp = nn.Sequential(
-            *(Linear(n_models, D, 2 * D), nn.GELU(), Dropout(self.dropout)),
-            *(Linear(n_models, 2 * D, D), nn.GELU(), Dropout(self.dropout)),
-            Linear(n_models, D, n_classes),
-        )
-
-    def forward(self, batch: Batch) -> Tensor:
-        tokens = [self.project[side](batch.of(side)) for side in self.sides]
-        fused, residual = self.layers(torch.stack(tokens, 2)).mean(2), tokens[-1]  # the text's, where there is one
-        gate = torch.sigmoid(self.gate(torch.cat([fused, residual], -1)))
-        return self.mlp(self.norm(fused + gate * residual))
-
-
-class Vilbert(Head):
-    """Study B's ViLBERT-style fusion: the text's and the image's vector as a sequence of two through a Transformer
-    encoder, its two outputs side by side through two linear layers. One-sided: a sequence of one.
-
-    Told are the two-token encoder, the two linear layers and 211.033 M parameters with BERT-base and ViT-B/16. Chosen
-    are two layers of the encoder, ReLU and dropout between the linear ones, and 2 D between them: with D = 512 the head
-    has 15.753 M and the whole, ViT without its pooler, 211.034 M."""
-
-    study = "B"
-    recipe = "B"
-    dropout = 0.1
+    layers: int = 3
+    reads = ("D", "dropout", "layers")
 
     def build(self, config: HeadConfig, widths: Mapping[str, int], n_classes: int, n_models: int) -> None:
         self.common = ToCommonWidth(self.sides, config, widths, n_models)
-        width = self.common.width
-        self.layers = nn.Sequential(
-            *(TransformerEncoderLayer(n_models, width, n_heads(width, 8), self.dropout) for _ in range(2))
+        width, D, half = self.common.width, config.D, max(1, config.D // 2)
+        self.encoder = nn.Sequential(
+            *(TransformerEncoderLayer(n_models, width, n_heads(width, 8), self.dropout) for _ in range(self.layers))
         )
-        self.mlp = _mlp(n_models, len(self.sides) * width, 2 * config.D, self.dropout, n_classes)
+        self.gate = Linear(n_models, 2 * width, width)
+        self.norm = LayerNorm(n_models, width)
+        self.mlp = nn.Sequential(
+            *(Linear(n_models, width, D), nn.GELU(), Dropout(self.dropout)),
+            *(Linear(n_models, D, half), nn.GELU(), Dropout(self.dropout)),
+            Linear(n_models, half, n_classes),
+        )
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.mlp(self.layers(torch.stack(self.common(batch), 2)).flatten(2))
+        sequence = self.common(_unit(batch, self.sides))[::-1]
+        first = sequence[0]  # the text's, where there is one
+        fused = self.encoder(torch.stack(sequence, 2))[:, :, 0]
+        gate = torch.tanh(self.gate(torch.cat([fused, first], -1)))
+        return self.mlp(self.norm(fused + gate * first))
+
+
+class Vilbert(Head):
+    """Study B's ViLBERT-style fusion: the image's vector by a linear layer to the text's width, text and image as a
+    sequence of two through two Transformer encoder layers (8 heads, ReLU), of which the text's output goes on:
+    Linear(D)-ReLU-Dropout-Linear (D was 512). One-sided: a sequence of one, the image's at its own width.
+
+    With BERT-base, ViT-B/16 and its pooler, and D = 512 the whole has the study's 211.033 M parameters. Each layer
+    draws its own start, where `torch.nn.TransformerEncoder` copies one layer's into all."""
+
+    study = "B"
+    recipe = "B"
+    dropout = 0.1
+
+    def build(self, config: HeadConfig, widths: Mapping[str, int], n_classes: int, n_models: int) -> None:
+        width = widths[self.sides[-1]]  # the text's, where there is one
+        if "image" in self.sides:
+            self.to_text_width = Linear(n_models, widths["image"], width)
+        self.encoder = nn.Sequential(
+            *(TransformerEncoderLayer(n_models, width, n_heads(width, 8), self.dropout, nn.ReLU) for _ in range(2))
+        )
+        self.mlp = _mlp(n_models, width, config.D, self.dropout, n_classes)
+
+    def forward(self, batch: Batch) -> Tensor:
+        sequence = [batch.of("text")] if "text" in self.sides else []
+        if "image" in self.sides:
+            sequence.append(self.to_text_width(batch.of("image")))
+        return self.mlp(self.encoder(torch.stack(sequence, 2))[:, :, 0])
 
 
 class CrossModal(Head):
@@ -125,7 +145,7 @@ class CrossModal(Head):
     text's, each with residual and LayerNorm; the mean of either, side by side, into an MLP. One-sided: the tokens
     attend to one another.
 
-    Told are cross-modal attention and an MLP; the rest is chosen."""
+    Told are cross-modal attention and an MLP; the study's code of it isn't published, and the rest is chosen."""
 
     study = "B"
     recipe = "B"

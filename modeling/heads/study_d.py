@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling.heads.base import Batch, Head, HeadConfig, n_heads
-from modeling.heads.layers import BatchNorm, Dropout, Linear, attend
+from modeling.heads.layers import BatchNorm, Dropout, Linear, MultiheadAttention
 
 
 def _projection(n_models: int, n_in: int, D: int, dropout: float) -> nn.Sequential:
@@ -16,7 +16,10 @@ def _projection(n_models: int, n_in: int, D: int, dropout: float) -> nn.Sequenti
 
 
 class Fusion(Head):
-    """Study D: per side Linear-BatchNorm-ReLU-Dropout to D, concatenated, linear."""
+    """Study D: per side Linear-BatchNorm-ReLU-Dropout to D, concatenated, linear.
+
+    One deviation is kept: the study's linear layers before BatchNorm have a bias, ours have none. BatchNorm takes it
+    away again: the study's starts at random, gets no gradient and changes no logit."""
 
     study = "D"
     recipe = "D"
@@ -33,8 +36,10 @@ class Fusion(Head):
 
 
 class CrossAttention(Head):
-    """Study D: both sides to D, each gives a query, key and value, 8-head attention over the two positions,
-    flattened, linear."""
+    """Study D: both sides to D as in `fusion` (which says what of its bias), of each a query, a key and a value by
+    linear layers of its own, the text's before the image's; over the two positions 8-head attention, which has its own
+    projections on top of those; flattened, linear. One-sided, as in the study: the projection and a linear layer,
+    without attention."""
 
     study = "D"
     recipe = "D"
@@ -45,11 +50,19 @@ class CrossAttention(Head):
         self.project = nn.ModuleDict(
             {side: _projection(n_models, widths[side], D, self.dropout) for side in self.sides}
         )
-        self.qkv = nn.ModuleDict({side: Linear(n_models, D, 3 * D) for side in self.sides})
-        self.n_heads = n_heads(D, 8)
+        if len(self.sides) == 2:
+            self.query, self.key, self.value = (
+                nn.ModuleDict({side: Linear(n_models, D, D) for side in reversed(self.sides)}) for _ in range(3)
+            )
+            self.attention = MultiheadAttention(n_models, D, n_heads(D, 8))
         self.out = Linear(n_models, D * len(self.sides), n_classes)
 
     def forward(self, batch: Batch) -> Tensor:
-        qkv = [self.qkv[side](self.project[side](batch.of(side))) for side in self.sides]
-        q, k, v = torch.stack(qkv, 2).chunk(3, -1)  # each (M, B, sides, D)
-        return self.out(attend(q, k, v, self.n_heads)[0].flatten(2))
+        sides = {side: self.project[side](batch.of(side)) for side in self.sides}
+        if len(sides) == 1:
+            return self.out(*sides.values())
+        query, key, value = (
+            torch.stack([layer(sides[side]) for side, layer in of_side.items()], 2)  # (M, B, sides, D)
+            for of_side in (self.query, self.key, self.value)
+        )
+        return self.out(self.attention(query, key, value)[0].flatten(2))

@@ -13,7 +13,8 @@ from modeling.heads.layers import Conv2d, Dropout, Linear, MaxPool2d, MultiheadA
 
 
 class Late512(Head):
-    """Study E's late fusion: each side by Linear-ReLU-Dropout to 512, concatenated, linear. D isn't used."""
+    """Study E's late fusion: each side by a bare linear layer to 512, concatenated, then
+    Linear(512)-ReLU-Dropout-Linear. D isn't used. One-sided: that side's 512 and the same classifier."""
 
     study = "E"
     recipe = "E"
@@ -22,21 +23,24 @@ class Late512(Head):
     width = 512
 
     def build(self, config: HeadConfig, widths: Mapping[str, int], n_classes: int, n_models: int) -> None:
-        self.project = nn.ModuleDict(
-            {
-                side: nn.Sequential(Linear(n_models, widths[side], self.width), nn.ReLU(), Dropout(self.dropout))
-                for side in self.sides
-            }
+        self.project = nn.ModuleDict({side: Linear(n_models, widths[side], self.width) for side in self.sides})
+        self.classifier = nn.Sequential(
+            Linear(n_models, self.width * len(self.sides), self.width),
+            nn.ReLU(),
+            Dropout(self.dropout),
+            Linear(n_models, self.width, n_classes),
         )
-        self.out = Linear(n_models, self.width * len(self.sides), n_classes)
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.out(*(self.project[side](batch.of(side)) for side in self.sides))
+        return self.classifier(torch.cat([self.project[side](batch.of(side)) for side in self.sides], -1))
 
 
 class QueryAttention(Head):
     """Study E's cross-attention: the text as query, the image, brought to the text's width, as key and value, 2 heads,
     linear. Image tokens, where cached, take the place of the image vector. One-sided: the side attends to itself.
+
+    Told are the sides' parts, the widths (768 of the text, 2048 to 768 of the image) and the 2 heads; dropout and one
+    linear layer behind them are chosen.
 
     Over a single key the weights are 1 whatever the query: without image tokens the text has no say, and the figures
     are the image's alone."""

@@ -35,7 +35,7 @@ from modeling.runs.run import Finetuned, Member, Report, Run, Stacking
 from modeling.runs.unfinished import unfinished_folder
 from modeling.training.config import TrainConfig
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DEFAULT_FOLDER = Path("saved/runs")
 CONFIG, TENSORS, SPLIT, METRICS, HISTORY, PREDICTIONS = (
     "config.json",
