@@ -25,6 +25,7 @@ from feats.encoders.registry import load_encoder
 from feats.store import FeatureStore
 from modeling import finetune, inference_head, train_head
 from modeling.finetuning.studies import MODELS, TUNING_RECIPES
+from modeling.heads.base import HeadConfig
 from modeling.runs.folder import load_run, read_predictions
 
 SAME = ("head.safetensors", "split.json", "metrics.json", "history.csv", "predictions_val.csv")
@@ -255,6 +256,20 @@ def test_a_tiny_model_of_every_study_learns_the_toy_set(model: str, tmp_path: Pa
     assert np.mean([said[i] == CLASSES[int(i) % 3] for i in train]) >= 0.95
 
 
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("--model clip --head gated_transformer --layers 1", HeadConfig("gated_transformer", layers=1)),
+        (
+            "--model bert_resnet_coattention --attention-norm batch --image-positions absolute --image-pooling last",
+            HeadConfig("coattention", attention_norm="batch", image_positions="absolute", image_pooling="last"),
+        ),
+    ],
+)
+def test_the_options_of_single_heads(typed: str, expected: HeadConfig):
+    assert finetune.model_choice(finetune.build_parser().parse_args(typed.split()), {})[2] == expected
+
+
 @pytest.mark.parametrize("recipe", TUNING_RECIPES)
 def test_recipes_are_their_settings_and_what_is_typed_wins(recipe: str, tmp_path: Path):
     make_pairs(tmp_path / "set", 30)
@@ -414,6 +429,9 @@ def test_checkpoints_of_other_settings_are_refused(root: Path, capsys: pytest.Ca
         (["--tune", "most"], "--tune 'most': expected all, head, or last-N"),
         (["--lora", "500"], "--lora 500 is out of range; expected 1 to 32"),
         (["--head", "late"], "--head: a run has its own"),
+        (["--layers", "1"], "--layers: a run has its own"),
+        (["--image-pooling", "last"], "--image-pooling: a run has its own"),
+        (["--model", "clip", "--head", "gated_transformer", "--layers", "0"], "--layers 0: expected 1 or more"),
         (["--val-ratio", "0.5"], "--val-ratio: a run has its own"),
         (["--run", "nowhere"], "is no run"),
         (["--model", "clip", "--run", "x"], "--run: the model is begun anew"),

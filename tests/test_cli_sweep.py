@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from feats.store import FeatureStore
 from modeling import cli, experiment as ex, sweep_heads, train_head
 from modeling.features.joined import load_features
 from modeling.heads.base import ABLATIONS
+from modeling.heads.registry import HEADS
 from modeling.runs.folder import load_run, newest_run, read_predictions
 from modeling.search import auto, sweep as sweep_module
 from modeling.search.sweep import best_run
@@ -484,15 +486,15 @@ def test_folds_are_compared_on_all_rows(feats: Path, tmp_path: Path, capsys: pyt
 
 
 def test_a_diverging_configuration_does_not_end_the_others(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    argv = ("--head", "late", "--D", "4", "--lr", "1e-3", "1e30", "--seeds", "2", *SHORT)
+    argv = ("--head", "early", "--D", "4", "--lr", "1e-3", "1e30", "--seeds", "2", *SHORT)
     for finished in (0, 2):  # what diverged is tried again
         assert sweep(feats, tmp_path, *argv) == 0
         out = capsys.readouterr().out
         assert f"4 trainings, {finished} of them finished before" in out
-        assert "Left out for diverging (1 of 2):" in out and "the loss of late became" in out
+        assert "Left out for diverging (1 of 2):" in out and "the loss of early became" in out
         assert {trained_with(path)["lr"] for path in runs_in(tmp_path / "sweep")} == {1e-3}
-        assert [row["head"] for row in table(tmp_path / "sweep")] == ["late", "always positive"]
-    assert sweep(feats, tmp_path / "other", "--head", "late", "--D", "4", "--lr", "1e30", *SHORT) == 2
+        assert [row["head"] for row in table(tmp_path / "sweep")] == ["early", "always positive"]
+    assert sweep(feats, tmp_path / "other", "--head", "early", "--D", "4", "--lr", "1e30", *SHORT) == 2
     error = capsys.readouterr().err
     assert re.search("every configuration diverged; .*smaller --lr", error) and error.count("\n") == 1
 
@@ -514,6 +516,51 @@ def test_unusable_sweeps(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     capsys.readouterr()
     assert sweep(feats, tmp_path, "--head", "fusion", "--D", "4", *SHORT) == 2
     assert "table.md" in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+def heads_of_all(feats: Path, *argv: str) -> set[str]:
+    args = sweep_heads.build_parser().parse_args(["--feats", str(feats), "--head", "all", *argv])
+    return {head.head for head in cli.grid_from(args).heads}
+
+
+def test_all_heads_are_those_that_the_caches_suit(feats: Path, tmp_path: Path):
+    """Heads that need tokens only where there are tokens of the sides that they read."""
+    for name in ("clip", "resnet", "roberta"):
+        make_cache(tmp_path, name, tokens=True)
+    make_cache(tmp_path, "vader")
+    usual = {name for name, head in HEADS.items() if not head.tokens}
+    on_both, on_image = {"coattention", "cross_modal"}, {"early_plane"}
+    assert set(HEADS) == usual | on_both | on_image
+    assert heads_of_all(feats, "--vtype", "clip") == usual  # a cache without tokens
+    assert heads_of_all(tmp_path, "--vtype", "clip") == set(HEADS)
+    assert heads_of_all(tmp_path, "--vtype", "resnet", "--ttype", "roberta", "vader") == set(HEADS)
+    assert heads_of_all(tmp_path, "--vtype", "resnet", "--ttype", "vader") == usual | on_image
+    assert heads_of_all(tmp_path, "--vtype", "clip", "--ttype", "clip", "roberta") == usual | on_image  # which tokens?
+    assert heads_of_all(tmp_path, "--ttype", "roberta") == set(HEADS)  # early_plane reads the text's vector alone
+    both = ("--vtype", "resnet", "--ttype", "vader", "--ablation")
+    assert heads_of_all(tmp_path, *both, "2") == set(HEADS) and heads_of_all(tmp_path, *both, "1") == usual | on_image
+    assert heads_of_all(tmp_path, *both, "1", "2") == usual | on_image
+    assert heads_of_all(tmp_path / "nowhere", "--vtype", "clip") == usual  # loading says what is missing
+
+
+def test_a_sweep_of_all_heads_on_tokens(tmp_path: Path):
+    make_cache(tmp_path / "feats", "clip", tokens=True)
+    argv = ("--head", "all", "--D", "4", "--ep", "1", "--bs", "32", "--gamma", "1", "--ridge", "1", "--C", "1")
+    assert sweep(tmp_path / "feats", tmp_path, *argv, "--val-ratio", "0.3") == 0
+    assert {row["head"] for row in table(tmp_path / "sweep")[:-1]} == set(HEADS)
+
+
+def test_a_grid_of_coattention_s_options(tmp_path: Path):
+    make_cache(tmp_path / "feats", "clip", tokens=True)
+    argv = ["--head", "coattention", "gated_transformer", "--layers", "1", "3", "--image-positions", "none", "absolute"]
+    argv += ["--attention-norm", "layer", "batch", "none", "--image-pooling", "last", "--D", "4", *SHORT]
+    assert sweep(tmp_path / "feats", tmp_path, *argv) == 0
+    rows = [row for row in table(tmp_path / "sweep") if row["head"] == "coattention"]
+    tried = sorted((row["image_positions"], row["attention_norm"]) for row in rows)
+    assert tried == sorted(product(("none", "absolute"), ("layer", "batch", "none")))
+    layers = {row["layers"] for row in table(tmp_path / "sweep") if row["head"] == "gated_transformer"}
+    assert layers == {"1", "3"}
+    assert {trained_with(path)["image_pooling"] for path in runs_in(tmp_path / "sweep")} == {"last", "mean"}
 
 
 def test_optional_tokens_of_several_caches_are_left_aside(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -552,7 +552,10 @@ def test_what_a_head_reads_decides_what_becomes_of_it(
         ["--C", "0.1"],
         ["--ridge", "0.1"],
         ["--gamma", "0.5"],
-        ["--image-positions"],
+        ["--layers", "1"],
+        ["--attention-norm", "none"],
+        ["--image-positions", "learnable"],
+        ["--image-pooling", "last"],
     ]
     options += [["--lr", "0.5"], ["--seed", "3"], ["--label-smoothing", "0.3"], ["--class-weights", "neutral=5"]]
     for option in options:
