@@ -143,6 +143,7 @@ def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
     ranks = "; ranks the table too (of several the first; accuracy in place of loss)" if grid else ""
     add("monitor", f"what decides the best epoch: {', '.join(MONITORS)}{ranks}", **several)
     add("patience", "epochs without a better one before stopping", type=int, **several)
+    add("min_gain", "of the monitored figure, to count as better", type=float, **several)
     add("precision", "of the products in training: " + ", ".join(PRECISIONS), **several)
     add("seed", "of weights, batches and dropout", type=int)
     by_folds = "chosen by inner folds where not given"

@@ -433,6 +433,21 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_rest(monitor: str, patienc
     assert all(math.isfinite(value) for row in history for value in row.values())
 
 
+@pytest.mark.parametrize(("monitor", "gain"), [("loss", 0.03), ("accuracy", 0.06)])  # of 21 rows: one more is 0.048
+def test_a_gain_below_the_least_one_is_none(monitor: str, gain: float):
+    problem = make_problem()
+    config = TrainConfig(HeadConfig("fusion", D=16), lr=3e-3, ep=30, bs=16, monitor=monitor, patience=4, seed=1)
+    demanding = replace(config, min_gain=gain)
+    plain, found = fit([config, demanding], problem)
+    figures = [-row["val_loss"] if monitor == "loss" else row[monitor] for row in found.history]
+    best = 0
+    for k, figure in enumerate(figures):
+        best = k if figure > figures[best] + gain else best
+    assert found.best_epoch == best + 1 and len(found.history) == min(30, best + 5)
+    assert figures[best] < max(figures), "an epoch that betters by less must be among them"
+    assert plain.best_epoch != found.best_epoch
+
+
 def test_history_tells_the_learning_rate_and_the_weights_of_the_sides():
     config = TrainConfig(HeadConfig("weighted_sum", D=8), lr=1e-2, ep=5, bs=16, schedule="onecycle")
     (found,) = fit([config], make_problem())

@@ -22,7 +22,7 @@ from modeling.features.inputs import Inputs
 from modeling.heads.base import Head
 from modeling.heads.layers import Noise, attach_noise, set_product_dtype
 from modeling.heads.registry import build_head
-from modeling.training.config import PRECISIONS, TrainConfig, hyperparameters
+from modeling.training.config import PRECISIONS, TrainConfig, hyperparameters, is_better
 from modeling.training.problem import Problem, Trained, class_weights, predict_stack, validation_figures
 from modeling.training.threads import StepThreads, threads_kept
 
@@ -238,7 +238,7 @@ class _Best:
             if self.stopped[m]:
                 continue
             score = -figures["val_loss"][m] if config.monitor == "loss" else figures[config.monitor][m]
-            if score > self.score[m]:
+            if is_better(score, self.score[m], config.min_gain):
                 self.score[m], self.epoch[m] = float(score), epoch
                 better.append(m)
             elif config.patience is not None and epoch - self.epoch[m] >= config.patience:
