@@ -116,7 +116,8 @@ def lr_factor(settings: TuneSettings, step: int, steps: int) -> float:
     """The learning rate of step 0 <= `step` < `steps` as a share of its peak.
 
     A linear rise over the first `warmup` of the steps; then half a cosine wave down to 0 (Loshchilov and Hutter 2017),
-    or the peak all along. onecycle rises and falls in half waves, see `modeling.training.gradient.lr_factor`.
+    or the peak all along. onecycle rises and falls in half waves, see `modeling.training.gradient.lr_factor`; there
+    Adam's beta1 is cycled, too.
     """
     from modeling.training import gradient
 
