@@ -665,15 +665,25 @@ def test_a_loss_that_is_not_finite(lr: float, ep: int):
     np.testing.assert_allclose(kept.val_logits, fit([tame], problem)[0].val_logits, atol=1e-5)
 
 
+@pytest.mark.parametrize(("precision", "share"), [("bf16", 0.1), ("fp16", 0.02)])
 @pytest.mark.parametrize("name", ["fusion", "concat", "cross_attention"])
-def test_bf16_trains_what_fp32_does_up_to_rounding(name: str):
+def test_low_precision_trains_what_fp32_does_up_to_rounding(name: str, precision: str, share: float):
     problem, config = make_problem(), TrainConfig(HeadConfig(name, D=32), lr=3e-3, ep=8, bs=32)
-    exact, low = fit([config, replace(config, precision="bf16")], problem)
-    assert 0 < np.abs(exact.val_logits - low.val_logits).max() < 0.1 * np.abs(exact.val_logits).max()
+    exact, low = fit([config, replace(config, precision=precision)], problem)
+    assert 0 < np.abs(exact.val_logits - low.val_logits).max() < share * np.abs(exact.val_logits).max()
     same(low, fit([low.config], problem)[0])
-    # What is validated is what the saved weights give, without bf16.
+    # What is validated is what the saved weights give, in fp32.
     logits = predict_stack(low.head, problem.inputs, problem.val)[0]
     np.testing.assert_allclose(logits, low.val_logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fusion", "concat", "cross_attention"])
+def test_fp16_in_a_stack_is_fp16_alone(name: str):
+    """Up to its rounding, whatever the others' gradients are."""
+    problem, config = make_problem(), TrainConfig(HeadConfig(name, D=32), lr=3e-3, ep=4, bs=32, precision="fp16")
+    stack = [config, replace(config, class_weights={"a": 50.0}, seed=1)]
+    for found in fit(stack, problem):
+        np.testing.assert_allclose(found.val_logits, fit([found.config], problem)[0].val_logits, atol=5e-3)
 
 
 def test_what_becomes_of_a_model_after_it_stopped_hurts_nobody():

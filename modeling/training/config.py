@@ -12,7 +12,7 @@ from feats.errors import UsageError
 from modeling.heads.base import HeadConfig, head_class
 
 OPTIMIZERS = ("adam", "adamw")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEDULES = ("constant", "cosine", "onecycle")
 MONITORS = ("accuracy", "weighted_f1", "macro_f1", "loss")
 CLASS_WEIGHTS = ("none", "balanced", "sqrt")
@@ -40,7 +40,7 @@ class TrainConfig:
     monitor: str = "accuracy"
     patience: int | None = None  # epochs without a better `monitor`; None: train them all
     min_gain: float = 0.0  # of the monitored figure, to count as better
-    precision: str = "fp32"  # of the products in training; bf16: twice as fast where the processor has it
+    precision: str = "fp32"  # of the products in training; bf16, fp16: faster where the processor has them
     seed: int = 42
     C: float | None = None  # linear: inverse strength of the penalty, as scikit-learn's. None: chosen by inner folds
     ridge: float | None = None  # kernel: strength of the penalty. None: chosen by inner folds
