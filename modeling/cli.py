@@ -91,7 +91,8 @@ def add_split_options(parser: ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="ids of train, val and test: one file, e.g. a run's split.json, or three",
+        help="ids of train, val and test: one file, e.g. a run's split.json, or three lists; folds: a pattern of lists "
+        "such as 'splits/{part}_{fold}.txt'",
     )
     group.add_argument(
         "--duplicates",

@@ -95,6 +95,11 @@ def search(args: Namespace, command: str) -> int:
     named = "head" in vars(args)
     experiment = load_experiment(settings, grid.heads if named else [])
     print("\n".join(experiment.notes))
+    if len(experiment.splits) > 1 and any(split.test for split in experiment.splits):
+        raise UsageError(
+            "--auto with folds that have test parts: it searches all rows in the end, those among them; leave the test "
+            "parts out, or compare heads without --auto"
+        )
     if not named:
         n_columns = sum(width for of_side in experiment.features.widths.values() for width in of_side.values())
         grid = cli.grid_from(args, head=list(auto.default_heads(auto.most_rows(experiment), n_columns)))

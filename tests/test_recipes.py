@@ -8,19 +8,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from caches import make_cache
+from caches import make_cache, make_tags
 from conftest import content, trained_with
+from scipy.special import softmax
+from sklearn.metrics import accuracy_score, f1_score
 
 from feats.images import hash64
 from feats.records import read_dataset
 from feats.text import duplicate_key
 from modeling import cli, finetune, sweep_heads, train_head
-from modeling.features.splits import deal_split, duplicate_groups
+from modeling.features.joined import load_features
+from modeling.features.splits import deal_split, duplicate_groups, read_split_file
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.studies import MODELS, TUNING_RECIPES
 from modeling.heads.base import HeadConfig
 from modeling.heads.registry import HEADS
-from modeling.runs.folder import newest_run
+from modeling.runs.folder import load_run, newest_run, read_predictions
 from modeling.training.config import TrainConfig, flat
 from modeling.training.recipes import CACHED_EP, CACHED_LR, RECIPES
 
@@ -157,6 +160,83 @@ def test_what_is_typed_wins(recipe: str, feats: Path, tmp_path: Path):
 def test_a_recipe_of_folds_leaves_the_ratios_out(feats: Path, tmp_path: Path):
     run = train(feats, tmp_path, "--recipe", "A", "--folds", "3", "--ep", "1")
     assert [how["folds"] for how in content(run, "config")["split"]] == [3] * 3
+
+
+# -- fixed folds as files ---------------------------------------------------------------------------------------
+
+
+def write_folds(folder: Path, folds: int = 3) -> str:
+    """Lists of random folds of 90 rows, whose parts overlap from fold to fold; the pattern that finds them."""
+    folder.mkdir()
+    for fold in range(1, folds + 1):
+        split = deal_split([f"p{i}" for i in range(90)], make_tags(90), 0.2, seed=fold, test_ratio=0.3)
+        for part in ("train", "val", "test"):
+            (folder / f"{part}_{fold}.txt").write_text("\n".join(getattr(split, part)) + "\n", encoding="utf-8")
+    return str(folder / "{part}_{fold}.txt")
+
+
+def test_folds_as_files_are_each_scored_on_their_own_test_part(
+    feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    pattern = write_folds(tmp_path / "folds")
+    argv = ["--recipe", "cheema", "--ablation", "1", "--ep", "8", "--seeds", "2", "--split-file", pattern]
+    path = train(feats, tmp_path / "runs", *argv)
+    out, metrics, run = capsys.readouterr().out, content(path, "metrics"), load_run(path)
+    assert "test" not in metrics and metrics["test_folds"]["count"] == 3
+    assert "protocol: 3 folds from {part}_{fold}.txt; best epoch" in out
+    tests = [(tmp_path / "folds" / f"test_{fold}.txt").read_text().split() for fold in (1, 2, 3)]
+    assert set(tests[0]) & set(tests[1])
+    features = load_features(feats, "train", ["clip"], ["clip"])
+    tag_of = dict(zip(features.ids, features.tags, strict=True))
+    accuracies, f1s = [], []
+    for fold, expected in enumerate(tests, 1):
+        ids, tags, probabilities = read_predictions(path / f"predictions_test_{fold}.csv")
+        assert ids == sorted(expected) and tags == [tag_of[i] for i in ids]
+        own = [m for m in run.members if m.fold == fold]
+        assert len(own) == 2
+        rows = features.positions(ids)
+        by_hand = np.mean([softmax(m.logits(features, rows) / m.temperature, axis=1) for m in own], axis=0)
+        np.testing.assert_allclose(probabilities, by_hand, atol=1e-6)
+        predicted = [run.classes[k] for k in by_hand.argmax(1)]
+        accuracies.append(accuracy_score(tags, predicted))
+        f1s.append([f1_score(tags, predicted, average=kind) for kind in ("weighted", "macro")])
+    assert len(set(accuracies)) > 1
+    expected = dict(zip(("accuracy", "weighted_f1", "macro_f1"), np.column_stack([accuracies, f1s]).T, strict=True))
+    (line,) = [line for line in out.splitlines() if line.startswith("test, each of 3 ")]
+    for name, values in expected.items():
+        found = metrics["test_folds"]["mean_std"][name]
+        assert found == pytest.approx({"mean": np.mean(values), "std": np.std(values, ddof=1), "n": 3})
+        assert f"{np.mean(values):.3f}±{np.std(values, ddof=1):.3f}" in line
+    assert not (path / "predictions_test.csv").exists()
+    # What a run leaves can be split by and saved again.
+    assert [s.test for s in read_split_file(path / "split.json", features.ids, features.tags)] == list(
+        map(sorted, tests)
+    )
+    again = run.save(tmp_path / "again").path
+    for name in ("metrics.json", *(f"predictions_test_{fold}.csv" for fold in (1, 2, 3))):
+        assert (again / name).read_bytes() == (path / name).read_bytes()
+
+
+def test_folds_as_files_can_be_compared_but_not_searched(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    pattern = write_folds(tmp_path / "folds", folds=2)
+    argv = ["--vtype", "clip", "--feats", str(feats), "--runs", str(tmp_path / "runs"), "--device", "cpu"]
+    argv += ["--split-file", pattern]
+    assert sweep_heads.main([*argv, "--head", "early", "mlp", "--D", "4", "--ep", "1"]) == 0
+    runs = list((tmp_path / "runs" / "sweep").glob("*/metrics.json"))
+    assert [content(run.parent, "metrics")["test_folds"]["count"] for run in runs] == [2, 2]
+    assert sweep_heads.main([*argv, "--auto", "--head", "linear"]) == 2
+    assert capsys.readouterr().err.startswith("error: --auto with folds that have test parts: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("{part}_{fold}.lst", "no file is called like"), ("{fold}.txt", "stands alone")]
+)
+def test_patterns_that_find_nothing(name: str, told: str, feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    write_folds(tmp_path / "folds")
+    argv = ["--vtype", "clip", "--feats", str(feats), "--runs", str(tmp_path / "runs")]
+    assert train_head.main([*argv, "--split-file", str(tmp_path / "folds" / name)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and told in error and error.count("\n") == 1
 
 
 # -- notes ------------------------------------------------------------------------------------------------------
