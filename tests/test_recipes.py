@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from caches import make_cache, make_tags
-from conftest import content, trained_with
+from conftest import content, make_course, trained_with
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score, f1_score
 
@@ -226,6 +226,18 @@ def test_folds_as_files_can_be_compared_but_not_searched(feats: Path, tmp_path: 
     assert [content(run.parent, "metrics")["test_folds"]["count"] for run in runs] == [2, 2]
     assert sweep_heads.main([*argv, "--auto", "--head", "linear"]) == 2
     assert capsys.readouterr().err.startswith("error: --auto with folds that have test parts: ")
+
+
+def test_one_model_is_not_tuned_on_several_folds(tmp_path: Path, capsys: pytest.CaptureFixture):
+    make_course(tmp_path / "set", 90)
+    folder = tmp_path / "folds"
+    folder.mkdir()
+    for fold in (1, 2):
+        for part, ids in {"train": range(60), "val": range(60, 75), "test": range(75, 90)}.items():
+            (folder / f"{part}_{fold}.txt").write_text("\n".join(map(str, ids)))
+    argv = ["--data", str(tmp_path / "set"), "--runs", str(tmp_path / "runs"), "--text-encoder", "minilm"]
+    assert finetune.main([*argv, "--device", "cpu", "--split-file", str(folder / "{part}_{fold}.txt")]) == 2
+    assert "--split-file holds 2 folds, and one model is tuned on one split" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
