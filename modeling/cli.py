@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from feats.acceleration import resolve_device
 from feats.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE, HelpFormatter, as_typed, positive, show_warning
 from feats.errors import UsageError
 from feats.interrupts import interruptible
@@ -26,7 +27,7 @@ from modeling.features.normalizer import NORMS
 from modeling.features.splits import SplitSettings
 from modeling.finetuning.augment import TextAugmentation
 from modeling.finetuning.settings import AUGMENTED, DTYPES, TuneSettings
-from modeling.finetuning.studies import TUNING_RECIPES
+from modeling.finetuning.studies import TUNING_RECIPES, tuning_recipe
 from modeling.heads.base import (
     ABLATIONS,
     ATTENTION_NORMS,
@@ -49,7 +50,7 @@ from modeling.training.config import (
     from_flat,
     settings_read,
 )
-from modeling.training.recipes import RECIPES, SPLIT_SETTINGS
+from modeling.training.recipes import END_TO_END, RECIPES, SPLIT_SETTINGS, cached_recipe
 
 OWN = "own"
 TUNING_GRID = ("lr", "dropout", "bs", "ep")  # what a grid of finetunings varies
@@ -82,7 +83,7 @@ def add_feature_options(parser: ArgumentParser) -> None:
         "--norm",
         nargs="+",
         metavar="KIND|CACHE=KIND",
-        help=f"normalisation of each cache: {', '.join(NORMS)} (default: none)",
+        help=f"normalisation of each cache: {', '.join(NORMS)} (default: none, or the recipe's)",
     )
     group.add_argument("--scale", nargs="+", metavar="CACHE=FACTOR", help="factor behind a normalisation")
 
@@ -104,7 +105,8 @@ def add_split_options(parser: ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="ids of train, val and test: one file, e.g. a run's split.json, or three",
+        help="ids of train, val and test: one file, e.g. a run's split.json, or three lists; folds: a pattern of lists "
+        "such as 'splits/{part}_{fold}.txt'",
     )
     group.add_argument(
         "--duplicates",
@@ -130,8 +132,8 @@ def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
     group.add_argument(
         "--recipe",
         choices=(*RECIPES, OWN),
-        help=f"settings of a reference study; {OWN}: of the one the head comes from, the split aside. Typed options "
-        "win",
+        help=f"settings of a reference study; {OWN}: of the one the head comes from, on cached features, the split "
+        "aside. Typed options win",
     )
 
     def add(name: str, text: str, **keywords: Any) -> None:
@@ -158,6 +160,7 @@ def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
     ranks = "; ranks the table too (of several the first; accuracy in place of loss)" if grid else ""
     add("monitor", f"what decides the best epoch: {', '.join(MONITORS)}{ranks}", **several)
     add("patience", "epochs without a better one before stopping", type=int, **several)
+    add("min_gain", "of the monitored figure, to count as better", type=float, **several)
     add("precision", "of the products in training: " + ", ".join(PRECISIONS), **several)
     add("seed", "of weights, batches and dropout", type=int)
     by_folds = "chosen by inner folds where not given"
@@ -226,7 +229,7 @@ def add_tuning_options(parser: ArgumentParser, grid: bool = False) -> None:
 def tuning_settings(args: Namespace, classes: Sequence[str] | None = None) -> TuneSettings:
     """From the options of `add_tuning_options`; class weights only when the `classes` are known."""
     names = {f.name for f in fields(TuneSettings)} - {"text_augmentation", "class_weights"}
-    recipe = TUNING_RECIPES.get(args.recipe or "", {})
+    recipe = tuning_recipe(args.recipe, getattr(args, "model", None))
     given = {name: value for name, value in {**recipe, **vars(args)}.items() if name in names}
     weights: str = getattr(args, "class_weights", "none")
     return TuneSettings(
@@ -267,15 +270,9 @@ class Grid:
 
     def configs(self, classes: Sequence[str]) -> list[TrainConfig]:
         """The trainings on data of `classes`. Raises `UsageError` for class weights of others."""
+        return self._configs(lambda weights: parse_class_weights(weights, classes))
 
-        def weights(chosen: str | Mapping[str, float]) -> str | Mapping[str, float]:
-            if isinstance(chosen, str):
-                return parse_class_weights(chosen, classes)
-            return chosen if set(chosen) <= set(classes) else "none"  # a recipe's, made for other data
-
-        return self._configs(weights)
-
-    def _configs(self, weights: Callable[[Any], Any]) -> list[TrainConfig]:
+    def _configs(self, weights: Callable[[str], Any]) -> list[TrainConfig]:
         of_default = TrainConfig.class_weights
         return [from_flat({**p, "class_weights": weights(p.get("class_weights", of_default))}) for p in self.points]
 
@@ -286,17 +283,14 @@ def grid_from(args: Namespace, **fixed: Any) -> Grid:
     the split aside. `fixed` stand in for options that weren't typed. Raises `UsageError` for values out of range."""
     known = set(flat(TrainConfig()))
     typed = {name: value for name, value in _training_settings(args).items() if name in known}
-    recipe = RECIPES.get(args.recipe or "", {})
-    values = {**fixed, **{name: value for name, value in recipe.items() if name in known}, **typed}
+    values = {**fixed, **_recipe_settings(args, args.recipe), **typed}
     axes = {name: value for name, value in values.items() if isinstance(value, list)}
     if "all" in axes.get("head", ()):
         axes["head"] = _all_heads(feature_source(args), axes.get("sides", [HeadConfig.sides]))
     monitor = values.get("monitor", TrainConfig.monitor)
     points = [{**values, **dict(zip(axes, point, strict=True))} for point in product(*axes.values())]
     if args.recipe == OWN:
-        own = [RECIPES.get(head_class(p.get("head", HeadConfig.head)).recipe, {}) for p in points]
-        of_head = [{name: value for name, value in r.items() if name in known} for r in own]
-        points = [{**settings, **point} for settings, point in zip(of_head, points, strict=True)]
+        points = [{**_recipe_settings(args, own_recipe(p.get("head", HeadConfig.head))), **p} for p in points]
     grid = Grid(tuple(points), monitor[0] if isinstance(monitor, list) else monitor)
     _ = grid.heads  # says now, before any data are read, what is out of range
     return grid
@@ -317,6 +311,35 @@ def _all_heads(source: FeatureSource, ablations: Sequence[tuple[str, ...]]) -> l
     return [name for name, head in HEADS.items() if not head.tokens or all(suits(name, sides) for sides in ablations)]
 
 
+def own_recipe(head: str) -> str:
+    """The recipe of the study a head comes from, on cached features; '' where there is none."""
+    return cached_recipe(head_class(head).study)
+
+
+def _recipe_settings(args: Namespace, name: str | None) -> dict[str, Any]:
+    """What a recipe has for head and training; it multiplies in fp16 on a GPU only."""
+    recipe = RECIPES.get(name or "", {})
+    settings = {field: value for field, value in recipe.items() if field in flat(TrainConfig())}
+    if "precision" in settings and resolve_device(args.device).type == "cpu":
+        del settings["precision"]
+    return settings
+
+
+def print_recipe(args: Namespace, heads: Sequence[str]) -> None:
+    """Say where a recipe isn't made for what is trained, or can't be followed to the letter, for any of `heads`."""
+    trained = [head for head in heads if not head_class(head).closed_form()]
+    typed = vars(args)
+    if trained and args.recipe in END_TO_END and not {"lr", "ep"} <= typed.keys():
+        print(
+            f"note: rate and epochs of --recipe {args.recipe} belong to end-to-end tuning: heads on cached features "
+            f"hardly leave the majority class with them; --recipe {cached_recipe(args.recipe)} has those for such heads"
+        )
+    used = {own_recipe(head) if args.recipe == OWN else args.recipe or "" for head in trained}
+    low = {RECIPES[name]["precision"] for name in used if "precision" in RECIPES.get(name, {})}
+    if low and "precision" not in typed and resolve_device(args.device).type == "cpu":
+        print(f"note: {', '.join(low)} of --recipe {args.recipe} is for a GPU, here it is {TrainConfig.precision}")
+
+
 def _training_settings(args: Namespace) -> dict[str, Any]:
     """What was typed, by the settings' names."""
     typed = dict(vars(args))
@@ -331,8 +354,9 @@ def experiment_settings(args: Namespace) -> ExperimentSettings:
 
     Raises `UsageError` as `split_settings`, and for norms or scales of caches that aren't named."""
     source = feature_source(args)
-    norms = named_norms(args.norm or ["none"], source.names)
-    split = split_settings(args, RECIPES.get(args.recipe or "", {}))
+    recipe = RECIPES.get(args.recipe or "", {})
+    norms = named_norms(args.norm or [recipe.get("norm", "none")], source.names)
+    split = split_settings(args, recipe)
     return ExperimentSettings(source, split, norms, named_values(args.scale or [], "--scale"), args.device)
 
 
@@ -421,7 +445,7 @@ def unread(args: Namespace, heads: Sequence[str]) -> list[str]:
     if args.seeds and not gradient:
         idle.append("seeds")
     if args.recipe:
-        recipes = [args.recipe] if args.recipe != OWN else [head_class(head).recipe for head in heads]
+        recipes = [args.recipe] if args.recipe != OWN else map(own_recipe, heads)
         settings = set().union(*(RECIPES.get(recipe, {}) for recipe in recipes))
         alone = args.recipe == OWN or args.folds or args.split_file  # what makes the split without the recipe's ratios
         if not settings & (read if alone else read | {"val_ratio"}):

@@ -16,7 +16,7 @@ from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSet, FeatureSource, load_features
 from modeling.features.splits import Split, SplitSettings, check_split, deal_folds, duplicates_of, make_splits
 from modeling.heads.base import HeadConfig, head_class
-from modeling.runs.run import Member, Report, Run
+from modeling.runs.run import FoldTest, Member, Report, Run
 from modeling.training.config import TrainConfig, changed, settings_read, with_seeds
 from modeling.training.fit import n_epochs, stacks
 from modeling.training.problem import Problem, Trained
@@ -398,7 +398,8 @@ def needed_source(members: Sequence[Member], source: FeatureSource) -> FeatureSo
 
 def measure(outcomes: Sequence[Outcome], experiment: Experiment, run: Run) -> Report:
     """Validation figures of the ensemble (of each split's members, all splits pooled), mean and standard deviation over
-    the members, and figures on the test part where the split has one."""
+    the members, and figures on the test part where the split has one; where several splits have, mean and standard
+    deviation of the figures of each split's own members on its own."""
     raw, calibrated = [], []
     for split in experiment.splits:
         own = [o for o in outcomes if o.split is split]
@@ -407,6 +408,12 @@ def measure(outcomes: Sequence[Outcome], experiment: Experiment, run: Run) -> Re
     report = report_of(experiment, run, np.concatenate(calibrated), np.concatenate(raw))
     singles = [metrics.figures(experiment.labels(o.split.val), o.calibrated, experiment.classes) for o in outcomes]
     report.figures["members"] = {"count": len(outcomes), "mean_std": metrics.mean_std(singles)}
+    folds = enumerate(experiment.splits, 1) if len(experiment.splits) > 1 else ()
+    tested = [test_of_fold(experiment, run, split, fold) for fold, split in folds if split.test]
+    if tested:
+        figures = metrics.mean_std([of_fold for _, of_fold in tested])
+        report.figures["test_folds"] = {"count": len(tested), "mean_std": figures}
+        report.test_folds.extend(predictions for predictions, _ in tested)
     report.figures["protocol"] = f"{protocol(experiment)}; {_chosen(run.members)}"
     report.history.extend(
         {"fold": o.member.fold or "", "seed": o.member.config.seed, **row}
@@ -433,6 +440,16 @@ def report_of(experiment: Experiment, run: Run, calibrated: np.ndarray, raw: np.
     figures["protocol"] = protocol(experiment)
     figures["training_rows"] = experiment.training_rows()
     return Report(ids, experiment.features.tags_of(ids), calibrated, figures, [], tested)
+
+
+def test_of_fold(experiment: Experiment, run: Run, split: Split, fold: int) -> tuple[FoldTest, dict[str, Any]]:
+    """What the members trained on a fold (from 1) say of its own test part, and the figures of that."""
+    own = replace(run, members=[m for m in run.members if m.fold == fold])
+    features, rows = experiment.features.to("cpu"), experiment.features.positions(split.test)
+    calibrated = own.probabilities(features, rows)
+    raw = np.asarray(np.mean([metrics.softmax(m.logits(features, rows)) for m in own.members], axis=0))
+    figures = split_figures(experiment, split.test, raw, calibrated, experiment.majority(split))
+    return FoldTest(fold, split.test, experiment.features.tags_of(split.test), calibrated), figures
 
 
 def split_figures(

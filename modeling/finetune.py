@@ -19,7 +19,7 @@ from feats.cli import EXIT_DONE, rows_bar
 from feats.errors import UsageError
 from modeling import cli
 from modeling.finetuning.settings import TuneSettings
-from modeling.finetuning.studies import MODELS, TUNING_RECIPES, EncoderChoice
+from modeling.finetuning.studies import MODELS, EncoderChoice, tuning_recipe
 from modeling.heads.base import ABLATIONS, HeadConfig
 from modeling.runs.folder import load_run, newest_run, open_runs
 
@@ -129,7 +129,7 @@ def begin(args: Namespace, settings: TuneSettings, device: "torch.device", scrat
 
     place = DataPlace(args.data, args.layout)
     weights = cli.named_texts(args.weights, "--weights")
-    recipe = TUNING_RECIPES.get(args.recipe or "", {})
+    recipe = tuning_recipe(args.recipe, args.model)
     if not any(getattr(args, option) for option in NEW_MODEL):
         refuse(
             args, (*OF_NEW_MODELS, *OF_SPLITS, "folds"), "a run has its own; leave it out, or begin anew with `model`"

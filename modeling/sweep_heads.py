@@ -17,6 +17,7 @@ from modeling.runs.folder import is_whole, run_name, save_run
 from modeling.runs.tables import report_tables
 from modeling.search import auto, sweep
 from modeling.training.config import TrainConfig, as_read, with_seeds
+from modeling.training.recipes import RECIPES
 
 NAME = "sweep"
 
@@ -50,6 +51,7 @@ def compare(args: Namespace, command: str) -> int:
     """Train what isn't finished of a grid, and write and show its tables; returns the exit status."""
     grid, settings = cli.grid_from(args), cli.experiment_settings(args)
     cli.print_unread(args, [head.head for head in grid.heads], besides=["--monitor"])
+    cli.print_recipe(args, [head.head for head in grid.heads])
     experiment = load_experiment(settings, grid.heads)
     print("\n".join(experiment.notes))
     configs = [c for config in distinct(grid, experiment) for c in with_seeds(config, args.seeds or 1)]
@@ -82,6 +84,8 @@ def distinct(grid: cli.Grid, experiment: Experiment) -> list[TrainConfig]:
 def search(args: Namespace, command: str) -> int:
     """Search by inner folds, show the candidates, save the ensemble; returns the exit status."""
     chosen = [f"--{name}" for name in ("norm", "scale", "seeds", "name") if getattr(args, name)]
+    if "norm" in RECIPES.get(args.recipe or "", {}):
+        chosen.append("--recipe")
     if chosen:
         raise UsageError(
             f"--auto with {', '.join(chosen)}: it chooses normalisation and scales by itself, trains one seed and "
@@ -91,6 +95,11 @@ def search(args: Namespace, command: str) -> int:
     named = "head" in vars(args)
     experiment = load_experiment(settings, grid.heads if named else [])
     print("\n".join(experiment.notes))
+    if len(experiment.splits) > 1 and any(split.test for split in experiment.splits):
+        raise UsageError(
+            "--auto with folds that have test parts: it searches all rows in the end, those among them; leave the test "
+            "parts out, or compare heads without --auto"
+        )
     if not named:
         n_columns = sum(width for of_side in experiment.features.widths.values() for width in of_side.values())
         grid = cli.grid_from(args, head=list(auto.default_heads(auto.most_rows(experiment), n_columns)))
@@ -101,6 +110,7 @@ def search(args: Namespace, command: str) -> int:
             f"--auto with {', '.join(idle)}: does nothing for the heads it searches ({', '.join(heads)}); leave it "
             "out, or name heads that read it with --head"
         )
+    cli.print_recipe(args, heads)
     configs = distinct(grid, experiment)
     with cli.progress_bar("search", auto.n_fits(experiment, configs), "fit") as progress:
         found, candidates = auto.auto(experiment, configs, progress)

@@ -37,6 +37,7 @@ def work(args: Namespace, command: str) -> int:
     """Train one configuration, show its figures, save it; returns the exit status."""
     grid, settings = cli.grid_from(args), cli.experiment_settings(args)
     cli.print_unread(args, [head.head for head in grid.heads])
+    cli.print_recipe(args, [head.head for head in grid.heads])
     experiment = load_experiment(settings, grid.heads)
     print("\n".join(experiment.notes))
     [config] = grid.configs(experiment.classes)

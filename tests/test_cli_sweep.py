@@ -677,6 +677,7 @@ def test_auto_makes_caches_equally_loud_and_scores_a_tenth_as_loud(
         (["--head", "linear", "--gamma", "1"], "--auto with --gamma: .*.linear.*; leave it out"),
         (["--head", "mlp", "--C", "1"], "--auto with --C: .*name heads that read it"),
         (["--recipe", "own"], "--auto with --recipe: "),
+        (["--recipe", "cheema"], "--auto with --recipe: it chooses normalisation"),
         (["--recipe", "B", "--folds", "3"], "--auto with --recipe: "),
         (["--folds", "3", "--val-ratio", "0.2"], "--folds leaves no use for --val-ratio"),
     ],
@@ -693,8 +694,10 @@ def test_what_auto_does_not_use_is_refused(
 
 def test_auto_with_what_it_reads(feats: Path, tmp_path: Path):
     argv = ["--head", "kernel", "--ablation", "1", "--gamma", "1", "--ridge", "1", "--recipe", "A"]
-    run = load_run(searched(feats, tmp_path, *argv))
-    assert run.split.how["test_ratio"] == 0.1 and {m.config.class_weights for m in run.members} == {(("neutral", 1.2),)}
+    run = load_run(searched(feats, tmp_path, *argv, "--class-weights", "neutral=1.2"))
+    assert run.split.how["val_ratio"] == 0.125 and {m.config.class_weights for m in run.members} == {
+        (("neutral", 1.2),)
+    }
 
 
 def test_auto_keeps_to_the_side_it_is_told(feats: Path, tmp_path: Path):

@@ -565,69 +565,6 @@ def test_what_a_head_reads_decides_what_becomes_of_it(
         assert same == (option[0].lstrip("-").replace("-", "_") not in settings_read(name)), option
 
 
-# What each study says that it trained with (STUDIES.md), and what this code chose where a study gives no figure.
-RECIPES = {
-    # "AdamW, weight decay 0.01; OneCycle, peak 1e-4, warm-up 0.3, cosine; at most 10 epochs, early stop after 2 without
-    # a better validation weighted F1; batch 64"; "no figure for label smoothing or the class weight": 0.1 and 1.2 here.
-    "A": {
-        "optimizer": "adamw",
-        "weight_decay": 0.01,
-        "schedule": "onecycle",
-        "lr": 1e-4,
-        "ep": 10,
-        "patience": 2,
-        "monitor": "weighted_f1",
-        "bs": 64,
-        "label_smoothing": 0.1,
-        "class_weights": [["neutral", 1.2]],
-        "val_ratio": 0.1,
-        "test_ratio": 0.1,
-    },
-    # "batch 8, 10 epochs, AdamW, random 10 % validation"; the weight decay is torch's default.
-    "B": {"optimizer": "adamw", "weight_decay": 0.01, "bs": 8, "ep": 10, "val_ratio": 0.1},
-    # "Adam, batch 512, lr 1e-4, 100 epochs"; "10 % validation, seed 42".
-    "D": {"optimizer": "adam", "lr": 1e-4, "bs": 512, "ep": 100, "val_ratio": 0.1, "seed": 42},
-    # "8:2 split; grid batch {16}, lr {1e-5, 2e-5}, dropout {0.3, 0.5}, epochs {6}; AdamW; early stop patience 3 on macro
-    # F1", "its best (lr 1e-5, dropout .5)"; the weight decay is torch's default.
-    "E": {
-        "optimizer": "adamw",
-        "weight_decay": 0.01,
-        "lr": 1e-5,
-        "bs": 16,
-        "ep": 6,
-        "dropout": 0.5,
-        "patience": 3,
-        "monitor": "macro_f1",
-        "val_ratio": 0.2,
-    },
-}
-OF_THE_SPLIT = ("val_ratio", "test_ratio", "seed")
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipes_fill_in_what_was_not_typed(recipe: str, feats: Path, tmp_path: Path):
-    argv = ["--vtype", "clip", "--feats", str(feats), "--runs", str(tmp_path), "--D", "8", "--recipe", recipe]
-    assert train_head.main(argv) == 0
-    path, expected = newest_run(tmp_path), {"test_ratio": 0.0, **RECIPES[recipe]}
-    settings, how = trained_with(path), content(path, "config")["split"]
-    assert {name: (how if name in OF_THE_SPLIT else settings)[name] for name in expected} == expected
-    # What the study doesn't tell is what it is without a recipe.
-    plain = trained_with(train(feats, tmp_path / "plain", "--ep", "1", "--D", "8"))
-    untold = plain.keys() - expected.keys() - {"head", "ep", "bs", "lr"}
-    assert {name: settings[name] for name in untold} == {name: plain[name] for name in untold}
-    assert train_head.main([*argv, "--lr", "0.5", "--val-ratio", "0.3", "--bs", "7", "--ep", "1"]) == 0
-    path = newest_run(tmp_path)
-    expected |= {"lr": 0.5, "val_ratio": 0.3, "bs": 7, "ep": 1}
-    settings, how = trained_with(path), content(path, "config")["split"]
-    assert {name: (how if name in OF_THE_SPLIT else settings)[name] for name in expected} == expected
-
-
-def test_recipe_a_on_data_without_a_neutral_class(tmp_path: Path):
-    make_cache(tmp_path / "feats", "clip", tags=["happy", "sad"] * 40)
-    path = train(tmp_path / "feats", tmp_path / "runs", "--recipe", "A")
-    assert trained_with(path)["class_weights"] == "none"
-
-
 def test_class_weights_move_predictions(feats: Path, tmp_path: Path):
     def predicted(*argv: str) -> dict[str, int]:
         path = train(feats, tmp_path, "--head", "linear", "--C", "0.01", "--val-ratio", "0.3", *argv)
@@ -723,7 +660,7 @@ def test_numbers_that_are_none_end_with_status_2(feats: Path, capsys: pytest.Cap
         ["--folds", "0"],
         ["--seeds", "-1"],
         ["--ablation", "3"],
-        ["--recipe", "C"],
+        ["--recipe", "F"],
         ["--hea"],
     ):
         with pytest.raises(SystemExit) as ended:

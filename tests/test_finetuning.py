@@ -131,7 +131,7 @@ def test_a_new_head_has_the_runs_shape_and_other_weights(root: Path):
 
 
 def reference(start: Start, settings: TuneSettings, root: Path, steps: int) -> dict[str, torch.Tensor]:
-    """The first steps written plainly: every row's logits, torch's own loss and optimiser, no parts and no processes."""
+    """The `steps` of an epoch written plainly: every row's logits, torch's own loss and optimiser, no parts and no processes."""
     data = data_of(start, settings, root / "trunks")
     model = start.model
     encoders = [p for part, network in model.parts.items() if part != "head" for p in network.parameters()]
@@ -144,6 +144,10 @@ def reference(start: Start, settings: TuneSettings, root: Path, steps: int) -> d
         {"params": [p for p in head if p.dim() <= 2], "lr": settings.rate_of_head, "weight_decay": 0},
     ]
     optimizer = torch.optim.AdamW(groups)
+    cycle = None
+    if settings.schedule == "onecycle":
+        peaks = [group["lr"] for group in groups]
+        cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, steps, pct_start=settings.warmup)
     order = epoch_samples(data.train, (), settings.seed, 1, ())
     model.train(False)  # no dropout here, and batch norms are frozen
     for step in range(steps):
@@ -157,14 +161,20 @@ def reference(start: Start, settings: TuneSettings, root: Path, steps: int) -> d
         loss.backward()
         torch.nn.utils.clip_grad_norm_([*encoders, *head], settings.clip_grad)
         optimizer.step()
+        if cycle is not None and step < steps - 1:
+            cycle.step()
     return state(model)
 
 
-@pytest.mark.parametrize("micro_bs", [None, 3])
-def test_steps_are_those_of_plain_torch(micro_bs: int | None, root: Path):
+@pytest.mark.parametrize(
+    "own",
+    [{"bs": 9}, {"bs": 9, "micro_bs": 3}, {"bs": 3, "schedule": "onecycle", "warmup": 0.5}],
+    ids=["whole", "in parts", "onecycle"],
+)
+def test_steps_are_those_of_plain_torch(own: dict, root: Path):
     weighty = {"class_weights": {"good": 3.0}, "label_smoothing": 0.1, "clip_grad": 0.5}
-    settings = replace(PLAIN, ep=1, bs=9, micro_bs=micro_bs, **weighty)
-    expected = reference(begin(root), settings, root, steps=2)
+    settings = replace(PLAIN, ep=1, **own, **weighty)
+    expected = reference(begin(root), settings, root, steps=18 // settings.bs)
     start = begin(root)
     data = data_of(start, settings, root / "trunks")
     assert len(data.train) == 18

@@ -6,6 +6,7 @@ The CPU in float32 is the reference. Where values may round differently from dev
 much of that is allowed; a wrong kernel, side or row differs by far more.
 """
 
+import copy
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import torch
 from caches import encoded_course, make_cache, pair_options, submission
 from conftest import ENVIRONMENT, make_course
 from problems import N_TRAIN, SGD, make_problem, moved
+from tensors import normal
 
 from feats import efficientnet_extract_feats
 from feats.encoders.base import Encoder
@@ -34,6 +36,7 @@ from modeling.experiment import evaluate, fit_head
 from modeling.features.joined import load_features
 from modeling.features.splits import make_folds, make_split
 from modeling.heads.base import HeadConfig
+from modeling.heads.layers import Linear, initialise, set_product_dtype
 from modeling.heads.registry import HEADS
 from modeling.runs.folder import newest_run, read_predictions
 from modeling.training.closed_form import fit_kernel, fit_logistic
@@ -251,12 +254,33 @@ def test_deterministic_for_a_seed(name: str):
     assert apart(first.val_logits, other.val_logits) > 2e-2
 
 
-def test_low_precision_trains():
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_trains(precision: str):
     problem = moved(make_problem(), DEVICE)
     config = replace(settings("mlp"), head=HeadConfig("mlp", D=64), lr=1e-2, ep=20)
-    full, low = fit([config, replace(config, precision="bf16")], problem)
+    full, low = fit([config, replace(config, precision=precision)], problem)
     assert low.history[-1]["train_loss"] < 0.8 * low.history[0]["train_loss"]
     assert 0 < apart(full.val_logits, low.val_logits)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-9, 1e6])
+def test_fp16_products_are_the_cpu_s(size: float):
+    """Sums larger than float16 holds and gradients smaller, of two models unlike in size."""
+    layer = Linear(2, 48, 40)
+    initialise(layer, [1, 2])
+    set_product_dtype(layer, torch.float16)
+    x = 300 * normal(2, 33, 48)
+    grad = size * normal(2, 33, 40, seed=1) * torch.tensor([1.0, 1e-4])[:, None, None]
+    found = []
+    for device in ("cpu", DEVICE):
+        own, inputs = copy.deepcopy(layer).to(device), (1e4 * x.to(device)).clamp(-6e4, 6e4).requires_grad_()
+        y = own(inputs)
+        found.append([t.cpu() for t in (y, *torch.autograd.grad(y, [inputs, *own.parameters()], grad.to(device)))])
+    assert found[0][0].abs().max() > 65504
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        of_each = on_cpu.abs().flatten(1).amax(1).view(2, *[1] * (on_cpu.dim() - 1))
+        assert of_each.min() > 0
+        torch.testing.assert_close(on_gpu / of_each, on_cpu / of_each, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["linear", "kernel"])

@@ -74,6 +74,44 @@ def test_bf16_products_are_those_of_rounded_factors_and_only_in_training():
     assert torch.equal(layer.eval()(x), exact)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-9, 1e-30, 1e6], ids=lambda size: f"{size:g}")
+@pytest.mark.parametrize("bias", [True, False])
+def test_fp16_products_keep_gradients_of_any_size(bias: bool, size: float):
+    """float16 holds 6e-8 to 65504; each model of the stack has gradients of another size still."""
+    layer, x = shake(Linear(3, 24, 40, bias)), normal(3, 7, 24).requires_grad_()
+    grad = size * normal(3, 7, 40, seed=2) * torch.tensor([1.0, 1e-4, 30.0])[:, None, None]
+    set_product_dtype(layer, torch.float16)
+    rounded, weight = x.detach().half().double(), layer.weight.detach().half().double()
+    y = layer(x)
+    assert y.dtype == torch.float32
+    expected = rounded @ weight.mT + (layer.bias[:, None].double() if bias else 0)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    of_x, of_weight, *of_bias = torch.autograd.grad(y, [x, *layer.parameters()], grad)
+    assert of_x.dtype == of_weight.dtype == torch.float32
+    for found, wanted in ((of_x, grad.double() @ weight), (of_weight, grad.double().mT @ rounded)):
+        of_each = wanted.abs().amax((1, 2), keepdim=True)  # float16 keeps 11 bits of a gradient
+        torch.testing.assert_close(found / of_each, wanted / of_each, rtol=0, atol=2**-10, check_dtype=False)
+    assert [torch.equal(found, grad.sum(1)) for found in of_bias] == [True] * bias
+    alone = Linear(1, 24, 40, bias)
+    set_product_dtype(alone, torch.float16)
+    for m in range(3):
+        alone.load_state_dict({name: tensor[m : m + 1] for name, tensor in layer.state_dict().items()})
+        own = x.detach()[m : m + 1].requires_grad_()
+        of_own = torch.autograd.grad(alone(own), [own, alone.weight], grad[m : m + 1])
+        for found, wanted in zip(of_own, (of_x, of_weight), strict=True):
+            torch.testing.assert_close(found[0], wanted[m], rtol=1e-5, atol=1e-6 * float(wanted[m].abs().max()))
+
+
+def test_fp16_sums_that_float16_does_not_hold():
+    layer, x = Linear(1, 64, 32, bias=False), torch.full((1, 2, 64), 200.0)
+    with torch.no_grad():
+        layer.weight.fill_(100.0)
+    set_product_dtype(layer, torch.float16)
+    assert layer(x).unique().tolist() == [64 * 200 * 100]
+    layer(x).backward(torch.zeros(1, 2, 32))
+    assert layer.weight.grad.unique().tolist() == [0]
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [(6,), (1,), (4, 3), (2, 3, 4)])
 def test_linear(rows: tuple[int, ...], bias: bool):

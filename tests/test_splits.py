@@ -371,7 +371,7 @@ def test_a_split_file_without_a_test_part(tmp_path: Path):
                 "s.json": '{"folds": [{"train": ["a", "b"], "val": ["c", "d"]}, '
                 '{"train": ["c", "d"], "val": ["a", "b"], "test": ["e"]}]}'
             },
-            "s.json: folds with a test part",
+            r"s.json, fold 1 of 2 has no test part, and \S*s.json, fold 2 of 2 has one; give one to every fold or to none",
         ),
         ({"s.csv": "a,train\nb,val\n"}, "has columns a, train; expected id and split"),
         ({"s.csv": "id,part\na,train\n"}, "has columns id, part; expected id and split"),
@@ -399,6 +399,72 @@ def test_split_file_refusals(tmp_path: Path, files: dict[str, str], match: str):
     with pytest.raises(UsageError, match=match) as error:
         read_split_file(write(tmp_path, files), FILE_IDS, FILE_LABELS)
     assert "\n" not in str(error.value)
+
+
+# -- lists of folds ---------------------------------------------------------------------------------------------
+
+FOLD_LISTS = {  # FILE_IDS a to f have labels; parts of different folds may share rows
+    "train_1.txt": "a\nb\n",
+    "val_1.txt": "c\nd\n",
+    "test_1.txt": "e\nf\n",
+    "train_10.txt": "c\nd\n",
+    "dev_10.txt": "a\nb\n",
+    "test_10.txt": "e\n",
+    "Train_2.txt": "a\nd\n",
+    "VALIDATION_2.txt": "c\nb\n",
+    "testing_2.txt": "e\nf\n",
+    "notes_1.txt": "no list",
+    "train_1.txt.bak": "x",
+}
+
+
+@pytest.mark.parametrize("pattern", ["{part}_{fold}.txt", "{fold}/{part}.txt", "fold-{fold}/{part}-{fold}.csv"])
+def test_a_pattern_finds_every_fold_in_natural_order(tmp_path: Path, pattern: str):
+    folder = tmp_path / "splits [1]"
+    for name, text in FOLD_LISTS.items():
+        part, _, fold = name.partition(".")[0].partition("_")
+        end = "" if name.endswith(".txt") else ".bak"
+        path = folder / (pattern.replace("{part}", part).replace("{fold}", fold) + end)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    splits = read_split_file(folder / pattern, FILE_IDS, FILE_LABELS)
+    assert [(s.train, s.val, s.test) for s in splits] == [
+        (["a", "b"], ["c", "d"], ["e", "f"]),
+        (["a", "d"], ["b", "c"], ["e", "f"]),
+        (["c", "d"], ["a", "b"], ["e"]),
+    ]
+    assert [s.how for s in splits] == [{"files": [pattern], "fold": fold} for fold in ("1", "2", "10")]
+    save_split(splits, tmp_path / "split.json")  # as a run leaves it: test parts and shared rows come back
+    again = read_split_file(tmp_path / "split.json", FILE_IDS, FILE_LABELS)
+    assert [(s.train, s.val, s.test) for s in again] == [(s.train, s.val, s.test) for s in splits]
+
+
+@pytest.mark.parametrize(
+    "changed, match",
+    [
+        ({"val_1.txt": None}, r"fold 1 has no val list \(there is \S*test_1.txt, \S*train_1.txt\); add it"),
+        ({"Train_2.txt": None}, "fold 2 has no train list"),
+        ({"valid_1.txt": "c\n"}, r"\S*val_1.txt and \S*valid_1.txt are both the val part of fold 1; keep one"),
+        ({"test_10.txt": None}, r"txt, fold 10 has no test part, and \S*, fold 1 has one; give one to every fold"),
+        ({"test_1.txt": "e\na\n"}, r"fold 1: 1 id \(a\) named more than once \(a in train, test\)"),
+        ({"test_10.txt": "z\n"}, r"fold 10: 1 id \(z\) not among the 8 rows"),
+        ({"val_1.txt": "c\n"}, "fold 1: val holds no row of class y"),
+        (dict.fromkeys(["test_1.txt", "testing_2.txt", "test_10.txt"]), r"2 ids \(\S, \S\) in the val part of several"),
+        (dict.fromkeys(FOLD_LISTS), r"no file is called like \S*\{part\}_\{fold\}.txt, with train, val, test for"),
+    ],
+)
+def test_patterns_that_do_not_work(tmp_path: Path, changed: dict[str, str | None], match: str):
+    write(tmp_path, {name: text for name, text in (FOLD_LISTS | changed).items() if text is not None})
+    with pytest.raises(UsageError, match=match) as error:
+        read_split_file(tmp_path / "{part}_{fold}.txt", FILE_IDS, FILE_LABELS)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("names", [["{part}.txt"], ["train_{fold}.txt"], ["{part}_{fold}.txt", "val.txt"]])
+def test_patterns_need_both_places_and_stand_alone(tmp_path: Path, names: list[str]):
+    write(tmp_path, FOLD_LISTS)
+    with pytest.raises(UsageError, match=r"a pattern stands alone and holds \{fold\} and \{part\}, such as splits/"):
+        read_split_file([tmp_path / name for name in names], FILE_IDS, FILE_LABELS)
 
 
 def test_unreadable_split_files(tmp_path: Path):

@@ -28,7 +28,7 @@ from modeling.training.closed_form import fit_kernel
 from modeling.training.config import MONITORS, SCHEDULES, TrainConfig
 from modeling.training.exact import LINEAR_CS
 from modeling.training.fit import fit, n_epochs, stacks, work
-from modeling.training.gradient import cross_entropy, lr_factor
+from modeling.training.gradient import beta1, cross_entropy, lr_factor
 from modeling.training.problem import Problem, Trained, class_weights, predict_stack
 
 
@@ -185,9 +185,7 @@ def plain_fusion(
     schedule = {
         "constant": lambda: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
         "cosine": lambda: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
-        "onecycle": lambda: torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, config.lr, total_steps=steps, pct_start=0.3, cycle_momentum=False
-        ),
+        "onecycle": lambda: torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps, pct_start=0.3),
     }[config.schedule]()
     weights = class_weights(config.class_weights, problem).double()
     draws = gradient._Draws([config], problem, inputs)
@@ -238,20 +236,54 @@ def test_a_whole_training_of_fusion_is_torch_s(own: dict, bias: bool):
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 10, 37, 1000])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_are_torch_s(name: str, steps: int):
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=0.5)
     schedule = {
         "constant": lambda: None,
         "cosine": lambda: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
-        "onecycle": lambda: torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, 0.5, total_steps=steps, pct_start=0.3, cycle_momentum=False
-        ),
+        "onecycle": lambda: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.5, total_steps=steps, pct_start=0.3),
     }[name]()
     for step in range(steps):
-        expected = optimizer.param_groups[0]["lr"]
-        assert 0.5 * lr_factor(name, step, steps) == pytest.approx(expected, rel=1e-6, abs=1e-9), step
+        (group,) = optimizer.param_groups
+        assert 0.5 * lr_factor(name, step, steps) == pytest.approx(group["lr"], rel=1e-6, abs=1e-9), step
+        assert beta1(name, step, steps) == pytest.approx(group["betas"][0], rel=1e-6), step
         optimizer.step()
         if schedule and step < steps - 1:
             schedule.step()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_steps_of_onecycle_are_those_of_torch_s_with_its_momentum(optimizer: str):
+    """Rate and beta1 of every step, and the weights they lead to, of groups that differ in all that groups may."""
+    own = [{"lr": 0.01, "weight_decay": 0.1}, {"lr": 0.03}, {"lr": 0.02, "schedule": "constant"}]
+    configs = [
+        TrainConfig(HeadConfig(), optimizer=optimizer, **{"schedule": "onecycle", **settings}) for settings in own
+    ]
+    steps, start = 40, normal(3, 4, 5)
+    stack = nn.ParameterList([nn.Parameter(start.clone())])
+    ours, found = gradient._StackedAdam(stack, configs, steps), []
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer]
+    weights = [nn.Parameter(x.clone()) for x in start]
+    theirs = [kind([x], lr=c.lr, weight_decay=c.weight_decay) for x, c in zip(weights, configs, strict=True)]
+    cycles = [
+        torch.optim.lr_scheduler.OneCycleLR(of_model, config.lr, total_steps=steps)
+        for of_model, config in zip(theirs[:2], configs, strict=False)
+    ]
+    for step in range(steps):
+        stack[0].grad = normal(3, 4, 5, seed=step + 1)
+        for m, x in enumerate(weights):
+            x.grad = stack[0].grad[m].clone()
+        ours.step()
+        found.append(beta1("onecycle", step, steps))
+        for m, of_model in enumerate(theirs):
+            (group,) = of_model.param_groups
+            assert ours.last_lr(m) == pytest.approx(group["lr"], rel=1e-6)
+            assert group["betas"][0] == pytest.approx(found[-1] if m < 2 else 0.9)
+            of_model.step()
+        if step < steps - 1:
+            for cycle in cycles:
+                cycle.step()
+        torch.testing.assert_close(stack[0].detach(), torch.stack([x.detach() for x in weights]), rtol=1e-5, atol=1e-6)
+    assert [found[0], min(found), found[-1]] == pytest.approx([0.95, 0.85, 0.95])
 
 
 def test_cross_entropy_is_torch_s():
@@ -431,6 +463,21 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_rest(monitor: str, patienc
     loss = F.cross_entropy(torch.tensor(found.val_logits), torch.tensor(labels)).item()
     assert best["val_loss"] == pytest.approx(loss, rel=1e-5)
     assert all(math.isfinite(value) for row in history for value in row.values())
+
+
+@pytest.mark.parametrize(("monitor", "gain"), [("loss", 0.03), ("accuracy", 0.06)])  # of 21 rows: one more is 0.048
+def test_a_gain_below_the_least_one_is_none(monitor: str, gain: float):
+    problem = make_problem()
+    config = TrainConfig(HeadConfig("fusion", D=16), lr=3e-3, ep=30, bs=16, monitor=monitor, patience=4, seed=1)
+    demanding = replace(config, min_gain=gain)
+    plain, found = fit([config, demanding], problem)
+    figures = [-row["val_loss"] if monitor == "loss" else row[monitor] for row in found.history]
+    best = 0
+    for k, figure in enumerate(figures):
+        best = k if figure > figures[best] + gain else best
+    assert found.best_epoch == best + 1 and len(found.history) == min(30, best + 5)
+    assert figures[best] < max(figures), "an epoch that betters by less must be among them"
+    assert plain.best_epoch != found.best_epoch
 
 
 def test_history_tells_the_learning_rate_and_the_weights_of_the_sides():
@@ -618,15 +665,25 @@ def test_a_loss_that_is_not_finite(lr: float, ep: int):
     np.testing.assert_allclose(kept.val_logits, fit([tame], problem)[0].val_logits, atol=1e-5)
 
 
+@pytest.mark.parametrize(("precision", "share"), [("bf16", 0.1), ("fp16", 0.02)])
 @pytest.mark.parametrize("name", ["fusion", "concat", "cross_attention"])
-def test_bf16_trains_what_fp32_does_up_to_rounding(name: str):
+def test_low_precision_trains_what_fp32_does_up_to_rounding(name: str, precision: str, share: float):
     problem, config = make_problem(), TrainConfig(HeadConfig(name, D=32), lr=3e-3, ep=8, bs=32)
-    exact, low = fit([config, replace(config, precision="bf16")], problem)
-    assert 0 < np.abs(exact.val_logits - low.val_logits).max() < 0.1 * np.abs(exact.val_logits).max()
+    exact, low = fit([config, replace(config, precision=precision)], problem)
+    assert 0 < np.abs(exact.val_logits - low.val_logits).max() < share * np.abs(exact.val_logits).max()
     same(low, fit([low.config], problem)[0])
-    # What is validated is what the saved weights give, without bf16.
+    # What is validated is what the saved weights give, in fp32.
     logits = predict_stack(low.head, problem.inputs, problem.val)[0]
     np.testing.assert_allclose(logits, low.val_logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fusion", "concat", "cross_attention"])
+def test_fp16_in_a_stack_is_fp16_alone(name: str):
+    """Up to its rounding, whatever the others' gradients are."""
+    problem, config = make_problem(), TrainConfig(HeadConfig(name, D=32), lr=3e-3, ep=4, bs=32, precision="fp16")
+    stack = [config, replace(config, class_weights={"a": 50.0}, seed=1)]
+    for found in fit(stack, problem):
+        np.testing.assert_allclose(found.val_logits, fit([found.config], problem)[0].val_logits, atol=5e-3)
 
 
 def test_what_becomes_of_a_model_after_it_stopped_hurts_nobody():

@@ -6,8 +6,10 @@ runs comparable row by row. Hence a hash of (seed, id) in place of a generator, 
 scikit-learn's StratifiedGroupKFold, whose folds are multiples of 1/k and vary in size, at a second per 4000 rows.
 """
 
+import glob
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -335,38 +337,106 @@ def _check_every_class_in(
 
 
 def read_split_file(paths: Path | str | Sequence[Path | str], ids: Sequence[str], labels: Sequence[str]) -> list[Split]:
-    """The split in one file or three; several only from a file of folds.
+    """The split in one file or three; several from a file of folds, or from lists of folds by a pattern.
 
     One JSON: `{"train": [ids], "val": [ids], "test": [ids]}`, also a run's split.json, or `{"folds": [...]}` of such,
     as a run with folds leaves. One CSV: columns `id` (or `guid`) and `split`. Two or three lists: CSV files whose first
     column are ids, or text files of one id per line (what follows a comma is ignored, unless it belongs to an id of
     `ids`), for the part in the file's name (`val.txt`, `my_train_ids.csv`), or, where no name tells, for train, val,
-    test in that order. Blanks around an id of a CSV or list are ignored, unless `ids` has it with them.
-    Ids of `ids` that no part names stay unused. `labels` (N,) of `ids`, '' where unknown.
+    test in that order. Lists of folds: a pattern such as `splits/{part}_{fold}.txt`, of which every name found in the
+    place of `{fold}` is a fold; 2 comes before 10. Blanks around an id of a CSV or list are ignored, unless `ids` has
+    it with them. Ids of `ids` that no part names stay unused. `labels` (N,) of `ids`, '' where unknown.
     Raises `UsageError` for unreadable files, unknown ids, ids named twice, an empty train or val part, rows without
-    a label in them, one class only, a class that train or val lacks, and folds with a test part or that validate a row
-    twice.
+    a label in them, one class only, a class that train or val lacks, and folds of which only some have a test part or,
+    without test parts, several validate a row.
     """
     files = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
     source = ", ".join(map(str, files))
     label_of = dict(zip(ids, labels, strict=True))
-    if len(files) == 1:
+    folds: dict[str, dict[str, list[str]]] = {}  # of a pattern, by what is in the place of {fold}
+    if any(place in source for place in PLACES):
+        folds = _read_pattern(files, label_of)
+        found = list(folds.values())
+    elif len(files) == 1:
         found = _read_json(files[0]) if files[0].suffix.lower() == ".json" else [_read_csv(files[0], label_of)]
     elif len(files) in (2, 3):
         found = [{part: _read_list(file, label_of) for part, file in zip(_parts_of_files(files), files, strict=True)}]
     else:
         raise UsageError(f"{len(files)} split files; give one (JSON or CSV), or three lists of ids: train, val, test")
-    names = [source] if len(found) == 1 else [f"{source}, fold {k} of {len(found)}" for k in range(1, len(found) + 1)]
+    called = list(folds) or [f"{k} of {len(found)}" for k in range(1, len(found) + 1)]
+    names = [f"{source}, fold {fold}" for fold in called] if len(called) > 1 else [source]
     for parts, name in zip(found, names, strict=True):
         _check_parts(parts, label_of, name)
-    if len(found) > 1:
-        twice = [i for i, n in Counter(i for parts in found for i in parts["val"]).items() if n > 1]
-        if twice:
-            raise UsageError(f"{source}: {_few(twice, 'id')} in the val part of several folds; keep one")
-        if any(parts.get("test") for parts in found):
-            raise UsageError(f"{source}: folds with a test part; name train and val only, every row is tested as val")
-    how = {"files": [file.name for file in files]}
-    return [_split_of(parts, how) for parts in found]
+    _check_folds(found, names, source)
+    how: dict[str, Any] = {"files": [_from_first_place(file) for file in files]}
+    hows = [{**how, "fold": fold} for fold in folds] or [how] * len(found)
+    return [_split_of(parts, of_fold) for parts, of_fold in zip(found, hows, strict=True)]
+
+
+def _check_folds(found: Sequence[dict[str, list[str]]], names: Sequence[str], source: str) -> None:
+    tested = [bool(parts.get("test")) for parts in found]
+    if any(tested) and not all(tested):
+        without, having = names[tested.index(False)], names[tested.index(True)]
+        raise UsageError(f"{without} has no test part, and {having} has one; give one to every fold or to none")
+    twice = [i for i, n in Counter(i for parts in found for i in parts["val"]).items() if n > 1]
+    if twice and not any(tested):
+        raise UsageError(
+            f"{source}: {_few(twice, 'id')} in the val part of several folds; keep one, or give every fold a test part"
+        )
+
+
+PLACES = ("{fold}", "{part}")  # in a pattern of file names
+
+
+def _read_pattern(files: Sequence[Path], known: Collection[str]) -> dict[str, dict[str, list[str]]]:
+    """The parts of each fold."""
+    pattern = files[0].as_posix()
+    if len(files) > 1 or not all(place in pattern for place in PLACES):
+        raise UsageError(
+            f"split files {', '.join(map(str, files))}: a pattern stands alone and holds {' and '.join(PLACES)}, such "
+            "as splits/{part}_{fold}.txt"
+        )
+    part_of = {**{part: part for part in PARTS}, **ALIASES}
+    lists: dict[str, dict[str, Path]] = {}
+    for fold, word in _matching(pattern, part_of):
+        of_fold, part = lists.setdefault(fold, {}), part_of[word.lower()]
+        file = Path(pattern.replace("{fold}", fold).replace("{part}", word))
+        if part in of_fold:
+            raise UsageError(f"{of_fold[part]} and {file} are both the {part} part of fold {fold}; keep one")
+        of_fold[part] = file
+    if not lists:
+        raise UsageError(f"no file is called like {pattern}, with {', '.join(PARTS)} for {{part}}; check its folder")
+    for fold, of_fold in lists.items():
+        for part in PARTS[:2]:
+            if part not in of_fold:
+                there = ", ".join(str(file) for file in of_fold.values())
+                raise UsageError(f"{pattern}: fold {fold} has no {part} list (there is {there}); add it")
+    return {
+        fold: {part: _read_list(lists[fold][part], known) for part in PARTS if part in lists[fold]}
+        for fold in sorted(lists, key=_natural)
+    }
+
+
+def _matching(pattern: str, words: Collection[str]) -> list[tuple[str, str]]:
+    """What stands for {fold} and {part} in the names of the files there are."""
+    expression = re.escape(pattern)
+    for place, meant in (("fold", "[^/]+"), ("part", f"(?i:{'|'.join(sorted(words, key=len, reverse=True))})")):
+        escaped = re.escape(f"{{{place}}}")
+        expression = expression.replace(escaped, f"(?P<{place}>{meant})", 1).replace(escaped, f"(?P={place})")
+    paths = glob.glob(glob.escape(pattern).replace("{fold}", "*").replace("{part}", "*"))
+    matches = [re.fullmatch(expression, Path(path).as_posix()) for path in sorted(paths)]
+    return [(match["fold"], match["part"]) for match in matches if match]
+
+
+def _natural(name: str) -> list[str | int]:
+    """A key that sorts 2 before 10."""
+    return [int(piece) if k % 2 else piece for k, piece in enumerate(re.split(r"(\d+)", name))]
+
+
+def _from_first_place(file: Path) -> str:
+    """A file's name; of a pattern also the folders that have a place."""
+    first = next((k for k, part in enumerate(file.parts) if any(place in part for place in PLACES)), -1)
+    return "/".join(file.parts[first:])
 
 
 def _check_parts(parts: dict[str, list[str]], label_of: dict[str, str], source: str) -> None:

@@ -15,6 +15,7 @@ from modeling.finetuning.model import PairModel
 from modeling.finetuning.parameters import load_plain
 from modeling.finetuning.predicting import figures_of, predict, score_of
 from modeling.finetuning.settings import TuneSettings
+from modeling.training.config import is_better
 
 WISE_FT_SHARES = tuple(k / 10 for k in range(1, 10))  # of the way from the start to the tuned weights
 
@@ -37,7 +38,8 @@ def best_epoch(history: History, settings: TuneSettings) -> int:
     """The last epoch that bettered all before it by more than `min_gain`; 0, the start, where none did."""
     best = history[0]
     for row in history[1:]:
-        if score_of(row, settings.monitor) > score_of(best, settings.monitor) + settings.min_gain:
+        score, so_far = (score_of(of, settings.monitor) for of in (row, best))
+        if is_better(score, so_far, settings.min_gain):
             best = row
     return int(best["epoch"])
 

@@ -75,8 +75,6 @@ class TuneSettings:
             raise UsageError(f"`layer_decay` {self.layer_decay:g}: expected above 0 and at most 1")
         if not 0 <= self.warmup < 1:
             raise UsageError(f"`warmup` {self.warmup:g}: expected a share of the steps, 0 <= warmup < 1")
-        if not 0 <= self.min_gain < math.inf:
-            raise UsageError(f"`min_gain` {self.min_gain:g}: expected a finite number, 0 or more")
         if self.soup < 0:
             raise UsageError(f"`soup` {self.soup}: expected 0 (none) or how many of the best epochs are tried")
         if self.tune not in ("all", "head") and self.last_blocks is None:
@@ -109,6 +107,7 @@ class TuneSettings:
             class_weights=self.class_weights,
             monitor=self.monitor,
             patience=self.patience,
+            min_gain=self.min_gain,
             seed=self.seed,
         )
 
@@ -117,7 +116,8 @@ def lr_factor(settings: TuneSettings, step: int, steps: int) -> float:
     """The learning rate of step 0 <= `step` < `steps` as a share of its peak.
 
     A linear rise over the first `warmup` of the steps; then half a cosine wave down to 0 (Loshchilov and Hutter 2017),
-    or the peak all along. onecycle rises and falls in half waves, see `modeling.training.gradient.lr_factor`.
+    or the peak all along. onecycle rises and falls in half waves, see `modeling.training.gradient.lr_factor`; there
+    Adam's beta1 is cycled, too.
     """
     from modeling.training import gradient
 

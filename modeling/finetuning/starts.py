@@ -195,9 +195,12 @@ def start_from_encoders(
     data = read_dataset(place.path or Path("data"), place.layout)["train"]
     source = FeatureSource(Path("."), tuple(caches["image"]), tuple(caches["text"]), tokens)
     rows = rows_as_features(data, source, "train")
-    experiment = Experiment.of(
-        rows, make_splits(rows, split), device="cpu", duplicates_together=split.duplicates_together
-    )
+    splits = make_splits(rows, split)
+    if len(splits) > 1:
+        raise UsageError(
+            f"`split_file` holds {len(splits)} folds, and one model is tuned on one split; name the lists of one fold"
+        )
+    experiment = Experiment.of(rows, splits, device="cpu", duplicates_together=split.duplicates_together)
     encoders: dict[str, Encoder] = {}
     for side, choice in choices.items():
         if choice.name not in encoders:

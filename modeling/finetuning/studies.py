@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from modeling.training.recipes import RECIPES
+
 
 @dataclass(frozen=True)
 class EncoderChoice:
@@ -22,7 +24,7 @@ class EncoderChoice:
 @dataclass(frozen=True)
 class StudyModel:
     """A study's two encoders and the head on them, a name of `modeling.heads.registry.HEADS`. `tokens`: the head reads
-    token features, so the encoders must give them."""
+    token features, so the encoders must give them. `settings`: what the study's recipe has otherwise for this model."""
 
     study: str
     summary: str
@@ -30,11 +32,13 @@ class StudyModel:
     text: EncoderChoice
     head: str
     tokens: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 _BERT = EncoderChoice("roberta", "bert-base-uncased", {"pooling": "cls"})
 _CHINESE_BERT = EncoderChoice("roberta", "bert-base-chinese", {"pooling": "cls"})  # chosen: the class token
 _RESNET50 = EncoderChoice("resnet", "resnet50")
+_NOT_CLIP = {"lr": 1e-4, "weight_decay": 0.01}  # B's other models; the decay is AdamW's own default in torch
 _CLIP = EncoderChoice("clip")  # ViT-B/32, but for given weights what they hold
 
 MODELS: dict[str, StudyModel] = {
@@ -50,6 +54,7 @@ MODELS: dict[str, StudyModel] = {
         EncoderChoice("roberta", options={"pooling": "cls"}, untrained=True),
         "cross_modal",
         tokens=True,
+        settings=_NOT_CLIP,
     ),
     "vilbert_style": StudyModel(
         "B",
@@ -57,6 +62,7 @@ MODELS: dict[str, StudyModel] = {
         EncoderChoice("vit", "google/vit-base-patch16-224-in21k"),
         _BERT,
         "vilbert",
+        settings=_NOT_CLIP,
     ),
     # C says ResNet and BERT: their usual sizes are chosen.
     "bert_resnet_coattention": StudyModel(
@@ -76,40 +82,24 @@ MODELS: dict[str, StudyModel] = {
     ),
 }
 
+_OF_CACHED_FEATURES = ("ep", "precision")  # study D's 100 epochs of a head alone, and how it multiplied in them
+
 TUNING_RECIPES: dict[str, dict[str, Any]] = {
-    # B's published defaults: the whole of CLIP at 1e-5; batch, epochs and the random tenth are the same for all models.
-    "B": {
-        "optimizer": "adamw",
-        "lr": 1e-5,
-        "weight_decay": 1e-4,
-        "bs": 8,
-        "ep": 10,
-        "val_ratio": 0.1,
-        "D": 512,  # its clip_match has 1.051 M parameters
-    },
-    # C brought the rate from 1e-4 down to 5e-6 for finetuning; the best of 10 epochs by accuracy; split 4:1.
-    "C": {"lr": 5e-6, "ep": 10, "monitor": "accuracy", "val_ratio": 0.2},
-    # D's table has its finetuned ResNet50 and RoBERTa at D 256 and 2e-5, its module a batch of 64. Adam, the dropout
-    # and the split with its seed are those of its heads; the 100 epochs there belong to cached features.
+    # The whole of CLIP; batch, epochs and the random tenth are the same for all models of B.
+    "B": RECIPES["B"],
+    "C": RECIPES["C"],
+    # D's table has its finetuned ResNet50 and RoBERTa at D 256 and 2e-5, its module a batch of 64. The rest is that of
+    # its heads.
     "D": {
-        "optimizer": "adam",
+        **{name: value for name, value in RECIPES["D"].items() if name not in _OF_CACHED_FEATURES},
         "lr": 2e-5,
         "bs": 64,
-        "dropout": 0.3,
-        "val_ratio": 0.1,
-        "split_seed": 42,
-        "D": 256,
     },
-    # E's best of the grid lr {1e-5, 2e-5} x dropout {0.3, 0.5}, applied to all; early stop on macro F1; split 8:2.
-    "E": {
-        "optimizer": "adamw",
-        "lr": 1e-5,
-        "bs": 16,
-        "ep": 6,
-        "dropout": 0.5,
-        "monitor": "macro_f1",
-        "patience": 3,
-        "min_gain": 0.001,
-        "val_ratio": 0.2,
-    },
+    "E": RECIPES["E"],
 }
+
+
+def tuning_recipe(study: str | None, model: str | None = None) -> dict[str, Any]:
+    """A study's settings of end-to-end training, those of a model of its own among them; none without a study."""
+    own = MODELS[model].settings if model and MODELS[model].study == study else {}
+    return {**TUNING_RECIPES[study], **own} if study else {}

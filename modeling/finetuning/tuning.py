@@ -32,6 +32,7 @@ from modeling.finetuning.parameters import (
 from modeling.finetuning.predicting import figures_of, predict, seeded
 from modeling.finetuning.settings import TuneSettings, lr_factor
 from modeling.heads.layers import Noise, attach_noise
+from modeling.training.gradient import beta1
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,10 @@ class _Tuning:
         self.team.sum([*gradients, *after.values(), total])
         for name, buffer in self.statistics.items():
             buffer.copy_(after[name] / math.ceil(len(rows) / self.micro))
+        settings, steps = self.settings, self.settings.ep * self.steps_per_epoch
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * lr_factor(self.settings, self.step, self.settings.ep * self.steps_per_epoch)
+            group["lr"] = peak * lr_factor(settings, self.step, steps)
+            group["betas"] = beta1(settings.schedule, self.step, steps, settings.warmup), group["betas"][1]
         self.scaler.unscale_(self.optimizer)
         if self.settings.clip_grad is not None:
             torch.nn.utils.clip_grad_norm_(list(self.trained.values()), self.settings.clip_grad)

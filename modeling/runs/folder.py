@@ -2,7 +2,8 @@
 
 `config.json` (everything needed to repeat it), `head.safetensors` (weights and normalisation of every member),
 `split.json` (ids), `metrics.json`, `history.csv`, `predictions_val.csv`; where the split has a test part
-`predictions_test.csv`; of a finetuned run also its encoders, in `encoders`.
+`predictions_test.csv`, where several folds have `predictions_test_1.csv` and so on, each by its fold's own members; of
+a finetuned run also its encoders, in `encoders`.
 """
 
 import hashlib
@@ -31,7 +32,7 @@ from modeling.features.joined import FeatureSource
 from modeling.features.splits import load_split, save_split
 from modeling.heads.base import HeadConfig, ablation_number, n_parameters
 from modeling.heads.registry import build_head
-from modeling.runs.run import Finetuned, Member, Report, Run, Stacking
+from modeling.runs.run import Finetuned, FoldTest, Member, Report, Run, Stacking
 from modeling.runs.unfinished import unfinished_folder
 from modeling.training.config import TrainConfig
 
@@ -46,6 +47,7 @@ CONFIG, TENSORS, SPLIT, METRICS, HISTORY, PREDICTIONS = (
     "predictions_val.csv",
 )
 TEST_PREDICTIONS = "predictions_test.csv"  # where the split has a test part
+FOLD_PREDICTIONS = "predictions_test_{}.csv"  # where several splits have, by fold from 1
 ENCODERS = "encoders"
 PREDICTION_COLUMNS = ("id", "tag", "pred")
 LONGEST_PART = 80  # bytes of the caches in a run's name; a file system takes 255 of the whole
@@ -89,6 +91,9 @@ def save_run(
             write_predictions(unfinished / PREDICTIONS, report.ids, report.tags, report.probabilities, run.classes)
             if report.test is not None:
                 write_predictions(unfinished / TEST_PREDICTIONS, *report.test, run.classes)
+            for part in report.test_folds:
+                path_of_fold = unfinished / FOLD_PREDICTIONS.format(part.fold)
+                write_predictions(path_of_fold, part.ids, part.tags, part.probabilities, run.classes)
             if encoders is not None:
                 shutil.move(encoders, unfinished / ENCODERS)
             if overwrite:
@@ -335,7 +340,11 @@ def read_report(path: Path) -> Report:
     """What a saved run's training said. Raises `UsageError` when its files can't be read."""
     try:
         test = read_predictions(path / TEST_PREDICTIONS) if (path / TEST_PREDICTIONS).is_file() else None
-        return Report(*read_predictions(path / PREDICTIONS), read_metrics(path), read_table(path / HISTORY), test)
+        folds = sorted({m["fold"] for m in read_config(path)["members"] if m["fold"]})
+        files = {fold: path / FOLD_PREDICTIONS.format(fold) for fold in folds}
+        of_folds = [FoldTest(fold, *read_predictions(file)) for fold, file in files.items() if file.is_file()]
+        said, history = read_predictions(path / PREDICTIONS), read_table(path / HISTORY)
+        return Report(*said, read_metrics(path), history, test, of_folds)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} is damaged ({first_line(error)}); train again") from None
 

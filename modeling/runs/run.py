@@ -86,9 +86,20 @@ def opinion(logits: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class FoldTest:
+    """What the members of one fold (from 1) said of its own test part."""
+
+    fold: int
+    ids: list[str]
+    tags: list[str]
+    probabilities: np.ndarray  # (N, C), calibrated
+
+
+@dataclass(frozen=True)
 class Report:
     """What a training said of its validation rows, each predicted by members that weren't trained on it; and of its
-    test part, where the split has one, in `test`: ids, tags and probabilities."""
+    test part, where the split has one, in `test`: ids, tags and probabilities; where several splits have one, of each
+    in `test_folds`."""
 
     ids: list[str]
     tags: list[str]
@@ -96,6 +107,7 @@ class Report:
     figures: dict[str, Any]  # what goes into metrics.json
     history: list[dict[str, Any]]
     test: tuple[list[str], list[str], np.ndarray] | None = None
+    test_folds: list[FoldTest] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """Figures as text: what a terminal shows of a run."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from modeling.evaluation.metrics import figure_rows, format_table
 from modeling.heads.base import ablation_number, n_parameters
 from modeling.runs.run import Run
@@ -23,8 +26,9 @@ def report_tables(run: Run) -> str:
     rows = [row for part in ("val", "test") if part in figures for row in figure_rows(figures[part], part)]
     members = figures.get("members", {"count": 1})
     if members["count"] > 1:
-        spread = {name: f"{v['mean']:.3f}±{v['std']:.3f}" for name, v in members["mean_std"].items() if name != "n"}
-        rows.insert(1, {"rows": f"  each of {members['count']}", **spread})
+        rows.insert(1, {"rows": f"  each of {members['count']}", **_spread(members)})
+    if "test_folds" in figures:
+        rows.append({"rows": f"test, each of {figures['test_folds']['count']}", **_spread(figures["test_folds"])})
     last = figures["test" if "test" in figures else "val"]
     per_class = [
         {"class": name, **of_class, **dict(zip(run.classes, confused, strict=True)), "predicted:": ""}
@@ -34,3 +38,11 @@ def report_tables(run: Run) -> str:
     return "\n\n".join(
         [format_table(rows, columns), format_table(per_class, class_columns), f"protocol: {figures['protocol']}"]
     )
+
+
+def _spread(of_several: Mapping[str, Any]) -> dict[str, str]:
+    """Mean±std of figures of several members or folds; of a single one its figures."""
+    shown = {name: value for name, value in of_several["mean_std"].items() if name != "n"}
+    return {
+        name: f"{v['mean']:.3f}" + (f"±{v['std']:.3f}" if v["std"] is not None else "") for name, v in shown.items()
+    }

@@ -12,7 +12,7 @@ from feats.errors import UsageError
 from modeling.heads.base import HeadConfig, head_class
 
 OPTIMIZERS = ("adam", "adamw")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEDULES = ("constant", "cosine", "onecycle")
 MONITORS = ("accuracy", "weighted_f1", "macro_f1", "loss")
 CLASS_WEIGHTS = ("none", "balanced", "sqrt")
@@ -39,7 +39,8 @@ class TrainConfig:
     balanced_sampler: bool = False
     monitor: str = "accuracy"
     patience: int | None = None  # epochs without a better `monitor`; None: train them all
-    precision: str = "fp32"  # of the products in training; bf16: twice as fast where the processor has it
+    min_gain: float = 0.0  # of the monitored figure, to count as better
+    precision: str = "fp32"  # of the products in training; bf16, fp16: faster where the processor has them
     seed: int = 42
     C: float | None = None  # linear: inverse strength of the penalty, as scikit-learn's. None: chosen by inner folds
     ridge: float | None = None  # kernel: strength of the penalty. None: chosen by inner folds
@@ -61,6 +62,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"`{name}` {value:g}: expected a number above 0")
+        if not 0 <= self.min_gain < math.inf:
+            raise UsageError(f"`min_gain` {self.min_gain:g}: expected a finite number, 0 or more")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"`seed` {self.seed}: expected 0 to 2^63 - 1")
         if self.patience is not None and self.patience < 1:
@@ -131,6 +134,11 @@ def with_seeds(config: TrainConfig, n: int = 1) -> list[TrainConfig]:
         raise UsageError(f"`seeds` {n}: expected 1 or more")
     count = 1 if head_class(config.head.head).closed_form() else n
     return [replace(config, seed=config.seed + k) for k in range(count)]
+
+
+def is_better(score: float, best: float, min_gain: float) -> bool:
+    """Whether a monitored figure, turned so that more is better, betters the best so far: by more than `min_gain`."""
+    return score > best + min_gain
 
 
 def hyperparameters(config: TrainConfig) -> tuple[float, float, str]:

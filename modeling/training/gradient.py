@@ -22,7 +22,7 @@ from modeling.features.inputs import Inputs
 from modeling.heads.base import Head
 from modeling.heads.layers import Noise, attach_noise, set_product_dtype
 from modeling.heads.registry import build_head
-from modeling.training.config import PRECISIONS, TrainConfig, hyperparameters
+from modeling.training.config import PRECISIONS, TrainConfig, hyperparameters, is_better
 from modeling.training.problem import Problem, Trained, class_weights, predict_stack, validation_figures
 from modeling.training.threads import StepThreads, threads_kept
 
@@ -166,7 +166,7 @@ class _StackedAdam:
                 group.taken,
                 fused=True,
                 amsgrad=False,
-                beta1=0.9,
+                beta1=beta1(group.schedule, self.taken, self.steps),
                 beta2=0.999,
                 lr=group.lr,
                 weight_decay=group.weight_decay,
@@ -186,20 +186,32 @@ def lr_factor(schedule: str, step: int, steps: int, warmup: float = 0.3) -> floa
     """The learning rate of step 0 <= `step` < `steps` as a share of its peak.
 
     cosine: half a wave from 1 to 0 (Loshchilov and Hutter 2017). onecycle: from 1/25 to 1 over the first `warmup` of
-    the steps, then to 1/250000, both half waves, as torch's OneCycleLR (Smith and Topin 2018) with its momentum
-    fixed.
+    the steps, then to 1/250000, both half waves, as torch's OneCycleLR (Smith and Topin 2018); see also `beta1`.
     """
     if schedule == "cosine":
-        return (1 + math.cos(math.pi * step / steps)) / 2
+        return _half_wave(1.0, 0.0, step / steps)
     if schedule == "onecycle":
-        top = warmup * steps - 1
-        start, end, share = (
-            (1 / 25, 1.0, step / top)
-            if top > 0 and step <= top
-            else (1.0, 1 / 25e4, (step - top) / max(1e-9, steps - 1 - top))
-        )
-        return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+        return _cycled(1 / 25, 1.0, 1 / 25e4, step, steps, warmup)
     return 1.0
+
+
+def beta1(schedule: str, step: int, steps: int, warmup: float = 0.3) -> float:
+    """Adam's decay of the mean gradient in step 0 <= `step` < `steps`: 0.9; under onecycle, while the rate rises, from
+    0.95 down to 0.85, and back to 0.95 as it falls, as torch's OneCycleLR cycles it by default."""
+    return _cycled(0.95, 0.85, 0.95, step, steps, warmup) if schedule == "onecycle" else 0.9
+
+
+def _cycled(start: float, top: float, end: float, step: int, steps: int, warmup: float) -> float:
+    """From `start` to `top` over the first `warmup` of the steps, then to `end`, both in half waves."""
+    last = warmup * steps - 1  # step of the first phase
+    if last > 0 and step <= last:
+        return _half_wave(start, top, step / last)
+    return _half_wave(top, end, (step - last) / max(1e-9, steps - 1 - last))
+
+
+def _half_wave(start: float, end: float, share: float) -> float:
+    """From `start` at share 0 to `end` at 1."""
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
 def cross_entropy(
@@ -238,7 +250,7 @@ class _Best:
             if self.stopped[m]:
                 continue
             score = -figures["val_loss"][m] if config.monitor == "loss" else figures[config.monitor][m]
-            if score > self.score[m]:
+            if is_better(score, self.score[m], config.min_gain):
                 self.score[m], self.epoch[m] = float(score), epoch
                 better.append(m)
             elif config.patience is not None and epoch - self.epoch[m] >= config.patience:
