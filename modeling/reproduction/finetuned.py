@@ -90,10 +90,11 @@ def tuned_results(
                 found[row.label] = Result(row, TUNED, reason=" ".join(str(error).split()))
     for row in rows:
         if row.ablation_of is not None:
-            whole = found.get(row.ablation_of)
-            reason = NOT_TUNED if whole is None else whole.reason
-            runs = () if whole is None else whole.runs
-            found[row.label] = Result(row, TUNED, runs, whole.differs if whole else (), reason)
+            without = Result(
+                row, TUNED, reason=f"not run: it is of the row {row.ablation_of}; name that in `rows`, too"
+            )
+            whole = found.get(row.ablation_of, without)
+            found[row.label] = replace(whole, row=row, made=0)
     return [found[row.label] for row in rows]
 
 
