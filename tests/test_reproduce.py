@@ -110,7 +110,7 @@ def test_rows_are_of_heads_encoders_and_models_there_are(table, row: Row):
 @pytest.mark.parametrize("table", TABLES.values(), ids=list(TABLES))
 def test_a_tuned_row_is_the_study_s_recipe_and_its_own_settings(table):
     for row in table.rows:
-        if row.model:
+        if row.model and row.model not in ("bert_vit_scratch", "vilbert_style"):  # whose rate B doesn't tell
             head, settings = finetuned.tuning_of(table, row)
             assert (head.head, head.sides) == (row.head, row.sides)
             rate = {"B": 1e-5, "C": 5e-6, "D": 2e-5, "E": 1e-5}[table.study.letter]

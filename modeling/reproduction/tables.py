@@ -354,8 +354,8 @@ def _notes(table: Table, read: Sequence[tuple[Result, Scored | None]], settings:
     if there:
         how = f"{settings.folds}-fold cross-validation" if settings.folds else "a split of the study's ratio"
         notes.append(
-            f"ours: {how}, stratified, duplicates together, which the study's isn't; best epoch by the rows shown, as "
-            "the study's"
+            f"ours: {how}, stratified, duplicates together; which rows the study had isn't known. Best epoch by the "
+            "rows shown, as the study's"
         )
         notes.append(
             f"frozen: the mean of {settings.seeds} seed{'s'[: settings.seeds != 1]}, ± over them; tuned: one seed; "
