@@ -2,7 +2,10 @@
 
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import feats.threads  # noqa: F401
 
@@ -16,7 +19,7 @@ from modeling.experiment import Experiment, load_experiment, on_features, run_of
 from modeling.runs.folder import is_whole, run_name, save_run
 from modeling.runs.tables import report_tables
 from modeling.search import auto, sweep
-from modeling.training.config import TrainConfig, as_read, with_seeds
+from modeling.training.config import TrainConfig, as_read, settings_read, with_seeds
 from modeling.training.recipes import RECIPES
 
 NAME = "sweep"
@@ -34,6 +37,11 @@ def build_parser() -> ArgumentParser:
         action="store_true",
         help="search heads, normalisation and regularisation by inner folds and leave a stacked ensemble as a run",
     )
+    parser.add_argument(
+        "--search-on",
+        metavar="HEAD",
+        help="train the grid on this one of --head only, and the others at its best settings",
+    )
     parser.add_argument("--name", help=f"folder of the sweep's runs and tables, inside --runs (default: {NAME})")
     return parser
 
@@ -50,12 +58,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare(args: Namespace, command: str) -> int:
     """Train what isn't finished of a grid, and write and show its tables; returns the exit status."""
     grid, settings = cli.grid_from(args), cli.experiment_settings(args)
+    searched = varied(grid, args.search_on) if args.search_on is not None else []
     cli.print_unread(args, [head.head for head in grid.heads], besides=["--monitor"])
     cli.print_recipe(args, [head.head for head in grid.heads])
     experiment = load_experiment(settings, grid.heads)
     print("\n".join(experiment.notes))
-    configs = [c for config in distinct(grid, experiment) for c in with_seeds(config, args.seeds or 1)]
     folder = args.runs / (args.name or NAME)
+    chosen, names, diverged = "", dict[TrainConfig, str](), dict[str, str]()
+    if searched:
+        point, names, diverged = best_point(args, grid, experiment, folder, command)
+        others = [p for p in grid.points if p["head"] != args.search_on]
+        grid = replace(grid, points=tuple(p for p in others if all(p[name] == point[name] for name in searched)))
+        chosen = chosen_line(args.search_on, grid, {name: point[name] for name in searched})
+    more, failed = train(distinct(grid, experiment), args, experiment, folder, command)
+    names, diverged = names | more, diverged | failed
+    tables = sweep.compare(folder, list(names), list(names.values()), experiment, grid.monitor, diverged)
+    tables = replace(tables, notes="\n".join(filter(None, [tables.notes, chosen])))
+    print(as_typed(tables.text, cli.OPTION_OF))
+    tables.write(folder)
+    best = folder / tables.best
+    print(f"{len(names)} runs, table.csv and table.md -> {folder}")
+    print(f"best by validation {tables.by}: python modeling/inference_head.py --run {best}")
+    return EXIT_DONE
+
+
+def train(
+    points: Sequence[TrainConfig], args: Namespace, experiment: Experiment, folder: Path, command: str
+) -> tuple[dict[TrainConfig, str], dict[str, str]]:
+    """Train what isn't finished of some configurations, with all seeds; returns the run of each training by name, and
+    why those diverged that did."""
+    configs = [c for config in points for c in with_seeds(config, args.seeds or 1)]
     data = sweep.data_digest(experiment)
     names = [sweep.name_of(config, data) for config in configs]
     waiting = [i for i, name in enumerate(names) if not is_whole(folder / name)]
@@ -66,24 +98,70 @@ def compare(args: Namespace, command: str) -> int:
         for k, outcomes in train_all(missing, experiment, progress, failed):
             save_run(run_of(outcomes, experiment), folder / names[waiting[k]], overwrite=True, command=command)
     diverged = {names[waiting[k]]: reason for k, reason in failed.items()}
-    tables = sweep.compare(folder, configs, names, experiment, grid.monitor, diverged)
-    print(as_typed(tables.text, cli.OPTION_OF))
-    tables.write(folder)
-    best = folder / tables.best
-    print(f"{len(configs)} runs, table.csv and table.md -> {folder}")
-    print(f"best by validation {tables.by}: python modeling/inference_head.py --run {best}")
-    return EXIT_DONE
+    return dict(zip(configs, names, strict=True)), diverged
+
+
+# -- search on one head -----------------------------------------------------------------------------------------
+
+
+def varied(grid: cli.Grid, searched_on: str) -> list[str]:
+    """The settings of which a grid has several values, for a search on one head. Raises `UsageError` when there are
+    none, when that head isn't of the grid or reads one of them not, and without other heads."""
+    heads = list(dict.fromkeys(head.head for head in grid.heads))
+    if searched_on not in heads:
+        raise UsageError(f"`search_on` {searched_on}: the heads here are {', '.join(heads)}; name it in `head`, too")
+    if len(heads) == 1:
+        raise UsageError(f"`search_on` {searched_on}: no other head gets its best settings; name more in `head`")
+    points = [point for point in grid.points if point["head"] == searched_on]
+    names = [name for name in points[0] if any(point[name] != points[0][name] for point in points)]
+    if not names:
+        raise UsageError(
+            f"`search_on` {searched_on}: nothing to search, each setting has one value; give several, e.g. of `lr`"
+        )
+    unsearchable = [name for name in names if name == "sides" or name not in settings_read(searched_on)]
+    if unsearchable:
+        raise UsageError(
+            f"`search_on` {searched_on} doesn't choose among values of `{'`, `'.join(unsearchable)}`; give one"
+        )
+    return names
+
+
+def best_point(
+    args: Namespace, grid: cli.Grid, experiment: Experiment, folder: Path, command: str
+) -> tuple[dict[str, Any], dict[TrainConfig, str], dict[str, str]]:
+    """The point of the grid at which the searched head is best by its validation figures, and all of that head's
+    trainings as `train` tells of them."""
+    own = replace(grid, points=tuple(point for point in grid.points if point["head"] == args.search_on))
+    names, diverged = train(distinct(own, experiment), args, experiment, folder, command)
+    best = sweep.compare(folder, list(names), list(names.values()), experiment, grid.monitor, diverged).best
+    return (
+        next(p for p, c in zip(own.points, fitted(own, experiment), strict=True) if names[c] == best),
+        names,
+        diverged,
+    )
+
+
+def chosen_line(searched_on: str, others: cli.Grid, settings: Mapping[str, Any]) -> str:
+    """What was chosen on one head, and which others got it."""
+    told = ", ".join(f"{name} {value}" for name, value in settings.items())
+    heads = ", ".join(dict.fromkeys(head.head for head in others.heads))
+    return f"Searched on {searched_on} alone: {told}, its best by these rows, applied to {heads}."
+
+
+def fitted(grid: cli.Grid, experiment: Experiment) -> list[TrainConfig]:
+    """The training of each point on these data, with what its head doesn't read at the defaults."""
+    return [as_read(on_features(config, experiment.features)) for config in grid.configs(experiment.classes)]
 
 
 def distinct(grid: cli.Grid, experiment: Experiment) -> list[TrainConfig]:
     """The trainings of a grid on these data. A head that doesn't read what varies is trained once."""
-    fitted = [on_features(config, experiment.features) for config in grid.configs(experiment.classes)]
-    return list(dict.fromkeys(map(as_read, fitted)))
+    return list(dict.fromkeys(fitted(grid, experiment)))
 
 
 def search(args: Namespace, command: str) -> int:
     """Search by inner folds, show the candidates, save the ensemble; returns the exit status."""
-    chosen = [f"--{name}" for name in ("norm", "scale", "seeds", "name") if getattr(args, name)]
+    own = ("norm", "scale", "seeds", "name", "search_on")
+    chosen = [f"--{name.replace('_', '-')}" for name in own if getattr(args, name)]
     if "norm" in RECIPES.get(args.recipe or "", {}):
         chosen.append("--recipe")
     if chosen:

@@ -576,6 +576,66 @@ def test_optional_tokens_of_several_caches_are_left_aside(tmp_path: Path, capsys
     assert "clip, resnet all hold image tokens; name one cache" in capsys.readouterr().err
 
 
+# -- searching on one head --------------------------------------------------------------------------------------
+
+SEARCH = ["--lr", "1e-3", "1e-2", "--dropout", "0", "0.5", "--monitor", "macro_f1", "--seeds", "2", "--D", "4", *SHORT]
+
+
+def test_the_best_settings_of_one_head_are_applied_to_the_others(
+    feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    heads = ["--head", "late_512", "fusion", "concat"]
+    assert sweep(feats, tmp_path, "--name", "full", *heads, *SEARCH) == 0
+    best = next(row for row in table(tmp_path / "full") if row["head"] == "late_512")
+    capsys.readouterr()
+    assert sweep(feats, tmp_path, "--name", "search", *heads, *SEARCH, "--search-on", "late_512") == 0
+    out = capsys.readouterr().out
+    chosen = (float(best["lr"]), float(best["dropout"]))
+    found: dict[str, set[tuple[float, float]]] = {}
+    for path in runs_in(tmp_path / "search"):
+        s = trained_with(path)
+        found.setdefault(s["head"], set()).add((s["lr"], s["dropout"]))
+    assert found.pop("late_512") == {(lr, dropout) for lr in (1e-3, 1e-2) for dropout in (0, 0.5)}
+    assert found == {"fusion": {chosen}, "concat": {chosen}}
+    assert len(runs_in(tmp_path / "search")) == 2 * (4 + 1 + 1)
+    line = (
+        f"Searched on late_512 alone: lr {chosen[0]}, dropout {chosen[1]}, its best by these rows, applied to fusion, "
+    )
+    assert f"{line}concat." in out and line in (tmp_path / "search" / "table.md").read_text()
+    of_full = {row["run"]: row["macro_f1"] for row in table(tmp_path / "full") if row["run"]}
+    of_search = {row["run"]: row["macro_f1"] for row in table(tmp_path / "search") if row["run"]}
+    assert of_search.items() <= of_full.items() and len(of_search) == 6
+    before = times(tmp_path / "search")
+    assert sweep(feats, tmp_path, "--name", "search", *heads, *SEARCH, "--search-on", "late_512") == 0
+    out = capsys.readouterr().out
+    assert "8 trainings, 8 of them finished before" in out and "4 trainings, 4 of them finished before" in out
+    assert times(tmp_path / "search") == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (
+            ["--head", "fusion", "mlp", "--lr", "1e-3", "1e-2", "--search-on", "concat"],
+            "the heads here are fusion, mlp",
+        ),
+        (["--head", "fusion", "--lr", "1e-3", "1e-2", "--search-on", "fusion"], "no other head gets its best settings"),
+        (["--lr", "1e-3", "1e-2", "--search-on", "fusion"], "no other head gets its best settings"),
+        (["--head", "fusion", "mlp", "--search-on", "mlp"], "--search-on mlp: nothing to search"),
+        (["--head", "fusion", "late_512", "--D", "4", "8", "--search-on", "late_512"], "among values of --D; give one"),
+        (["--head", "fusion", "mlp", "--ablation", "0", "1", "--search-on", "mlp"], "among values of --ablation"),
+        (
+            ["--head", "fusion", "mlp", "--lr", "1e-3", "1e-2", "--search-on", "mlp", "--auto"],
+            "--auto with --search-on",
+        ),
+    ],
+)
+def test_unusable_searches(argv: list[str], told: str, feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert sweep(feats, tmp_path, *argv) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.startswith("error: ") and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
 # -- the automatic search ---------------------------------------------------------------------------------------
 
 

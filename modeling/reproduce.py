@@ -1,0 +1,141 @@
+"""Reproduce a reference study's published table on whatever caches there are: its heads are trained by its recipe, and
+its figures stand beside ours, with intervals and what differs. Without a table: list them."""
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import feats.threads  # noqa: F401
+
+# isort: split
+
+from feats.cli import EXIT_DONE, as_typed, positive, rows_bar
+from feats.errors import UsageError
+from modeling import cli
+from modeling.features.joined import DEFAULT_FOLDER
+from modeling.finetuning.pairs import DataPlace
+from modeling.reproduction.finetuned import encoders_of, tuned_results
+from modeling.reproduction.published import TABLES, Row, Table
+from modeling.reproduction.tables import SEEDS, Result, Settings, compare, frozen_results
+
+ALL = "all"
+
+
+def build_parser() -> ArgumentParser:
+    """The script's arguments."""
+    parser = cli.new_parser(__doc__)
+    parser.add_argument("table", nargs="?", choices=(*TABLES, ALL), metavar="TABLE", help=f"{', '.join(TABLES)} or all")
+    group = parser.add_argument_group("features")
+    group.add_argument("--feats", type=Path, default=DEFAULT_FOLDER, metavar="DIR", help="folder of caches")
+    nearest = "(default: row by row the one nearest to the study's encoder)"
+    group.add_argument("--vtype", nargs="+", metavar="CACHE", help=f"caches of the image side {nearest}")
+    group.add_argument("--ttype", nargs="+", metavar="CACHE", help=f"caches of the text side {nearest}")
+    group = parser.add_argument_group("training")
+    group.add_argument("--seeds", type=positive, default=SEEDS, metavar="N", help="seeds of each head on caches")
+    group.add_argument(
+        "--folds", type=positive, metavar="K", help="cross-validate heads on caches in place of the study's one split"
+    )
+    group.add_argument("--rows", nargs="+", metavar="WORDS", help="only rows whose name holds one of these")
+    group = parser.add_argument_group("rows whose encoders the study tuned")
+    group.add_argument("--finetune", action="store_true", help="tune them, end to end on the raw pairs")
+    group.add_argument(
+        "--data", type=Path, metavar="DIR|FILE", help="the pairs (default: where the caches say, or data)"
+    )
+    group.add_argument("--layout", help="how they lie on disk (default: detected)")
+    group.add_argument("--weights", nargs="+", default=[], metavar="NAME=PATH", help="weights of an encoder")
+    cli.add_run_options(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; returns its exit status."""
+    args = build_parser().parse_args(argv)
+    if args.table is None:
+        print("\n".join(f"{name:<12}{table.title} ({len(table.rows)} rows)" for name, table in TABLES.items()))
+        print(f"{ALL:<12}each of these")
+        return EXIT_DONE
+    again = "what is finished is kept, run the same command to go on"
+    return cli.guarded(lambda: work(args, cli.command_line(argv)), again)
+
+
+def work(args: Namespace, command: str) -> int:
+    """Reproduce one table or all; returns the exit status."""
+    tables = list(TABLES.values()) if args.table == ALL else [TABLES[args.table]]
+    rows_of = {table.name: chosen_rows(table, args.rows) for table in tables}
+    if not any(rows_of.values()):
+        names = "; ".join(row.label for table in tables for row in table.rows)
+        raise UsageError(f"`rows` {' '.join(args.rows)}: no row is called so; there are {names}")
+    image, text = (None if names is None else tuple(names) for names in (args.vtype, args.ttype))
+    settings = Settings(args.feats, args.runs, image, text, args.seeds, args.folds, args.device)
+    weights = checked_weights(args, [row for rows in rows_of.values() for row in rows])
+    lacking = [
+        table.name
+        for table in tables
+        if rows_of[table.name] and not reproduce(table, rows_of[table.name], settings, weights, args, command)
+    ]
+    made = [table.name for table in tables if rows_of[table.name] and table.name not in lacking]
+    if not made:
+        raise UsageError(
+            f"no row of {', '.join(lacking)} could be trained, for the reasons above; make caches in {args.feats} with "
+            "feats/*_extract_feats.py, or name their folder with `feats`"
+        )
+    if len(tables) > 1:
+        print(f"{len(made)} tables ({', '.join(made)}) -> {args.runs}/reproduce_*")
+    return EXIT_DONE
+
+
+def reproduce(
+    table: Table, rows: Sequence[Row], settings: Settings, weights: dict[str, str], args: Namespace, command: str
+) -> bool:
+    """Train what isn't finished of a table, show and write it; returns whether any of its rows has figures."""
+    bar = partial(cli.progress_bar, "train", unit="epoch")
+    frozen = frozen_results(table, rows, settings, command=command, say=print, bar=bar)
+    tuned = tuned_results(
+        table,
+        rows,
+        settings,
+        DataPlace(args.data, args.layout),
+        weights,
+        train=args.finetune,
+        command=command,
+        say=print,
+        bar=partial(rows_bar, passing=True),
+    )
+    results = in_order(rows, [*frozen, *tuned])
+    comparison = compare(table, results, settings)
+    print(f"\n{as_typed(comparison.text(), cli.OPTION_OF)}\n")
+    runs = {path for result in results for path in result.runs}
+    if runs:
+        comparison.write(settings.folder_of(table))
+        made = sum(result.made for result in results)
+        print(f"{len(runs)} runs, {made} of them trained now, table.csv and table.md -> {settings.folder_of(table)}")
+    return bool(runs)
+
+
+def in_order(rows: Sequence[Row], results: Sequence[Result]) -> list[Result]:
+    """As the study published its rows; what was made of one row stays together."""
+    place = {row.label: k for k, row in enumerate(rows)}
+    return sorted(results, key=lambda result: place[result.row.label])
+
+
+def chosen_rows(table: Table, words: Sequence[str] | None) -> list[Row]:
+    """The rows whose label holds one of some words; all without."""
+    return [row for row in table.rows if words is None or any(word in row.label for word in words)]
+
+
+def checked_weights(args: Namespace, rows: Sequence[Row]) -> dict[str, str]:
+    """The typed weights by encoder. Raises `UsageError` for an encoder that no tuned row has."""
+    weights = cli.named_texts(args.weights, "--weights")
+    known = {choice.name for row in rows if row.model for choice in encoders_of(row)}
+    unknown = sorted(weights.keys() - known)
+    if unknown:
+        raise UsageError(
+            f"`weights` names {', '.join(unknown)}; the encoders of tuned rows here are {', '.join(sorted(known))}"
+        )
+    return weights
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The reference studies' published tables, and our figures beside them."""

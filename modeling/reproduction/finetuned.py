@@ -1,0 +1,175 @@
+"""The rows of a table whose encoders the study tuned: trained end to end on raw pairs, each a run beside the others."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from feats.errors import UsageError
+from feats.records import Pairs, read_dataset
+from feats.store import FeatureStore
+from modeling.finetuning.pairs import DataPlace
+from modeling.finetuning.settings import TuneSettings
+from modeling.finetuning.studies import MODELS, EncoderChoice, tuning_recipe
+from modeling.heads.base import HeadConfig
+from modeling.reproduction.published import Row, Table
+from modeling.reproduction.sources import SUFFIX, caches_in
+from modeling.reproduction.tables import NOT_TUNED, TUNED, Result, Settings, split_of
+from modeling.runs.folder import is_whole
+
+Progress = Callable[[int, int], Any]  # rows done, rows to do
+
+
+def place_of(settings: Settings, given: DataPlace) -> DataPlace:
+    """Where raw pairs lie: as `given`, else where the first of the caches says, else in `data`."""
+    if given.path is not None:
+        return given
+    for cache in caches_in(settings.feats):
+        with FeatureStore.open(settings.feats / f"{cache.name}{SUFFIX}") as store:
+            source = store.source
+        if source is not None:
+            return DataPlace(Path(source.resolved), given.layout or source.layout)
+    return DataPlace(Path("data"), given.layout)
+
+
+def encoders_of(row: Row) -> list[EncoderChoice]:
+    """The encoders of the study's model that a row's head reads."""
+    model = MODELS[row.model or ""]
+    return [choice for side, choice in (("image", model.image), ("text", model.text)) if side in row.sides]
+
+
+def tuned_results(
+    table: Table,
+    rows: Sequence[Row],
+    settings: Settings,
+    place: DataPlace = DataPlace(),
+    weights: Mapping[str, str] = {},
+    *,
+    train: bool,
+    command: str | None = None,
+    say: Callable[[str], Any] = lambda line: None,
+    bar: Callable[[str], AbstractContextManager[Progress]] | None = None,
+) -> list[Result]:
+    """The tuned rows among `rows`: those with a finished run in the table's folder, and with `train` the others, tuned
+    now by the study's recipe. `weights` by encoder, as `start_from_encoders` takes them; those of encoders that a row
+    has none of are left aside.
+
+    A row whose weights or pairs can't be had has a result that says why."""
+    rows = [row for row in rows if row.tuned]
+    if not rows:
+        return []
+    place = place_of(settings, place)
+    folder = settings.folder_of(table)
+    content = pairs_digest(place) if train or any(folder.glob("tuned_*")) else None
+    found: dict[str, Result] = {}
+    for row in rows:
+        if row.ablation_of is not None:
+            continue
+        if isinstance(content, UsageError):
+            found[row.label] = Result(row, TUNED, reason=str(content) if train else NOT_TUNED)
+            continue
+        own = {choice.name: weights[choice.name] for choice in encoders_of(row) if choice.name in weights}
+        path = folder / run_name(table, row, content, own)
+        if is_whole(path):
+            found[row.label] = _result(row, path)
+        elif not train:
+            found[row.label] = Result(row, TUNED, reason=NOT_TUNED)
+        else:
+            scored_without = any(other.ablation_of == row.label for other in table.rows)
+            say(f"tune {row.label}")
+            try:
+                if path.exists():
+                    raise UsageError(f"{path} is damaged; remove it, and run the command again")
+                _tune(table, row, path, place, own, settings, scored_without, command, say, bar)
+                found[row.label] = replace(_result(row, path), made=1)
+            except UsageError as error:
+                found[row.label] = Result(row, TUNED, reason=" ".join(str(error).split()))
+    for row in rows:
+        if row.ablation_of is not None:
+            without = Result(
+                row, TUNED, reason=f"not run: it is of the row {row.ablation_of}; name that in `rows`, too"
+            )
+            whole = found.get(row.ablation_of, without)
+            found[row.label] = replace(whole, row=row, made=0)
+    return [found[row.label] for row in rows]
+
+
+def _result(row: Row, path: Path) -> Result:
+    model = MODELS[row.model or ""]
+    told = [] if row.head == model.head else [f"model {row.model} with head {row.head}"]
+    return Result(row, TUNED, (path,), tuple(told))
+
+
+def pairs_digest(place: DataPlace) -> str | UsageError:
+    """A digest of the labelled pairs' ids, labels and texts, or why they can't be read."""
+    try:
+        records: Pairs = read_dataset(place.path or Path("data"), place.layout)["train"]
+    except (UsageError, KeyError) as error:
+        return UsageError(f"the pairs can't be read ({error}); name their folder with `data`")
+    told = [[record.id, record.label, record.text] for record in records]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def run_name(table: Table, row: Row, content: str | None, weights: Mapping[str, str]) -> str:
+    """The same for the same tuning of the same pairs, known before any weights are loaded."""
+    shape, settings = tuning_of(table, row)
+    decides = [row.model, asdict(shape), asdict(settings), asdict(split_of(table.study, recipe={})), content]
+    digest = hashlib.sha256(json.dumps([*decides, sorted(weights.items())], default=str).encode()).hexdigest()
+    plain = "".join(c if c.isalnum() else "-" for c in row.label)
+    return f"tuned_{plain}_{digest[:10]}"
+
+
+def tuning_of(table: Table, row: Row) -> tuple[HeadConfig, TuneSettings]:
+    """A row's head and how it is tuned: the study's recipe for tuned encoders, and what is the row's own."""
+    values = {**tuning_recipe(table.study.letter, row.model), **row.settings, "head": row.head, "sides": row.sides}
+    of_head, of_tuning = ({f.name for f in fields(kind)} & values.keys() for kind in (HeadConfig, TuneSettings))
+    head = HeadConfig(**{name: values[name] for name in of_head})
+    return head, TuneSettings(**{name: values[name] for name in of_tuning})
+
+
+def _tune(
+    table: Table,
+    row: Row,
+    path: Path,
+    place: DataPlace,
+    weights: Mapping[str, str],
+    settings: Settings,
+    ablation_eval: bool,
+    command: str | None,
+    say: Callable[[str], Any],
+    bar: Callable[[str], AbstractContextManager[Progress]] | None,
+) -> None:
+    # With these torch, transformers and peft: slow to import.
+    from modeling.finetuning.finetune import finetune_model, no_bar
+    from modeling.finetuning.starts import start_from_encoders
+
+    head, tuning = tuning_of(table, row)
+    model = MODELS[row.model or ""]
+    with TemporaryDirectory() as scratch:
+        start = start_from_encoders(
+            model.image,
+            model.text,
+            head,
+            tuning,
+            split_of(table.study, recipe={}),
+            device=settings.device,
+            place=place,
+            weights=weights,
+            tokens=model.tokens,
+            scratch=Path(scratch),
+        )
+        finetune_model(
+            start,
+            tuning,
+            path.parent,
+            name=path.name,
+            ablation_eval=ablation_eval,
+            caches=settings.feats,
+            command=command,
+            say=say,
+            bar=bar or no_bar,
+        )
