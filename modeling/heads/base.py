@@ -113,7 +113,6 @@ class Head(nn.Module):
     """
 
     study: str = ""  # letter of the reference study it comes from
-    recipe: str = ""  # the recipe (`modeling.training.recipes`) of that study's settings
     dropout: float = 0.0  # the study's own
     layers: int | None = None  # the study's own, of heads with several alike
     tokens: tuple[str, ...] = ()  # sides whose token features are needed, in place of their vectors

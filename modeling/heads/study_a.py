@@ -24,7 +24,6 @@ class Concat(Head):
     """Study A: the two vectors concatenated, then Linear(D)-LayerNorm-GELU-Dropout-Linear (D was 256)."""
 
     study = "A"
-    recipe = "A"
     dropout = 0.5
 
     def build(self, config: HeadConfig, widths: Mapping[str, int], n_classes: int, n_models: int) -> None:
@@ -39,7 +38,6 @@ class WeightedSum(Head):
     """Study A: softmax(a) · (image, text) with two learnable scalars a, equal at first; then the classifier."""
 
     study = "A"
-    recipe = "A"
     dropout = 0.5
 
     def build(self, config: HeadConfig, widths: Mapping[str, int], n_classes: int, n_models: int) -> None:
@@ -60,7 +58,6 @@ class AttentionLinear(Head):
     """Study A: image and text as a sequence of two, 8-head self-attention, their mean, one linear layer."""
 
     study = "A"
-    recipe = "A"
     reads: tuple[str, ...] = ("D",)
 
     def build(self, config: HeadConfig, widths: Mapping[str, int], n_classes: int, n_models: int) -> None:

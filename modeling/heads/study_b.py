@@ -25,7 +25,6 @@ class Early(Head):
     of one vector, the study's text only and image only."""
 
     study = "B"
-    recipe = "B"
     dropout = 0.1
 
     def build(self, config: HeadConfig, widths: Mapping[str, int], n_classes: int, n_models: int) -> None:
@@ -39,7 +38,6 @@ class Late(Head):
     """Study B: one linear layer on each side's normalised vector, the mean of their logits."""
 
     study = "B"
-    recipe = "B"
     reads = ()
 
     def build(self, config: HeadConfig, widths: Mapping[str, int], n_classes: int, n_models: int) -> None:
@@ -57,7 +55,6 @@ class ClipMatch(Head):
     CLIP's sides are of one width; those that aren't come to D by linear layers, and are normalised once more."""
 
     study = "B"
-    recipe = "B"
     dropout = 0.1
 
     def build(self, config: HeadConfig, widths: Mapping[str, int], n_classes: int, n_models: int) -> None:
@@ -85,7 +82,6 @@ class GatedTransformer(Head):
     Each layer draws its own start, where `torch.nn.TransformerEncoder` copies one layer's into all."""
 
     study = "B"
-    recipe = "B"
     dropout = 0.1
     layers: int = 3
     reads = ("D", "dropout", "layers")
@@ -121,7 +117,6 @@ class Vilbert(Head):
     draws its own start, where `torch.nn.TransformerEncoder` copies one layer's into all."""
 
     study = "B"
-    recipe = "B"
     dropout = 0.1
 
     def build(self, config: HeadConfig, widths: Mapping[str, int], n_classes: int, n_models: int) -> None:
@@ -148,7 +143,6 @@ class CrossModal(Head):
     Told are cross-modal attention and an MLP; the study's code of it isn't published, and the rest is chosen."""
 
     study = "B"
-    recipe = "B"
     dropout = 0.1
     tokens = ("image", "text")
 

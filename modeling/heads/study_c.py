@@ -36,7 +36,6 @@ class CoAttention(Head):
     self-attentions under their norm, 8 heads, linear layers that bring both sides to D, and dropout behind the sum."""
 
     study = "C"
-    recipe = "C"
     dropout = 0.1
     tokens = ("image", "text")
     reads = ("D", "dropout", "attention_norm", "image_positions", "image_pooling")

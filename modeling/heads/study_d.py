@@ -22,7 +22,6 @@ class Fusion(Head):
     away again: the study's starts at random, gets no gradient and changes no logit."""
 
     study = "D"
-    recipe = "D"
     dropout = 0.3
 
     def build(self, config: HeadConfig, widths: Mapping[str, int], n_classes: int, n_models: int) -> None:
@@ -42,7 +41,6 @@ class CrossAttention(Head):
     without attention."""
 
     study = "D"
-    recipe = "D"
     dropout = 0.3
 
     def build(self, config: HeadConfig, widths: Mapping[str, int], n_classes: int, n_models: int) -> None:

@@ -17,7 +17,6 @@ class Late512(Head):
     Linear(512)-ReLU-Dropout-Linear. D isn't used. One-sided: that side's 512 and the same classifier."""
 
     study = "E"
-    recipe = "E"
     dropout = 0.5
     reads = ("dropout",)
     width = 512
@@ -46,7 +45,6 @@ class QueryAttention(Head):
     are the image's alone."""
 
     study = "E"
-    recipe = "E"
     dropout = 0.5
     reads = ("dropout",)
     optional_tokens = ("image",)
@@ -76,7 +74,6 @@ class EarlyPlane(Head):
     stride 2 to D/4, D/2 and D channels, ReLU and 2 x 2 max pooling; then dropout and a linear layer."""
 
     study = "E"
-    recipe = "E"
     dropout = 0.5
     tokens = ("image",)
     plane = 224
