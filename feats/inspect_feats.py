@@ -53,6 +53,9 @@ def overview(store: FeatureStore) -> str:
     lines += [f"  {name:<12} {shape!s:<18} {dtype}" for name, (shape, dtype) in sorted(store.schema.items())]
     lines.append("  fingerprint:")
     lines += [f"    {key}: {value}" for key, value in store.fingerprint.items()]
+    counted = store.parameters
+    if counted is not None:
+        lines.append(f"  encoder's parameters: {', '.join(f'{side} {n:,}' for side, n in counted.items())}")
     source = store.source
     if source is not None:
         lines.append(f"  source: {source.data} ({source.resolved}), layout {source.layout}, split {source.split}")

@@ -141,13 +141,15 @@ class FeatureStore:
         token_counts: np.ndarray | None = None,
         plan: Mapping[str, Any] | None = None,
         source: Source | None = None,
+        parameters: Mapping[str, int] | None = None,
         overwrite: bool = False,
     ) -> "FeatureStore":
         """Make a cache with every row pending, and open it for writing.
 
         `features` maps a dataset to the shape of one row, e.g. `{"image_feats": (512,)}`; all are float16.
         `text_tokens` is ragged: its row shape is (width,), and `token_counts` (N,) says how many rows each text has.
-        `source` says where the pairs lie. The file appears under its name only when it is whole.
+        `source` says where the pairs lie, `parameters` how many each side's encoder has. The file appears under its
+        name only when it is whole.
         Raises `CacheError` when the file exists (without `overwrite`), is in use, or the disk is full.
         """
         path = Path(path)
@@ -166,6 +168,8 @@ class FeatureStore:
                     file.attrs["chunk_indices"] = np.bytes_(json.dumps(indices))
                     file.attrs["complete"] = False
                     file.attrs["fingerprint"] = np.bytes_(json.dumps(fingerprint))
+                    if parameters is not None:
+                        file.attrs["parameters"] = np.bytes_(json.dumps(dict(parameters)))
                     file.attrs["plan"] = np.bytes_(json.dumps({**(plan or {}), "block_rows": block_rows}))
                 _sync_path(unfinished)
                 quarantine_path(path).unlink(missing_ok=True)
@@ -263,6 +267,14 @@ class FeatureStore:
         for name in ("image_hash", "text_hash"):
             digest.update(self.facts(name).tobytes())
         return digest.hexdigest()
+
+    @property
+    def parameters(self) -> dict[str, int] | None:
+        """How many parameters the encoder of each side has, by "image" and "text"; None where the cache doesn't
+        tell."""
+        with _damage(self.path, "parameters"):
+            told: dict[str, int] | None = json.loads(bytes(self._file.attrs.get("parameters", b"null")))
+        return told
 
     def token_counts(self) -> np.ndarray:
         """Tokens there is room for, per row (N,); only in a cache with `text_tokens`."""

@@ -504,6 +504,11 @@ def progress_bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], A
         yield bar.update
 
 
+def say(line: str) -> None:
+    """Print a line while a bar is shown, which stays whole below it."""
+    tqdm.write(line)
+
+
 @interruptible(signal.SIGINT)
 def guarded(work: Callable[[], int], interrupted: str, named: Mapping[str, str] = OPTION_OF) -> int:
     """Run a script's work and show what libraries say. Unusable input ends with one line and status 2, an interruption

@@ -18,7 +18,7 @@ from feats.cli import EXIT_DONE, as_typed, positive
 from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
 from modeling import cli
-from modeling.evaluation.metrics import format_table
+from modeling.evaluation.metrics import collapsed_class, format_table, marked
 from modeling.experiment import Experiment, experiment_of_run
 from modeling.features.splits import SplitSettings
 from modeling.finetuning import comparison, past, verdict
@@ -210,7 +210,8 @@ def cell_line(cell: Cell) -> str:
     """What a finished cell came to on its validation rows."""
     figures = read_metrics(cell.path)["val"]
     shown = ", ".join(f"{name.replace('_', ' ')} {figures[name]:.3f}" for name in ("accuracy", "macro_f1"))
-    return f"fold {cell.fold}, {cell.candidate.name}: validation {shown}"
+    name = marked(cell.candidate.name, collapsed_class(figures["confusion"], figures["classes"]))
+    return f"fold {cell.fold}, {name}: validation {shown}"
 
 
 if __name__ == "__main__":

@@ -1,31 +1,36 @@
 """What lies between settings and a trained run: load, split, train, measure. Scripts and notebooks compose these."""
 
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from feats.acceleration import resolve_device
+from feats.acceleration import peak_bytes, resolve_device
 from feats.errors import UsageError
 from feats.source import SIDES
 from modeling.evaluation import metrics
 from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSet, FeatureSource, load_features
+from modeling.features.leaks import Leaks, find_leaks
 from modeling.features.splits import Split, SplitSettings, check_split, deal_folds, duplicates_of, make_splits
 from modeling.heads.base import HeadConfig, head_class
 from modeling.runs.run import FoldTest, Member, Report, Run
 from modeling.training.config import TrainConfig, changed, settings_read, with_seeds
 from modeling.training.fit import n_epochs, stacks
-from modeling.training.problem import Problem, Trained
+from modeling.training.problem import Epoch, Problem, Trained
 from modeling.training.workers import LARGEST_COPY, run_jobs
 
 INNER_FOLDS = 5
 TEMPERATURES = (0.1, 10.0)  # a validation set of a few rows can be fitted perfectly, which asks for a temperature of 0
 
 Progress = Callable[[int], Any]  # is told epochs as they are done
+Told = Callable[[Epoch, int | None], Any]  # hears what each epoch came to, and of which fold it is, from 1
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,25 @@ class Experiment:
         """How many training rows, of all folds, are of each class."""
         return self.class_counts({i for split in self.splits for i in split.train})
 
+    def validation_rows(self) -> dict[str, int]:
+        """How many validation rows, of all folds, are of each class."""
+        return self.class_counts({i for split in self.splits for i in split.val})
+
+    @cached_property
+    def leaks(self) -> Leaks:
+        """What the parts of the splits have in common."""
+        return find_leaks(self.features, self.splits)
+
+    def rows_lines(self) -> list[str]:
+        """How many rows of each class there are, and what the parts have in common: a line each."""
+        parts = (("training", self.training_rows()), ("validation", self.validation_rows()))
+        counted = [
+            f"{sum(counts.values())} for {part} ({', '.join(f'{name} {n}' for name, n in counts.items())})"
+            for part, counts in parts
+        ]
+        folds = f" in {len(self.splits)} folds" if len(self.splits) > 1 else ""
+        return [f"rows{folds}: {', '.join(counted)}", self.leaks.line()]
+
     def majority(self, split: Split) -> str:
         """The most common class of the split's training rows."""
         counts = self.class_counts(split.train)
@@ -212,7 +236,7 @@ def load_experiment(settings: ExperimentSettings, heads: Sequence[HeadConfig]) -
     if together and data.told_by:
         notes.append(f"duplicates are also told by {', '.join(data.told_by)}")
     splits = make_splits(data, settings.split)
-    return Experiment.of(
+    experiment = Experiment.of(
         data,
         splits,
         settings.norms,
@@ -221,6 +245,7 @@ def load_experiment(settings: ExperimentSettings, heads: Sequence[HeadConfig]) -
         duplicates_together=together,
         notes=notes,
     )
+    return replace(experiment, notes=(*notes, *experiment.rows_lines()))
 
 
 def experiment_of_run(run: Run, source: FeatureSource, device: str = "auto") -> Experiment:
@@ -301,10 +326,32 @@ class Outcome:
         return metrics.softmax(self.trained.val_logits, self.member.temperature)
 
 
-def train_run(configs: Sequence[TrainConfig], experiment: Experiment, progress: Progress = lambda epochs: None) -> Run:
-    """The ensemble of all configurations on all splits, with its report. Raises `UsageError` when one diverges."""
-    outcomes = [outcome for _, of_config in train_all(configs, experiment, progress) for outcome in of_config]
-    return run_of(outcomes, experiment)
+def train_run(
+    configs: Sequence[TrainConfig],
+    experiment: Experiment,
+    progress: Progress = lambda epochs: None,
+    told: Told | None = None,
+) -> Run:
+    """The ensemble of all configurations on all splits, with its report and what it cost. Raises `UsageError` when one
+    diverges."""
+    with measured(experiment.device) as cost:
+        outcomes = [outcome for _, found in train_all(configs, experiment, progress, told=told) for outcome in found]
+    return replace(run_of(outcomes, experiment), cost=cost)
+
+
+@contextmanager
+def measured(device: torch.device) -> Iterator[dict[str, Any]]:
+    """What the block costs, filled in at its end: seconds, peak_bytes (on a CPU of this process since its start, and
+    without processes that it starts) and device."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    began, cost = time.perf_counter(), dict[str, Any]()
+    yield cost
+    cost |= {
+        "seconds": round(time.perf_counter() - began, 2),
+        "peak_bytes": peak_bytes(device),
+        "device": str(device),
+    }
 
 
 def total_epochs(configs: Sequence[TrainConfig], experiment: Experiment) -> int:
@@ -317,10 +364,12 @@ def train_all(
     experiment: Experiment,
     progress: Progress = lambda epochs: None,
     failed: dict[int, str] | None = None,
+    told: Told | None = None,
 ) -> Iterator[tuple[int, list[Outcome]]]:
     """Train every configuration on every split. As soon as one is through, its number and an outcome for each split.
 
-    Numbers and reasons of those that diverge go into `failed`; without it the first raises `UsageError`.
+    Numbers and reasons of those that diverge go into `failed`; without it the first raises `UsageError`. `told` hears
+    of every epoch as it ends, of trainings side by side in any order.
     """
     if not configs:
         return
@@ -341,7 +390,9 @@ def train_all(
         problems = {k: problem for k, problem in problems.items() if k in wanted}
         problems |= {k: experiment.problem(splits[k], heads) for k in wanted if k not in problems}
         tasks = [([configs[i] for i in members], wanted.index(k)) for members, k in batch]
-        for number, results in run_jobs(tasks, [problems[k][0] for k in wanted], progress):
+        folds = [k + 1 if len(splits) > 1 else None for k in wanted]
+        hear = None if told is None else partial(_told_of_fold, told, folds)
+        for number, results in run_jobs(tasks, [problems[k][0] for k in wanted], progress, hear):
             members, k = batch[number]
             for i, trained in zip(members, results, strict=True):
                 if trained.failure:
@@ -354,6 +405,10 @@ def train_all(
             for i in members:
                 if len(found.get(i, ())) == len(splits):
                     yield i, sorted(found.pop(i), key=lambda o: o.member.fold or 0)
+
+
+def _told_of_fold(told: Told, folds: Sequence[int | None], k: int, epoch: Epoch) -> None:
+    told(epoch, folds[k])
 
 
 def _outcome(
@@ -369,6 +424,7 @@ def _outcome(
         best_epoch=trained.best_epoch,
         facts=trained.facts,
         fold=fold,
+        epochs=None if trained.best_epoch is None else len(trained.history),
     )
     return Outcome(member, split, trained)
 
@@ -390,7 +446,8 @@ def needed_source(members: Sequence[Member], source: FeatureSource) -> FeatureSo
     fingerprints = {name: fingerprint for name, fingerprint in source.fingerprints.items() if name in (*image, *text)}
     contents = {name: digest for name, digest in source.contents.items() if name in (*image, *text)}
     tokens = any(key.split("/")[0].endswith("_tokens") for m in members for key in m.preprocessing.normalizers)
-    return FeatureSource(source.folder, image, text, tokens, fingerprints, contents)
+    counted = {name: counts for name, counts in source.parameters.items() if name in (*image, *text)}
+    return FeatureSource(source.folder, image, text, tokens, fingerprints, contents, counted)
 
 
 # -- measuring --------------------------------------------------------------------------------------------------
@@ -407,7 +464,13 @@ def measure(outcomes: Sequence[Outcome], experiment: Experiment, run: Run) -> Re
         calibrated.append(np.mean([o.calibrated for o in own], axis=0))
     report = report_of(experiment, run, np.concatenate(calibrated), np.concatenate(raw))
     singles = [metrics.figures(experiment.labels(o.split.val), o.calibrated, experiment.classes) for o in outcomes]
-    report.figures["members"] = {"count": len(outcomes), "mean_std": metrics.mean_std(singles)}
+    collapsed = [
+        {"fold": o.member.fold, "seed": o.member.config.seed, "class": found["collapsed"]}
+        for o, found in zip(outcomes, singles, strict=True)
+        if found["collapsed"]
+    ]
+    members = {"count": len(outcomes), "mean_std": metrics.mean_std(singles), "collapsed": collapsed}
+    report.figures["members"] = members
     folds = enumerate(experiment.splits, 1) if len(experiment.splits) > 1 else ()
     tested = [test_of_fold(experiment, run, split, fold) for fold, split in folds if split.test]
     if tested:
@@ -439,6 +502,8 @@ def report_of(experiment: Experiment, run: Run, calibrated: np.ndarray, raw: np.
         tested = (test, experiment.features.tags_of(test), final)
     figures["protocol"] = protocol(experiment)
     figures["training_rows"] = experiment.training_rows()
+    figures["validation_rows"] = experiment.validation_rows()
+    figures["leaks"] = experiment.leaks.as_json()
     return Report(ids, experiment.features.tags_of(ids), calibrated, figures, [], tested)
 
 

@@ -15,7 +15,7 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.cli import EXIT_DONE, rows_bar
+from feats.cli import EXIT_DONE, as_typed, rows_bar
 from feats.errors import UsageError
 from modeling import cli
 from modeling.finetuning.settings import TuneSettings
@@ -111,12 +111,17 @@ def work(args: Namespace, command: str) -> int:
             caches=args.feats,
             command=command,
             team=mates,
-            say=print if mates.leads else lambda line: None,
+            say=say if mates.leads else lambda line: None,
             bar=partial(rows_bar, passing=True) if mates.leads else no_bar,
         )
     if run is not None:
         print(f"finetuned run -> {run.path}")
     return EXIT_DONE
+
+
+def say(line: str) -> None:
+    """Print a line above a bar, its settings as they are typed."""
+    cli.say(as_typed(line, cli.OPTION_OF))
 
 
 # -- what is tuned ----------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from feats.cli import EXIT_DONE, as_typed
 from feats.errors import UsageError
 from modeling import cli
 from modeling.evaluation.metrics import format_table
-from modeling.experiment import Experiment, load_experiment, on_features, run_of, total_epochs, train_all
+from modeling.experiment import Experiment, load_experiment, measured, on_features, run_of, total_epochs, train_all
 from modeling.runs.folder import is_whole, run_name, save_run
-from modeling.runs.tables import report_tables
+from modeling.runs.tables import collapse_notes, cost_line, report_tables
 from modeling.search import auto, sweep
 from modeling.training.config import TrainConfig, as_read, settings_read, with_seeds
 from modeling.training.recipes import RECIPES
@@ -94,9 +94,12 @@ def train(
     print(f"{len(configs)} trainings, {len(configs) - len(waiting)} of them finished before")
     failed: dict[int, str] = {}
     missing = [configs[i] for i in waiting]
-    with cli.progress_bar("train", total_epochs(missing, experiment), "epoch") as progress:
+    bar = cli.progress_bar("train", total_epochs(missing, experiment), "epoch")
+    with measured(experiment.device) as cost, bar as progress:
         for k, outcomes in train_all(missing, experiment, progress, failed):
             save_run(run_of(outcomes, experiment), folder / names[waiting[k]], overwrite=True, command=command)
+    if missing:
+        print(cost_line(cost))
     diverged = {names[waiting[k]]: reason for k, reason in failed.items()}
     return dict(zip(configs, names, strict=True)), diverged
 
@@ -195,6 +198,8 @@ def search(args: Namespace, command: str) -> int:
     print(format_table(candidates, list(dict.fromkeys(name for row in candidates for name in row))))
     print("log-loss and figures of each candidate on training rows it hadn't seen\n")
     print(report_tables(found))
+    for note in collapse_notes(found):
+        print(as_typed(note, cli.OPTION_OF))
     run = save_run(found, args.runs / run_name(found, label="auto"), numbered=True, command=command)
     print(f"ensemble of {len(run.members)} heads -> {run.path}")
     return EXIT_DONE

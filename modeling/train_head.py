@@ -3,17 +3,20 @@
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.cli import EXIT_DONE
+from feats.cli import EXIT_DONE, as_typed
 from modeling import cli
-from modeling.experiment import load_experiment, on_features, total_epochs, train_run
+from modeling.experiment import Told, load_experiment, on_features, total_epochs, train_run
 from modeling.runs.folder import run_name, save_run, write_tensorboard
-from modeling.runs.tables import head_line, report_tables
+from modeling.runs.tables import collapse_notes, cost_line, epoch_line, epochs_shown, head_line, report_tables
 from modeling.training.config import with_seeds
+from modeling.training.problem import Epoch
 
 
 def build_parser() -> ArgumentParser:
@@ -23,6 +26,10 @@ def build_parser() -> ArgumentParser:
     cli.add_split_options(parser)
     cli.add_training_options(parser)
     cli.add_run_options(parser)
+    parser.add_argument("--verbose", action="store_true", help="show every epoch as it ends (default: best and last)")
+    parser.add_argument(
+        "--history-batches", action="store_true", help="also write the loss of every batch into the run"
+    )
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files into the run")
     return parser
 
@@ -42,15 +49,48 @@ def work(args: Namespace, command: str) -> int:
     print("\n".join(experiment.notes))
     [config] = grid.configs(experiment.classes)
     configs = with_seeds(on_features(config, experiment.features), args.seeds or 1)
+    batches: list[dict[str, Any]] = []
+    told = listener(args, batches, named=len(configs) * len(experiment.splits) > 1)
     with cli.progress_bar("train", total_epochs(configs, experiment), "epoch") as progress:
-        trained = train_run(configs, experiment, progress)
-    print(head_line(trained))
+        trained = train_run(configs, experiment, progress, told)
+    assert trained.report is not None and trained.cost is not None
+    cost = cost_line(trained.cost)
+    trained = replace(trained, report=replace(trained.report, batches=in_order(batches)))
+    if not args.verbose:
+        print("".join(f"{line}\n" for line in epochs_shown(trained)), end="")
+    print(f"{head_line(trained)}\n{cost}")
     print(report_tables(trained))
+    for note in collapse_notes(trained):
+        print(as_typed(note, cli.OPTION_OF))
     run = save_run(trained, args.runs / run_name(trained), numbered=True, command=command)
     if args.tensorboard:
         write_tensorboard(run)
     print(f"run of {len(run.members)} head{'s' if len(run.members) > 1 else ''} -> {run.path}")
     return EXIT_DONE
+
+
+def listener(args: Namespace, batches: list[dict[str, Any]], named: bool) -> Told | None:
+    """What hears of every epoch, as the options ask: a line on the terminal, `named` by its training, and rows for
+    `batches`. None where nothing is asked."""
+    if not args.verbose and not args.history_batches:
+        return None
+
+    def told(epoch: Epoch, fold: int | None) -> None:
+        whose = {"fold": fold or "", "seed": epoch.config.seed}
+        if args.verbose:
+            cli.say(epoch_line({**(whose if named else {}), **epoch.row}, "best so far" if epoch.best else ""))
+        if args.history_batches:
+            batches.extend(
+                {**whose, "epoch": epoch.row["epoch"], "batch": number, "train_loss": loss}
+                for number, loss in enumerate(epoch.batch_losses, 1)
+            )
+
+    return told
+
+
+def in_order(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of trainings side by side, one training after the other."""
+    return sorted(batches, key=lambda row: (row["fold"] or 0, row["seed"], row["epoch"], row["batch"]))
 
 
 if __name__ == "__main__":

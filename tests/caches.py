@@ -36,6 +36,7 @@ def make_cache(
     facts: Mapping[str, np.ndarray] = {},
     changed: Mapping[str, np.ndarray] = {},
     fingerprint: Mapping[str, Any] = {},
+    parameters: Mapping[str, int] | None = None,
 ) -> Path:
     """<folder>/<name>_<split>.h5 of `rows` pairs. `changed` replaces whole datasets, `facts` the row hashes."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,8 @@ def make_cache(
     arrays = {k: v.astype(np.float16) if v.dtype == np.float64 else v for k, v in arrays.items()} | dict(changed)
     made_by = {"encoder": name, "model": "tiny", "weights_sha256": "0" * 64, "data": {"rows": rows}, "dtype": "fp32"}
     status = np.array([QUARANTINED if i in quarantined else DONE for i in range(rows)])
-    with FeatureStore.create(path, ids, tags, {**made_by, **fingerprint}, shapes, token_counts=counts) as store:
+    how = {"token_counts": counts, "parameters": parameters}
+    with FeatureStore.create(path, ids, tags, {**made_by, **fingerprint}, shapes, **how) as store:
         store.write(np.arange(rows), status, arrays, {ids[i]: "picture is truncated" for i in quarantined})
         store.finish()
     return path

@@ -451,6 +451,13 @@ def test_the_table_marks_models_that_predict_one_class():
     )
 
 
+def test_the_points_of_a_grid_are_marked_too():
+    tuned = [scored("full", 0.6, collapsed=(1,), point={"lr": 1e-5}), scored("full", 0.6, point={"lr": 2e-5})]
+    found = compare(scored("frozen", 0.5), tuned, LABELS, CLASSES, CLASSES[0], "accuracy", "folds")
+    assert [row.get("note", "") for row in found.points] == ["predicts one class only", ""]
+    assert "predicts one class only" in found.text()
+
+
 def test_the_table_marks_models_that_kept_their_start():
     twice = {"validation": (0.5, 0.6)}
     tuned = [scored("lp_ft", 0.5, at_start=(2,), **twice), scored("soup", 0.5, at_start=(1, 2), **twice)]

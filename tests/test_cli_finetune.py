@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -99,8 +100,23 @@ def test_a_run_is_tuned_from_where_it_ended(root: Path, capsys: pytest.CaptureFi
     assert set(metrics["ablation_eval"]) == {"text only", "image only"}
     frozen = next(path for path in (root / "runs").iterdir() if path != run)
     assert content(run, "split") == content(frozen, "split")
-    first = next(csv.DictReader((run / "history.csv").open()))
+    first, *_, last = csv.DictReader((run / "history.csv").open())
     assert first["epoch"] == "0"
+    # The columns of a head's training; and a line for each epoch, best so far or not.
+    assert list(last) == list(next(csv.DictReader((frozen / "history.csv").open())))
+    counts = ", ".join(f"{last[f'predicted_{name}']} {name}" for name in CLASSES)
+    assert f"epoch 2: train loss {float(last['train_loss']):.4f}, accuracy {float(last['train_accuracy']):.3f}" in out
+    assert f", macro F1 {float(last['macro_f1']):.3f}; predicted {counts}" in out
+    assert re.search(r"^epoch 0: .*; best so far$", out, re.MULTILINE)
+    for part in ("training", "validation"):
+        found = metrics[f"{part}_rows"]
+        told = f"{sum(found.values())} for {part} ({', '.join(f'{name} {n}' for name, n in found.items())})"
+        assert told in out and list(found) == CLASSES
+    assert metrics["leaks"] == content(frozen, "metrics")["leaks"] and "\nleaks: " in out
+    assert config["cost"] == {"device": "cpu", **{name: facts[name] for name in ("seconds", "peak_bytes")}}
+    [member] = config["members"]
+    networks = sum(t.numel() for file in (run / "encoders").rglob("*.safetensors") for t in load_file(file).values())
+    assert member["epochs"] == 2 and 0.5 < (member["with_encoders"] - member["parameters"]) / networks <= 1
     expected = [float(row["val_loss"]) for row in csv.DictReader((frozen / "history.csv").open())]
     best = content(frozen, "config")["members"][0]["best_epoch"]
     assert float(first["val_loss"]) == pytest.approx(expected[best - 1], abs=2e-3)

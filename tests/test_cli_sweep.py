@@ -442,20 +442,90 @@ def test_the_markdown_holds_the_same_tables(swept: Path):
         names = [cell.strip() for cell in header.strip("|").split("|")]
         parsed.append([dict(zip(names, map(str.strip, line.strip("|").split("|")), strict=True)) for line in lines])
     rows = table(swept)
-    assert len(parsed[0]) == len(rows) == 9
+    assert len(parsed[0]) == len(rows) == 9 and len(parsed[1]) == 8  # the majority class isn't trained
+    for shown, row in zip(parsed[1], rows[:-1], strict=True):
+        assert (shown["best_epoch"], shown["epochs"]) == (row["best_epoch"], row["epochs"])
+        assert shown["weighted_precision"] == f"{float(row['weighted_precision']):.3f}"
+        assert shown["weighted_recall"] == f"{float(row['accuracy']):.3f}"  # which it is
     for shown, row in zip(parsed[0], rows, strict=True):
         assert shown["head"] == row["head"] and shown["accuracy"] == f"{float(row['accuracy']):.3f}"
         assert {"D", "lr"} <= set(shown) and "bs" not in shown  # what varies
     titles = re.findall("^### (.*)", text, re.MULTILINE)
     assert titles == ["by head, each at its best accuracy", "by D and learning rate, accuracy"]
-    by_head, by_rate = parsed[1:]
+    by_head, by_rate = parsed[2:]
     for line in by_head:
         assert line["accuracy"] == next(f"{float(r['accuracy']):.3f}" for r in rows if r["head"] == line["head"])
     accuracy = {(r["head"], r["D"], f"lr {r['lr']}"): f"{float(r['accuracy']):.3f}" for r in rows}
     assert len(by_rate) == 4
     for line in by_rate:
         for rate in ("lr 0.001", "lr 0.01"):
-            assert line[rate] == accuracy[line["head"], line["D"], rate]
+            assert line[rate].split()[0] == accuracy[line["head"], line["D"], rate]
+
+
+def test_a_gain_needs_both_single_sides(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert sweep(feats, tmp_path, "--head", "linear", "--C", "0.1", "1", "--ablation", "0", "1", *SHORT) == 0
+    assert {row["gain"] for row in table(tmp_path / "sweep")} == {""}
+    headers = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("head ")]
+    assert len(headers) == 3 and not any("gain" in header for header in headers)
+
+
+def test_heads_that_predict_one_class_are_marked_wherever_they_stand(
+    feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """A logistic regression that its penalty keeps at the class shares, beside one that learns."""
+    command = ["--head", "linear", "--C", "1e-9", "1", "--ablation", "0", "1", "2", *SHORT]
+    assert sweep(feats, tmp_path, *command) == 0
+    out = capsys.readouterr().out
+    *rows, _ = table(tmp_path / "sweep")
+    assert {(row["C"], row["collapsed"]) for row in rows} == {("1e-09", "always positive"), ("1.0", "")}
+    headers = [line.split() for line in out.splitlines() if line.startswith("head ")]
+    assert [header[:3] for header in headers[:2]] == [["head", "collapsed", "ablation"]] * 2
+    assert "note: 3 of 6 configurations have heads that predict one class for every validation row: no result" in out
+    capsys.readouterr()
+    assert sweep(feats, tmp_path, "--name", "lost", "--head", "linear", *command[2:], "--C", "1e-9") == 0
+    pivot = capsys.readouterr().out.split("by ablation, accuracy\n")[1].split("\n\n")[0]
+    assert pivot.count("0.519 (always positive)") == 3
+    assert "0.519 (always positive)" in (tmp_path / "lost" / "table.md").read_text()
+
+
+def test_some_collapsed_seeds_are_counted(tmp_path: Path):
+    """A seed's head collapses, the mean of all doesn't: the run says of each."""
+    made = tmp_path / "feats"
+    make_cache(made, "clip")
+    grid = ["--head", "mlp", "--D", "4", "--lr", "1e-7", "--ep", "1", "--seeds", "8", "--val-ratio", "0.3"]
+    assert sweep(made, tmp_path, *grid) == 0
+    seeds = [read_predictions(path / "predictions_val.csv")[2].argmax(1) for path in runs_in(tmp_path / "sweep")]
+    lost = sorted({int(p[0]) for p in seeds if len(set(p.tolist())) == 1})
+    count = sum(len(set(p.tolist())) == 1 for p in seeds)
+    assert 0 < count < 8  # else this tests nothing
+    [row, _] = table(tmp_path / "sweep")
+    assert row["collapsed"] == f"{count} of 8 " + (f"always {CLASSES[lost[0]]}" if len(lost) == 1 else "one class each")
+
+
+def test_epochs_and_whole_sizes_stand_in_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture):
+    make_cache(tmp_path / "feats", "clip", parameters={"image": 5_000_000, "text": 2_000_000})
+    make_cache(tmp_path / "feats", "vader")
+    patient = ["--head", "fusion", "--lr", "3e-2", "--ep", "30", "--patience", "2", "--seeds", "3", "--D", "4"]
+    command = [*patient, "--bs", "16", "--val-ratio", "0.3", "--ablation", "0", "2"]
+    assert sweep(tmp_path / "feats", tmp_path, *command) == 0
+    assert max(map(len, capsys.readouterr().out.split("27 validation rows.")[0].splitlines())) <= 140
+    for row in table(tmp_path / "sweep")[:-1]:
+        sides = ABLATIONS[0] if row["ablation"] == "both" else ("image",)
+        members = [
+            content(path, "config")["members"][0]
+            for path in runs_in(tmp_path / "sweep")
+            if tuple(trained_with(path)["sides"]) == sides
+        ]
+        for name in ("best_epoch", "epochs"):
+            found = sorted(member[name] for member in members)
+            assert row[name] == (str(found[0]) if found[0] == found[-1] else f"{found[0]}-{found[-1]}")
+        assert all(member["epochs"] == min(30, member["best_epoch"] + 2) for member in members)
+        encoders = 7_000_000 if row["ablation"] == "both" else 5_000_000
+        assert int(row["with_encoders"]) == encoders + int(row["parameters"])
+    # A cache that doesn't tell: unknown, and no column.
+    assert sweep(tmp_path / "feats", tmp_path, "--name", "other", "--ttype", "vader", *command[:-3]) == 0
+    assert "with_encoders" not in capsys.readouterr().out
+    assert {row["with_encoders"] for row in table(tmp_path / "other")} == {""}
 
 
 def test_ablations_are_tabled(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -466,7 +536,17 @@ def test_ablations_are_tabled(feats: Path, tmp_path: Path, capsys: pytest.Captur
     assert {(r["head"], r["ablation"]) for r in rows} == {
         (h, a) for h in ("fusion", "linear") for a in ("both", "text only", "image only")
     }
-    assert "by ablation, macro_f1" in out
+    pivot = out.split("by ablation, macro_f1\n")[1].split("\n\n")[0].splitlines()
+    assert pivot[0].split() == ["head", "both", "text", "only", "image", "only", "gain"]
+    figure = {(r["head"], r["ablation"]): float(r["macro_f1"]) for r in rows}
+    for r in rows:
+        gain = r["ablation"] == "both" and figure[r["head"], "both"] - max(
+            figure[r["head"], f"{side} only"] for side in ("image", "text")
+        )
+        assert r["gain"] == ("" if gain is False else pytest.approx(gain)) or float(r["gain"]) == pytest.approx(gain)
+    for line in pivot[2:]:
+        gain = next(float(r["gain"]) for r in rows if r["head"] == line.split()[0] and r["gain"])
+        assert line.split()[-1] == f"{gain:.3f}"
     best = rows[0]
     assert float(best["macro_f1"]) == max(float(r["macro_f1"]) for r in rows)
     assert best_run(tmp_path / "sweep") == tmp_path / "sweep" / best["run"]

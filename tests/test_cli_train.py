@@ -219,7 +219,7 @@ def test_tensorboard_shows_the_history(feats: Path, tmp_path: Path):
     for name in folders:
         events = EventAccumulator(str(path / "tensorboard" / name)).Reload()
         rows = [row for row in history if f"fold{row['fold']}_seed{row['seed']}" == name]
-        assert set(events.Tags()["scalars"]) == {"lr", "train_loss", "val_loss", "accuracy", "weighted_f1", "macro_f1"}
+        assert set(events.Tags()["scalars"]) == set(history[0]) - {"fold", "seed", "epoch"}
         for scalar in events.Tags()["scalars"]:
             found = [(event.step, event.value) for event in events.Scalars(scalar)]
             assert found == [(int(r["epoch"]), pytest.approx(float(r[scalar]), rel=1e-6)) for r in rows]
@@ -228,6 +228,201 @@ def test_tensorboard_shows_the_history(feats: Path, tmp_path: Path):
     events = EventAccumulator(str(path / "tensorboard" / "seed42")).Reload()
     [event] = events.Scalars("accuracy")
     assert event.value == pytest.approx(content(path, "metrics")["val"]["accuracy"])
+
+
+EPOCH_COLUMNS = [
+    *("fold", "seed", "epoch", "lr", "train_loss", "train_accuracy", "train_weighted_f1", "train_macro_f1"),
+    *("val_loss", "accuracy", "weighted_f1", "macro_f1", *(f"predicted_{name}" for name in CLASSES)),
+]
+
+
+def epochs_of(path: Path) -> list[dict[str, str]]:
+    with (path / "history.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def shown_epoch(row: dict[str, str], words: str, whose: str = "") -> str:
+    """The line that a terminal shows of a row of history.csv."""
+
+    def figures(loss: str, prefix: str = "") -> str:
+        of = {name: float(row[prefix + name]) for name in ("accuracy", "weighted_f1", "macro_f1")}
+        return (
+            f"loss {float(row[loss]):.4f}, accuracy {of['accuracy']:.3f}, weighted F1 {of['weighted_f1']:.3f}, "
+            f"macro F1 {of['macro_f1']:.3f}"
+        )
+
+    counts = ", ".join(f"{row[f'predicted_{name}']} {name}" for name in CLASSES)
+    end = f"; {words}" if words else ""
+    told = f"train {figures('train_loss', 'train_')}; validation {figures('val_loss')}; predicted {counts}{end}"
+    return f"{whose}epoch {row['epoch']}: {told}"
+
+
+def test_epochs_are_shown(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    argv = ["--val-ratio", "0.3", "--ep", "12", "--lr", "0.1", "--patience", "3"]
+    capsys.readouterr()
+    path = train(feats, tmp_path, *argv, "--verbose")
+    out, err = capsys.readouterr()
+    history, [member] = epochs_of(path), content(path, "config")["members"]
+    assert list(history[0]) == EPOCH_COLUMNS and err == ""
+    best, expected = -1.0, []
+    for row in history:
+        better = float(row["accuracy"]) > best
+        best = max(best, float(row["accuracy"]))
+        expected.append(shown_epoch(row, "best so far" if better else ""))
+    assert [line for line in out.splitlines() if line.startswith("epoch ")] == expected
+    assert all(sum(int(row[f"predicted_{name}"]) for name in CLASSES) == 27 for row in history)
+    last = len(history)
+    assert 1 <= member["best_epoch"] == last - 3 and member["epochs"] == last
+    assert f"; best epoch {last - 3} of 12, stopped at {last}\n" in out
+    train(feats, tmp_path, *argv)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert lines == [shown_epoch(history[last - 4], "best"), shown_epoch(history[-1], "last")]
+
+
+@pytest.mark.parametrize("verbose", [[], ["--verbose"]])
+def test_epochs_of_several_trainings_name_theirs(
+    verbose: list[str], feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    capsys.readouterr()
+    path = train(feats, tmp_path, "--folds", "2", "--seeds", "2", *verbose)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fold ")]
+    history = epochs_of(path)
+    if verbose:
+        expected = [shown_epoch(row, "", f"fold {row['fold']}, seed {row['seed']}, ") for row in history]
+        assert sorted(line.removesuffix("; best so far") for line in lines) == sorted(expected)
+    else:
+        for member in content(path, "config")["members"]:
+            [best, last] = [
+                next(
+                    r for r in history if (r["fold"], r["seed"], r["epoch"]) == (str(member["fold"]), seed, str(epoch))
+                )
+                for seed in [str(member["train"]["seed"])]
+                for epoch in (member["best_epoch"], 3)
+            ]
+            whose = f"fold {member['fold']}, seed {member['train']['seed']}, "
+            assert shown_epoch(best, "best", whose) in lines
+            assert (shown_epoch(last, "last", whose) in lines) == (best is not last)
+
+
+def test_epoch_lines_pass_through_the_processes(feats: Path, tmp_path: Path):
+    """As on a terminal, with a bar on stderr, whose remains don't end up between the lines."""
+    code = (
+        "import sys; from modeling import train_head; from modeling.training import workers; workers.LEAST_WORK = 0; "
+    )
+    code += "workers._cores = lambda: 2; sys.exit(train_head.main(sys.argv[1:]))"
+    argv = ["--vtype", "clip", "--feats", str(feats), "--runs", str(tmp_path), *SHORT, "--folds", "2", "--verbose"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv, "--history-batches"], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    [path] = tmp_path.iterdir()
+    lines = sorted(line.removesuffix("; best so far") for line in done.stdout.splitlines() if line.startswith("fold"))
+    assert lines == sorted(shown_epoch(r, "", f"fold {r['fold']}, seed {r['seed']}, ") for r in epochs_of(path))
+    with (path / "history_batches.csv").open() as file:
+        assert [row["fold"] for row in csv.DictReader(file)] == ["1"] * 6 + ["2"] * 6
+
+
+def test_losses_by_batch_where_they_are_asked_for(feats: Path, tmp_path: Path):
+    path = train(feats, tmp_path, "--seeds", "2", "--history-batches", "--val-ratio", "0.3")
+    with (path / "history_batches.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["fold", "seed", "epoch", "batch", "train_loss"]
+    assert [(r["seed"], r["epoch"], r["batch"]) for r in rows] == [
+        (str(seed), str(epoch), str(batch)) for seed in (42, 43) for epoch in (1, 2, 3) for batch in (1, 2)
+    ]
+    for told in epochs_of(path):
+        own = [float(r["train_loss"]) for r in rows if (r["seed"], r["epoch"]) == (told["seed"], told["epoch"])]
+        assert float(told["train_loss"]) == pytest.approx((32 * own[0] + 31 * own[1]) / 63, rel=1e-5)
+    assert not (train(feats, tmp_path) / "history_batches.csv").exists()
+    load_run(path).save(tmp_path / "copy")
+    assert (tmp_path / "copy" / "history_batches.csv").read_bytes() == (path / "history_batches.csv").read_bytes()
+
+
+# -- what there is to know of a result ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("head", "remedy"),
+    [("mlp", "raise --lr or --ep"), ("linear", "raise --C"), ("kernel", "lower --ridge")],
+)
+def test_a_head_that_predicts_one_class_is_no_result(
+    head: str, remedy: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    nothing = np.zeros((90, 8), np.float16)
+    make_cache(tmp_path / "feats", "clip", changed={"image_feats": nothing, "text_feats": nothing})
+    given = ["--ridge", "1", "--gamma", "1"] if head == "kernel" else ["--C", "1"] if head == "linear" else []
+    path = train(tmp_path / "feats", tmp_path / "runs", "--head", head, "--val-ratio", "0.3", *given)
+    out, figures = capsys.readouterr().out, content(path, "metrics")
+    _, _, probabilities = read_predictions(path / "predictions_val.csv")
+    [only] = {CLASSES[k] for k in probabilities.argmax(1)}
+    assert figures["val"]["collapsed"] == only
+    assert figures["members"]["collapsed"] == [{"fold": None, "seed": 42, "class": only}]
+    assert f"\nval (always {only}) " in out
+    note = f"note: this head predicts {only} for every validation row: no result; {remedy}, or give --class-weights"
+    assert note in out.splitlines()[-2]
+
+
+def test_one_collapsed_seed_of_several_is_seen(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    path = train(feats, tmp_path, "--head", "mlp", "--D", "4", "--lr", "1e-7", "--seeds", "8", "--val-ratio", "0.3")
+    out, run = capsys.readouterr().out, load_run(path)
+    features = load_features(feats, "train", ["clip"], ["clip"])
+    rows = features.positions(run.split.val)
+    expected = []
+    for member in run.members:
+        classes = set(member.logits(features, rows).argmax(1).tolist())
+        if len(classes) == 1:
+            expected.append({"fold": None, "seed": member.config.seed, "class": CLASSES[classes.pop()]})
+    figures = content(path, "metrics")
+    assert 0 < len(expected) < 8 and figures["members"]["collapsed"] == expected
+    assert figures["val"]["collapsed"] is None and f"  each of 8 ({len(expected)} of one class)" in out
+    named = "; ".join(f"seed {of['seed']}: {of['class']}" for of in expected)
+    assert f"note: {len(expected)} of 8 heads predict one class for every validation row ({named}): no result" in out
+
+
+def test_rows_leaks_and_cost_are_told(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """p0 and p2 share a picture; p4 and p5 another, with two labels; p6 and p7 a text."""
+    pictures, texts = np.arange(90) + 1000, np.arange(90) + 1000
+    pictures[2], pictures[5], texts[7] = pictures[0], pictures[4], texts[6]
+    made, ids = tmp_path / "feats", [f"p{i}" for i in range(90)]
+    make_cache(made, "clip", facts={"image_hash": pictures, "text_key": texts})
+    (tmp_path / "split.json").write_text(json.dumps({"val": ids[2:5] + ids[60:], "train": ids[:2] + ids[5:60]}))
+    path = train(made, tmp_path / "runs", "--split-file", str(tmp_path / "split.json"))
+    out, figures, config = capsys.readouterr().out, content(path, "metrics"), content(path, "config")
+    tags = dict(zip(ids, make_tags(90), strict=True))
+    for part, key in (("train", "training_rows"), ("val", "validation_rows")):
+        found = [tags[i] for i in content(path, "split")[part]]
+        assert figures[key] == {name: found.count(name) for name in CLASSES}
+        counts = ", ".join(f"{name} {found.count(name)}" for name in CLASSES)
+        assert f"{len(found)} for {key.removesuffix('_rows')} ({counts})" in out
+    nothing = {"across": 0, "across_conflicting": 0, "val_rows": 0, "test_rows": 0}
+    leaking = {"across": 2, "across_conflicting": 1, "val_rows": 2, "test_rows": 0}
+    assert figures["leaks"] == {
+        "pictures": {"groups": 2, "conflicting": 1, **leaking},
+        "texts": {"groups": 1, "conflicting": 1, **nothing},
+    }
+    assert (
+        "leaks: no text of a validation or test row is in the training rows; the pictures of 2 validation rows are in "
+        "the training rows, too (2 groups across the parts, 1 of them with different labels); 1 of 2 groups with one "
+        "picture disagree in label; 1 of 1 groups with one text disagree in label\n"
+    ) in out
+    cost = config["cost"]
+    assert cost["device"] == "cpu" and 0 < cost["seconds"] < 60 and 1e8 < cost["peak_bytes"] < 1e11
+    assert re.search(r"\ntraining took \d+\.\d s on cpu, peak memory \d+\.\d\d GB\n", out)
+    assert load_run(path).cost == cost
+
+
+def test_the_size_with_encoders(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    make_cache(tmp_path / "feats", "resnet", parameters={"image": 25_000_000})
+    make_cache(tmp_path / "feats", "roberta", parameters={"text": 1_250_000})
+    sides = ["--vtype", "resnet", "--ttype", "roberta"]
+    for ablation, encoders, shown in (("0", 26_250_000, "26.3 M"), ("1", 1_250_000, "1.3 M")):
+        path = train(tmp_path / "feats", tmp_path / "runs", *sides, "--ablation", ablation)
+        [member] = content(path, "config")["members"]
+        assert member["with_encoders"] == encoders + member["parameters"]
+        assert f" parameters, with its encoders {shown}; best epoch " in capsys.readouterr().out
+    path = train(feats, tmp_path / "runs")  # caches that don't tell
+    assert content(path, "config")["members"][0]["with_encoders"] is None
+    assert "with its encoders" not in capsys.readouterr().out
 
 
 # -- splits -----------------------------------------------------------------------------------------------------

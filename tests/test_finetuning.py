@@ -12,6 +12,7 @@ import torch
 from conftest import one_line
 from pairs import cache, cached_pairs, make_pairs, tiny_clip
 from safetensors.torch import load_file
+from sklearn import metrics
 
 from feats.encoders.registry import load_encoder
 from feats.errors import UsageError
@@ -130,8 +131,12 @@ def test_a_new_head_has_the_runs_shape_and_other_weights(root: Path):
 # -- what a step does --------------------------------------------------------------------------------------------
 
 
-def reference(start: Start, settings: TuneSettings, root: Path, steps: int) -> dict[str, torch.Tensor]:
-    """The `steps` of an epoch written plainly: every row's logits, torch's own loss and optimiser, no parts and no processes."""
+def reference(
+    start: Start, settings: TuneSettings, root: Path, steps: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """The `steps` of an epoch written plainly: every row's logits, torch's own loss and optimiser, no parts and no
+    processes. The weights afterwards, and of all rows of these steps the labels and predictions."""
+    truth, predicted = [], []
     data = data_of(start, settings, root / "trunks")
     model = start.model
     encoders = [p for part, network in model.parts.items() if part != "head" for p in network.parameters()]
@@ -154,6 +159,8 @@ def reference(start: Start, settings: TuneSettings, root: Path, steps: int) -> d
         rows = order[step * settings.bs : (step + 1) * settings.bs]
         logits = model(next(data.reader.batches([rows])))
         targets = data.labels[[sample.row for sample in rows]]
+        truth.append(targets)
+        predicted.append(logits.detach().argmax(1))
         loss = torch.nn.functional.cross_entropy(
             logits, targets, data.class_weights, label_smoothing=settings.label_smoothing
         )
@@ -163,7 +170,7 @@ def reference(start: Start, settings: TuneSettings, root: Path, steps: int) -> d
         optimizer.step()
         if cycle is not None and step < steps - 1:
             cycle.step()
-    return state(model)
+    return state(model), torch.cat(truth), torch.cat(predicted)
 
 
 @pytest.mark.parametrize(
@@ -174,14 +181,20 @@ def reference(start: Start, settings: TuneSettings, root: Path, steps: int) -> d
 def test_steps_are_those_of_plain_torch(own: dict, root: Path):
     weighty = {"class_weights": {"good": 3.0}, "label_smoothing": 0.1, "clip_grad": 0.5}
     settings = replace(PLAIN, ep=1, **own, **weighty)
-    expected = reference(begin(root), settings, root, steps=18 // settings.bs)
+    expected, truth, predicted = reference(begin(root), settings, root, steps=18 // settings.bs)
     start = begin(root)
     data = data_of(start, settings, root / "trunks")
     assert len(data.train) == 18
-    seen: list[dict[str, torch.Tensor]] = []
+    seen: list[tuple[dict[str, torch.Tensor], dict[str, Any]]] = []
     with WorkFolder(root / "work", {}) as work:
-        tune(start.model, data, settings, work, told=lambda row: seen.append(state(start.model)))
-    before, after = seen
+        tuned = tune(start.model, data, settings, work, told=lambda row, best: seen.append((state(start.model), row)))
+    (before, first), (after, last) = seen
+    assert tuned.history == [first, last] and first["train_accuracy"] is None
+    assert last["train_accuracy"] == pytest.approx(metrics.accuracy_score(truth, predicted))
+    for average in ("weighted", "macro"):
+        f1 = metrics.f1_score(truth, predicted, average=average, labels=range(len(data.classes)), zero_division=0)
+        assert last[f"train_{average}_f1"] == pytest.approx(f1)
+    assert sum(last[f"predicted_{name}"] for name in start.experiment.classes) == len(data.val)
     # A key's bias changes no attention: its gradient is rounding noise, which Adam turns into full steps.
     assert [name for name, x in expected.items() if not torch.allclose(after[name], x, atol=2e-6)] == []
     moved = [name for name, x in before.items() if not torch.equal(x, after[name])]

@@ -31,6 +31,22 @@ def example(n: int, n_classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarr
     return labels, rng.normal(size=(n, n_classes)) * 2 + 2 * np.eye(n_classes)[labels]
 
 
+@pytest.mark.parametrize(
+    ("labels", "predicted", "expected"),
+    [
+        ([0, 1, 2, 1], [1, 1, 1, 1], "b"),
+        ([0, 1, 2, 1], [1, 1, 1, 2], None),
+        ([1, 1, 1], [1, 1, 1], None),  # right, as far as anybody can tell
+        ([1], [2], None),
+    ],
+)
+def test_predicting_one_class_is_noticed(labels: list[int], predicted: list[int], expected: str | None):
+    figures = metrics.figures(labels, np.eye(3)[predicted], ["a", "b", "c"], majority="b")
+    assert figures["collapsed"] == expected
+    name = metrics.figure_rows(figures, "val")[0]["rows"]
+    assert name == ("val (always b)" if expected else "val")
+
+
 @pytest.mark.parametrize("n, n_classes", [(400, 2), (400, 3), (60, 17), (1, 3)])
 def test_figures_are_scikit_learn_s(n: int, n_classes: int):
     labels, logits = example(n, n_classes)

@@ -76,6 +76,16 @@ def test_schema_is_the_contract(full: Path):
         assert file.attrs["complete"] and "fingerprint" in file.attrs and "format_version" in file.attrs
 
 
+def test_the_encoder_s_size_is_kept_where_it_is_told(full: Path, tmp_path: Path):
+    with FeatureStore.open(full) as store:
+        assert store.parameters is None
+    sizes = {"image": 0, "text": 22_713_216}
+    how = {"parameters": sizes}
+    FeatureStore.create(tmp_path / "x.h5", ["a"], [""], {"encoder": "x"}, {"text_feats": (3,)}, **how).close()
+    with FeatureStore.append(tmp_path / "x.h5") as store:
+        assert store.parameters == sizes and store.fingerprint == {"encoder": "x"}
+
+
 def test_reads_in_the_asked_order(full: Path):
     order = RNG.permutation(N)[:77]
     asked = [IDS[i] for i in order]

@@ -127,6 +127,14 @@ def test_a_gradient_reaches_every_parameter_in_use(name: str, kind: str, tmp_pat
     where = make(tmp_path)
     encoder, frozen = load(name, where, trainable=True), load(name, where)
     assert encoder.identity == frozen.identity
+    counted = {
+        side: 0 if network is None else sum(p.numel() for p in network.parameters())
+        for side in ("image", "text")
+        if (of := getattr(encoder, side)) is not None
+        for network in [of.network]
+    }
+    assert encoder.parameters == frozen.parameters == counted  # whatever is folded for speed
+    assert bool(sum(counted.values())) == (name not in NOTHING_LEARNED)
     with torch.no_grad():
         expected = forward(frozen)
     for side, feats in forward(encoder).items():
@@ -199,6 +207,7 @@ def test_encode_gives_what_a_cache_holds(name: str, batch_size: int, tmp_path: P
     )
     with FeatureStore.open(tmp_path / "x.h5") as store:
         assert {f"{side}_feats" for side in made} == set(store.features)
+        assert store.parameters == encoder.parameters and store.parameters.keys() == made.keys()
         for side, values in made.items():
             assert values.dtype == np.float32
             cached = store.read(f"{side}_feats").astype(np.float32)

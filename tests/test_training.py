@@ -5,6 +5,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from modeling.training.config import MONITORS, SCHEDULES, TrainConfig
 from modeling.training.exact import LINEAR_CS
 from modeling.training.fit import fit, n_epochs, stacks, work
 from modeling.training.gradient import beta1, cross_entropy, lr_factor
-from modeling.training.problem import Problem, Trained, class_weights, predict_stack
+from modeling.training.problem import Epoch, Problem, Trained, class_weights, predict_stack
 
 
 def same(one: Trained, other: Trained) -> None:
@@ -478,6 +479,51 @@ def test_a_gain_below_the_least_one_is_none(monitor: str, gain: float):
     assert found.best_epoch == best + 1 and len(found.history) == min(30, best + 5)
     assert figures[best] < max(figures), "an epoch that betters by less must be among them"
     assert plain.best_epoch != found.best_epoch
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"balanced_sampler": True}, {"label_smoothing": 0.2, "precision": "bf16"}], ids=str
+)
+def test_history_tells_what_was_predicted(more: dict, monkeypatch: pytest.MonkeyPatch):
+    """Of the training rows, by the logits that the losses were of; of the validation rows, class by class."""
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
+    original = gradient.cross_entropy
+
+    def spy(logits: Tensor, labels: Tensor, *others: Any) -> Tensor:
+        seen.append((logits.detach().float().argmax(-1).numpy(), labels.numpy()))
+        return original(logits, labels, *others)
+
+    monkeypatch.setattr(gradient, "cross_entropy", spy)
+    config = TrainConfig(HeadConfig("fusion", D=4), lr=1e-2, ep=3, bs=16, **more)
+    problem = make_problem()
+    for m, found in enumerate(fit([config, replace(config, seed=5)], problem)):
+        for epoch, row in enumerate(found.history):
+            batches = seen[4 * epoch : 4 * epoch + 4]
+            predicted, truth = (np.concatenate([batch[k][m] for batch in batches]) for k in (0, 1))
+            assert len(truth) == N_TRAIN
+            assert row["train_accuracy"] == pytest.approx(reference.accuracy_score(truth, predicted))
+            for average in ("weighted", "macro"):
+                f1 = reference.f1_score(truth, predicted, labels=range(3), average=average, zero_division=0)
+                assert row[f"train_{average}_f1"] == pytest.approx(f1)
+        counts = np.bincount(found.val_logits.argmax(1), minlength=3).tolist()
+        assert [found.history[found.best_epoch - 1][f"predicted_{name}"] for name in CLASSES] == counts
+    assert len(seen) == 12
+
+
+def test_every_epoch_is_told_as_it_ends():
+    problem = replace(make_problem(), folds=torch.arange(N_TRAIN) % 3)
+    config = TrainConfig(HeadConfig("fusion", D=16), lr=3e-2, ep=12, bs=16, patience=2, seed=3)
+    told: list[Epoch] = []
+    configs = [config, replace(config, seed=4), TrainConfig(HeadConfig("linear"), C=1.0)]
+    found = fit(configs, problem, told=told.append)
+    for trained in found[:2]:
+        own = [epoch for epoch in told if epoch.config == trained.config]
+        assert [epoch.row for epoch in own] == trained.history and len(own) < 12
+        assert [epoch.row["epoch"] for epoch in own if epoch.best][-1] == trained.best_epoch
+        for epoch in own:
+            losses = np.average(epoch.batch_losses, weights=[16, 16, 16, 1])
+            assert epoch.row["train_loss"] == pytest.approx(losses, rel=1e-5)
+    assert {epoch.config for epoch in told} == set(configs[:2])  # a closed form has no epochs
 
 
 def test_history_tells_the_learning_rate_and_the_weights_of_the_sides():

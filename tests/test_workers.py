@@ -19,7 +19,7 @@ from modeling.heads.base import HeadConfig
 from modeling.training import workers
 from modeling.training.config import TrainConfig
 from modeling.training.fit import fit, n_epochs
-from modeling.training.problem import Problem
+from modeling.training.problem import Epoch, Problem
 
 N = 60
 
@@ -64,13 +64,16 @@ def test_processes_give_what_this_one_gives(problem: Problem, monkeypatch: pytes
     monkeypatch.setattr(workers, "LEAST_WORK", 0)
     monkeypatch.setattr(workers, "_cores", lambda: 2)
     told: list[int] = []
-    found = dict(workers.run_jobs(jobs, problems, told.append))
+    heard: list[tuple[int, Epoch]] = []
+    found = dict(workers.run_jobs(jobs, problems, told.append, lambda k, epoch: heard.append((k, epoch))))
     assert sorted(found) == list(range(len(jobs)))
     assert sum(told) == sum(n_epochs(configs) for configs, _ in jobs)
     for number, (configs, k) in enumerate(jobs):
         for here, there in zip(fit(configs, problems[k]), found[number], strict=True):
             assert (here.config, here.best_epoch) == (there.config, there.best_epoch)
             np.testing.assert_allclose(there.val_logits, here.val_logits, atol=1e-5)
+            own = [epoch.row for of, epoch in heard if of == k and epoch.config == there.config]
+            assert own == (there.history if there.best_epoch else [])
 
 
 def test_no_processes_for_little_work(problem: Problem, monkeypatch: pytest.MonkeyPatch):

@@ -72,6 +72,7 @@ class ImageSide:
     network: nn.Module | None = None
     channels_last: bool = False  # memory format of the pixels: convolutional nets want it
     blocks: Blocks | None = None
+    n_parameters: int | None = None  # where folding has left `network` with fewer than its kind has
 
     def to_bytes(self, image: Image.Image) -> torch.Tensor:
         """An RGB image after preprocessing, (H, W, 3) uint8."""
@@ -148,6 +149,12 @@ class Encoder:
         """Whether its sides give token vectors."""
         return self.loading.tokens
 
+    @property
+    def parameters(self) -> dict[str, int]:
+        """How many parameters each of its sides has, by "image" and "text": 0 where nothing is learned."""
+        sides = {"image": self.image, "text": self.text}
+        return {name: _parameters(side) for name, side in sides.items() if side is not None}
+
     def to_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (B, H, W, 3) on the host -> normalised (B, 3, H, W) on the device, in the compute dtype.
 
@@ -214,6 +221,16 @@ class Encoder:
             feats[torch.from_numpy(chosen)] = out
         assert feats is not None
         return feats[: len(texts)].numpy()
+
+
+def count_parameters(network: nn.Module | None) -> int:
+    """The parameters of a network; 0 of none."""
+    return 0 if network is None else sum(p.numel() for p in network.parameters())
+
+
+def _parameters(side: ImageSide | TextSide) -> int:
+    known = side.n_parameters if isinstance(side, ImageSide) else None
+    return count_parameters(side.network) if known is None else known
 
 
 def parameter_depths(side: ImageSide | TextSide) -> dict[str, int]:

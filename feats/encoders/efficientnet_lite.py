@@ -13,7 +13,7 @@ import torch
 from efficientnet_lite_pytorch import EfficientNet
 from torch import nn
 
-from feats.encoders.base import Encoder, Features, ImageSide, Loading
+from feats.encoders.base import Encoder, Features, ImageSide, Loading, count_parameters
 from feats.encoders.stack import map_tokens, stacked
 from feats.encoders.torchvision_image import fold_batch_norms, load_strictly, pool_map
 from feats.encoders.weights import save_weights, verified_sha256, weights_at
@@ -44,6 +44,7 @@ def load(model: str, weights: str | None, how: Loading) -> Encoder:
     network = EfficientNet.from_name(f"efficientnet-{model}")
     load_strictly(network, path, f"EfficientNet-Lite {model}")
     network.eval().requires_grad_(how.trainable)
+    n_parameters = count_parameters(network)
     if not how.trainable:
         fold_batch_norms(network)
         _fold_paddings(network)
@@ -96,6 +97,7 @@ def load(model: str, weights: str | None, how: Loading) -> Encoder:
             std=STD,
             forward=forward,
             network=network,
+            n_parameters=n_parameters,
             channels_last=True,
             blocks=stack,
         ),

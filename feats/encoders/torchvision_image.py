@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 from torchvision.models import ResNet, VisionTransformer, WeightsEnum, get_model, get_model_weights, list_models
 
-from feats.encoders.base import Blocks, Encoder, Features, ImageSide, Loading
+from feats.encoders.base import Blocks, Encoder, Features, ImageSide, Loading, count_parameters
 from feats.encoders.stack import map_tokens, stacked
 from feats.encoders.weights import save_weights, sha256_of, unobtainable, verified_sha256, weights_at
 from feats.errors import UsageError
@@ -49,6 +49,7 @@ def load(model: str, weights: str | None, how: Loading, *, layer: str) -> Encode
     network = get_model(model, weights=None, **options)
     load_strictly(network, path, model)
     network.eval().requires_grad_(how.trainable)
+    n_parameters = count_parameters(network)
     is_resnet = isinstance(network, ResNet)
     if is_resnet and not how.trainable:
         fold_batch_norms(network)
@@ -75,6 +76,7 @@ def load(model: str, weights: str | None, how: Loading, *, layer: str) -> Encode
             std=preset.std,
             forward=forward,
             network=network,
+            n_parameters=n_parameters,
             channels_last=is_resnet,
             blocks=blocks,
         ),

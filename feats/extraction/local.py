@@ -134,6 +134,7 @@ def create_store(plan: Plan, path: Path, overwrite: bool = False) -> FeatureStor
         token_counts=plan.token_counts,
         plan=plan.kept,
         source=plan.records.source if isinstance(plan.records, Pairs) else None,
+        parameters=plan.encoder.parameters,
         overwrite=overwrite,
     )
 

@@ -12,6 +12,8 @@ BLOCK_COUNTS = 1 << 22  # draws times rows that lie in memory at once
 TINY = np.finfo(np.float64).tiny  # in place of a denominator of 0, whose numerator is 0 as well
 LEVEL = 0.95
 AVERAGES = ("accuracy", "weighted_f1", "macro_f1")  # the figures that get intervals and tests
+# What tables show: weighted recall is the accuracy, and stands beside it for who looks for it.
+SHOWN_AVERAGES = ("accuracy", "weighted_precision", "weighted_recall", "weighted_f1", "macro_f1")
 
 
 def figures(
@@ -28,7 +30,8 @@ def figures(
 
     `labels` (N,) integers, `probabilities` (N, C). `majority`: the most common class of the training rows; what always
     predicting it would score on these rows is given beside. Keys: n, classes, accuracy, weighted_ and macro_
-    precision, recall, f1, per_class, confusion (rows: true), log_loss, ece, majority, interval.
+    precision, recall, f1, per_class, confusion (rows: true), collapsed (see `collapsed_class`), log_loss, ece,
+    majority, interval.
     Raises `ValueError` for shapes that don't fit and rows that are no distributions.
     """
     labels, probabilities = _checked(labels, probabilities, len(classes))
@@ -41,6 +44,7 @@ def figures(
         for name, (p, r, f), n in zip(classes, per_class, confusion.sum(1), strict=True)
     }
     result["confusion"] = confusion.tolist()
+    result["collapsed"] = collapsed_class(confusion, classes)
     result["log_loss"] = log_loss(labels, probabilities)
     result["ece"] = expected_calibration_error(labels, probabilities, bins)
     if majority is not None:
@@ -55,6 +59,19 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, n_classes: int
     if labels.shape != predictions.shape:
         raise ValueError(f"{len(labels)} labels, but {len(predictions)} predictions")
     return np.bincount(labels * n_classes + predictions, minlength=n_classes**2).reshape(n_classes, n_classes)
+
+
+def collapsed_class(confusion: np.ndarray | Sequence[Sequence[int]], classes: Sequence[str]) -> str | None:
+    """The class that is predicted for every row of a confusion matrix (C, C); None where several are, and where the
+    rows are of one class themselves."""
+    counts = np.asarray(confusion)
+    predicted = np.flatnonzero(counts.sum(0))
+    return classes[int(predicted[0])] if len(predicted) == 1 and (counts.sum(1) > 0).sum() > 1 else None
+
+
+def marked(name: str, collapsed: str | None) -> str:
+    """How tables call what predicts one class whatever it sees: "tuned (always positive)"."""
+    return f"{name} (always {collapsed})" if collapsed else name
 
 
 def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
@@ -306,11 +323,11 @@ def mean_std(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float 
 
 def figure_rows(figures: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     """Results of `figures` as rows for `format_table` whose column "rows" says what they are: the figures under
-    `name`, their intervals, and the majority baseline."""
+    `name`, `marked` where they are of one class, their intervals, and the majority baseline."""
     interval, majority = figures["interval"], figures["majority"]
     edges = {key: "{:.3f}-{:.3f}".format(*interval[key]) for key in AVERAGES}
     return [
-        {"rows": name, **figures},
+        {"rows": marked(name, figures.get("collapsed")), **figures},
         {"rows": f"  {100 * interval['level']:g} %", **edges},
         {"rows": f"  always {majority['class']}", **majority},
     ]

@@ -26,7 +26,8 @@ class FeatureSource:
     """Which caches features are joined from: `<folder>/<name>_<split>.h5`, for each side the names of some.
 
     `tokens`: whether token features are read. `fingerprints` say what made each cache, `contents` which rows it
-    holds (`FeatureStore.content_digest`); both are filled in when they are read."""
+    holds (`FeatureStore.content_digest`), `parameters` how many the encoder of each side has (absent where a cache
+    doesn't tell); all are filled in when they are read."""
 
     folder: Path = DEFAULT_FOLDER
     image: tuple[str, ...] = ()
@@ -34,6 +35,7 @@ class FeatureSource:
     tokens: bool = False
     fingerprints: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False, repr=False)
     contents: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    parameters: Mapping[str, Mapping[str, int]] = field(default_factory=dict, compare=False, repr=False)
 
     def of(self, side: str) -> tuple[str, ...]:
         """The caches of a side, "image" or "text"."""
@@ -366,6 +368,8 @@ class _Join:
     def read(self, rows: np.ndarray, views: bool) -> FeatureSet:
         """Some of the rows `kept`, of every cache."""
         image, text, tokens = self.source.image, self.source.text, self.source.tokens
+        fingerprints = {n: store.fingerprint for n, store in self.caches.items()}
+        parameters = {n: counted for n, store in self.caches.items() if (counted := store.parameters) is not None}
         return FeatureSet(
             split=self.split,
             rows=self.dataset.take(rows),
@@ -376,7 +380,7 @@ class _Join:
                 n: self._read(n, "image_tokens", rows) for n in image if tokens and self._has(n, "image_tokens")
             },
             text_tokens={n: self._read_tokens(n, rows) for n in text if tokens and self._has(n, "text_tokens")},
-            source=replace(self.source, fingerprints={n: store.fingerprint for n, store in self.caches.items()}),
+            source=replace(self.source, fingerprints=fingerprints, parameters=parameters),
             left_out=self.left_out,
             dataset=self.dataset,
         )

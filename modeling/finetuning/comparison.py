@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
+from feats.acceleration import peak_bytes
 from feats.errors import UsageError
 from feats.interrupts import held_back
 from modeling.experiment import Experiment, Progress, run_of, train_all
 from modeling.features.splits import Split, deal_folds, deal_split
-from modeling.finetuning.distributed import peak_bytes
 from modeling.finetuning.settings import TuneSettings
 from modeling.runs.folder import TEST_PREDICTIONS, is_whole, save_run
 from modeling.runs.run import Run

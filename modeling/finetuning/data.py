@@ -186,6 +186,7 @@ class TuneData:
     test: Sequence[int] = ()
     hard: Sequence[int] = ()
     class_weights: torch.Tensor | None = None  # (C,)
+    classes: Sequence[str] = ()  # their names; without, epochs don't count predictions
 
 
 def epoch_samples(

@@ -1,14 +1,11 @@
 """Several processes that share one finetuning, as torchrun starts them: who does what, what they tell each other."""
 
 import os
-import re
-import resource
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -19,7 +16,6 @@ from feats.acceleration import resolve_device
 from feats.errors import UsageError
 
 T = TypeVar("T")
-PROCESS_STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -104,15 +100,3 @@ def _deserted() -> UsageError:
     return UsageError(
         "another process of this finetuning has ended; its last checkpoint is intact, run the same command to go on"
     )
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory this process has held: the GPU's, or on a CPU all of it, libraries included."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # What getrusage tells includes the peak of the process that started this one: Linux keeps it across an exec.
-    if PROCESS_STATUS.is_file():
-        found = re.search(r"^VmHWM:\s*(\d+) kB$", PROCESS_STATUS.read_text(), re.MULTILINE)
-        if found is not None:
-            return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

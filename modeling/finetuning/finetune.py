@@ -8,11 +8,12 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from feats.acceleration import peak_bytes
 from feats.errors import UsageError
 from modeling.features.splits import duplicates_of
 from modeling.finetuning import outcome
 from modeling.finetuning.checkpoint import WorkFolder
-from modeling.finetuning.distributed import Team, peak_bytes
+from modeling.finetuning.distributed import Team
 from modeling.finetuning.hard_rows import hard_rows
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.starts import Start
@@ -20,6 +21,7 @@ from modeling.finetuning.trunk import FOLDER, data_of
 from modeling.finetuning.tuning import memory_named, tune
 from modeling.runs.folder import DEFAULT_FOLDER
 from modeling.runs.run import Run
+from modeling.runs.tables import collapse_notes, epoch_line
 
 Progress = Callable[[int, int], Any]  # rows done, rows to do
 
@@ -61,6 +63,10 @@ def finetune_model(
     # Duplicates matter here whether or not the split kept them together.
     hard = hard_rows(bad_cases, start.split, duplicates_of(start.experiment.features)) if bad_cases else []
     what = outcome.what_is_tuned(start, settings, hard)
+
+    def told(row: dict[str, Any], best: bool) -> None:
+        say(epoch_line(row, "best so far" if best else ""))
+
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     folder = runs / f".{name or digest[:12]}.tuning"
     with memory_named(settings), WorkFolder(folder, what, team.leads) as working:
@@ -70,6 +76,8 @@ def finetune_model(
             working.remove()
             return finished if team.leads else None
         say(outcome.start_line(start))
+        for line in start.experiment.rows_lines():
+            say(line)
         with bar("frozen blocks") as progress:
             trunks = (caches or outcome.cache_folder(start)) / FOLDER
             data = data_of(start, settings, trunks, team, hard=hard, cached=cached_trunk, progress=progress)
@@ -77,7 +85,7 @@ def finetune_model(
         for note in outcome.notes_of(start, settings, ablation_eval):
             say(note)
         with bar("tune") as progress:
-            tuned = tune(start.model, data, settings, working, team, progress, lambda row: say(_epoch_line(row)))
+            tuned = tune(start.model, data, settings, working, team, progress, told)
         predicted = outcome.predicted_of(start, data, team, ablation_eval)
         if not team.leads:
             return None
@@ -88,12 +96,6 @@ def finetune_model(
         )
         working.remove()
     say(f"{outcome.tables(start, run, settings.monitor)}\nweights kept: {tuned.chosen}")
+    for note in collapse_notes(run):
+        say(note)
     return run
-
-
-def _epoch_line(row: dict[str, Any]) -> str:
-    """One epoch's figures."""
-    trained = f"train loss {row['train_loss']:.4f}, " if row["train_loss"] is not None else ""
-    shown = ("accuracy", "weighted_f1", "macro_f1")
-    validated = ", ".join(f"{figure.replace('_', ' ')} {row[figure]:.3f}" for figure in shown)
-    return f"epoch {row['epoch']}: {trained}validation loss {row['val_loss']:.4f}, {validated}"

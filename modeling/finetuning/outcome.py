@@ -79,6 +79,7 @@ def save_tuned(
         head=head,
         temperature=temperature,
         best_epoch=tuned.epoch,
+        epochs=tuned.history[-1]["epoch"],
         facts={"chosen": tuned.chosen, "tried": tuned.tried},
     )
     kept = {**facts, **asdict(settings), "trained_parameters": tuned.trained_parameters, "chosen": tuned.chosen}
@@ -86,7 +87,9 @@ def save_tuned(
     finetuned = Finetuned(places, str(pairs.data.resolve()), pairs.layout, kept)
     counts = start.experiment.training_rows()
     run = Run(start.experiment.classes, [member], source, start.split, counts, finetuned=finetuned)
-    run = replace(run, report=_report(start, tuned, predicted, temperature, settings))
+    cost = {name: facts[name] for name in ("seconds", "peak_bytes") if name in facts}
+    cost["device"] = str(start.model.device)
+    run = replace(run, report=_report(start, tuned, predicted, temperature, settings), cost=cost)
     path = runs / (name or run_name(run, label=f"{start.member.config.head.head}_tuned"))
     return save_run(run, path, numbered=True, command=command, encoders=folder)
 
@@ -102,7 +105,8 @@ def _source(start: Start, digests: Mapping[str, str], runs: Path) -> FeatureSour
             fingerprints[name]["weights_sha256"] = digests[name]
     image, text = (tuple(start.model.preprocessing.caches[side]) for side in SIDES)
     tokens = any("_tokens/" in key for key in start.model.preprocessing.normalizers)
-    return FeatureSource(runs / OWN_CACHES, image, text, tokens, fingerprints)
+    counted = {name: encoder.parameters for name, encoder in start.model.encoders.items()}
+    return FeatureSource(runs / OWN_CACHES, image, text, tokens, fingerprints, parameters=counted)
 
 
 def _report(start: Start, tuned: Tuned, predicted: Predicted, temperature: float, settings: TuneSettings) -> Report:
@@ -120,7 +124,8 @@ def _report(start: Start, tuned: Tuned, predicted: Predicted, temperature: float
         found["ablation_eval"] = {words: figures(split.val, logits) for words, logits in predicted.ablated.items()}
     found["members"] = {"count": 1, "mean_std": metrics.mean_std([found["val"]])}
     found["protocol"] = f"{protocol(experiment)}; {tuned.chosen}, and temperature, chosen on the validation rows"
-    found["training_rows"] = experiment.training_rows()
+    found |= {"training_rows": experiment.training_rows(), "validation_rows": experiment.validation_rows()}
+    found["leaks"] = experiment.leaks.as_json()
     history = [{"fold": "", "seed": settings.seed, **row} for row in tuned.history]
     tags = experiment.features.tags_of(split.val)
     probabilities = metrics.softmax(tuned.val_logits, temperature)
@@ -243,7 +248,8 @@ def against_start(start: Start, frozen: Report, tuned: Report, monitor: str) -> 
     figure = monitor if monitor in metrics.AVERAGES else "accuracy"
     drawn = metrics.resampled(labels, predicted, len(start.experiment.classes), figure)
     differences = drawn[:, 1] - drawn[:, 0]
-    rows = [{part: name, **report.figures[part]} for name, report in (("frozen head", frozen), ("tuned", tuned))]
+    both_figures = (("frozen head", frozen.figures[part]), ("tuned", tuned.figures[part]))
+    rows = [{part: metrics.marked(name, found.get("collapsed")), **found} for name, found in both_figures]
     low, high = np.quantile(differences, [0.025, 0.975])
     on = f"{len(labels)} {'test rows' if part == 'test' else 'validation rows, by which both were also chosen'}"
     return (
@@ -257,6 +263,9 @@ def ablation_table(run: Run) -> str:
     """The trained model's validation figures with both sides, and with one of them removed."""
     assert run.report is not None
     figures = run.report.figures
-    rows = [{"test-time ablation": words, **found} for words, found in figures["ablation_eval"].items()]
-    rows.insert(0, {"test-time ablation": ablation_words(SIDES), **figures["val"]})
+    scored = {ablation_words(SIDES): figures["val"], **figures["ablation_eval"]}
+    rows = [
+        {"test-time ablation": metrics.marked(words, found.get("collapsed")), **found}
+        for words, found in scored.items()
+    ]
     return metrics.format_table(rows, ["test-time ablation", "n", *metrics.AVERAGES])

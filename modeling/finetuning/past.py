@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from feats.errors import UsageError
+from modeling.evaluation.metrics import collapsed_class, marked
 from modeling.finetuning.comparison import SETTINGS
 from modeling.finetuning.verdict import MARKDOWN
 from modeling.runs.folder import CONFIG, is_whole, read_config, read_metrics
@@ -54,11 +55,12 @@ def _finetuned(runs: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 def _row(config: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:
     facts, features = config["finetuned"]["facts"], config["features"]
     how = [f"lora-{facts['lora']}" if facts["lora"] else facts["tune"]]
+    collapsed = collapsed_class(figures["confusion"], figures["classes"])
     how += [name for name, there in (("soup", facts["soup"]), ("wise-ft", facts["wise_ft"])) if there]
     return {
         "encoders": "+".join(dict.fromkeys([*features["image"], *features["text"]])),
         "head": config["members"][0]["train"]["head"]["head"],
-        "tuned": " ".join(how),
+        "tuned": marked(" ".join(how), collapsed),
         "lr": f"{facts['lr']:g}",
         "ep": facts["ep"],
         "bs": facts["bs"],

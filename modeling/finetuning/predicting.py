@@ -34,10 +34,10 @@ def predict(
     return np.concatenate([of_all[k % team.size][k // team.size] for k in range(len(blocks))])
 
 
-def figures_of(logits: np.ndarray, labels: Tensor) -> dict[str, float]:
-    """Loss, accuracy and F1s of logits (n, C) and labels (n,)."""
-    found = validation_figures(torch.from_numpy(logits)[None], labels)
-    return {name: float(values[0]) for name, values in found.items()}
+def figures_of(logits: np.ndarray, labels: Tensor, classes: Sequence[str] = ()) -> dict[str, float]:
+    """Loss, accuracy and F1s of logits (n, C) and labels (n,), and how many rows are predicted as each of `classes`."""
+    found = validation_figures(torch.from_numpy(logits)[None], labels, classes)
+    return {name: values[0].item() for name, values in found.items()}
 
 
 def score_of(figures: Mapping[str, Any], monitor: str) -> float:

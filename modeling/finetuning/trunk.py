@@ -65,7 +65,9 @@ def data_of(
         train, val = torch.tensor(rows["train"]), torch.tensor(rows["val"])
         of_all = Problem(None, labels, train, val, start.experiment.classes)  # type: ignore[arg-type]
         weights = class_weights(settings.class_weights, of_all)
-    return TuneData(reader, labels, rows["train"], rows["val"], rows["test"], [numbers[i] for i in hard], weights)
+    more = [numbers[i] for i in hard]
+    classes = start.experiment.classes
+    return TuneData(reader, labels, rows["train"], rows["val"], rows["test"], more, weights, classes)
 
 
 def _cached_trunks(

@@ -33,6 +33,7 @@ from modeling.finetuning.predicting import figures_of, predict, seeded
 from modeling.finetuning.settings import TuneSettings, lr_factor
 from modeling.heads.layers import Noise, attach_noise
 from modeling.training.gradient import beta1
+from modeling.training.problem import averages_of
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Tuned:
 
 
 Progress = Callable[[int, int], Any]  # training rows done, of how many in all
+Told = Callable[[dict[str, Any], bool], Any]  # an epoch's row of the history, and whether it is the best so far
 
 
 def tune(
@@ -58,7 +60,7 @@ def tune(
     work: WorkFolder,
     team: Team = Team(),
     progress: Progress = lambda done, total: None,
-    told: Callable[[dict[str, Any]], Any] = lambda row: None,
+    told: Told = lambda row, best: None,
 ) -> Tuned:
     """Train `model` in place, from the newest checkpoint in `work` if there is one; at the end it holds the weights
     that did best on the validation rows, the start included.
@@ -83,7 +85,7 @@ class _Tuning:
         work: WorkFolder,
         team: Team,
         progress: Progress,
-        told: Callable[[dict[str, Any]], Any],
+        told: Told,
     ):
         self.model, self.data, self.settings, self.work = model, data, settings, work
         self.team, self.progress, self.told = team, progress, told
@@ -105,6 +107,8 @@ class _Tuning:
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=fp16)
         self.step = 0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=model.device)
+        n_classes = len(data.classes)
+        self.confusion = torch.zeros(n_classes, n_classes, dtype=torch.float64, device=model.device)
         self.history: list[dict[str, Any]] = []
 
     # -- training ----------------------------------------------------------------------------------------------
@@ -154,7 +158,7 @@ class _Tuning:
         of_rows = self._row_weights([sample.row for sample in rows])
         before = {name: buffer.clone() for name, buffer in self.statistics.items()}
         after = {name: torch.zeros_like(buffer) for name, buffer in self.statistics.items()}
-        total = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        total, confusion = torch.zeros_like(self.loss_sum), torch.zeros_like(self.confusion)
         for k, samples, batch in shares:
             for name, buffer in self.statistics.items():
                 buffer.copy_(before[name])
@@ -166,10 +170,14 @@ class _Tuning:
             loss = self._loss(logits, [sample.row for sample in samples]) / of_rows.sum()
             self.scaler.scale(loss).backward()
             total += loss.detach()
+            if self.data.classes:
+                truth = self.labels[[sample.row for sample in samples]]
+                cells = (truth, logits.detach().argmax(1))
+                confusion.index_put_(cells, confusion.new_ones(()), accumulate=True)
             for name, buffer in self.statistics.items():
                 after[name] += buffer
         gradients = [self._gradient(parameter) for parameter in self.trained.values()]
-        self.team.sum([*gradients, *after.values(), total])
+        self.team.sum([*gradients, *after.values(), total, confusion])
         for name, buffer in self.statistics.items():
             buffer.copy_(after[name] / math.ceil(len(rows) / self.micro))
         settings, steps = self.settings, self.settings.ep * self.steps_per_epoch
@@ -183,6 +191,7 @@ class _Tuning:
         self.scaler.update()
         self.optimizer.zero_grad()
         self.loss_sum += total * len(rows)
+        self.confusion += confusion
         self.step += 1
 
     def _gradient(self, parameter: torch.nn.Parameter) -> Tensor:
@@ -204,9 +213,12 @@ class _Tuning:
     def _note_epoch(self, epoch: int) -> None:
         """What an epoch (0: the start) came to; its weights, where they may be wanted in the end."""
         logits = predict(self.model, self.data.reader, self.data.val, self.team)
-        figures = figures_of(logits, self.data.labels[list(self.data.val)])
+        figures = figures_of(logits, self.data.labels[list(self.data.val)], self.data.classes)
         train_loss = float(self.loss_sum) / self.rows if epoch else None
+        of_training = averages_of(self.confusion.cpu().numpy(), "train_") if self.data.classes else {}
+        trained = {name: float(value) if epoch else None for name, value in of_training.items()}
         self.loss_sum.zero_()
+        self.confusion.zero_()
         diverged = [x for x in (train_loss, figures["val_loss"]) if x is not None and not math.isfinite(x)]
         if diverged:
             raise UsageError(
@@ -214,14 +226,14 @@ class _Tuning:
                 "`head_lr`, or `dtype` bf16 in place of fp16"
             )
         rate = self.optimizer.param_groups[0]["lr"] if epoch else None
-        row = {"epoch": epoch, "lr": rate, "train_loss": train_loss, **figures}
+        row = {"epoch": epoch, "lr": rate, "train_loss": train_loss, **trained, **figures}
         self.history.append(row)
         if epoch:
             self.work.save_epoch(epoch, self._plain_state())
         self._save()
         self.work.keep_epochs(epochs_in_question(self.history, self.settings))  # once the others aren't gone back to
         self.team.gather(None)  # nobody reads weights that are still being written
-        self.told(row)
+        self.told(row, best_epoch(self.history, self.settings) == epoch)
 
     def _stopped(self) -> bool:
         patience = self.settings.patience
@@ -232,7 +244,7 @@ class _Tuning:
     def _save(self) -> None:
         tensors = {f"weights/{name}": p.detach() for name, p in self.trained.items()}
         tensors |= {f"statistics/{name}": buffer for name, buffer in self.statistics.items()}
-        tensors["loss_sum"] = self.loss_sum
+        tensors |= {"loss_sum": self.loss_sum, "confusion": self.confusion}
         for name, parameter in self.trained.items():
             moments = self.optimizer.state.get(parameter, {})
             tensors |= {f"optimizer/{name}/{key}": value for key, value in moments.items()}
@@ -251,6 +263,8 @@ class _Tuning:
             for name, buffer in self.statistics.items():
                 buffer.copy_(tensors[f"statistics/{name}"])
         self.loss_sum.copy_(tensors["loss_sum"])
+        if "confusion" in tensors:  # a checkpoint of before it was counted goes on without
+            self.confusion.copy_(tensors["confusion"])
         for name, parameter in self.trained.items():
             prefix = f"optimizer/{name}/"
             moments = {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}

@@ -318,6 +318,7 @@ def _points(
             f"validation {monitor}": abs(scored.mean_validation),
             "s a fold": round(scored.mean_seconds, 1),
             "chosen": "yes" if any(scored is other for other in best) else "",
+            **({"note": _of_folds(COLLAPSED, scored.collapsed, scored)} if scored.collapsed else {}),
         }
         for scored in tuned
     ]

@@ -2,8 +2,8 @@
 
 `config.json` (everything needed to repeat it), `head.safetensors` (weights and normalisation of every member),
 `split.json` (ids), `metrics.json`, `history.csv`, `predictions_val.csv`; where the split has a test part
-`predictions_test.csv`, where several folds have `predictions_test_1.csv` and so on, each by its fold's own members; of
-a finetuned run also its encoders, in `encoders`.
+`predictions_test.csv`, where several folds have `predictions_test_1.csv` and so on, each by its fold's own members;
+where losses by batch were asked for, `history_batches.csv`; of a finetuned run also its encoders, in `encoders`.
 """
 
 import hashlib
@@ -48,6 +48,7 @@ CONFIG, TENSORS, SPLIT, METRICS, HISTORY, PREDICTIONS = (
 )
 TEST_PREDICTIONS = "predictions_test.csv"  # where the split has a test part
 FOLD_PREDICTIONS = "predictions_test_{}.csv"  # where several splits have, by fold from 1
+BATCHES = "history_batches.csv"  # where losses by batch were asked for
 ENCODERS = "encoders"
 PREDICTION_COLUMNS = ("id", "tag", "pred")
 LONGEST_PART = 80  # bytes of the caches in a run's name; a file system takes 255 of the whole
@@ -88,6 +89,8 @@ def save_run(
             _write_json(unfinished / METRICS, report.figures)
             save_split(run.split, unfinished / SPLIT)
             write_table(unfinished / HISTORY, report.history)
+            if report.batches:
+                write_table(unfinished / BATCHES, report.batches)
             write_predictions(unfinished / PREDICTIONS, report.ids, report.tags, report.probabilities, run.classes)
             if report.test is not None:
                 write_predictions(unfinished / TEST_PREDICTIONS, *report.test, run.classes)
@@ -164,9 +167,11 @@ def _config(run: Run, path: Path, command: str | None, sha256: str) -> dict[str,
             "temperature": m.temperature,
             "group": m.group,
             "best_epoch": m.best_epoch,
+            "epochs": m.epochs,
             "facts": m.facts,
             "fold": m.fold,
             "parameters": n_parameters(m.head),
+            "with_encoders": m.parameters_with_encoders(run.source),
         }
         for m in run.members
     ]
@@ -181,6 +186,7 @@ def _config(run: Run, path: Path, command: str | None, sha256: str) -> dict[str,
         "split": [s.how for s in run.split] if isinstance(run.split, list) else run.split.how,
         "stacked": run.stacking is not None,
         "finetuned": None if run.finetuned is None else asdict(run.finetuned),
+        "cost": run.cost,
         "members": members,
         "tensors_sha256": sha256,
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
@@ -267,7 +273,18 @@ def load_run(path: Path | str) -> Run:
         source, nearby = _source(config["features"]), (path / config["features_from_run"]).resolve()
         tuned = config.get("finetuned")
         finetuned = None if tuned is None else Finetuned(**tuned)
-        run = Run(config["classes"], members, source, split, config["training_rows"], stacking, finetuned, path, nearby)
+        run = Run(
+            config["classes"],
+            members,
+            source,
+            split,
+            config["training_rows"],
+            stacking,
+            finetuned,
+            path,
+            nearby,
+            cost=config.get("cost"),
+        )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]  # torch says which tensors don't fit below its first line
         raise UsageError(f"{path} is damaged ({reason}); train again") from None
@@ -302,7 +319,7 @@ def _member(k: int, saved: dict[str, Any], tensors: dict[str, torch.Tensor], n_c
         {name.split("/", 2)[2]: t for name, t in own["norm"].items()},
     )
     plain = {name: saved[name] for name in ("widths", "temperature", "group", "best_epoch", "facts", "fold")}
-    return Member(config, head.eval(), preprocessing, **plain)
+    return Member(config, head.eval(), preprocessing, **plain, epochs=saved.get("epochs"))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -343,8 +360,9 @@ def read_report(path: Path) -> Report:
         folds = sorted({m["fold"] for m in read_config(path)["members"] if m["fold"]})
         files = {fold: path / FOLD_PREDICTIONS.format(fold) for fold in folds}
         of_folds = [FoldTest(fold, *read_predictions(file)) for fold, file in files.items() if file.is_file()]
-        said, history = read_predictions(path / PREDICTIONS), read_table(path / HISTORY)
-        return Report(*said, read_metrics(path), history, test, of_folds)
+        batches = read_table(path / BATCHES) if (path / BATCHES).is_file() else []
+        told, history = read_predictions(path / PREDICTIONS), read_table(path / HISTORY)
+        return Report(*told, read_metrics(path), history, test, of_folds, batches)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} is damaged ({first_line(error)}); train again") from None
 

@@ -18,7 +18,7 @@ from modeling.evaluation.metrics import softmax
 from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSet, FeatureSource, content_digests
 from modeling.features.splits import Split
-from modeling.heads.base import Head
+from modeling.heads.base import Head, n_parameters
 from modeling.training.config import TrainConfig
 from modeling.training.problem import predict_stack
 
@@ -42,6 +42,14 @@ class Member:
     best_epoch: int | None = None  # None: its head has no epochs
     facts: dict[str, Any] = field(default_factory=dict)
     fold: int | None = None  # which fold's split it was trained on, from 1
+    epochs: int | None = None  # how many it was trained for; None: as `best_epoch`, or not told
+
+    def parameters_with_encoders(self, source: FeatureSource) -> int | None:
+        """Of its head and of the encoders of every cache it reads; None where a cache doesn't tell."""
+        read = [(side, name) for side, names in self.preprocessing.caches.items() for name in names]
+        counts = [source.parameters.get(name, {}).get(side) for side, name in read]
+        known = [count for count in counts if count is not None]
+        return n_parameters(self.head) + sum(known) if len(known) == len(counts) else None
 
     def logits(self, features: FeatureSet, rows: torch.Tensor | None = None) -> np.ndarray:
         """(N, C) float32, of all rows or of `rows` (N,) int64. More caches than the member's own do no harm, nor do
@@ -99,7 +107,7 @@ class FoldTest:
 class Report:
     """What a training said of its validation rows, each predicted by members that weren't trained on it; and of its
     test part, where the split has one, in `test`: ids, tags and probabilities; where several splits have one, of each
-    in `test_folds`."""
+    in `test_folds`. `batches` has a row for each training batch, where these were asked for."""
 
     ids: list[str]
     tags: list[str]
@@ -108,6 +116,7 @@ class Report:
     history: list[dict[str, Any]]
     test: tuple[list[str], list[str], np.ndarray] | None = None
     test_folds: list[FoldTest] = field(default_factory=list)
+    batches: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,9 @@ class Finetuned:
 
 @dataclass(frozen=True)
 class Run:
-    """A trained classifier. `source` says which caches it reads, `report` what its training said, until it is saved.
+    """A trained classifier. `source` says which caches it reads, `report` what its training said, until it is saved,
+    `cost` what it took: seconds, peak_bytes (see `feats.acceleration.peak_bytes`) and device; None where it wasn't
+    measured for this run alone, as in a sweep.
 
     One that was `finetuned` reads what its own encoders make of pairs: its caches lie in its own folder, and are made
     when they are first asked for."""
@@ -138,6 +149,7 @@ class Run:
     path: Path | None = None
     nearby: Path | None = None  # where the folder of caches lies if it moved along with the run
     report: Report | None = field(default=None, repr=False, compare=False)
+    cost: dict[str, Any] | None = field(default=None, compare=False)
 
     @property
     def splits(self) -> list[Split]:

@@ -1,9 +1,9 @@
 """Figures as text: what a terminal shows of a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from modeling.evaluation.metrics import figure_rows, format_table
+from modeling.evaluation.metrics import SHOWN_AVERAGES, figure_rows, format_table
 from modeling.heads.base import ablation_number, n_parameters
 from modeling.runs.run import Run
 from modeling.training.config import settings_read
@@ -15,18 +15,111 @@ def head_line(run: Run) -> str:
     counts = sorted({n_parameters(m.head) for m in run.members})
     count = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     width = f", D {head.D}" if "D" in settings_read(head.head) else ""
-    return f"head {head.head}{width}, ablation {ablation_number(head.sides)}: {count} parameters"
+    whole = {m.parameters_with_encoders(run.source) for m in run.members} - {None}
+    encoders = f", with its encoders {millions(max(filter(None, whole)))}" if whole else ""
+    line = f"head {head.head}{width}, ablation {ablation_number(head.sides)}: {count} parameters{encoders}"
+    trained = [m for m in run.members if m.best_epoch is not None and m.epochs is not None]
+    if trained:
+        best, last = (spread([getattr(m, name) for m in trained]) for name in ("best_epoch", "epochs"))
+        line += f"; best epoch {best} of {trained[0].config.ep}, stopped at {last}"
+    return line
+
+
+def millions(count: int) -> str:
+    """28.1 M; of less than 0.1 M with three digits."""
+    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count / 1e6:.3f} M"
+
+
+def spread(values: Sequence[int]) -> int | str:
+    """The value of all, or "12-37"."""
+    low, high = min(values), max(values)
+    return low if low == high else f"{low}-{high}"
+
+
+def cost_line(cost: Mapping[str, Any]) -> str:
+    """Seconds and peak memory of a training."""
+    return f"training took {cost['seconds']:.1f} s on {cost['device']}, peak memory {cost['peak_bytes'] / 1e9:.2f} GB"
+
+
+# -- epochs -----------------------------------------------------------------------------------------------------
+
+
+def epoch_line(row: Mapping[str, Any], best: str = "") -> str:
+    """A row of a history in one line, with its member's fold and seed where it names them; `best`: what to say of an
+    epoch that is."""
+    whose = [f"{name} {row[name]}" for name in ("fold", "seed") if row.get(name) not in (None, "")]
+    name = ", ".join([*whose, f"epoch {row['epoch']}"])
+    parts = []
+    if row.get("train_loss") is not None:
+        parts.append(f"train {_figures(row['train_loss'], row, 'train_')}")
+    parts.append(f"validation {_figures(row['val_loss'], row)}")
+    counts = {key.removeprefix("predicted_"): n for key, n in row.items() if key.startswith("predicted_")}
+    if counts:
+        parts.append(f"predicted {', '.join(f'{n} {label}' for label, n in counts.items())}")
+    return f"{name}: {'; '.join([*parts, *([best] if best else [])])}"
+
+
+def _figures(loss: float, row: Mapping[str, Any], prefix: str = "") -> str:
+    names = {"accuracy": "accuracy", "weighted_f1": "weighted F1", "macro_f1": "macro F1"}
+    known = [f"{words} {row[prefix + name]:.3f}" for name, words in names.items() if row.get(prefix + name) is not None]
+    return ", ".join([f"loss {loss:.4f}", *known])
+
+
+def epochs_shown(run: Run, most: int = 5) -> list[str]:
+    """The best and the last epoch of each member, of the first `most` members where there are more. A member in closed
+    form has none."""
+    assert run.report is not None
+    of_member: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
+    for row in run.report.history:
+        of_member.setdefault((row["fold"], row["seed"]), []).append(row)
+    trained = [(m, of_member[m.fold or "", m.config.seed]) for m in run.members if m.best_epoch is not None]
+    lines = []
+    for member, rows in trained[:most]:
+        best = next(row for row in rows if row["epoch"] == member.best_epoch)
+        last = rows[-1]
+        for row, words in [(best, "best")] if best is last else [(best, "best"), (last, "last")]:
+            named = row if len(run.members) > 1 else {**row, "fold": "", "seed": ""}
+            lines.append(epoch_line(named, words))
+    if len(trained) > most:
+        lines.append(f"... and {len(trained) - most} more trainings in history.csv")
+    return lines
+
+
+# -- figures ----------------------------------------------------------------------------------------------------
+
+
+def collapse_notes(run: Run) -> list[str]:
+    """What there is to say of heads that predict one class for every validation row."""
+    assert run.report is not None
+    figures, read = run.report.figures, settings_read(run.members[0].config.head.head)
+    remedy = "raise `lr` or `ep`" if "lr" in read else "raise `C`" if "C" in read else "lower `ridge`"
+    remedy = f"no result; {remedy}, or give `class_weights` balanced"
+    one = figures["val"].get("collapsed")
+    if one:
+        return [f"note: this head predicts {one} for every validation row: {remedy}"]
+    members = figures.get("members", {})
+    lost = members.get("collapsed", [])
+    if not lost:
+        return []
+    named = [
+        ", ".join(f"{name} {of[name]}" for name in ("fold", "seed") if of[name] is not None) + f": {of['class']}"
+        for of in lost
+    ]
+    count = f"{len(lost)} of {members['count']} heads predict one class for every validation row"
+    return [f"note: {count} ({'; '.join(named)}): {remedy}"]
 
 
 def report_tables(run: Run) -> str:
     """The figures of a run's report: of the validation rows and the test part, by class, and the protocol."""
     assert run.report is not None
     figures = run.report.figures
-    columns = ["rows", "n", "accuracy", "weighted_f1", "macro_f1", "log_loss", "ece", "ece_calibrated"]
+    columns = ["rows", "n", *SHOWN_AVERAGES, "log_loss", "ece", "ece_calibrated"]
     rows = [row for part in ("val", "test") if part in figures for row in figure_rows(figures[part], part)]
     members = figures.get("members", {"count": 1})
     if members["count"] > 1:
-        rows.insert(1, {"rows": f"  each of {members['count']}", **_spread(members)})
+        lost = members.get("collapsed", [])
+        count = f"  each of {members['count']}" + (f" ({len(lost)} of one class)" if lost else "")
+        rows.insert(1, {"rows": count, **_spread(members)})
     if "test_folds" in figures:
         rows.append({"rows": f"test, each of {figures['test_folds']['count']}", **_spread(figures["test_folds"])})
     last = figures["test" if "test" in figures else "val"]

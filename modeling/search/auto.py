@@ -120,7 +120,8 @@ def search(experiment: Experiment, ids: Sequence[str], configs: Sequence[TrainCo
     for candidate in candidates(experiment, configs):
         fitted = _fit(experiment, ids, candidate)
         probabilities = metrics.softmax(fitted.held_out)
-        figures = metrics.scores(metrics.confusion_matrix(labels, probabilities.argmax(1), len(experiment.classes)))
+        confusion = metrics.confusion_matrix(labels, probabilities.argmax(1), len(experiment.classes))
+        figures, collapsed = metrics.scores(confusion), metrics.collapsed_class(confusion, experiment.classes)
         facts = fitted.members[0].facts
         row: dict[str, Any] = {
             "head": candidate.family[0],
@@ -129,6 +130,7 @@ def search(experiment: Experiment, ids: Sequence[str], configs: Sequence[TrainCo
             **{name: f"{facts[name]:.3g}" for name in ("gamma", "ridge", "C") if name in facts},
             "log_loss": metrics.log_loss(labels, probabilities),
             **{name: float(figures[name]) for name in metrics.AVERAGES},
+            **({"collapsed": f"always {collapsed}"} if collapsed else {}),
             "stacked": "",
         }
         table.append(row)
@@ -184,7 +186,15 @@ def _trained(config: TrainConfig, problem: Problem) -> Trained:
 
 def _member(trained: Trained, preprocessing: Preprocessing) -> Member:
     own = preprocessing.for_head(trained.config.head).to("cpu")
-    return Member(trained.config, trained.head, own, trained.widths, best_epoch=trained.best_epoch, facts=trained.facts)
+    return Member(
+        trained.config,
+        trained.head,
+        own,
+        trained.widths,
+        best_epoch=trained.best_epoch,
+        facts=trained.facts,
+        epochs=None if trained.best_epoch is None else len(trained.history),
+    )
 
 
 def _preparation(candidate: Candidate, features: Any) -> dict[str, Any]:

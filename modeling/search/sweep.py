@@ -11,10 +11,12 @@ import numpy as np
 
 from feats.csv_files import read_table, write_table
 from feats.errors import UsageError
+from feats.source import SIDES
 from modeling.evaluation import metrics
 from modeling.experiment import Experiment
 from modeling.heads.base import ABLATIONS, ablation_number, ablation_words, head_class
 from modeling.runs.folder import METRICS, PREDICTIONS, read_config, read_predictions
+from modeling.runs.tables import spread
 from modeling.training.config import TrainConfig, flat, settings_read
 
 SHOWN = 20  # configurations of the whole table that a terminal shows
@@ -61,10 +63,12 @@ def _digest(content: Any) -> str:
 
 @dataclass(frozen=True)
 class Tables:
-    """`rows`: one for each configuration (its seeds together), best first."""
+    """`rows`: one for each configuration (its seeds together), best first. `columns` compare their figures, `details`
+    say how they were trained."""
 
     rows: list[dict[str, Any]]
     columns: list[str]
+    details: list[str]
     pivots: dict[str, tuple[list[dict[str, Any]], list[str]]]  # title -> rows, columns
     notes: str
     best: str  # name of the best configuration's first run
@@ -74,7 +78,7 @@ class Tables:
     def text(self) -> str:
         """What a terminal shows: the best configurations, the studies' tables and the notes."""
         more = len(self.rows) - SHOWN
-        parts = [metrics.format_table(self.rows[:SHOWN], self.columns)]
+        parts = [metrics.format_table(rows[:SHOWN], columns) for rows, columns in self._of_rows()]
         parts[0] += f"\n... and {more} more in table.csv" if more > 0 else ""
         parts += [f"{title}\n{metrics.format_table(*pivot)}" for title, pivot in self.pivots.items()]
         return "\n\n".join([*parts, self.notes])
@@ -82,11 +86,15 @@ class Tables:
     def write(self, folder: Path) -> None:
         """table.csv, with every number in full, and table.md."""
         write_table(folder / TABLE, self.rows)
-        parts = [metrics.format_table(self.rows, self.columns, markdown=True)]
+        parts = [metrics.format_table(rows, columns, markdown=True) for rows, columns in self._of_rows()]
         parts += [
             f"### {title}\n\n{metrics.format_table(*pivot, markdown=True)}" for title, pivot in self.pivots.items()
         ]
         (folder / "table.md").write_text("\n\n".join([*parts, self.notes]) + "\n", encoding="utf-8")
+
+    def _of_rows(self) -> list[tuple[list[dict[str, Any]], list[str]]]:
+        """The two tables of all configurations; the majority class isn't trained."""
+        return [(self.rows, self.columns), ([row for row in self.rows if "run" in row], self.details)]
 
 
 def best_run(folder: Path) -> Path:
@@ -110,7 +118,8 @@ def compare(
     standard deviation over seeds, an interval over rows, and a paired bootstrap against the best.
 
     A configuration of which a seed `diverged` (why, by name) is left out with all its seeds, since the others would
-    flatter it. Raises `UsageError` when none is left."""
+    flatter it. `gain` is by how much a configuration of both sides betters the better of its single sides, where the
+    sweep has both at otherwise equal settings. Raises `UsageError` when none is left."""
     of_setting: dict[TrainConfig, list[str]] = {}
     for config, name in zip(configs, names, strict=True):
         of_setting.setdefault(replace(config, seed=0), []).append(name)
@@ -133,12 +142,18 @@ def compare(
         if entry is not best:
             difference = entry["row"][monitor] - best["row"][monitor]
             entry["row"] |= {"to best": difference, "p": metrics.two_sided_p(of_entry - drawn[0])}
+    _add_gains(entries, monitor)
     rows = [e["row"] for e in entries]
+    collapsed = [row for row in rows if row["collapsed"]]
     given = [
         {k: v for k, v in flat(c).items() if k in settings_read(c.head.head) - {"head", "sides"}} for c in of_setting
     ]
     varying = [name for name in flat(configs[0]) if len({g[name] for g in given if name in g}) > 1]
-    columns = ["head", "ablation", *varying, "parameters", "seeds", *metrics.AVERAGES, "±", "95 %", "to best", "p"]
+    named = ["head", *(["collapsed"] if collapsed else []), "ablation", *varying]
+    gain = ["gain"] if any(row["gain"] is not None for row in rows) else []
+    columns = [*named, "seeds", *metrics.AVERAGES, "±", "95 %", "to best", "p", *gain]
+    whole = ["with_encoders"] if any(row["with_encoders"] is not None for row in rows) else []
+    details = [*named, "best_epoch", "epochs", "parameters", *whole, "weighted_precision", "weighted_recall"]
     majority = metrics.majority_baseline(labels, experiment.classes, experiment.majority(experiment.splits[0]))
     baseline = {"head": f"always {majority['class']}", **{name: majority[name] for name in metrics.AVERAGES}}
     notes = (
@@ -151,20 +166,28 @@ def compare(
             " Heads trained by gradient descent also chose their best epoch on these rows, which favours them over "
             "linear and kernel."
         )
+    if collapsed:
+        notes += (
+            f"\nnote: {len(collapsed)} of {len(rows)} configurations have heads that predict one class for every "
+            "validation row: no result of theirs; raise `lr` or `ep`, or give `class_weights` balanced"
+        )
     if lost:
         notes += f"\nLeft out for diverging ({len(lost)} of {len(lost) + len(rows)}):"
         notes += "".join(f"\n- {name}: {reason}" for name, reason in diverged.items())
-    return Tables([*rows, baseline], columns, _pivots(rows, monitor), notes, best["runs"][0], monitor)
+    return Tables([*rows, baseline], columns, details, _pivots(rows, monitor), notes, best["runs"][0], monitor)
 
 
 def _entry(folder: Path, setting: TrainConfig, runs: Sequence[str], monitor: str) -> dict[str, Any]:
-    figures, predictions = [], []
+    figures, predictions, collapsed, trained = [], [], [], []
     ids: list[str] = []  # the same in all
     for name in runs:
-        figures.append(json.loads((folder / name / METRICS).read_text(encoding="utf-8"))["val"])
+        told = json.loads((folder / name / METRICS).read_text(encoding="utf-8"))
+        figures.append(told["val"])
+        collapsed.append(_collapsed_classes(told))
+        trained.append(read_config(folder / name)["members"])
         ids, _, probabilities = read_predictions(folder / name / PREDICTIONS)
         predictions.append(probabilities.argmax(1))
-    parameters = read_config(folder / runs[0])["members"][0]["parameters"]
+    members = [member for of_run in trained for member in of_run]
     summary = metrics.mean_std(figures)
     values = flat(replace(setting, head=setting.head.resolved()))
     values |= {name: f"{values[name]:g}" for name in ("lr", "weight_decay")}  # three digits would show 1e-4 as 0.000
@@ -175,14 +198,51 @@ def _entry(folder: Path, setting: TrainConfig, runs: Sequence[str], monitor: str
     row = {
         **{name: value if name in read else None for name, value in values.items() if name not in ("seed", "sides")},
         "ablation": ablation_words(setting.head.sides),
-        "parameters": parameters,
+        "collapsed": _collapse_words([name for of_run in collapsed for name in of_run], len(members)),
+        "parameters": members[0]["parameters"],
+        "with_encoders": members[0].get("with_encoders"),
+        "best_epoch": _spread_of(members, "best_epoch"),
+        "epochs": _spread_of(members, "epochs"),
         "seeds": len(runs),
-        **{name: summary[name]["mean"] for name in metrics.AVERAGES},
+        **{name: summary[name]["mean"] for name in metrics.SHOWN_AVERAGES},
         "±": summary[monitor]["std"],
         "log_loss": summary["log_loss"]["mean"],
         "run": runs[0],
     }
-    return {"row": row, "runs": runs, "ids": ids, "predictions": predictions}
+    return {"row": row, "setting": setting, "runs": runs, "ids": ids, "predictions": predictions}
+
+
+def _spread_of(members: Sequence[Mapping[str, Any]], name: str) -> int | str | None:
+    """A number of all members: one, or from the least to the most; None of closed forms."""
+    known = [member[name] for member in members if member.get(name) is not None]
+    return spread(known) if known else None
+
+
+def _collapsed_classes(told: Mapping[str, Any]) -> list[str]:
+    """The class of each member of a run (of its metrics.json) that predicts no other; of all together where it was
+    written by a version that didn't look at each."""
+    if "collapsed" in told["members"]:
+        return [member["class"] for member in told["members"]["collapsed"]]
+    one = metrics.collapsed_class(told["val"]["confusion"], told["val"]["classes"])
+    return [one] * told["members"]["count"] if one else []
+
+
+def _collapse_words(classes: Sequence[str], trainings: int) -> str:
+    """What a table says of trainings of which some predict one class only."""
+    if not classes:
+        return ""
+    what = f"always {classes[0]}" if len(set(classes)) == 1 else "one class each"
+    return what if len(classes) == trainings else f"{len(classes)} of {trainings} {what}"
+
+
+def _add_gains(entries: Sequence[dict[str, Any]], monitor: str) -> None:
+    figure_of = {entry["setting"]: entry["row"][monitor] for entry in entries}
+    for entry in entries:
+        head = entry["setting"].head
+        single = [replace(entry["setting"], head=replace(head, sides=(side,))) for side in SIDES]
+        known = [figure_of[setting] for setting in single if setting in figure_of]
+        compared = head.sides == SIDES and len(known) == len(SIDES)
+        entry["row"]["gain"] = entry["row"][monitor] - max(known) if compared else None
 
 
 def _pivots(rows: Sequence[dict[str, Any]], monitor: str) -> dict[str, tuple[list[dict[str, Any]], list[str]]]:
@@ -199,13 +259,18 @@ def _pivots(rows: Sequence[dict[str, Any]], monitor: str) -> dict[str, tuple[lis
     found = {}
     if len(heads) > 1:
         chosen = [row for h in heads if (row := best(head=h))]
-        columns = ["head", "ablation", "parameters", *metrics.AVERAGES, "95 %", "to best", "p"]
+        extra = [name for name in ("collapsed", "with_encoders") if any(row[name] for row in chosen)]
+        columns = ["head", "ablation", "parameters", *extra, *metrics.AVERAGES, "95 %", "to best", "p"]
         found[f"by head, each at its best {monitor}"] = (chosen, columns)
     ablations = [name for name in map(ablation_words, ABLATIONS) if best(ablation=name)]
     if len(ablations) > 1:
         table = [
             {"head": h, **{words: _cell(best(head=h, ablation=words), monitor) for words in ablations}} for h in heads
         ]
+        gains = [row and row["gain"] for row in (best(head=h, ablation=ablation_words(SIDES)) for h in heads)]
+        if any(gain is not None for gain in gains):
+            table = [{**line, "gain": gain} for line, gain in zip(table, gains, strict=True)]
+            ablations.append("gain")
         found[f"by ablation, {monitor}"] = (table, ["head", *ablations])
     trained = [row for row in rows if row["lr"] is not None]
     if len(distinct("D")) > 1 or len(distinct("lr")) > 1:
@@ -222,5 +287,7 @@ def _pivots(rows: Sequence[dict[str, Any]], monitor: str) -> dict[str, tuple[lis
     return found
 
 
-def _cell(row: Mapping[str, Any] | None, name: str) -> float | None:
-    return None if row is None else row[name]
+def _cell(row: Mapping[str, Any] | None, name: str) -> float | str | None:
+    if row is None or not row["collapsed"]:
+        return None if row is None else row[name]
+    return f"{row[name]:.3f} ({row['collapsed']})"

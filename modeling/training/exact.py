@@ -12,14 +12,17 @@ from modeling.heads.base import Head
 from modeling.heads.registry import build_head
 from modeling.training.closed_form import KERNEL_GAMMAS, KERNEL_RIDGES, fit_kernel, fit_logistic
 from modeling.training.config import TrainConfig
-from modeling.training.problem import Problem, Trained, class_weights, predict_stack, validation_figures
+from modeling.training.problem import Problem, Told, Trained, class_weights, predict_stack, validation_figures
 
 LINEAR_CS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 SEARCH_TOLERANCE = 1e-4  # of the objective: far below what held-out losses differ by
 
 
-def solve_linear(configs: Sequence[TrainConfig], problem: Problem, progress: Callable[[int], Any]) -> list[Trained]:
-    """Logistic regression; the C of least held-out log-loss in the inner folds, unless it is given."""
+def solve_linear(
+    configs: Sequence[TrainConfig], problem: Problem, progress: Callable[[int], Any], told: Told | None = None
+) -> list[Trained]:
+    """Logistic regression; the C of least held-out log-loss in the inner folds, unless it is given. `told` hears
+    nothing: there are no epochs."""
     results = []
     for config in configs:
         inputs, x, targets = _training_matrix(config, problem)
@@ -55,8 +58,11 @@ def _search_penalty(
     return chosen, held_out, search
 
 
-def solve_kernel(configs: Sequence[TrainConfig], problem: Problem, progress: Callable[[int], Any]) -> list[Trained]:
-    """RBF kernel; width and penalty of least held-out log-loss in the inner folds, unless they are given."""
+def solve_kernel(
+    configs: Sequence[TrainConfig], problem: Problem, progress: Callable[[int], Any], told: Told | None = None
+) -> list[Trained]:
+    """RBF kernel; width and penalty of least held-out log-loss in the inner folds, unless they are given. `told` hears
+    nothing, as of `solve_linear`."""
     results = []
     for config in configs:
         inputs, x, targets = _training_matrix(config, problem)
@@ -98,9 +104,8 @@ def _solved(
     held_out: Tensor,
 ) -> Trained:
     logits = predict_stack(head.to(inputs.device), inputs, problem.val)
-    figures = {
-        name: float(values[0]) for name, values in validation_figures(logits, problem.labels[problem.val]).items()
-    }
+    found = validation_figures(logits, problem.labels[problem.val], problem.classes)
+    figures = {name: values[0].item() for name, values in found.items()}
     return Trained(
         config,
         head.cpu().eval(),

@@ -11,7 +11,7 @@ from modeling.heads.base import head_class
 from modeling.training.config import TrainConfig, hyperparameters
 from modeling.training.exact import solve_kernel, solve_linear
 from modeling.training.gradient import train_stack
-from modeling.training.problem import Problem, Trained
+from modeling.training.problem import Problem, Told, Trained
 
 # Parameters of one stack. A CPU's last-level cache should hold them with Adam's moments and the gradient; a GPU wants
 # as much work per kernel launch as it can get.
@@ -20,18 +20,22 @@ SOLVERS = {"gradient": train_stack, "logistic": solve_linear, "kernel": solve_ke
 
 
 def fit(
-    configs: Sequence[TrainConfig], problem: Problem, progress: Callable[[int], Any] = lambda epochs: None
+    configs: Sequence[TrainConfig],
+    problem: Problem,
+    progress: Callable[[int], Any] = lambda epochs: None,
+    told: Told | None = None,
 ) -> list[Trained]:
     """Train every configuration on one problem; results in the order of `configs`.
 
-    `progress` is told epochs as they are done, `n_epochs(configs)` in all. A diverging training ends alone: see
+    `progress` is told epochs as they are done, `n_epochs(configs)` in all, `told` what each came to, as it ends (None:
+    that saves the trouble); heads in closed form have none. A diverging training ends alone: see
     `Trained.failure`. Raises `UsageError` for features that lack what a head needs and unknown classes in class
     weights.
     """
     results: dict[int, Trained] = {}
     for members in stacks(configs, problem):
         solve = SOLVERS[head_class(configs[members[0]].head.head).solver]
-        results |= zip(members, solve([configs[i] for i in members], problem, progress), strict=True)
+        results |= zip(members, solve([configs[i] for i in members], problem, progress, told), strict=True)
     return [results[i] for i in range(len(configs))]
 
 

@@ -23,13 +23,26 @@ from modeling.heads.base import Head
 from modeling.heads.layers import Noise, attach_noise, set_product_dtype
 from modeling.heads.registry import build_head
 from modeling.training.config import PRECISIONS, TrainConfig, hyperparameters, is_better
-from modeling.training.problem import Problem, Trained, class_weights, predict_stack, validation_figures
+from modeling.training.problem import (
+    Epoch,
+    Problem,
+    Told,
+    Trained,
+    averages_of,
+    class_weights,
+    confusions,
+    predict_stack,
+    validation_figures,
+)
 from modeling.training.threads import StepThreads, threads_kept
 
 
 @threads_kept()
-def train_stack(configs: Sequence[TrainConfig], problem: Problem, progress: Callable[[int], Any]) -> list[Trained]:
-    """Train configurations of one shape, see `modeling.training.fit.stacks`; `progress` is told epochs times models."""
+def train_stack(
+    configs: Sequence[TrainConfig], problem: Problem, progress: Callable[[int], Any], told: Told | None = None
+) -> list[Trained]:
+    """Train configurations of one shape, see `modeling.training.fit.stacks`; `progress` is told epochs times models,
+    `told` what each came to."""
     first, device, n_classes = configs[0], problem.inputs.device, len(problem.classes)
     inputs = problem.inputs.for_head(first.head)
     head = build_head(first.head, inputs.widths, n_classes, [c.seed for c in configs], device)
@@ -48,7 +61,7 @@ def train_stack(configs: Sequence[TrainConfig], problem: Problem, progress: Call
     for epoch in range(1, first.ep + 1):
         head.train()
         rows, views = draws.epoch()
-        losses = []
+        losses, outputs = [], []
         for low in range(0, rows.shape[1], first.bs):
             threads.begin_step()
             batch_rows = rows[:, low : low + first.bs]
@@ -57,15 +70,17 @@ def train_stack(configs: Sequence[TrainConfig], problem: Problem, progress: Call
             loss.sum().backward()
             optimizer.step()
             losses.append(loss.detach() * batch_rows.shape[1])
+            outputs.append(logits.detach())
             threads.end_step()
         val_logits = predict_stack(head, inputs, problem.val)
-        figures = validation_figures(val_logits, problem.labels[problem.val])
-        figures = {"train_loss": torch.stack(losses).sum(0).cpu().numpy() / rows.shape[1], **figures}
+        figures = {"train_loss": torch.stack(losses).sum(0).cpu().numpy() / rows.shape[1]}
+        figures |= averages_of(confusions(torch.cat(outputs, 1), problem.labels[rows]), "train_")
+        figures |= validation_figures(val_logits, problem.labels[problem.val], problem.classes)
         figures |= {name: values.cpu().numpy() for name, values in head.scalars().items()}
         for m, config in enumerate(configs):
             if best.stopped[m]:
                 continue
-            row = {name: float(values[m]) for name, values in figures.items()}
+            row = {name: values[m].item() for name, values in figures.items()}
             diverged = [row[kind] for kind in ("train_loss", "val_loss") if not math.isfinite(row[kind])]
             if diverged:
                 best.fail(
@@ -75,7 +90,13 @@ def train_stack(configs: Sequence[TrainConfig], problem: Problem, progress: Call
                 )
                 continue
             history[m].append({"epoch": epoch, "lr": optimizer.last_lr(m), **row})
-        best.update(epoch, figures, head, val_logits)
+        training = [m for m in range(len(configs)) if not best.stopped[m]]
+        better = best.update(epoch, figures, head, val_logits)
+        if told is not None:
+            sizes = torch.tensor([logits.shape[1] for logits in outputs])
+            of_batches = torch.stack(losses).cpu() / sizes[:, None]
+            for m in training:
+                told(Epoch(configs[m], history[m][-1], m in better, of_batches[:, m].tolist()))
         progress(len(configs))
         if all(best.stopped):
             progress(len(configs) * (first.ep - epoch))
@@ -244,7 +265,8 @@ class _Best:
         self.state = {name: tensor.detach().clone() for name, tensor in head.state_dict().items()}
         self.logits: Tensor | None = None
 
-    def update(self, epoch: int, figures: dict[str, np.ndarray], head: Head, val_logits: Tensor) -> None:
+    def update(self, epoch: int, figures: dict[str, np.ndarray], head: Head, val_logits: Tensor) -> list[int]:
+        """Take an epoch in; returns the models whose best it is."""
         better = []
         for m, config in enumerate(self.configs):
             if self.stopped[m]:
@@ -262,6 +284,7 @@ class _Best:
                 kept = self.logits if name == "" else self.state[name]
                 for m in better:
                     kept[m].copy_(tensor[m])
+        return better
 
     def fail(self, m: int, reason: str) -> None:
         self.stopped[m], self.failure[m] = True, reason

@@ -1,6 +1,6 @@
 """What a training is given and what it gives, whichever way a head is trained."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,20 @@ class Trained:
     failure: str | None = None
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """What there is to tell of a training as an epoch ends: a `row` as in `Trained.history`, whether its monitored
+    figure is the `best` so far, and the mean loss of each batch."""
+
+    config: TrainConfig
+    row: Mapping[str, Any]
+    best: bool
+    batch_losses: Sequence[float]
+
+
+Told = Callable[[Epoch], Any]  # hears of every epoch of every training
+
+
 def class_weights(chosen: ClassWeights | Mapping[str, float], problem: Problem) -> Tensor:
     """Weights (C,): none; balanced, n / (C n_c) of the training rows; sqrt, its root; or those of named classes, 1 for
     the others. Raises `UsageError` for names that are no class."""
@@ -80,12 +94,27 @@ def predict_stack(head: Head, inputs: Inputs, rows: Tensor | None = None) -> Ten
     return torch.cat([head(inputs.batch(block[None]).expand(head.n_models)) for block in rows.split(at_once)], 1)
 
 
-def validation_figures(logits: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
-    """Loss and averages of each model's validation logits (M, n, C), each (M,)."""
-    n_models, n, n_classes = logits.shape
+def validation_figures(logits: Tensor, labels: Tensor, classes: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Loss and averages of each model's validation logits (M, n, C), each (M,); with the names of the `classes` also
+    how many rows are predicted as each, "predicted_<class>"."""
+    n_models, n, _ = logits.shape
     loss = F.cross_entropy(logits.flatten(0, 1), labels.repeat(n_models), reduction="none")
+    confusion = confusions(logits, labels)
+    counts = {f"predicted_{name}": confusion[..., k].sum(-1) for k, name in enumerate(classes)}
+    return {"val_loss": loss.view(n_models, n).mean(1).cpu().numpy()} | averages_of(confusion) | counts
+
+
+def confusions(logits: Tensor, labels: Tensor) -> np.ndarray:
+    """Each model's confusion matrix (M, C, C), rows true, of logits (M, n, C) and labels (n,) or (M, n)."""
+    n_models, _, n_classes = logits.shape
     cell = labels * n_classes + logits.argmax(-1)
     cell = cell + n_classes**2 * torch.arange(n_models, device=cell.device)[:, None]
-    confusion = torch.bincount(cell.flatten(), minlength=n_models * n_classes**2)
-    figures = metrics.scores(confusion.view(n_models, n_classes, n_classes).cpu().numpy())
-    return {"val_loss": loss.view(n_models, n).mean(1).cpu().numpy()} | {n: figures[n] for n in metrics.AVERAGES}
+    counts = torch.bincount(cell.flatten(), minlength=n_models * n_classes**2)
+    matrices: np.ndarray = counts.view(n_models, n_classes, n_classes).cpu().numpy()
+    return matrices
+
+
+def averages_of(confusion: np.ndarray, prefix: str = "") -> dict[str, np.ndarray]:
+    """Accuracy and F1s of confusion matrices (..., C, C), their names behind `prefix`."""
+    figures = metrics.scores(confusion)
+    return {prefix + name: figures[name] for name in metrics.AVERAGES}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -21,7 +22,7 @@ from feats.errors import UsageError
 from feats.interrupts import held_back
 from modeling.training.config import TrainConfig
 from modeling.training.fit import fit, work
-from modeling.training.problem import Problem, Trained
+from modeling.training.problem import Epoch, Problem, Trained
 
 LEAST_WORK = 4e12  # floating-point operations for which starting processes pays: some 20 s of one core
 MOST_WORKERS = 16
@@ -31,9 +32,13 @@ Job = tuple[Sequence[TrainConfig], int]  # configurations of one stack, and the 
 
 
 def run_jobs(
-    jobs: Sequence[Job], problems: Sequence[Problem], progress: Callable[[int], Any]
+    jobs: Sequence[Job],
+    problems: Sequence[Problem],
+    progress: Callable[[int], Any],
+    told: Callable[[int, Epoch], Any] | None = None,
 ) -> Iterator[tuple[int, list[Trained]]]:
-    """Each job's number and result, in any order. `progress` is told epochs as in `training.fit`.
+    """Each job's number and result, in any order. `progress` and `told` hear of epochs as in `training.fit`, `told`
+    with the number of the problem.
 
     Raises what `fit` raises in any process, and `UsageError` when a process is killed.
     """
@@ -43,7 +48,7 @@ def run_jobs(
     small = sum(problem.inputs.n_bytes for problem in problems) <= LARGEST_COPY
     if not (on_cpu and enough and small and count > 1 and os.name == "posix"):
         for number, (configs, k) in enumerate(jobs):
-            yield number, fit(configs, problems[k], progress)
+            yield number, fit(configs, problems[k], progress, None if told is None else partial(told, k))
         return
     lightest_first = sorted(range(len(jobs)), key=lambda j: work(jobs[j][0], problems[jobs[j][1]]))
     waiting = [(number, *jobs[number]) for number in lightest_first]  # taken from the end: the long ones start early
@@ -51,7 +56,7 @@ def run_jobs(
     try:
         busy = [_start(processes) for _ in range(count)]
         for worker in busy:
-            _send(worker, list(problems))
+            _send(worker, (list(problems), told is not None))
             _send(worker, waiting.pop())
         while busy:
             ready = wait(busy)
@@ -61,6 +66,10 @@ def run_jobs(
                     raise value
                 if kind == "epochs":
                     progress(value)
+                    continue
+                if kind == "told":
+                    assert told is not None
+                    told(*value)
                     continue
                 if waiting:
                     _send(worker, waiting.pop())
@@ -104,11 +113,12 @@ def serve(connection: int) -> None:
     parent = Connection(connection)
     torch.set_num_threads(1)
     try:
-        problems = _receive(parent)
+        problems, telling = _receive(parent)
         while True:
             number, configs, k = _receive(parent)
+            told = partial(_tell, parent, k) if telling else None
             try:
-                trained = fit(configs, problems[k], lambda epochs: _send(parent, ("epochs", epochs)))
+                trained = fit(configs, problems[k], lambda epochs: _send(parent, ("epochs", epochs)), told)
                 _send(parent, ("done", (number, trained)))
             except (EOFError, ConnectionError):
                 raise
@@ -117,6 +127,10 @@ def serve(connection: int) -> None:
                 _send(parent, ("error", error))
     except (EOFError, ConnectionError):
         return  # the parent has all it wants, or was killed
+
+
+def _tell(parent: Connection, k: int, epoch: Epoch) -> None:
+    _send(parent, ("told", (k, epoch)))
 
 
 def _send(to: Connection, message: Any) -> None:
