@@ -6,10 +6,11 @@ import shlex
 import signal
 import sys
 import warnings
-from argparse import SUPPRESS, ArgumentParser, Namespace
+from argparse import SUPPRESS, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from feats.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE, HelpFormatter, as_typed, positive, show_warning
+from feats.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE, ScriptParser, as_typed, positive, show_warning
 from feats.errors import UsageError
 from feats.interrupts import interruptible
 from modeling.experiment import ExperimentSettings
@@ -45,16 +46,17 @@ from modeling.training.recipes import RECIPES, SPLIT_SETTINGS
 
 OWN = "own"
 TUNING_GRID = ("lr", "dropout", "bs", "ep")  # what a grid of finetunings varies
+BY_METHODS = ("tune", "lora", "soup", "wise_ft")  # what methods decide there
 # Settings that the command line knows by another name.
 OPTION_OF = {"sides": "ablation", "image": "vtype", "text": "ttype"}
 
 
-def new_parser(doc: str) -> ArgumentParser:
-    """A parser that shows defaults and accepts no abbreviations; `doc` describes the script."""
-    return ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+def new_parser(doc: str) -> ScriptParser:
+    """A script's parser, see there; `doc` describes the script."""
+    return ScriptParser(doc)
 
 
-def add_feature_options(parser: ArgumentParser) -> None:
+def add_feature_options(parser: ScriptParser) -> None:
     """Which caches of each side, their normalisations and scales."""
     group = parser.add_argument_group("features")
     group.add_argument("--feats", type=Path, default=DEFAULT_FOLDER, metavar="DIR", help="folder of caches")
@@ -71,9 +73,10 @@ def add_feature_options(parser: ArgumentParser) -> None:
         help=f"normalisation of each cache: {', '.join(NORMS)} (default: none)",
     )
     group.add_argument("--scale", nargs="+", metavar="CACHE=FACTOR", help="factor behind a normalisation")
+    parser.fill_in(features_in_use)
 
 
-def add_split_options(parser: ArgumentParser) -> None:
+def add_split_options(parser: ScriptParser) -> None:
     """Options for every field of `SplitSettings`; ratios and seed that weren't typed are absent from the namespace."""
     group = parser.add_argument_group("split")
     defaults = SplitSettings()
@@ -100,14 +103,14 @@ def add_split_options(parser: ArgumentParser) -> None:
     )
 
 
-def add_run_options(parser: ArgumentParser) -> None:
+def add_run_options(parser: ScriptParser) -> None:
     """The folder of runs, and the device."""
     group = parser.add_argument_group("output and compute")
     group.add_argument("--runs", type=Path, default=run_folder.DEFAULT_FOLDER, metavar="DIR", help="folder of runs")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 
 
-def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
+def add_training_options(parser: ScriptParser, grid: bool = False) -> None:
     """Options for every field of `TrainConfig` and `HeadConfig`. With `grid` they take several values. Options that
     weren't typed are absent from the namespace, so that a recipe can tell them from typed ones."""
     defaults = {**flat(TrainConfig()), "ablation": 0}
@@ -150,9 +153,10 @@ def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
     add("ridge", f"kernel: strength of the penalty; {by_folds}", type=float, **several)
     add("gamma", f"kernel: gamma of the RBF times the mean squared distance; {by_folds}", type=float, **several)
     group.add_argument("--seeds", type=positive, metavar="N", help="train with N seeds, from --seed up (default: 1)")
+    parser.fill_in(training_in_use)
 
 
-def add_tuning_options(parser: ArgumentParser, grid: bool = False) -> None:
+def add_tuning_options(parser: ScriptParser, grid: bool = False) -> None:
     """Options for every field of `TuneSettings`. With `grid` those of `TUNING_GRID` take several values. Those that
     weren't typed are absent from the namespace, so that a recipe can tell them from typed ones."""
     defaults = asdict(TuneSettings())
@@ -206,6 +210,7 @@ def add_tuning_options(parser: ArgumentParser, grid: bool = False) -> None:
     group.add_argument(
         "--live-trunk", action="store_true", help="with --tune last-N compute the frozen blocks in every epoch"
     )
+    parser.fill_in(partial(tuning_in_use, grid=grid))
 
 
 def tuning_settings(args: Namespace, classes: Sequence[str] | None = None) -> TuneSettings:
@@ -378,6 +383,51 @@ def parse_class_weights(text: str, classes: Sequence[str]) -> str | dict[str, fl
     if not all(0 < value < math.inf for value in weights.values()):
         raise UsageError(f"class weights {text!r}: every weight must be a finite number above 0")
     return weights
+
+
+# -- what options come to that weren't given ----------------------------------------------------------------------
+
+
+def features_in_use(args: Namespace) -> dict[str, Any]:
+    """The image side and the normalisation."""
+    norm = {} if getattr(args, "auto", False) else {"norm": ["none"]}  # the automatic search chooses by itself
+    return {"vtype": [] if args.ttype else ["clip"], **norm}
+
+
+def split_in_use(args: Namespace, recipe: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """Ratios and seed of the split, the recipe's or the defaults, where they have a say."""
+    if args.split_file:
+        return {}
+    split = split_settings(args, recipe)
+    ratios = {} if args.folds else {"val_ratio": split.val_ratio, "test_ratio": split.test_ratio}
+    return {**ratios, "split_seed": split.seed}
+
+
+def training_in_use(args: Namespace) -> dict[str, Any]:
+    """What the heads read of training settings: the recipe's or the defaults, where they are the same for all."""
+    found = split_in_use(args, RECIPES.get(args.recipe or "", {}))
+    if getattr(args, "auto", False) and "head" not in vars(args):
+        return found  # the data decide which heads are searched
+    grid = grid_from(args)
+    points = [flat(from_flat({**point, "class_weights": "none"})) for point in grid.points]
+    weights = [point.get("class_weights", TrainConfig.class_weights) for point in grid.points]
+    points = [{**point, "class_weights": of_point} for point, of_point in zip(points, weights, strict=True)]
+    points = [{name: p[name] for name in p if name in settings_read(p["head"])} for p in points]
+    for name in dict.fromkeys(name for point in points for name in point):
+        values = [point[name] for point in points if name in point]
+        # A recipe's weights of classes that the data may not have can't be typed, and typed, a monitor ranks.
+        unsaid = isinstance(values[0], Mapping) or (name == "monitor" and args.recipe == OWN)
+        if not unsaid and all(value == values[0] for value in values):
+            found[name] = values[0]
+    sides = found.pop("sides", None)
+    return found if sides is None else {**found, "ablation": ABLATIONS.index(sides)}
+
+
+def tuning_in_use(args: Namespace, grid: bool = False) -> dict[str, Any]:
+    """Finetuning's settings: the recipe's or the defaults."""
+    settings = {**asdict(TuneSettings()), **TUNING_RECIPES.get(args.recipe or "", {})}
+    decided = (*BY_METHODS, *(("lr", "dropout") if args.grid else ())) if grid else ()
+    return {name: value for name, value in settings.items() if name not in decided and not isinstance(value, Mapping)}
 
 
 # -- what heads read --------------------------------------------------------------------------------------------

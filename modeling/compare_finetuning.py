@@ -29,7 +29,6 @@ from modeling.training.config import settings_read
 
 FINETUNE = Path(__file__).with_name("finetune.py")
 USUAL_GRID = {"lr": [1e-5, 2e-5], "dropout": [0.3, 0.5]}  # study E's
-BY_METHODS = ("tune", "lora", "soup", "wise_ft")  # what methods decide
 
 
 def build_parser() -> ArgumentParser:
@@ -162,7 +161,7 @@ def points_of(args: Namespace, head: str) -> list[dict[str, Any]]:
 def candidates_of(args: Namespace, points: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[Candidate]:
     """The frozen head, then each method at each point of the grid. Raises `UsageError` for values out of range, and
     for options that methods decide."""
-    typed = [f"`{name}`" for name in BY_METHODS if hasattr(args, name)]
+    typed = [f"`{name}`" for name in cli.BY_METHODS if hasattr(args, name)]
     if typed:
         raise UsageError(f"{', '.join(typed)}: `methods` say what is tuned, and how; leave it out")
     besides = {"bad_cases": None if args.bad_cases is None else sha256_of(args.bad_cases)}
@@ -185,7 +184,7 @@ def train(args: Namespace, cells: Sequence[Cell], experiment: Experiment, run: R
     with cli.progress_bar("compare", len(waiting), "cell") as progress:
         for cell in waiting:
             if cell.candidate.settings is None:
-                comparison.train_frozen(cell, run.members[0].config, experiment, command=command)
+                comparison.train_frozen(cell, run.members[0].config, experiment, command=command, options=args.given)
             else:
                 comparison.finetune(cell, finetuning(args, cell, experiment))
             progress(1)

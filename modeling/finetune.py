@@ -15,7 +15,7 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.cli import EXIT_DONE, rows_bar
+from feats.cli import EXIT_DONE, ScriptParser, rows_bar
 from feats.errors import UsageError
 from modeling import cli
 from modeling.finetuning.settings import TuneSettings
@@ -50,7 +50,7 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def add_start_options(parser: ArgumentParser) -> None:
+def add_start_options(parser: ScriptParser) -> None:
     """What a finetuning begins with."""
     group = parser.add_argument_group("what is tuned")
     group.add_argument("--run", metavar="RUN", help="a path, or a name in --runs (default: the newest with one head)")
@@ -80,6 +80,7 @@ def add_start_options(parser: ArgumentParser) -> None:
     add("tokens", "let a head that can read token features", action="store_true")
     shown = f"of untrained encoders: {', '.join(SIZES)}, such as text.layers=6 image.patch=32"
     add("sizes", shown, nargs="+", metavar="SIDE.SIZE=N")
+    parser.fill_in(model_in_use)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,6 +108,7 @@ def work(args: Namespace, command: str) -> int:
             cached_trunk=not args.live_trunk,
             caches=args.feats,
             command=command,
+            options=args.given,
             team=mates,
             say=print if mates.leads else lambda line: None,
             bar=partial(rows_bar, passing=True) if mates.leads else no_bar,
@@ -159,6 +161,16 @@ def begin(args: Namespace, settings: TuneSettings, device: "torch.device", scrat
         scratch=scratch,
         sizes=sizes_from(getattr(args, "sizes", [])),
     )
+
+
+def model_in_use(args: Namespace) -> dict[str, Any]:
+    """For --show-config: head and split of a new model, the dropout of any, where they weren't given."""
+    recipe = TUNING_RECIPES.get(args.recipe or "", {})
+    if not any(getattr(args, option) for option in NEW_MODEL):
+        return {"dropout": recipe.get("dropout")}
+    head = model_choice(args, recipe)[2]
+    of_head = {"head": head.head, "D": head.D, "dropout": head.dropout, "ablation": 0, "norm": "none"}
+    return {**of_head, **cli.split_in_use(args, recipe)}
 
 
 def refuse(args: Namespace, options: Sequence[str], why: str) -> None:

@@ -62,7 +62,8 @@ def compare(args: Namespace, command: str) -> int:
     missing = [configs[i] for i in waiting]
     with cli.progress_bar("train", total_epochs(missing, experiment), "epoch") as progress:
         for k, outcomes in train_all(missing, experiment, progress, failed):
-            save_run(run_of(outcomes, experiment), folder / names[waiting[k]], overwrite=True, command=command)
+            run = run_of(outcomes, experiment)
+            save_run(run, folder / names[waiting[k]], overwrite=True, command=command, options=args.given)
     diverged = {names[waiting[k]]: reason for k, reason in failed.items()}
     tables = sweep.compare(folder, configs, names, experiment, grid.monitor, diverged)
     print(as_typed(tables.text, cli.OPTION_OF))
@@ -107,7 +108,8 @@ def search(args: Namespace, command: str) -> int:
     print(format_table(candidates, list(dict.fromkeys(name for row in candidates for name in row))))
     print("log-loss and figures of each candidate on training rows it hadn't seen\n")
     print(report_tables(found))
-    run = save_run(found, args.runs / run_name(found, label="auto"), numbered=True, command=command)
+    path = args.runs / run_name(found, label="auto")
+    run = save_run(found, path, numbered=True, command=command, options=args.given)
     print(f"ensemble of {len(run.members)} heads -> {run.path}")
     return EXIT_DONE
 

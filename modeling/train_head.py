@@ -45,7 +45,7 @@ def work(args: Namespace, command: str) -> int:
         trained = train_run(configs, experiment, progress)
     print(head_line(trained))
     print(report_tables(trained))
-    run = save_run(trained, args.runs / run_name(trained), numbered=True, command=command)
+    run = save_run(trained, args.runs / run_name(trained), numbered=True, command=command, options=args.given)
     if args.tensorboard:
         write_tensorboard(run)
     print(f"run of {len(run.members)} head{'s' if len(run.members) > 1 else ''} -> {run.path}")

@@ -55,6 +55,7 @@ def save_tuned(
     *,
     name: str | None = None,
     command: str | None = None,
+    options: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] = {},
 ) -> Run:
     """Write the run of a finetuned model into the folder `runs`, as `name` or as its settings say; returns the run as
@@ -88,7 +89,7 @@ def save_tuned(
     run = Run(start.experiment.classes, [member], source, start.split, counts, finetuned=finetuned)
     run = replace(run, report=_report(start, tuned, predicted, temperature, settings))
     path = runs / (name or run_name(run, label=f"{start.member.config.head.head}_tuned"))
-    return save_run(run, path, numbered=True, command=command, encoders=folder)
+    return save_run(run, path, numbered=True, command=command, options=options, encoders=folder)
 
 
 def _source(start: Start, digests: Mapping[str, str], runs: Path) -> FeatureSource:
