@@ -292,14 +292,20 @@ def _of_encoder(name: str, args: Namespace) -> dict[str, Any]:
     return {} if args.weights else {"model": spec.default_model, "text_clean": spec.text_clean, **options}
 
 
-@interruptible(signal.SIGINT, signal.SIGTERM)
 def run(name: str, parser: ArgumentParser, argv: Sequence[str] | None = None) -> int:
     """Extract every asked split with encoder `name`; returns the exit status. All of a script's output is here."""
     args = parser.parse_args(argv)
+    return guarded(lambda: _extract(name, args), "the cache is intact, run the same command to go on")
+
+
+@interruptible(signal.SIGINT, signal.SIGTERM)
+def guarded(work: Callable[[], int], interrupted: str) -> int:
+    """Run a script's work and show what libraries say. Unusable input, and a machine too small, end with one line and
+    status 2, an interruption with `interrupted` and 130."""
     with warnings.catch_warnings():
         warnings.showwarning = show_warning()
         try:
-            return _extract(name, args)
+            return work()
         except UsageError as error:
             print(f"error: {as_typed(error)}", file=sys.stderr)
             return EXIT_UNUSABLE
@@ -310,7 +316,7 @@ def run(name: str, parser: ArgumentParser, argv: Sequence[str] | None = None) ->
             print(f"error: {said} (what was done is kept)", file=sys.stderr)
             return EXIT_UNUSABLE
         except KeyboardInterrupt:
-            print("interrupted: the cache is intact, run the same command to go on", file=sys.stderr)
+            print(f"interrupted: {interrupted}", file=sys.stderr)
             return EXIT_INTERRUPTED
 
 
@@ -326,7 +332,7 @@ def _extract(name: str, args: Namespace) -> int:
     data = read_dataset(args.data, args.layout)
     for warning in data.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    splits = _chosen_splits(data, args.splits)
+    splits = chosen_splits(data, args.splits)
     encoder = load_encoder(
         name,
         args.model,
@@ -355,7 +361,8 @@ def _extract(name: str, args: Namespace) -> int:
     return EXIT_QUARANTINE if args.strict and quarantined else EXIT_DONE
 
 
-def _chosen_splits(data: "DataSet", wanted: Sequence[str] | None) -> list[str]:
+def chosen_splits(data: "DataSet", wanted: Sequence[str] | None) -> list[str]:
+    """The splits that are wanted, all without. Raises `UsageError` for those there aren't."""
     unknown = set(wanted or ()) - data.splits.keys()
     if unknown:
         raise UsageError(f"no split {', '.join(sorted(unknown))} in the data; it has {', '.join(data.splits)}")
