@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from feats.acceleration import deterministic
 from feats.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE, ScriptParser, as_typed, positive, show_warning
 from feats.errors import UsageError
 from feats.interrupts import interruptible
-from modeling.experiment import ExperimentSettings
+from modeling.experiment import Experiment, ExperimentSettings
 from modeling.features.joined import DEFAULT_FOLDER, FeatureSource, caches_with
 from modeling.features.normalizer import NORMS
 from modeling.features.splits import SplitSettings
@@ -30,6 +31,7 @@ from modeling.finetuning.settings import AUGMENTED, DTYPES, TuneSettings
 from modeling.finetuning.studies import TUNING_RECIPES
 from modeling.heads.base import ABLATIONS, HeadConfig, ablation_words, head_class
 from modeling.heads.registry import HEADS
+from modeling.prediction.ablation import ABSENT, AbsentOf, absence
 from modeling.runs import folder as run_folder
 from modeling.training.config import (
     CLASS_WEIGHTS,
@@ -110,6 +112,27 @@ def add_run_options(parser: ScriptParser) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 
 
+def add_ablation_options(parser: ScriptParser, weights: bool = False) -> None:
+    """Scoring with an absent side; with `weights` also where encoders' weights lie."""
+    group = parser.add_argument_group("test-time ablation")
+    group.add_argument(
+        "--ablation-eval",
+        action="store_true",
+        help="also score with a black picture (text only) and with an empty text (image only)",
+    )
+    group.add_argument(
+        "--absent",
+        choices=ABSENT,
+        default=ABSENT[0],
+        help="what stands in for an absent side: blank, a black picture or an empty text, encoded once by the encoder "
+        "of the cache; or the mean of the training rows' features",
+    )
+    if weights:
+        group.add_argument(
+            "--weights", nargs="+", default=[], metavar="CACHE=PATH", help="weights of an encoder that aren't found"
+        )
+
+
 def add_training_options(parser: ScriptParser, grid: bool = False) -> None:
     """Options for every field of `TrainConfig` and `HeadConfig`. With `grid` they take several values. Options that
     weren't typed are absent from the namespace, so that a recipe can tell them from typed ones."""
@@ -148,6 +171,7 @@ def add_training_options(parser: ScriptParser, grid: bool = False) -> None:
     add("patience", "epochs without a better one before stopping", type=int, **several)
     add("precision", "of the products in training: " + ", ".join(PRECISIONS), **several)
     add("seed", "of weights, batches and dropout", type=int)
+    add("deterministic", "the same to the bit each time, on one device with the same versions", action="store_true")
     by_folds = "chosen by inner folds where not given"
     add("C", f"linear: inverse strength of the penalty; {by_folds}", type=float, **several)
     add("ridge", f"kernel: strength of the penalty; {by_folds}", type=float, **several)
@@ -203,6 +227,7 @@ def add_tuning_options(parser: ScriptParser, grid: bool = False) -> None:
     add("wise_ft", "try weights between the start and the tuned ones", action="store_true")
     add("dtype", f"of the encoders' products: {', '.join(DTYPES)}; auto as in extraction")
     add("seed", "of new heads, data order, augmentation and dropout", type=int)
+    add("deterministic", "the same to the bit each time, on one device with the same versions", action="store_true")
     add("checkpoint_steps", "checkpoints after so many steps, besides those at each epoch's end", type=int)
     group.add_argument(
         "--bad-cases", type=Path, metavar="FILE", help="bad_cases.csv: its training rows come once more, augmented"
@@ -430,6 +455,17 @@ def tuning_in_use(args: Namespace, grid: bool = False) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in decided and not isinstance(value, Mapping)}
 
 
+# -- test-time ablation -----------------------------------------------------------------------------------------
+
+
+def absence_of(args: Namespace, experiment: Experiment, source: FeatureSource, own: Mapping[str, str] = {}) -> AbsentOf:
+    """What stands in for an absent side, from the options of `add_ablation_options`; `own` weights, by cache, are those
+    of encoders that aren't named. Raises as `prediction.ablation.absence`."""
+    weights = named_texts(args.weights, "--weights")
+    weights = weights if args.absent == "mean" else {**own, **weights}
+    return absence(args.absent, experiment.features, source, weights, experiment.device)
+
+
 # -- what heads read --------------------------------------------------------------------------------------------
 
 
@@ -501,13 +537,17 @@ def progress_bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], A
 
 
 @interruptible(signal.SIGINT)
-def guarded(work: Callable[[], int], interrupted: str, named: Mapping[str, str] = OPTION_OF) -> int:
+def guarded(
+    work: Callable[[], int], interrupted: str, named: Mapping[str, str] = OPTION_OF, *, same_bits: bool = False
+) -> int:
     """Run a script's work and show what libraries say. Unusable input ends with one line and status 2, an interruption
-    with `interrupted` and 130. `named`: settings that the script knows by another name."""
+    with `interrupted` and 130. `named`: settings that the script knows by another name.
+    `same_bits`: from the beginning as `feats.acceleration.deterministic`."""
     with warnings.catch_warnings():
         warnings.showwarning = show_warning(named)
         try:
-            return work()
+            with deterministic(same_bits):
+                return work()
         except (UsageError, OSError) as error:  # what can't be read or written names its file
             print(f"error: {as_typed(error, named)}", file=sys.stderr)
             return EXIT_UNUSABLE

@@ -88,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     kept = "checkpoints are kept, run the same command to go on"
     named = {**cli.OPTION_OF, "rank": "lora", "alpha": "lora_alpha"}
-    return cli.guarded(lambda: work(args, cli.command_line(argv)), kept, named)
+    same_bits = hasattr(args, "deterministic")
+    return cli.guarded(lambda: work(args, cli.command_line(argv)), kept, named, same_bits=same_bits)
 
 
 def work(args: Namespace, command: str) -> int:

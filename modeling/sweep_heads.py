@@ -40,10 +40,11 @@ def build_parser() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     args, command = build_parser().parse_args(argv), cli.command_line(argv)
+    same_bits = hasattr(args, "deterministic")
     if args.auto:
-        return cli.guarded(lambda: search(args, command), "nothing was saved")
+        return cli.guarded(lambda: search(args, command), "nothing was saved", same_bits=same_bits)
     again = "what is finished is kept, run the same command to go on"
-    return cli.guarded(lambda: compare(args, command), again)
+    return cli.guarded(lambda: compare(args, command), again, same_bits=same_bits)
 
 
 def compare(args: Namespace, command: str) -> int:

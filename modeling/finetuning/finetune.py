@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from feats.acceleration import deterministic
 from feats.errors import UsageError
 from modeling.features.splits import duplicates_of
 from modeling.finetuning import outcome
@@ -65,7 +66,7 @@ def finetune_model(
     what = outcome.what_is_tuned(start, settings, hard)
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     folder = runs / f".{name or digest[:12]}.tuning"
-    with memory_named(settings), WorkFolder(folder, what, team.leads) as working:
+    with deterministic(settings.deterministic), memory_named(settings), WorkFolder(folder, what, team.leads) as working:
         finished = outcome.finished_run(runs, digest, name) if working.begun else None
         finished = team.gather(finished)[0]  # before any process removes what the others look at
         if finished is not None:  # it was interrupted between its last two strokes

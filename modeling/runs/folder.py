@@ -178,6 +178,7 @@ def _config(run: Run, path: Path, made_by: Mapping[str, Any], sha256: str) -> di
         "features_from_run": from_run,
         "split": [s.how for s in run.split] if isinstance(run.split, list) else run.split.how,
         "stacked": run.stacking is not None,
+        "deterministic": all(m.config.deterministic for m in run.members),
         "finetuned": None if run.finetuned is None else asdict(run.finetuned),
         "members": members,
         "tensors_sha256": sha256,
