@@ -6,7 +6,8 @@ import feats.threads  # noqa: F401
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +24,10 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # cores, 36 -> 41 images/s at 0.38 TFLOP/s; 30 s to compile). It pays from about this much work on. The amount of work
 # decides, never a stopwatch: a resumed run must compute exactly as the run it continues.
 COMPILE_PAYS_FLOPS = {"cpu": 2.5e14, "cuda": 2e16}
+
+# cuBLAS gives the same to the bit with a fixed workspace only: 8 of 4096 KiB, or of 16 (torch's notes on randomness).
+WORKSPACE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+NOT_DETERMINISTIC = ("does not have a deterministic implementation", "is not deterministic because")  # torch's words
 
 
 def resolve_device(name: str) -> torch.device:
@@ -107,3 +112,58 @@ def peak_bytes(device: torch.device) -> int:
     import resource  # which Windows lacks
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def deterministic(on: bool = True) -> Iterator[None]:
+    """In here torch computes with algorithms that give the same to the bit each time, on the same device and versions:
+    no other choice of kernels (cuDNN's benchmark), full float32 products (no TF32). With `on` False nothing changes.
+
+    Enter it before anything is done on a GPU, whose libraries read their settings once. Raises `UsageError` where that
+    is too late, and, when it comes up, for an operation that has no such algorithm.
+    """
+    if not on:
+        yield
+        return
+    _fix_workspace()
+    before = _settings()
+    _set(True, False, False, False, False)
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in NOT_DETERMINISTIC):
+            raise
+        raise UsageError(
+            f"`deterministic`: {first_line(error).split(', but you set')[0]}; use another head or device, or do "
+            "without it"
+        ) from None
+    finally:
+        _set(*before)
+
+
+def _fix_workspace() -> None:
+    if os.environ.get(WORKSPACE) in WORKSPACES:
+        return
+    if torch.cuda.is_initialized():
+        raise UsageError(
+            f"`deterministic` comes too late: the GPU is in use, and {WORKSPACE} isn't set; enter "
+            f"feats.acceleration.deterministic before, or set {WORKSPACE}={WORKSPACES[0]} for the process"
+        )
+    os.environ[WORKSPACE] = WORKSPACES[0]
+
+
+def _settings() -> tuple[bool, bool, bool, bool, bool]:
+    """As `_set` takes them."""
+    algorithms, warn = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    products, convolutions = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    return algorithms, warn, torch.backends.cudnn.benchmark, products, convolutions
+
+
+def _set(algorithms: bool, warn: bool, benchmark: bool, tf32_products: bool, tf32_convolutions: bool) -> None:
+    torch.use_deterministic_algorithms(algorithms, warn_only=warn)
+    torch.backends.cudnn.benchmark = benchmark
+    torch.backends.cuda.matmul.allow_tf32 = tf32_products
+    torch.backends.cudnn.allow_tf32 = tf32_convolutions

@@ -11,9 +11,12 @@ import warnings
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from feats.config_file import as_plain, made_by, read_options, toml_lines
 from feats.errors import UsageError
 from feats.extraction.settings import ExtractionSettings
 from feats.interrupts import interruptible
@@ -66,6 +69,148 @@ def show_warning(named: Mapping[str, str] = {}) -> Callable[..., None]:
     return show
 
 
+# -- options from a file -----------------------------------------------------------------------------------------
+
+ABOUT_THE_FILE = ("help", "config", "show-config")  # options that no file holds
+
+
+class ScriptParser(ArgumentParser):
+    """The parser of every script: shows defaults, accepts no abbreviations, and takes options from a file, too.
+
+    With --config FILE (see `feats.config_file`) its options stand before the typed ones, which win. The namespace
+    also has `given`, all options that were typed or in the file, as JSON values: what a run keeps.
+    """
+
+    def __init__(self, description: str | None = None, epilog: str | None = None):
+        super().__init__(description=description, epilog=epilog, formatter_class=HelpFormatter, allow_abbrev=False)
+        self.file: Path | None = None
+        self.fillers: list[Callable[[Namespace], Mapping[str, Any]]] = []
+        group = self.add_argument_group("options from a file")
+        group.add_argument(
+            "--config", type=Path, metavar="FILE", help="a TOML file of options, or a run's config.json; typed ones win"
+        )
+        group.add_argument(
+            "--show-config", action="store_true", help="print all options with their values as such a file, and end"
+        )
+
+    def fill_in(self, filler: Callable[[Namespace], Mapping[str, Any]]) -> None:
+        """For --show-config: what options that weren't given come to, by the namespace's names."""
+        self.fillers.append(filler)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As any parser's. One line and exit status 2 for what a file holds and can't."""
+        typed = list(sys.argv[1:] if args is None else args)
+        finder = ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("--config", nargs="?", type=Path)
+        self.file = finder.parse_known_args(typed)[0].config
+        try:
+            words = self._with_file(typed)
+            found = super().parse_args(words, namespace)
+            found.given = self._given(words)
+            if found.show_config:
+                print("\n".join(self._config_lines(found)))
+                self.exit()
+        except UsageError as error:
+            self.exit(EXIT_UNUSABLE, f"error: {as_typed(error)}\n")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        """One line, instead of the usage too, where a file may be the reason."""
+        if self.file is None:
+            super().error(message)
+        self.exit(EXIT_UNUSABLE, f"error: {message} (options of {self.file}, and typed ones)\n")
+
+    def _with_file(self, typed: list[str]) -> list[str]:
+        """The words of the file's options, then the typed ones."""
+        if self.file is None:
+            return typed
+        known = {
+            name.lstrip("-").replace("_", "-"): action
+            for action in self._actions
+            for name in action.option_strings or [action.dest]
+        }
+        words = []
+        for key, value in read_options(self.file).items():
+            name = key.replace("_", "-")
+            action = known.get(name)
+            if action is None or name in ABOUT_THE_FILE:
+                close = get_close_matches(name, [k for k in known if k not in ABOUT_THE_FILE], 1)
+                by = made_by(self.file)
+                raise UsageError(
+                    f"{self.file}: {key} is no option of {self.prog}"
+                    f"{f'; did you mean {close[0]}?' if close else ''}"
+                    f"{f' (the run was made by {by})' if by and Path(by).name != self.prog else ''}"
+                )
+            if action.option_strings:
+                words += self._words(action, key, value)
+            else:  # typed ones stand in its place
+                action.nargs, action.required = "*", False
+                action.default = [self._get_value(action, text) for text in _texts(value)]
+        # Between both this one: the last list of the file mustn't take in what is typed first.
+        return [*words, f"--config={self.file}", *typed]
+
+    def _words(self, action: Action, key: str, value: Any) -> list[str]:
+        option = action.option_strings[0]
+        if (action.nargs == 0) != isinstance(value, bool):
+            expected = "true or false" if action.nargs == 0 else "a value, not true or false"
+            raise UsageError(f"{self.file}: {key} = {as_plain(value)}: expected {expected}")
+        if isinstance(value, bool):
+            return [option] if value else []
+        texts = _texts(value)
+        if action.nargs is None and len(texts) != 1:
+            raise UsageError(f"{self.file}: {key} has {len(texts)} values; {option} takes one")
+        return [f"{option}={texts[0]}"] if len(texts) == 1 else [option, *texts]
+
+    def _given(self, words: Sequence[str]) -> dict[str, Any]:
+        """Options and values that are no defaults, by name."""
+        before = {action: action.default for action in self._actions}
+        try:
+            for action in self._actions:
+                if action.option_strings or not action.default:  # a positional one of the file counts
+                    action.default = SUPPRESS
+            found = vars(super().parse_args(words))
+        finally:
+            for action, default in before.items():
+                action.default = default
+        return {
+            _name(action): as_plain(found[action.dest])
+            for action in self._actions
+            if action.dest in found and _name(action) not in ABOUT_THE_FILE
+        }
+
+    def _config_lines(self, found: Namespace) -> list[str]:
+        values = dict(vars(found))
+        for filler in self.fillers:
+            values |= {name: value for name, value in filler(found).items() if values.get(name) is None}
+        groups = []
+        for group in self._action_groups:
+            actions = [a for a in group._group_actions if _name(a) not in ABOUT_THE_FILE]
+            if actions:
+                plain = {_name(a): _shown(a, values.get(a.dest)) for a in actions}
+                about = {_name(a): (a.help or "").replace("%%", "%") for a in actions}
+                groups.append((group.title or "", plain, about))
+        return toml_lines(groups)
+
+
+def _name(action: Action) -> str:
+    """An option as a file names it."""
+    return action.option_strings[-1].lstrip("-") if action.option_strings else action.dest
+
+
+def _texts(value: Any) -> list[str]:
+    return [str(x) for x in (value if isinstance(value, list) else [value])]
+
+
+def _shown(action: Action, value: Any) -> Any:
+    """An option's value as a file has it; None where it isn't set, also for a list that couldn't be typed empty."""
+    if action.nargs == 0:
+        return bool(value)
+    plain = as_plain(value)
+    if action.nargs in ("+", "*") and value is not None:
+        plain = plain if isinstance(plain, list) else [plain]
+    return None if value is None or (action.nargs == "+" and not plain) else plain
+
+
 # -- extraction --------------------------------------------------------------------------------------------------
 
 
@@ -77,9 +222,8 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
 
     spec = ENCODERS[name]
     defaults = ExtractionSettings()
-    parser = ArgumentParser(
-        description=description,
-        formatter_class=HelpFormatter,
+    parser = ScriptParser(
+        description,
         epilog="Exit status: 0 done; 2 unusable arguments or input; 3 done with rows in quarantine under --strict; "
         "130 interrupted (the cache is intact: run the same command to go on).",
     )
@@ -135,17 +279,33 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
         default="auto",
         help=f"auto: {spec.auto_dtype or 'fp16 on a GPU, bf16 on a CPU that multiplies it in hardware, else fp32'}",
     )
+    parser.fill_in(partial(_of_encoder, name))
     return parser
 
 
-@interruptible(signal.SIGINT, signal.SIGTERM)
+def _of_encoder(name: str, args: Namespace) -> dict[str, Any]:
+    """An encoder's own settings, where none are given; one of `weights` may be a saved encoder, which has others."""
+    from feats.encoders.registry import ENCODERS
+
+    spec = ENCODERS[name]
+    options = {key: option.default for key, option in spec.options.items()}
+    return {} if args.weights else {"model": spec.default_model, "text_clean": spec.text_clean, **options}
+
+
 def run(name: str, parser: ArgumentParser, argv: Sequence[str] | None = None) -> int:
     """Extract every asked split with encoder `name`; returns the exit status. All of a script's output is here."""
     args = parser.parse_args(argv)
+    return guarded(lambda: _extract(name, args), "the cache is intact, run the same command to go on")
+
+
+@interruptible(signal.SIGINT, signal.SIGTERM)
+def guarded(work: Callable[[], int], interrupted: str) -> int:
+    """Run a script's work and show what libraries say. Unusable input, and a machine too small, end with one line and
+    status 2, an interruption with `interrupted` and 130."""
     with warnings.catch_warnings():
         warnings.showwarning = show_warning()
         try:
-            return _extract(name, args)
+            return work()
         except UsageError as error:
             print(f"error: {as_typed(error)}", file=sys.stderr)
             return EXIT_UNUSABLE
@@ -156,7 +316,7 @@ def run(name: str, parser: ArgumentParser, argv: Sequence[str] | None = None) ->
             print(f"error: {said} (what was done is kept)", file=sys.stderr)
             return EXIT_UNUSABLE
         except KeyboardInterrupt:
-            print("interrupted: the cache is intact, run the same command to go on", file=sys.stderr)
+            print(f"interrupted: {interrupted}", file=sys.stderr)
             return EXIT_INTERRUPTED
 
 
@@ -172,7 +332,7 @@ def _extract(name: str, args: Namespace) -> int:
     data = read_dataset(args.data, args.layout)
     for warning in data.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    splits = _chosen_splits(data, args.splits)
+    splits = chosen_splits(data, args.splits)
     encoder = load_encoder(
         name,
         args.model,
@@ -201,7 +361,8 @@ def _extract(name: str, args: Namespace) -> int:
     return EXIT_QUARANTINE if args.strict and quarantined else EXIT_DONE
 
 
-def _chosen_splits(data: "DataSet", wanted: Sequence[str] | None) -> list[str]:
+def chosen_splits(data: "DataSet", wanted: Sequence[str] | None) -> list[str]:
+    """The splits that are wanted, all without. Raises `UsageError` for those there aren't."""
     unknown = set(wanted or ()) - data.splits.keys()
     if unknown:
         raise UsageError(f"no split {', '.join(sorted(unknown))} in the data; it has {', '.join(data.splits)}")

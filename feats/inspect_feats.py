@@ -7,15 +7,15 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from feats.cli import EXIT_DONE, EXIT_UNUSABLE, as_typed
+from feats.cli import EXIT_DONE, EXIT_UNUSABLE, ScriptParser, as_typed
 from feats.errors import UsageError
 from feats.store import QUARANTINED, STATUS_NAMES, FeatureStore
 
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = ArgumentParser(
-        description=__doc__,
+    parser = ScriptParser(
+        __doc__,
         epilog="Exit status: 0 all well; 2 a file is no cache, is damaged, or (--verify) holds a damaged chunk.",
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="caches, e.g. saved/feats/clip_train.h5")

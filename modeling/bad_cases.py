@@ -16,6 +16,7 @@ import feats.threads  # noqa: F401
 
 import numpy as np
 
+from feats.acceleration import deterministic
 from feats.cli import EXIT_DONE, positive
 from feats.csv_files import write_rows
 from feats.errors import UsageError
@@ -25,6 +26,7 @@ from modeling.experiment import experiment_of_run, total_epochs
 from modeling.prediction.out_of_fold import labelled, out_of_fold, single_split, unseen_folds
 from modeling.runs.files import check_replaceable, user_file
 from modeling.runs.folder import PREDICTION_COLUMNS, open_runs, prediction_rows
+from modeling.runs.run import Run
 
 
 def build_parser() -> ArgumentParser:
@@ -50,6 +52,12 @@ def export(args: Namespace) -> int:
     if not 0 <= args.min_confidence <= 1:
         raise UsageError(f"--min-confidence {args.min_confidence:g}: expected a probability, 0 to 1")
     [run] = open_runs(args.runs, [args.run] if args.run else None)
+    with deterministic(any(member.config.deterministic for member in run.members)):
+        return export_of(run, args)
+
+
+def export_of(run: Run, args: Namespace) -> int:
+    """As `export`, of a run that was read."""
     split = single_split(run)
     out = args.out or run.folder / "bad_cases.csv"
     check_replaceable(out, PREDICTION_COLUMNS)

@@ -6,10 +6,11 @@ import shlex
 import signal
 import sys
 import warnings
-from argparse import SUPPRESS, ArgumentParser, Namespace
+from argparse import SUPPRESS, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from feats.acceleration import resolve_device
-from feats.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE, HelpFormatter, as_typed, positive, show_warning
+from feats.acceleration import deterministic, resolve_device
+from feats.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE, ScriptParser, as_typed, positive, show_warning
 from feats.errors import UsageError
 from feats.interrupts import interruptible
-from modeling.experiment import ExperimentSettings
+from modeling.experiment import Experiment, ExperimentSettings
 from modeling.features.joined import DEFAULT_FOLDER, FeatureSource, cached_widths, caches_with
 from modeling.features.normalizer import NORMS
 from modeling.features.splits import SplitSettings
@@ -38,6 +39,7 @@ from modeling.heads.base import (
     head_class,
 )
 from modeling.heads.registry import HEADS
+from modeling.prediction.ablation import ABSENT, AbsentOf, absence
 from modeling.runs import folder as run_folder
 from modeling.training.config import (
     CLASS_WEIGHTS,
@@ -60,16 +62,17 @@ HEAD_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {  # of single heads: help
     "image_positions": ("coattention: positions added to image tokens", {"choices": IMAGE_POSITIONS}),
     "image_pooling": ("coattention: image tokens to one vector", {"choices": IMAGE_POOLINGS}),
 }
+BY_METHODS = ("tune", "lora", "soup", "wise_ft")  # what methods decide there
 # Settings that the command line knows by another name.
 OPTION_OF = {"sides": "ablation", "image": "vtype", "text": "ttype"}
 
 
-def new_parser(doc: str) -> ArgumentParser:
-    """A parser that shows defaults and accepts no abbreviations; `doc` describes the script."""
-    return ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+def new_parser(doc: str) -> ScriptParser:
+    """A script's parser, see there; `doc` describes the script."""
+    return ScriptParser(doc)
 
 
-def add_feature_options(parser: ArgumentParser) -> None:
+def add_feature_options(parser: ScriptParser) -> None:
     """Which caches of each side, their normalisations and scales."""
     group = parser.add_argument_group("features")
     group.add_argument("--feats", type=Path, default=DEFAULT_FOLDER, metavar="DIR", help="folder of caches")
@@ -86,9 +89,10 @@ def add_feature_options(parser: ArgumentParser) -> None:
         help=f"normalisation of each cache: {', '.join(NORMS)} (default: none, or the recipe's)",
     )
     group.add_argument("--scale", nargs="+", metavar="CACHE=FACTOR", help="factor behind a normalisation")
+    parser.fill_in(features_in_use)
 
 
-def add_split_options(parser: ArgumentParser) -> None:
+def add_split_options(parser: ScriptParser) -> None:
     """Options for every field of `SplitSettings`; ratios and seed that weren't typed are absent from the namespace."""
     group = parser.add_argument_group("split")
     defaults = SplitSettings()
@@ -116,14 +120,35 @@ def add_split_options(parser: ArgumentParser) -> None:
     )
 
 
-def add_run_options(parser: ArgumentParser) -> None:
+def add_run_options(parser: ScriptParser) -> None:
     """The folder of runs, and the device."""
     group = parser.add_argument_group("output and compute")
     group.add_argument("--runs", type=Path, default=run_folder.DEFAULT_FOLDER, metavar="DIR", help="folder of runs")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 
 
-def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
+def add_ablation_options(parser: ScriptParser, weights: bool = False) -> None:
+    """Scoring with an absent side; with `weights` also where encoders' weights lie."""
+    group = parser.add_argument_group("test-time ablation")
+    group.add_argument(
+        "--ablation-eval",
+        action="store_true",
+        help="also score with a black picture (text only) and with an empty text (image only)",
+    )
+    group.add_argument(
+        "--absent",
+        choices=ABSENT,
+        default=ABSENT[0],
+        help="what stands in for an absent side: blank, a black picture or an empty text, encoded once by the encoder "
+        "of the cache; or the mean of the training rows' features",
+    )
+    if weights:
+        group.add_argument(
+            "--weights", nargs="+", default=[], metavar="CACHE=PATH", help="weights of an encoder that aren't found"
+        )
+
+
+def add_training_options(parser: ScriptParser, grid: bool = False) -> None:
     """Options for every field of `TrainConfig` and `HeadConfig`. With `grid` they take several values. Options that
     weren't typed are absent from the namespace, so that a recipe can tell them from typed ones."""
     defaults = {**flat(TrainConfig()), "ablation": 0}
@@ -163,14 +188,16 @@ def add_training_options(parser: ArgumentParser, grid: bool = False) -> None:
     add("min_gain", "of the monitored figure, to count as better", type=float, **several)
     add("precision", "of the products in training: " + ", ".join(PRECISIONS), **several)
     add("seed", "of weights, batches and dropout", type=int)
+    add("deterministic", "the same to the bit each time, on one device with the same versions", action="store_true")
     by_folds = "chosen by inner folds where not given"
     add("C", f"linear: inverse strength of the penalty; {by_folds}", type=float, **several)
     add("ridge", f"kernel: strength of the penalty; {by_folds}", type=float, **several)
     add("gamma", f"kernel: gamma of the RBF times the mean squared distance; {by_folds}", type=float, **several)
     group.add_argument("--seeds", type=positive, metavar="N", help="train with N seeds, from --seed up (default: 1)")
+    parser.fill_in(training_in_use)
 
 
-def add_tuning_options(parser: ArgumentParser, grid: bool = False) -> None:
+def add_tuning_options(parser: ScriptParser, grid: bool = False) -> None:
     """Options for every field of `TuneSettings`. With `grid` those of `TUNING_GRID` take several values. Those that
     weren't typed are absent from the namespace, so that a recipe can tell them from typed ones."""
     defaults = asdict(TuneSettings())
@@ -217,6 +244,7 @@ def add_tuning_options(parser: ArgumentParser, grid: bool = False) -> None:
     add("wise_ft", "try weights between the start and the tuned ones", action="store_true")
     add("dtype", f"of the encoders' products: {', '.join(DTYPES)}; auto as in extraction")
     add("seed", "of new heads, data order, augmentation and dropout", type=int)
+    add("deterministic", "the same to the bit each time, on one device with the same versions", action="store_true")
     add("checkpoint_steps", "checkpoints after so many steps, besides those at each epoch's end", type=int)
     group.add_argument(
         "--bad-cases", type=Path, metavar="FILE", help="bad_cases.csv: its training rows come once more, augmented"
@@ -224,6 +252,7 @@ def add_tuning_options(parser: ArgumentParser, grid: bool = False) -> None:
     group.add_argument(
         "--live-trunk", action="store_true", help="with --tune last-N compute the frozen blocks in every epoch"
     )
+    parser.fill_in(partial(tuning_in_use, grid=grid))
 
 
 def tuning_settings(args: Namespace, classes: Sequence[str] | None = None) -> TuneSettings:
@@ -434,6 +463,63 @@ def parse_class_weights(text: str, classes: Sequence[str]) -> str | dict[str, fl
     return weights
 
 
+# -- what options come to that weren't given ----------------------------------------------------------------------
+
+
+def features_in_use(args: Namespace) -> dict[str, Any]:
+    """The image side and the normalisation."""
+    recipe = RECIPES.get(getattr(args, "recipe", None) or "", {})
+    # The automatic search chooses by itself.
+    norm = {} if getattr(args, "auto", False) else {"norm": [recipe.get("norm", "none")]}
+    return {"vtype": [] if args.ttype else ["clip"], **norm}
+
+
+def split_in_use(args: Namespace, recipe: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """Ratios and seed of the split, the recipe's or the defaults, where they have a say."""
+    if args.split_file:
+        return {}
+    split = split_settings(args, recipe)
+    ratios = {} if args.folds else {"val_ratio": split.val_ratio, "test_ratio": split.test_ratio}
+    return {**ratios, "split_seed": split.seed}
+
+
+def training_in_use(args: Namespace) -> dict[str, Any]:
+    """What the heads read of training settings: the recipe's or the defaults, where they are the same for all."""
+    found = split_in_use(args, RECIPES.get(args.recipe or "", {}))
+    if getattr(args, "auto", False) and "head" not in vars(args):
+        return found  # the data decide which heads are searched
+    grid = grid_from(args)
+    points = [flat(from_flat({**point, "class_weights": "none"})) for point in grid.points]
+    weights = [point.get("class_weights", TrainConfig.class_weights) for point in grid.points]
+    points = [{**point, "class_weights": of_point} for point, of_point in zip(points, weights, strict=True)]
+    points = [{name: p[name] for name in p if name in settings_read(p["head"])} for p in points]
+    for name in dict.fromkeys(name for point in points for name in point):
+        values = [point[name] for point in points if name in point]
+        unsaid = name == "monitor" and args.recipe == OWN  # typed, it ranks
+        if not unsaid and all(value == values[0] for value in values):
+            found[name] = values[0]
+    sides = found.pop("sides", None)
+    return found if sides is None else {**found, "ablation": ABLATIONS.index(sides)}
+
+
+def tuning_in_use(args: Namespace, grid: bool = False) -> dict[str, Any]:
+    """Finetuning's settings: the recipe's or the defaults."""
+    settings = {**asdict(TuneSettings()), **tuning_recipe(args.recipe, getattr(args, "model", None))}
+    decided = (*BY_METHODS, *(("lr", "dropout") if args.grid else ())) if grid else ()
+    return {name: value for name, value in settings.items() if name not in decided and not isinstance(value, Mapping)}
+
+
+# -- test-time ablation -----------------------------------------------------------------------------------------
+
+
+def absence_of(args: Namespace, experiment: Experiment, source: FeatureSource, own: Mapping[str, str] = {}) -> AbsentOf:
+    """What stands in for an absent side, from the options of `add_ablation_options`; `own` weights, by cache, are those
+    of encoders that aren't named. Raises as `prediction.ablation.absence`."""
+    weights = named_texts(args.weights, "--weights")
+    weights = weights if args.absent == "mean" else {**own, **weights}
+    return absence(args.absent, experiment.features, source, weights, experiment.device)
+
+
 # -- what heads read --------------------------------------------------------------------------------------------
 
 
@@ -510,13 +596,17 @@ def say(line: str) -> None:
 
 
 @interruptible(signal.SIGINT)
-def guarded(work: Callable[[], int], interrupted: str, named: Mapping[str, str] = OPTION_OF) -> int:
+def guarded(
+    work: Callable[[], int], interrupted: str, named: Mapping[str, str] = OPTION_OF, *, same_bits: bool = False
+) -> int:
     """Run a script's work and show what libraries say. Unusable input ends with one line and status 2, an interruption
-    with `interrupted` and 130. `named`: settings that the script knows by another name."""
+    with `interrupted` and 130. `named`: settings that the script knows by another name.
+    `same_bits`: from the beginning as `feats.acceleration.deterministic`."""
     with warnings.catch_warnings():
         warnings.showwarning = show_warning(named)
         try:
-            return work()
+            with deterministic(same_bits):
+                return work()
         except (UsageError, OSError) as error:  # what can't be read or written names its file
             print(f"error: {as_typed(error, named)}", file=sys.stderr)
             return EXIT_UNUSABLE

@@ -25,11 +25,10 @@ from modeling.finetuning import comparison, past, verdict
 from modeling.finetuning.comparison import FROZEN, METHODS, Candidate, Cell
 from modeling.runs.folder import load_run, newest_run, open_runs, read_metrics
 from modeling.runs.run import Run
-from modeling.training.config import settings_read
+from modeling.training.config import TrainConfig, settings_read
 
 FINETUNE = Path(__file__).with_name("finetune.py")
 USUAL_GRID = {"lr": [1e-5, 2e-5], "dropout": [0.3, 0.5]}  # study E's
-BY_METHODS = ("tune", "lora", "soup", "wise_ft")  # what methods decide
 
 
 def build_parser() -> ArgumentParser:
@@ -76,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.history:
         return cli.guarded(lambda: history(args.runs), "nothing was changed")
     again = "finished cells and checkpoints are kept, run the same command to go on"
-    return cli.guarded(lambda: work(args, cli.command_line(argv)), again)
+    return cli.guarded(lambda: work(args, cli.command_line(argv)), again, same_bits=hasattr(args, "deterministic"))
 
 
 def work(args: Namespace, command: str) -> int:
@@ -85,14 +84,14 @@ def work(args: Namespace, command: str) -> int:
     source = replace(run.source, folder=run.feature_folder(args.feats))
     experiment = experiment_of_run(run, source, args.device)
     experiment = comparison.outer_folds(experiment, args.folds, args.val_ratio, args.split_seed)
-    config = run.members[0].config
+    config = replace(run.members[0].config, deterministic=hasattr(args, "deterministic"))
     folder = args.runs / (args.name or f"finetuning_{run.folder.name}")
     points = points_of(args, config.head.head)
     candidates = candidates_of(args, points, experiment.classes)
     cells = comparison.cells_of(candidates, min(args.only or args.folds, args.folds), folder)
     protocol = {"folds": args.folds, "val_ratio": args.val_ratio, "split_seed": args.split_seed}
     comparison.claim(folder, experiment, config, **protocol)
-    train(args, cells, experiment, run, command)
+    train(args, cells, experiment, config, command)
     monitor = cli.tuning_settings(Namespace(**{**vars(args), **points[0]})).monitor
     scored = [
         verdict.read_scored([cell for cell in cells if cell.candidate is candidate], experiment, monitor)
@@ -162,7 +161,7 @@ def points_of(args: Namespace, head: str) -> list[dict[str, Any]]:
 def candidates_of(args: Namespace, points: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[Candidate]:
     """The frozen head, then each method at each point of the grid. Raises `UsageError` for values out of range, and
     for options that methods decide."""
-    typed = [f"`{name}`" for name in BY_METHODS if hasattr(args, name)]
+    typed = [f"`{name}`" for name in cli.BY_METHODS if hasattr(args, name)]
     if typed:
         raise UsageError(f"{', '.join(typed)}: `methods` say what is tuned, and how; leave it out")
     besides = {"bad_cases": None if args.bad_cases is None else sha256_of(args.bad_cases)}
@@ -178,14 +177,14 @@ def candidates_of(args: Namespace, points: Sequence[dict[str, Any]], classes: Se
     return found
 
 
-def train(args: Namespace, cells: Sequence[Cell], experiment: Experiment, run: Run, command: str) -> None:
+def train(args: Namespace, cells: Sequence[Cell], experiment: Experiment, config: TrainConfig, command: str) -> None:
     """Every cell that isn't finished, one after the other, with a line on each."""
     waiting = [cell for cell in cells if not cell.done]
     print(f"{len(cells)} cells, {len(cells) - len(waiting)} of them finished before")
     with cli.progress_bar("compare", len(waiting), "cell") as progress:
         for cell in waiting:
             if cell.candidate.settings is None:
-                comparison.train_frozen(cell, run.members[0].config, experiment, command=command)
+                comparison.train_frozen(cell, config, experiment, command=command, options=args.given)
             else:
                 comparison.finetune(cell, finetuning(args, cell, experiment))
             progress(1)

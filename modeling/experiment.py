@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from feats.acceleration import peak_bytes, resolve_device
+from feats.acceleration import deterministic, peak_bytes, resolve_device
 from feats.errors import UsageError
 from feats.source import SIDES
 from modeling.evaluation import metrics
@@ -203,8 +203,9 @@ def fit_head(
     splits = [split] if isinstance(split, Split) else list(split)
     norms = dict.fromkeys(data.source.names, norm) if isinstance(norm, str) else norm
     data = with_fitting_tokens(data, [config.head])[0]
-    experiment = Experiment.of(data, splits, norms, scale, device)
-    return train_run(with_seeds(on_features(config, data), seeds), experiment, progress)
+    with deterministic(config.deterministic):
+        experiment = Experiment.of(data, splits, norms, scale, device)
+        return train_run(with_seeds(on_features(config, data), seeds), experiment, progress)
 
 
 def evaluate(run: Run, data: FeatureSet, ids: Sequence[str] | None = None) -> dict[str, Any]:

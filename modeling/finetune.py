@@ -15,7 +15,7 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.cli import EXIT_DONE, as_typed, rows_bar
+from feats.cli import EXIT_DONE, ScriptParser, as_typed, rows_bar
 from feats.errors import UsageError
 from modeling import cli
 from modeling.finetuning.settings import TuneSettings
@@ -51,7 +51,7 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def add_start_options(parser: ArgumentParser) -> None:
+def add_start_options(parser: ScriptParser) -> None:
     """What a finetuning begins with."""
     group = parser.add_argument_group("what is tuned")
     group.add_argument("--run", metavar="RUN", help="a path, or a name in --runs (default: the newest with one head)")
@@ -83,6 +83,7 @@ def add_start_options(parser: ArgumentParser) -> None:
     add("tokens", "let a head that can read token features", action="store_true")
     shown = f"of untrained encoders: {', '.join(SIZES)}, such as text.layers=6 image.patch=32"
     add("sizes", shown, nargs="+", metavar="SIDE.SIZE=N")
+    parser.fill_in(model_in_use)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     kept = "checkpoints are kept, run the same command to go on"
     named = {**cli.OPTION_OF, "rank": "lora", "alpha": "lora_alpha"}
-    return cli.guarded(lambda: work(args, cli.command_line(argv)), kept, named)
+    same_bits = hasattr(args, "deterministic")
+    return cli.guarded(lambda: work(args, cli.command_line(argv)), kept, named, same_bits=same_bits)
 
 
 def work(args: Namespace, command: str) -> int:
@@ -110,6 +112,7 @@ def work(args: Namespace, command: str) -> int:
             cached_trunk=not args.live_trunk,
             caches=args.feats,
             command=command,
+            options=args.given,
             team=mates,
             say=say if mates.leads else lambda line: None,
             bar=partial(rows_bar, passing=True) if mates.leads else no_bar,
@@ -167,6 +170,16 @@ def begin(args: Namespace, settings: TuneSettings, device: "torch.device", scrat
         scratch=scratch,
         sizes=sizes_from(getattr(args, "sizes", [])),
     )
+
+
+def model_in_use(args: Namespace) -> dict[str, Any]:
+    """For --show-config: head and split of a new model, the dropout of any, where they weren't given."""
+    recipe = tuning_recipe(args.recipe, args.model)
+    if not any(getattr(args, option) for option in NEW_MODEL):
+        return {"dropout": recipe.get("dropout")}
+    head = model_choice(args, recipe)[2]
+    of_head = {"head": head.head, "D": head.D, "dropout": head.dropout, "ablation": 0, "norm": "none"}
+    return {**of_head, **cli.split_in_use(args, recipe)}
 
 
 def refuse(args: Namespace, options: Sequence[str], why: str) -> None:

@@ -4,6 +4,7 @@
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,11 +18,15 @@ from feats.acceleration import resolve_device
 from feats.cli import EXIT_DONE, rows_bar
 from feats.errors import UsageError
 from modeling import cli
+from modeling.experiment import experiment_of_run
+from modeling.features.joined import are_complete, load_features
 from modeling.prediction import cached as prediction
+from modeling.prediction.ablation import ablation_eval, ablation_of_rows
 from modeling.prediction.cached import Predictions, VoteSettings
 from modeling.runs.files import check_replaceable
 from modeling.runs.folder import open_runs
 from modeling.runs.run import Run
+from modeling.runs.tables import ablation_table
 
 SHOWN = 50  # left out rows named on stderr
 
@@ -58,11 +63,13 @@ def build_parser() -> ArgumentParser:
         help=f"who gets a tie, if among the tied; else, or without such a class, the tied class of the highest mean "
         f"probability (default: {prediction.TIE})",
     )
+    cli.add_ablation_options(parser)
     cli.add_run_options(parser)
     output = parser.add_argument_group("predictions")
     output.add_argument(
         "--out", type=Path, metavar="FILE", help="(default: submission_<split>.csv in the run, of several in --runs)"
     )
+    output.add_argument("--no-header", action="store_true", help="leave out the line of the columns' names")
     output.add_argument("--proba", action="store_true", help="add a column of probabilities for each class")
     return parser
 
@@ -78,6 +85,8 @@ def work(args: Namespace) -> int:
     one_pair = args.image is not None or args.text is not None
     if one_pair and args.csv:
         raise UsageError("--csv together with --image or --text; give a manifest or one pair")
+    if args.ablation_eval:
+        return score_without_sides(args)
     if args.weights and not one_pair and not args.csv:
         raise UsageError("--weights is for raw pairs; cached rows are read as they are")
     runs = open_runs(args.runs, args.run)
@@ -85,7 +94,7 @@ def work(args: Namespace) -> int:
     voting = VoteSettings(args.vote, args.tie)
     out = output_file(args, runs)
     if out:
-        check_replaceable(out, prediction.SUBMISSION)
+        check_replaceable(out, prediction.SUBMISSION, own=args.out is None)
     print("\n".join(f"run {run.path}" for run in runs))
     if one_pair or args.csv:
         predictions = predict_raw(args, runs, voting, device)
@@ -100,8 +109,38 @@ def work(args: Namespace) -> int:
         print(prediction.distribution_table(predictions))
         print_figures(predictions, runs)
     if out:
-        prediction.write_submission(out, predictions, args.proba)
+        prediction.write_submission(out, predictions, args.proba, header=not args.no_header, own=args.out is None)
         print(f"{len(predictions)} predictions -> {out}")
+    return EXIT_DONE
+
+
+def score_without_sides(args: Namespace) -> int:
+    """Show each run's figures with one side absent: on its own validation rows, its test part, and the labelled rows of
+    --split; returns the exit status."""
+    idle = [f"--{name}" for name in ("image", "text", "csv", "out", "proba", "no_header") if getattr(args, name)]
+    if idle:
+        raise UsageError(
+            f"--ablation-eval with {', '.join(idle).replace('_', '-')}: it scores cached rows that have labels and "
+            "writes no predictions; leave it out"
+        )
+    device = resolve_device(args.device)
+    for run in open_runs(args.runs, args.run):
+        encode_own_caches(args, [run], device, ("train",))
+        source = replace(run.source, folder=run.feature_folder(args.feats))
+        print(f"run {run.path}\ncaches {source.folder}")
+        experiment = experiment_of_run(run, source, args.device)
+        own = {name: weights for name in source.names if (weights := run.encoder_weights(name))}
+        absent_of = cli.absence_of(args, experiment, source, own)
+        tables = ablation_eval(run, experiment, absent_of)
+        if args.split != "train" and are_complete(source.folder, args.split, source.names):
+            features = load_features(
+                source.folder, args.split, source.image, source.text, tokens=source.tokens, views=False
+            )
+            if any(features.tags):
+                absent = absent_of(sorted({i for split in run.splits for i in split.train}))
+                tables[f"{args.split} caches"] = ablation_of_rows(run, features, absent)
+        for part, figures in tables.items():
+            print(f"\n{ablation_table(figures, part)}\n")
     return EXIT_DONE
 
 
@@ -126,14 +165,17 @@ def predict_raw(args: Namespace, runs: Sequence[Run], voting: VoteSettings, devi
         return prediction.predict_caches(runs, Path(folder), raw_pairs.SPLIT, voting, device)
 
 
-def encode_own_caches(args: Namespace, runs: Sequence[Run], device: torch.device) -> None:
-    """Finetuned runs encode the rows with encoders of their own, once."""
+def encode_own_caches(
+    args: Namespace, runs: Sequence[Run], device: torch.device, splits: Sequence[str] | None = None
+) -> None:
+    """Finetuned runs encode the rows of --split, or of `splits`, with encoders of their own, once."""
     finetuned = [run for run in runs if run.finetuned]
     if finetuned and args.feats is None:
         from modeling.prediction.raw_pairs import encode_split
 
         for run in finetuned:
-            encode_split(run, args.split, args.data, device=device, bar=rows_bar)
+            for split in splits or (args.split,):
+                encode_split(run, split, args.data, device=device, bar=rows_bar)
 
 
 def warn_of_gaps(predictions: Predictions) -> None:

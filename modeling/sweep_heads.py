@@ -49,10 +49,11 @@ def build_parser() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     args, command = build_parser().parse_args(argv), cli.command_line(argv)
+    same_bits = hasattr(args, "deterministic")
     if args.auto:
-        return cli.guarded(lambda: search(args, command), "nothing was saved")
+        return cli.guarded(lambda: search(args, command), "nothing was saved", same_bits=same_bits)
     again = "what is finished is kept, run the same command to go on"
-    return cli.guarded(lambda: compare(args, command), again)
+    return cli.guarded(lambda: compare(args, command), again, same_bits=same_bits)
 
 
 def compare(args: Namespace, command: str) -> int:
@@ -97,7 +98,8 @@ def train(
     bar = cli.progress_bar("train", total_epochs(missing, experiment), "epoch")
     with measured(experiment.device) as cost, bar as progress:
         for k, outcomes in train_all(missing, experiment, progress, failed):
-            save_run(run_of(outcomes, experiment), folder / names[waiting[k]], overwrite=True, command=command)
+            run = run_of(outcomes, experiment)
+            save_run(run, folder / names[waiting[k]], overwrite=True, command=command, options=args.given)
     if missing:
         print(cost_line(cost))
     diverged = {names[waiting[k]]: reason for k, reason in failed.items()}
@@ -200,7 +202,8 @@ def search(args: Namespace, command: str) -> int:
     print(report_tables(found))
     for note in collapse_notes(found):
         print(as_typed(note, cli.OPTION_OF))
-    run = save_run(found, args.runs / run_name(found, label="auto"), numbered=True, command=command)
+    path = args.runs / run_name(found, label="auto")
+    run = save_run(found, path, numbered=True, command=command, options=args.given)
     print(f"ensemble of {len(run.members)} heads -> {run.path}")
     return EXIT_DONE
 

@@ -11,10 +11,23 @@ import feats.threads  # noqa: F401
 # isort: split
 
 from feats.cli import EXIT_DONE, as_typed
+from feats.errors import UsageError
+from feats.source import SIDES
 from modeling import cli
 from modeling.experiment import Told, load_experiment, on_features, total_epochs, train_run
+from modeling.features.joined import FeatureSource
+from modeling.heads.base import HeadConfig
+from modeling.prediction.ablation import with_ablation_eval
 from modeling.runs.folder import run_name, save_run, write_tensorboard
-from modeling.runs.tables import collapse_notes, cost_line, epoch_line, epochs_shown, head_line, report_tables
+from modeling.runs.tables import (
+    ablation_tables,
+    collapse_notes,
+    cost_line,
+    epoch_line,
+    epochs_shown,
+    head_line,
+    report_tables,
+)
 from modeling.training.config import with_seeds
 from modeling.training.problem import Epoch
 
@@ -30,6 +43,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--history-batches", action="store_true", help="also write the loss of every batch into the run"
     )
+    cli.add_ablation_options(parser, weights=True)
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files into the run")
     return parser
 
@@ -37,7 +51,8 @@ def build_parser() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
-    return cli.guarded(lambda: work(args, cli.command_line(argv)), "nothing was saved")
+    same_bits = hasattr(args, "deterministic")
+    return cli.guarded(lambda: work(args, cli.command_line(argv)), "nothing was saved", same_bits=same_bits)
 
 
 def work(args: Namespace, command: str) -> int:
@@ -49,6 +64,11 @@ def work(args: Namespace, command: str) -> int:
     print("\n".join(experiment.notes))
     [config] = grid.configs(experiment.classes)
     configs = with_seeds(on_features(config, experiment.features), args.seeds or 1)
+    absent_of = None
+    if args.ablation_eval:
+        absent_of = cli.absence_of(args, experiment, sides_read(experiment.features.source, configs[0].head))
+    elif args.weights:
+        raise UsageError("--weights is for --ablation-eval: cached features are read as they are")
     batches: list[dict[str, Any]] = []
     told = listener(args, batches, named=len(configs) * len(experiment.splits) > 1)
     with cli.progress_bar("train", total_epochs(configs, experiment), "epoch") as progress:
@@ -60,9 +80,12 @@ def work(args: Namespace, command: str) -> int:
         print("".join(f"{line}\n" for line in epochs_shown(trained)), end="")
     print(f"{head_line(trained)}\n{cost}")
     print(report_tables(trained))
+    if absent_of is not None:
+        trained = with_ablation_eval(trained, experiment, absent_of)
+        print(f"\n{ablation_tables(trained)}")
     for note in collapse_notes(trained):
         print(as_typed(note, cli.OPTION_OF))
-    run = save_run(trained, args.runs / run_name(trained), numbered=True, command=command)
+    run = save_run(trained, args.runs / run_name(trained), numbered=True, command=command, options=args.given)
     if args.tensorboard:
         write_tensorboard(run)
     print(f"run of {len(run.members)} head{'s' if len(run.members) > 1 else ''} -> {run.path}")
@@ -91,6 +114,12 @@ def listener(args: Namespace, batches: list[dict[str, Any]], named: bool) -> Tol
 def in_order(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of trainings side by side, one training after the other."""
     return sorted(batches, key=lambda row: (row["fold"] or 0, row["seed"], row["epoch"], row["batch"]))
+
+
+def sides_read(source: FeatureSource, head: HeadConfig) -> FeatureSource:
+    """The caches of the sides that a head reads."""
+    image, text = (source.of(side) if side in head.sides else () for side in SIDES)
+    return replace(source, image=image, text=text)
 
 
 if __name__ == "__main__":

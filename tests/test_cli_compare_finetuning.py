@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -539,7 +538,7 @@ def test_holm(p: list[float]):
     ],
 )
 def test_settings_come_back_from_the_command_that_gives_them(settings: TuneSettings):
-    parser = ArgumentParser()
+    parser = cli.new_parser("")
     cli.add_tuning_options(parser)
     assert cli.tuning_settings(parser.parse_args(cli.tuning_command(settings)), CLASSES) == settings
 

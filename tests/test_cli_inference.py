@@ -145,6 +145,21 @@ def test_plain_prediction_imports_no_encoder_and_nothing_slow(home: Path):
     assert out.stdout.splitlines()[-1] == "[]"
 
 
+def test_without_a_header(home: Path, capsys: pytest.CaptureFixture):
+    """Twice: the second time a file without a header is there already."""
+    with_header, without = home / "a.csv", home / "runs" / "third" / "submission_test.csv"
+    assert infer(home, "--proba", "--out", str(with_header)) == 0
+    for _ in range(2):
+        assert infer(home, "--no-header", "--proba") == 0
+        lines = with_header.read_text(encoding="utf-8").splitlines()
+        assert lines[0].startswith("guid,tag") and without.read_text(encoding="utf-8").splitlines() == lines[1:]
+    assert infer(home) == 0 and submission(without)[0] == ["guid", "tag"]
+    # At a place that the user chose it might be anybody's list of labels.
+    assert infer(home, "--no-header", "--out", str(with_header)) == 0
+    capsys.readouterr()
+    assert "isn't known to hold predictions" in refused(capsys, infer(home, "--no-header", "--out", str(with_header)))
+
+
 def test_predictions_are_the_run_s_most_probable_classes(home: Path):
     assert infer(home, "--run", "first", "--proba", "--out", str(home / "new" / "out.csv")) == 0
     header, rows = submission(home / "new" / "out.csv")

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from caches import encoded_course, make_cache, pair_options, submission
-from conftest import ENVIRONMENT, make_course
+from conftest import ENVIRONMENT, ROOT, make_course
 from problems import N_TRAIN, SGD, make_problem, moved
 from tensors import normal
 
@@ -252,6 +252,20 @@ def test_deterministic_for_a_seed(name: str):
     first, again, other = (fit([replace(config, lr=1e-2, seed=seed)], problem)[0] for seed in (3, 3, 4))
     assert apart(first.val_logits, again.val_logits) < 2e-3
     assert apart(first.val_logits, other.val_logits) > 2e-2
+
+
+@pytest.mark.parametrize("name", ["fusion", "gated_transformer"])
+def test_two_deterministic_trainings_are_equal_to_the_bit(name: str, tmp_path: Path):
+    """Each in a process of its own, as a user starts them."""
+    make_cache(tmp_path / "feats", "clip", 600)
+    script = [sys.executable, str(ROOT / "modeling" / "train_head.py"), "--feats", str(tmp_path / "feats")]
+    setting = ["--vtype", "clip", "--head", name, "--D", "64", "--lr", "1e-2", "--ep", "20", "--bs", "64"]
+    for runs in ("a", "b"):
+        command = [*script, *setting, "--runs", str(tmp_path / runs), "--device", DEVICE, "--deterministic"]
+        out = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+        assert out.returncode == 0, out.stderr
+    heads = [(newest_run(tmp_path / runs) / "head.safetensors").read_bytes() for runs in ("a", "b")]
+    assert heads[0] == heads[1]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

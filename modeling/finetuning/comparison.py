@@ -190,6 +190,7 @@ def train_frozen(
     experiment: Experiment,
     *,
     command: str | None = None,
+    options: Mapping[str, Any] | None = None,
     progress: Progress = lambda epochs: None,
 ) -> Run:
     """Train the head on the cached features of the cell's fold and save its run. Raises `UsageError` when it
@@ -201,7 +202,7 @@ def train_frozen(
     outcomes = [outcome for _, found in train_all([config], of_fold, progress) for outcome in found]
     facts = {"seconds": round(time.perf_counter() - began, 1), "peak_bytes": peak_bytes(experiment.device)}
     outcomes = [replace(o, member=replace(o.member, facts={**o.member.facts, **facts})) for o in outcomes]
-    return save_run(run_of(outcomes, of_fold), cell.path, overwrite=True, command=command)
+    return save_run(run_of(outcomes, of_fold), cell.path, overwrite=True, command=command, options=options)
 
 
 def finetune(cell: Cell, command: Sequence[str]) -> None:

@@ -3,12 +3,12 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from feats.acceleration import peak_bytes
+from feats.acceleration import deterministic, peak_bytes
 from feats.errors import UsageError
 from modeling.features.splits import duplicates_of
 from modeling.finetuning import outcome
@@ -43,6 +43,7 @@ def finetune_model(
     cached_trunk: bool = True,
     caches: Path | None = None,
     command: str | None = None,
+    options: Mapping[str, Any] | None = None,
     team: Team = Team(),
     say: Callable[[str], Any] = lambda line: None,
     bar: Callable[[str], AbstractContextManager[Progress]] = no_bar,
@@ -54,7 +55,8 @@ def finetune_model(
     checkpoints lie in a hidden folder of `runs`, called by `name` or by all that decides the result. `bad_cases` is a
     file of training rows that come once more, augmented; `ablation_eval` also scores the model with one side removed.
     With `cached_trunk` frozen blocks run once, and their outputs are kept beside the `caches` (None: those of the run,
-    or the usual folder). `say` hears what there is to tell, `bar` (title) shows progress.
+    or the usual folder). `say` hears what there is to tell, `bar` (title) shows progress; `command`
+    and `options` are for the run's records, see `save_run`.
     Raises `UsageError` for whatever doesn't fit, as `tune`, and when a file can't be written.
     """
     runs, began = Path(runs), time.perf_counter()
@@ -69,7 +71,7 @@ def finetune_model(
 
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     folder = runs / f".{name or digest[:12]}.tuning"
-    with memory_named(settings), WorkFolder(folder, what, team.leads) as working:
+    with deterministic(settings.deterministic), memory_named(settings), WorkFolder(folder, what, team.leads) as working:
         finished = outcome.finished_run(runs, digest, name) if working.begun else None
         finished = team.gather(finished)[0]  # before any process removes what the others look at
         if finished is not None:  # it was interrupted between its last two strokes
@@ -92,7 +94,16 @@ def finetune_model(
         seconds = round(time.perf_counter() - began, 1)
         facts = {"digest": digest, "seconds": seconds, "peak_bytes": peak_bytes(start.model.device)}
         run = outcome.save_tuned(
-            start, tuned, predicted, settings, runs, working.path, name=name, command=command, facts=facts
+            start,
+            tuned,
+            predicted,
+            settings,
+            runs,
+            working.path,
+            name=name,
+            command=command,
+            options=options,
+            facts=facts,
         )
         working.remove()
     say(f"{outcome.tables(start, run, settings.monitor)}\nweights kept: {tuned.chosen}")

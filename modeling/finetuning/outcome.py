@@ -33,7 +33,7 @@ from modeling.finetuning.tuning import Tuned
 from modeling.heads.base import ablation_words
 from modeling.runs.folder import list_runs, load_run, read_config, read_report, run_name, save_run
 from modeling.runs.run import OWN_CACHES, Finetuned, Report, Run
-from modeling.runs.tables import report_tables
+from modeling.runs.tables import ablation_tables, report_tables
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ def save_tuned(
     *,
     name: str | None = None,
     command: str | None = None,
+    options: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] = {},
 ) -> Run:
     """Write the run of a finetuned model into the folder `runs`, as `name` or as its settings say; returns the run as
@@ -91,7 +92,7 @@ def save_tuned(
     cost["device"] = str(start.model.device)
     run = replace(run, report=_report(start, tuned, predicted, temperature, settings), cost=cost)
     path = runs / (name or run_name(run, label=f"{start.member.config.head.head}_tuned"))
-    return save_run(run, path, numbered=True, command=command, encoders=folder)
+    return save_run(run, path, numbered=True, command=command, options=options, encoders=folder)
 
 
 def _source(start: Start, digests: Mapping[str, str], runs: Path) -> FeatureSource:
@@ -227,7 +228,7 @@ def tables(start: Start, run: Run, monitor: str) -> str:
     assert run.report is not None and run.finetuned is not None
     found = [report_tables(run)]
     if "ablation_eval" in run.report.figures:
-        found.append(ablation_table(run))
+        found.append(ablation_tables(run))
     if start.run is not None and start.run.path is not None:
         found.append(against_start(start, read_report(start.run.path), run.report, monitor))
     facts = run.finetuned.facts
@@ -257,15 +258,3 @@ def against_start(start: Start, frozen: Report, tuned: Report, monitor: str) -> 
         f"{rows[1][figure] - rows[0][figure]:+.3f} to its frozen head's, 95 % {low:+.3f} to {high:+.3f}, "
         f"p {metrics.two_sided_p(differences):.3f} (paired bootstrap, {on})"
     )
-
-
-def ablation_table(run: Run) -> str:
-    """The trained model's validation figures with both sides, and with one of them removed."""
-    assert run.report is not None
-    figures = run.report.figures
-    scored = {ablation_words(SIDES): figures["val"], **figures["ablation_eval"]}
-    rows = [
-        {"test-time ablation": metrics.marked(words, found.get("collapsed")), **found}
-        for words, found in scored.items()
-    ]
-    return metrics.format_table(rows, ["test-time ablation", "n", *metrics.AVERAGES])

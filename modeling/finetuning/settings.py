@@ -53,6 +53,7 @@ class TuneSettings:
     wise_ft: bool = False  # also try weights between the start and the end
     dtype: str = "auto"  # of the encoders' products; weights stay float32
     seed: int = 42
+    deterministic: bool = False  # the same to the bit each time, see `feats.acceleration.deterministic`
     checkpoint_steps: int | None = None  # besides those at each epoch's end
 
     def __post_init__(self) -> None:
@@ -109,6 +110,7 @@ class TuneSettings:
             patience=self.patience,
             min_gain=self.min_gain,
             seed=self.seed,
+            deterministic=self.deterministic,
         )
 
 

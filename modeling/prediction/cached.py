@@ -215,14 +215,18 @@ def _read_ahead(blocks: Iterator[FeatureSet]) -> Iterator[FeatureSet]:
 # -- what comes of them -----------------------------------------------------------------------------------------
 
 
-def write_submission(path: Path, predictions: Predictions, proba: bool = False) -> None:
+def write_submission(
+    path: Path, predictions: Predictions, proba: bool = False, *, header: bool = True, own: bool = False
+) -> None:
     """CSV of guid and tag in the data set's order; with `proba` also a column "p_<class>" for each class.
+    Without `header` its first line, the columns' names, is left out.
 
     For what is there already see `user_file`. Raises `UsageError` when it can't be written.
     """
     names = np.array(predictions.classes, object)
-    with user_file(path, SUBMISSION) as file:
-        write_rows(file, [[*SUBMISSION, *(f"p_{name}" for name in names if proba)]])
+    with user_file(path, SUBMISSION, own=own) as file:
+        if header:
+            write_rows(file, [[*SUBMISSION, *(f"p_{name}" for name in names if proba)]])
         for low in range(0, len(predictions), WRITE_ROWS):
             rows = slice(low, low + WRITE_ROWS)
             columns = [predictions.rows.ids[rows], names[predictions.predicted[rows]]]

@@ -238,17 +238,11 @@ class Scored:
     @property
     def collapsed(self) -> str:
         """In words the runs that predict one class for every row; empty when there is none."""
-        only = [name for name in map(only_class, self.figures) if name is not None]
+        only = [figures["collapsed"] for figures in self.figures if figures["collapsed"]]
         if not only:
             return ""
         some = "" if len(self.figures) == 1 else f" ({len(only)} of {len(self.figures)} seeds)"
         return f"collapsed: predicts {', '.join(sorted(set(only)))} for every row{some}"
-
-
-def only_class(figures: Mapping[str, Any]) -> str | None:
-    """The class that is predicted for every row, if there is one."""
-    predicted = np.asarray(figures["confusion"]).sum(0)
-    return figures["classes"][int(predicted.argmax())] if np.count_nonzero(predicted) == 1 else None
 
 
 def _figure(figures: Mapping[str, Any], name: str) -> float | None:

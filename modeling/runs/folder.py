@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from feats.config_file import OPTIONS
 from feats.csv_files import read_csv, read_table, write_csv, write_table
 from feats.errors import UsageError, first_line
 from feats.source import SIDES
@@ -64,14 +65,15 @@ def save_run(
     overwrite: bool = False,
     numbered: bool = False,
     command: str | None = None,
+    options: Mapping[str, Any] | None = None,
     encoders: Path | None = None,
 ) -> Run:
     """Write `run` as the folder `path`, which appears only when it is whole; returns the run as it lies there.
 
     Where `path` is taken it is replaced with `overwrite`, or with `numbered` gets a number behind its name. `command`
-    is what the user typed, `encoders` the folder of a finetuned run's encoders, which moves into the run. Raises
-    `UsageError` when it is taken otherwise, when what is to be replaced isn't a run, and when the folder can't be
-    written.
+    is what the user typed, `options` what it gave, as JSON values by name, `encoders` the folder of a finetuned run's
+    encoders, which moves into the run. Raises `UsageError` when it is taken otherwise, when what is to be replaced
+    isn't a run, and when the folder can't be written.
     """
     path = Path(path)
     if path.exists() and overwrite:
@@ -84,7 +86,8 @@ def save_run(
     try:
         with unfinished_folder(path.parent) as unfinished:
             save_file(_tensors(run), unfinished / TENSORS)
-            config = _config(run, path, command, _sha256(unfinished / TENSORS))
+            made_by = {"command": command, OPTIONS: None if options is None else dict(options)}
+            config = _config(run, path, made_by, _sha256(unfinished / TENSORS))
             _write_json(unfinished / CONFIG, config)
             _write_json(unfinished / METRICS, report.figures)
             save_split(run.split, unfinished / SPLIT)
@@ -149,7 +152,7 @@ def _plain(text: str) -> str:
     return f"{plain.encode()[: LONGEST_PART - 9].decode(errors='ignore')}-{digest}"
 
 
-def _config(run: Run, path: Path, command: str | None, sha256: str) -> dict[str, Any]:
+def _config(run: Run, path: Path, made_by: Mapping[str, Any], sha256: str) -> dict[str, Any]:
     trained_on = run.source.folder.resolve()
     try:
         from_run = os.path.relpath(trained_on, path.resolve())
@@ -178,13 +181,14 @@ def _config(run: Run, path: Path, command: str | None, sha256: str) -> dict[str,
     return {
         "format_version": FORMAT_VERSION,
         "created": datetime.now(UTC).isoformat(),
-        "command": command,
+        **made_by,
         "classes": run.classes,
         "training_rows": run.training_rows,
         "features": {**asdict(run.source), "folder": str(trained_on)},
         "features_from_run": from_run,
         "split": [s.how for s in run.split] if isinstance(run.split, list) else run.split.how,
         "stacked": run.stacking is not None,
+        "deterministic": all(m.config.deterministic for m in run.members),
         "finetuned": None if run.finetuned is None else asdict(run.finetuned),
         "cost": run.cost,
         "members": members,

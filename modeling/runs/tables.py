@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from modeling.evaluation.metrics import SHOWN_AVERAGES, figure_rows, format_table
-from modeling.heads.base import ablation_number, n_parameters
+from feats.source import SIDES
+from modeling.evaluation.metrics import AVERAGES, SHOWN_AVERAGES, figure_rows, format_table, marked
+from modeling.heads.base import ablation_number, ablation_words, n_parameters
 from modeling.runs.run import Run
 from modeling.training.config import settings_read
 
@@ -139,3 +140,28 @@ def _spread(of_several: Mapping[str, Any]) -> dict[str, str]:
     return {
         name: f"{v['mean']:.3f}" + (f"±{v['std']:.3f}" if v["std"] is not None else "") for name, v in shown.items()
     }
+
+
+def ablation_tables(run: Run) -> str:
+    """What a run's report says of absent sides, on its validation rows and on its test part."""
+    assert run.report is not None
+    figures = run.report.figures
+    found = []
+    for part, key in (("val", "ablation_eval"), ("test", "ablation_eval_test")):
+        if key in figures:
+            found.append(ablation_table({ablation_words(SIDES): figures[part], **figures[key]}, part))
+    return "\n\n".join(found)
+
+
+def ablation_table(figures: Mapping[str, Mapping[str, Any]], part: str) -> str:
+    """A trained model's figures (`metrics.figures`) on `part` of the rows with both sides, the first, and with what is
+    left of one that is absent: their intervals, and the difference to both."""
+    title = f"test-time ablation, {part}"
+    both = next(iter(figures.values()))
+    rows = []
+    for left, found in figures.items():
+        own, interval, majority = figure_rows(found, marked(left, found.get("collapsed")))
+        rows += [own, interval]
+        if found is not both:
+            rows.append({"rows": "  to both", **{name: f"{found[name] - both[name]:+.3f}" for name in AVERAGES}})
+    return format_table([{title: row["rows"], **row} for row in [*rows, majority]], [title, "n", *AVERAGES])

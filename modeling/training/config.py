@@ -42,6 +42,7 @@ class TrainConfig:
     min_gain: float = 0.0  # of the monitored figure, to count as better
     precision: str = "fp32"  # of the products in training; bf16, fp16: faster where the processor has them
     seed: int = 42
+    deterministic: bool = False  # the same to the bit each time, see `feats.acceleration.deterministic`
     C: float | None = None  # linear: inverse strength of the penalty, as scikit-learn's. None: chosen by inner folds
     ridge: float | None = None  # kernel: strength of the penalty. None: chosen by inner folds
     gamma: float | None = None  # kernel: gamma times the rows' mean squared distance. None: chosen by inner folds
@@ -114,7 +115,7 @@ def changed(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
 def settings_read(head: str) -> set[str]:
     """The fields of `HeadConfig` and `TrainConfig` that decide what becomes of a head."""
     chosen = head_class(head)
-    read = {"head", "sides", *chosen.reads}
+    read = {"head", "sides", "deterministic", *chosen.reads}
     if not chosen.closed_form():
         of_closed_form = {"C", "ridge", "gamma"}
         read |= {f.name for f in fields(TrainConfig)} - of_closed_form

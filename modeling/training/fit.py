@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from feats.acceleration import deterministic
 from modeling.heads.base import head_class
 from modeling.training.config import TrainConfig, hyperparameters
 from modeling.training.exact import solve_kernel, solve_linear
@@ -35,7 +36,9 @@ def fit(
     results: dict[int, Trained] = {}
     for members in stacks(configs, problem):
         solve = SOLVERS[head_class(configs[members[0]].head.head).solver]
-        results |= zip(members, solve([configs[i] for i in members], problem, progress, told), strict=True)
+        with deterministic(configs[members[0]].deterministic):
+            solved = solve([configs[i] for i in members], problem, progress, told)
+        results |= zip(members, solved, strict=True)
     return [results[i] for i in range(len(configs))]
 
 
@@ -54,7 +57,7 @@ def stacks(configs: Sequence[TrainConfig], problem: Problem) -> Iterator[list[in
 
     def shape(i: int) -> tuple[Any, ...]:
         c = configs[i]
-        return repr(c.head.resolved()), c.optimizer, c.ep, c.bs, c.balanced_sampler, c.precision
+        return repr(c.head.resolved()), c.optimizer, c.ep, c.bs, c.balanced_sampler, c.precision, c.deterministic
 
     limit = STACK_PARAMETERS.get(problem.inputs.device.type, STACK_PARAMETERS["cuda"])
     for _, alike in groupby(sorted(range(len(configs)), key=lambda i: (shape(i), hyperparameters(configs[i]))), shape):

@@ -56,7 +56,7 @@ def train_stack(
         weights = torch.stack([class_weights(c.class_weights, problem) for c in configs])
     if any(c.label_smoothing for c in configs):
         smoothing = torch.tensor([c.label_smoothing for c in configs], device=device)
-    best, threads = _Best(head, configs), StepThreads(device)
+    best, threads = _Best(head, configs), StepThreads(device, steady=first.deterministic)
     history: list[list[dict[str, Any]]] = [[] for _ in configs]
     for epoch in range(1, first.ep + 1):
         head.train()

@@ -30,11 +30,11 @@ class StepThreads:
     """Sets torch's number of threads for each step of one training on `device`, up to the present one.
 
     What is measured are steps of the training itself: nothing is computed twice, and what is computed stays the same up
-    to the rounding of differently divided sums. On a GPU nothing is set.
+    to the rounding of differently divided sums. On a GPU, and with `steady`, nothing is set.
     """
 
-    def __init__(self, device: torch.device):
-        most = torch.get_num_threads() if device.type == "cpu" else 1
+    def __init__(self, device: torch.device, steady: bool = False):
+        most = torch.get_num_threads() if device.type == "cpu" and not steady else 1
         self.plan = _plan(sorted({*(2**k for k in range(most.bit_length())), most})) if most > 1 else None
         self.threads = next(self.plan) if self.plan else 1
         self.start = 0.0
