@@ -143,11 +143,18 @@ class ScriptParser(ArgumentParser):
                 )
             if action.option_strings:
                 words += self._words(action, key, value)
-            else:  # typed ones stand in its place
-                action.nargs, action.required = "*", False
-                action.default = [self._get_value(action, text) for text in _texts(value)]
+            else:
+                self._stand_in(action, key, value)
         # Between both this one: the last list of the file mustn't take in what is typed first.
         return [*words, f"--config={self.file}", *typed]
+
+    def _stand_in(self, action: Action, key: str, value: Any) -> None:
+        """A positional one of the file: typed ones take its place."""
+        values = [self._get_value(action, text) for text in _texts(value)]
+        if action.nargs == "?" and len(values) != 1:
+            raise UsageError(f"{self.file}: {key} has {len(values)} values; expected one")
+        action.default = values[0] if action.nargs == "?" else values
+        action.nargs, action.required = "?" if action.nargs == "?" else "*", False
 
     def _words(self, action: Action, key: str, value: Any) -> list[str]:
         option = action.option_strings[0]
@@ -166,17 +173,15 @@ class ScriptParser(ArgumentParser):
         before = {action: action.default for action in self._actions}
         try:
             for action in self._actions:
-                if action.option_strings or not action.default:  # a positional one of the file counts
+                if action.option_strings:
                     action.default = SUPPRESS
             found = vars(super().parse_args(words))
         finally:
             for action, default in before.items():
                 action.default = default
-        return {
-            _name(action): as_plain(found[action.dest])
-            for action in self._actions
-            if action.dest in found and _name(action) not in ABOUT_THE_FILE
-        }
+        # A positional one has no mark of being left out but that it holds nothing.
+        named = [a for a in self._actions if a.dest in found and (a.option_strings or found[a.dest])]
+        return {_name(action): as_plain(found[action.dest]) for action in named if _name(action) not in ABOUT_THE_FILE}
 
     def _config_lines(self, found: Namespace) -> list[str]:
         values = dict(vars(found))

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from threading import Timer, current_thread, main_thread
-from types import FrameType
+from types import CodeType, FrameType
 
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 0.001  # seconds for a finalizer to end
@@ -28,6 +28,9 @@ def interruptible(*signals: signal.Signals) -> Iterator[None]:
     otherwise = sys.unraisablehook
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        if _is_inside(lost.__code__, frame):  # what is raised there is lost, too
+            once_more()
+            return
         _end_at_once(minded)
         raise KeyboardInterrupt
 
@@ -36,6 +39,9 @@ def interruptible(*signals: signal.Signals) -> Iterator[None]:
             otherwise(what)
             return
         signal.signal(minded[0], interrupt)
+        once_more()
+
+    def once_more() -> None:
         again.append(Timer(PATIENCE, signal.pthread_kill, (main_thread().ident, minded[0])))
         again[-1].start()
 
@@ -75,6 +81,12 @@ def _handled(signals: Iterable[signal.Signals], handler: Callable[[int, FrameTyp
     finally:
         for number, handler_before in before.items():
             signal.signal(number, handler_before)
+
+
+def _is_inside(function: CodeType, frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code is not function:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _end_at_once(signals: Iterable[signal.Signals]) -> None:

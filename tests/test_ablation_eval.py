@@ -187,9 +187,10 @@ def tables(text: str) -> dict[str, dict[str, list[str]]]:
         if line.startswith("test-time ablation"):
             part = found.setdefault(cells[0].partition(", ")[2], {})
         elif found and line and not line.startswith(("-", "run", "caches", "ensemble")):
+            name = cells[0].partition(" (")[0]  # what predicts one class only is marked
             if not line.startswith(" "):
-                above = cells[0]
-            part[cells[0] if cells[0] == above else f"{above} {cells[0]}"] = cells[1:]
+                above = name
+            part[name if name == above else f"{above} {name}"] = cells[1:]
     return found
 
 

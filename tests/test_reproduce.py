@@ -259,7 +259,10 @@ def test_a_head_of_one_class_is_never_the_study_s_result(
 
 
 def test_one_collapsed_seed_of_several_is_enough():
-    healthy, collapsed = ({"classes": ["a", "b"], "confusion": c} for c in ([[3, 1], [0, 2]], [[4, 0], [2, 0]]))
+    healthy, collapsed = (
+        metrics.figures(np.array([0, 0, 0, 0, 1, 1]), np.eye(2)[predicted], ["a", "b"], "a")
+        for predicted in ([0, 0, 0, 1, 1, 1], [0] * 6)
+    )
     assert Scored([healthy, healthy], {}).collapsed == ""
     assert Scored([healthy, collapsed, healthy], {}).collapsed == "collapsed: predicts a for every row (1 of 3 seeds)"
     assert Scored([collapsed], {}).collapsed == "collapsed: predicts a for every row"
