@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from feats.acceleration import resolve_device
 from feats.errors import UsageError
 from feats.source import SIDES
 from modeling.evaluation import metrics
+from modeling.features.corrections import corrected_words, read_corrections
 from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSet, FeatureSource, load_features
 from modeling.features.splits import Split, SplitSettings, check_split, deal_folds, duplicates_of, make_splits
@@ -31,13 +33,14 @@ Progress = Callable[[int], Any]  # is told epochs as they are done
 @dataclass(frozen=True)
 class ExperimentSettings:
     """Which features, how they are split and normalised, and where training takes place. `norms` and `scales` are by
-    cache, "none" and 1 where not named."""
+    cache, "none" and 1 where not named; `corrections` is a file of other labels, see `read_corrections`."""
 
     source: FeatureSource
     split: SplitSettings = SplitSettings()
     norms: Mapping[str, str] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
     device: str = "auto"
+    corrections: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ def evaluate(run: Run, data: FeatureSet, ids: Sequence[str] | None = None) -> di
 
     See `metrics.figures`. Raises `UsageError` for labels that are no class of the run, and when no row has a label.
     """
-    kept, tags = data.labelled(ids)
+    kept, tags = run.with_own_labels(data).labelled(ids)
     labels = class_numbers(tags, run.classes)
     return metrics.figures(labels, run.predict_proba(data, kept), run.classes, run.majority)
 
@@ -211,7 +214,12 @@ def load_experiment(settings: ExperimentSettings, heads: Sequence[HeadConfig]) -
     together = settings.split.duplicates_together
     if together and data.told_by:
         notes.append(f"duplicates are also told by {', '.join(data.told_by)}")
-    splits = make_splits(data, settings.split)
+    splits = make_splits(data, settings.split)  # of the caches' labels: corrections move no row
+    if settings.corrections is not None:
+        data = data.corrected(read_corrections(settings.corrections, data.dataset))
+        words = corrected_words(data, splits)
+        told = f"{words}; the caches keep theirs" if words else "no label differs from the caches'"
+        notes.append(f"{settings.corrections}: {told}")
     return Experiment.of(
         data,
         splits,
@@ -224,10 +232,12 @@ def load_experiment(settings: ExperimentSettings, heads: Sequence[HeadConfig]) -
 
 
 def experiment_of_run(run: Run, source: FeatureSource, device: str = "auto") -> Experiment:
-    """The experiment a saved run came from, on the caches of `source`, for training its configuration again on other
-    parts of its rows. Raises `UsageError` when they aren't those the run was trained on."""
+    """The experiment a saved run came from, on the caches of `source` with the run's corrections, for training its
+    configuration again on other parts of its rows. Raises `UsageError` when the caches aren't those it was trained on.
+    """
     data = load_features(source.folder, "train", source.image, source.text, tokens=source.tokens)
     run.check(data, same_rows=True)
+    data = run.with_own_labels(data)
     first = run.members[0].preprocessing
     group_of = duplicates_of(data) if run.splits[0].how.get("duplicates_together", True) else None
     norms = {key.partition("/")[2]: kind for key, kind in first.kinds.items()}
@@ -379,7 +389,8 @@ def run_of(outcomes: Sequence[Outcome], experiment: Experiment) -> Run:
     splits = experiment.splits
     source = needed_source(members, experiment.features.source)
     counts = experiment.training_rows()
-    run = Run(experiment.classes, members, source, splits if len(splits) > 1 else splits[0], counts)
+    split = splits if len(splits) > 1 else splits[0]
+    run = Run(experiment.classes, members, source, split, counts, corrections=dict(experiment.features.corrections))
     return replace(run, report=measure(outcomes, experiment, run))
 
 
@@ -464,7 +475,8 @@ def protocol(experiment: Experiment) -> str:
     together = (
         "" if not how or "files" in how else ", duplicates together" if experiment.group_of else ", duplicates anywhere"
     )
-    return f"{split}{together}"
+    corrected = corrected_words(experiment.features, experiment.splits)
+    return f"{split}{together}{f'; {corrected}' if corrected else ''}"
 
 
 def _chosen(members: Sequence[Member]) -> str:

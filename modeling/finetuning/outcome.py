@@ -21,6 +21,7 @@ from feats.extraction.settings import ExtractionSettings
 from feats.source import SIDES
 from modeling.evaluation import metrics
 from modeling.experiment import TEMPERATURES, protocol, split_figures
+from modeling.features.corrections import corrected_words
 from modeling.features.joined import DEFAULT_FOLDER, FeatureSource
 from modeling.finetuning.data import TuneData, without
 from modeling.finetuning.distributed import Team
@@ -85,7 +86,9 @@ def save_tuned(
     pairs = start.records
     finetuned = Finetuned(places, str(pairs.data.resolve()), pairs.layout, kept)
     counts = start.experiment.training_rows()
-    run = Run(start.experiment.classes, [member], source, start.split, counts, finetuned=finetuned)
+    corrections = dict(start.experiment.features.corrections)
+    classes = start.experiment.classes
+    run = Run(classes, [member], source, start.split, counts, finetuned=finetuned, corrections=corrections)
     run = replace(run, report=_report(start, tuned, predicted, temperature, settings))
     path = runs / (name or run_name(run, label=f"{start.member.config.head.head}_tuned"))
     return save_run(run, path, numbered=True, command=command, encoders=folder)
@@ -180,8 +183,9 @@ def finished_run(runs: Path, digest: str, name: str | None) -> Run | None:
 
 
 def notes_of(start: Start, settings: TuneSettings, ablation_eval: bool) -> list[str]:
-    """What of the settings does nothing for this model."""
-    notes = []
+    """What of the settings does nothing for this model, and which labels are corrected."""
+    corrected = corrected_words(start.experiment.features, start.experiment.splits)
+    notes = [f"note: {corrected}; the caches keep theirs"] if corrected else []
     if settings.lora is not None:
         plain = [part for part, side in start.model.sides.items() if side.network is not None]
         frozen = [part for part in plain if not has_attention(start.model.parts[part])]

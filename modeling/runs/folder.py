@@ -2,7 +2,8 @@
 
 `config.json` (everything needed to repeat it), `head.safetensors` (weights and normalisation of every member),
 `split.json` (ids), `metrics.json`, `history.csv`, `predictions_val.csv`; where the split has a test part
-`predictions_test.csv`; of a finetuned run also its encoders, in `encoders`.
+`predictions_test.csv`; of a finetuned run also its encoders, in `encoders`; where labels were corrected
+`corrections.csv`.
 """
 
 import hashlib
@@ -26,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from feats.csv_files import read_csv, read_table, write_csv, write_table
 from feats.errors import UsageError, first_line
 from feats.source import SIDES
+from modeling.features.corrections import corrections_digest, load_corrections, save_corrections
 from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSource
 from modeling.features.splits import load_split, save_split
@@ -47,6 +49,7 @@ CONFIG, TENSORS, SPLIT, METRICS, HISTORY, PREDICTIONS = (
 )
 TEST_PREDICTIONS = "predictions_test.csv"  # where the split has a test part
 ENCODERS = "encoders"
+CORRECTIONS = "corrections.csv"  # where labels were corrected
 PREDICTION_COLUMNS = ("id", "tag", "pred")
 LONGEST_PART = 80  # bytes of the caches in a run's name; a file system takes 255 of the whole
 
@@ -89,6 +92,8 @@ def save_run(
             write_predictions(unfinished / PREDICTIONS, report.ids, report.tags, report.probabilities, run.classes)
             if report.test is not None:
                 write_predictions(unfinished / TEST_PREDICTIONS, *report.test, run.classes)
+            if run.corrections:
+                save_corrections(run.corrections, unfinished / CORRECTIONS)
             if encoders is not None:
                 shutil.move(encoders, unfinished / ENCODERS)
             if overwrite:
@@ -176,10 +181,16 @@ def _config(run: Run, path: Path, command: str | None, sha256: str) -> dict[str,
         "split": [s.how for s in run.split] if isinstance(run.split, list) else run.split.how,
         "stacked": run.stacking is not None,
         "finetuned": None if run.finetuned is None else asdict(run.finetuned),
+        "corrections": _corrections(run.corrections),
         "members": members,
         "tensors_sha256": sha256,
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
     }
+
+
+def _corrections(corrections: Mapping[str, str]) -> dict[str, Any] | None:
+    """What config.json says of corrected labels; they themselves have a file of their own."""
+    return {"count": len(corrections), "sha256": corrections_digest(corrections)} if corrections else None
 
 
 def _tensors(run: Run) -> dict[str, torch.Tensor]:
@@ -262,7 +273,19 @@ def load_run(path: Path | str) -> Run:
         source, nearby = _source(config["features"]), (path / config["features_from_run"]).resolve()
         tuned = config.get("finetuned")
         finetuned = None if tuned is None else Finetuned(**tuned)
-        run = Run(config["classes"], members, source, split, config["training_rows"], stacking, finetuned, path, nearby)
+        corrections = load_corrections(path / CORRECTIONS, config["corrections"]) if config.get("corrections") else {}
+        run = Run(
+            config["classes"],
+            members,
+            source,
+            split,
+            config["training_rows"],
+            stacking,
+            finetuned,
+            path,
+            nearby,
+            corrections=corrections,
+        )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]  # torch says which tensors don't fit below its first line
         raise UsageError(f"{path} is damaged ({reason}); train again") from None

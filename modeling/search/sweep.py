@@ -13,6 +13,7 @@ from feats.csv_files import read_table, write_table
 from feats.errors import UsageError
 from modeling.evaluation import metrics
 from modeling.experiment import Experiment
+from modeling.features.corrections import corrected_words
 from modeling.heads.base import ABLATIONS, ablation_number, ablation_words, head_class
 from modeling.runs.folder import METRICS, PREDICTIONS, read_config, read_predictions
 from modeling.training.config import TrainConfig, flat, settings_read
@@ -37,7 +38,8 @@ def data_digest(experiment: Experiment) -> str:
         experiment.group_of is not None,
         hashlib.sha256(rows.image_hash.tobytes() + rows.text_key.tobytes()).hexdigest(),
     ]
-    return _digest(decides)
+    corrections = experiment.features.corrections  # rows without features among them, of which tags don't tell
+    return _digest([*decides, corrections] if corrections else decides)
 
 
 def name_of(config: TrainConfig, data: str) -> str:
@@ -151,6 +153,8 @@ def compare(
             " Heads trained by gradient descent also chose their best epoch on these rows, which favours them over "
             "linear and kernel."
         )
+    if corrected := corrected_words(experiment.features, experiment.splits):
+        notes += f" Of the labels, {corrected}."
     if lost:
         notes += f"\nLeft out for diverging ({len(lost)} of {len(lost) + len(rows)}):"
         notes += "".join(f"\n- {name}: {reason}" for name, reason in diverged.items())
