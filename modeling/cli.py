@@ -120,6 +120,16 @@ def add_split_options(parser: ScriptParser) -> None:
     )
 
 
+def add_corrections_option(parser: ScriptParser) -> None:
+    """Labels in place of the caches'."""
+    parser.add_argument(
+        "--corrections",
+        type=Path,
+        metavar="FILE",
+        help="labels in place of the caches': CSV of id and label, or audit_labels.py's with its column corrected",
+    )
+
+
 def add_run_options(parser: ScriptParser) -> None:
     """The folder of runs, and the device."""
     group = parser.add_argument_group("output and compute")
@@ -379,14 +389,15 @@ def _training_settings(args: Namespace) -> dict[str, Any]:
 
 
 def experiment_settings(args: Namespace) -> ExperimentSettings:
-    """From the options of `add_feature_options`, `add_split_options` and `add_run_options`.
+    """From the options of `add_feature_options`, `add_split_options`, `add_corrections_option` and `add_run_options`.
 
     Raises `UsageError` as `split_settings`, and for norms or scales of caches that aren't named."""
     source = feature_source(args)
     recipe = RECIPES.get(args.recipe or "", {})
     norms = named_norms(args.norm or [recipe.get("norm", "none")], source.names)
     split = split_settings(args, recipe)
-    return ExperimentSettings(source, split, norms, named_values(args.scale or [], "--scale"), args.device)
+    scales = named_values(args.scale or [], "--scale")
+    return ExperimentSettings(source, split, norms, scales, args.device, args.corrections)
 
 
 def split_settings(args: Namespace, recipe: Mapping[str, Any] = {}) -> SplitSettings:

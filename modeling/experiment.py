@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from feats.acceleration import deterministic, peak_bytes, resolve_device
 from feats.errors import UsageError
 from feats.source import SIDES
 from modeling.evaluation import metrics
+from modeling.features.corrections import corrected_words, read_corrections
 from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSet, FeatureSource, load_features
 from modeling.features.leaks import Leaks, find_leaks
@@ -36,13 +38,14 @@ Told = Callable[[Epoch, int | None], Any]  # hears what each epoch came to, and 
 @dataclass(frozen=True)
 class ExperimentSettings:
     """Which features, how they are split and normalised, and where training takes place. `norms` and `scales` are by
-    cache, "none" and 1 where not named."""
+    cache, "none" and 1 where not named; `corrections` is a file of other labels, see `read_corrections`."""
 
     source: FeatureSource
     split: SplitSettings = SplitSettings()
     norms: Mapping[str, str] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
     device: str = "auto"
+    corrections: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,7 @@ def evaluate(run: Run, data: FeatureSet, ids: Sequence[str] | None = None) -> di
 
     See `metrics.figures`. Raises `UsageError` for labels that are no class of the run, and when no row has a label.
     """
-    kept, tags = data.labelled(ids)
+    kept, tags = run.with_own_labels(data).labelled(ids)
     labels = class_numbers(tags, run.classes)
     return metrics.figures(labels, run.predict_proba(data, kept), run.classes, run.majority)
 
@@ -236,7 +239,12 @@ def load_experiment(settings: ExperimentSettings, heads: Sequence[HeadConfig]) -
     together = settings.split.duplicates_together
     if together and data.told_by:
         notes.append(f"duplicates are also told by {', '.join(data.told_by)}")
-    splits = make_splits(data, settings.split)
+    splits = make_splits(data, settings.split)  # of the caches' labels: corrections move no row
+    if settings.corrections is not None:
+        data = data.corrected(read_corrections(settings.corrections, data.dataset))
+        words = corrected_words(data, splits)
+        told = f"{words}; the caches keep theirs" if words else "no label differs from the caches'"
+        notes.append(f"{settings.corrections}: {told}")
     experiment = Experiment.of(
         data,
         splits,
@@ -250,10 +258,12 @@ def load_experiment(settings: ExperimentSettings, heads: Sequence[HeadConfig]) -
 
 
 def experiment_of_run(run: Run, source: FeatureSource, device: str = "auto") -> Experiment:
-    """The experiment a saved run came from, on the caches of `source`, for training its configuration again on other
-    parts of its rows. Raises `UsageError` when they aren't those the run was trained on."""
+    """The experiment a saved run came from, on the caches of `source` with the run's corrections, for training its
+    configuration again on other parts of its rows. Raises `UsageError` when the caches aren't those it was trained on.
+    """
     data = load_features(source.folder, "train", source.image, source.text, tokens=source.tokens)
     run.check(data, same_rows=True)
+    data = run.with_own_labels(data)
     first = run.members[0].preprocessing
     group_of = duplicates_of(data) if run.splits[0].how.get("duplicates_together", True) else None
     norms = {key.partition("/")[2]: kind for key, kind in first.kinds.items()}
@@ -436,7 +446,8 @@ def run_of(outcomes: Sequence[Outcome], experiment: Experiment) -> Run:
     splits = experiment.splits
     source = needed_source(members, experiment.features.source)
     counts = experiment.training_rows()
-    run = Run(experiment.classes, members, source, splits if len(splits) > 1 else splits[0], counts)
+    split = splits if len(splits) > 1 else splits[0]
+    run = Run(experiment.classes, members, source, split, counts, corrections=dict(experiment.features.corrections))
     return replace(run, report=measure(outcomes, experiment, run))
 
 
@@ -547,7 +558,8 @@ def protocol(experiment: Experiment) -> str:
     together = (
         "" if not how or "files" in how else ", duplicates together" if experiment.group_of else ", duplicates anywhere"
     )
-    return f"{split}{together}"
+    corrected = corrected_words(experiment.features, experiment.splits)
+    return f"{split}{together}{f'; {corrected}' if corrected else ''}"
 
 
 def _chosen(members: Sequence[Member]) -> str:

@@ -5,7 +5,7 @@
 import sys
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,6 +40,7 @@ def build_parser() -> ArgumentParser:
     parser = cli.new_parser(__doc__)
     add_start_options(parser)
     cli.add_split_options(parser)
+    cli.add_corrections_option(parser)
     cli.add_tuning_options(parser)
     cli.add_run_options(parser)
     parser.add_argument("--name", help="the run's name (default: made of time, encoders and head)")
@@ -142,6 +143,11 @@ def begin(args: Namespace, settings: TuneSettings, device: "torch.device", scrat
         refuse(
             args, (*OF_NEW_MODELS, *OF_SPLITS, "folds"), "a run has its own; leave it out, or begin anew with `model`"
         )
+        refuse(
+            args,
+            ("corrections",),
+            "a run keeps the labels its head was trained with; train the head anew with them, and name that run",
+        )
         [run] = open_runs(args.runs, [args.run]) if args.run else [load_run(newest_run(args.runs, single_head=True))]
         return start_from_run(
             run,
@@ -156,7 +162,7 @@ def begin(args: Namespace, settings: TuneSettings, device: "torch.device", scrat
     refuse(args, ("run",), "the model is begun anew; leave it out, or leave out `model` and the encoders")
     refuse(args, ("folds",), "one model is tuned on one split; give `val_ratio`, or compare_finetuning.py its folds")
     image, text, head, tokens = model_choice(args, recipe)
-    return start_from_encoders(
+    start = start_from_encoders(
         image,
         text,
         head,
@@ -170,6 +176,16 @@ def begin(args: Namespace, settings: TuneSettings, device: "torch.device", scrat
         scratch=scratch,
         sizes=sizes_from(getattr(args, "sizes", [])),
     )
+    return corrected(start, args.corrections) if args.corrections else start
+
+
+def corrected(start: "Start", path: Path) -> "Start":
+    """The same start with the labels in a file of corrections; the rows stay in their parts."""
+    from modeling.features.corrections import read_corrections
+
+    data = start.experiment.features
+    data = data.corrected(read_corrections(path, data.dataset))
+    return replace(start, experiment=replace(start.experiment, features=data))
 
 
 def model_in_use(args: Namespace) -> dict[str, Any]:

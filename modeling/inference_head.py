@@ -202,6 +202,8 @@ def print_figures(predictions: Predictions, runs: Sequence[Run]) -> None:
         print(f"warning: no figures ({error})", file=sys.stderr)
         return
     print(f"\n{prediction.figures_table(figures, predictions)}\n")
+    if predictions.corrected:
+        print(f"{predictions.corrected} labels corrected, as in the run; the caches keep theirs")
     known = prediction.known_rows(runs, predictions)
     if known:
         print(

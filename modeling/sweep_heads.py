@@ -30,6 +30,7 @@ def build_parser() -> ArgumentParser:
     parser = cli.new_parser(__doc__)
     cli.add_feature_options(parser)
     cli.add_split_options(parser)
+    cli.add_corrections_option(parser)
     cli.add_training_options(parser, grid=True)
     cli.add_run_options(parser)
     parser.add_argument(

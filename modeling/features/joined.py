@@ -121,6 +121,7 @@ class FeatureSet:
     left_out: dict[str, str]
     dataset: Rows = field(repr=False)
     told_by: tuple[str, ...] = ()  # other caches that told which pictures and texts are the same
+    corrections: Mapping[str, str] = field(default_factory=dict, repr=False)  # labels that `corrected` changed, by id
 
     def __len__(self) -> int:
         return len(self.rows.ids)
@@ -169,6 +170,13 @@ class FeatureSet:
         if not pairs:
             raise UsageError(f"none of the {len(asked)} rows has a label; there is nothing to compare with")
         return [i for i, _ in pairs], [tag for _, tag in pairs]
+
+    def corrected(self, labels: Mapping[str, str]) -> "FeatureSet":
+        """The same rows with other `labels`, by id, beside those that were corrected before. `dataset` keeps the
+        caches' labels, and with them every split stays as it was."""
+        corrections = {**self.corrections, **labels}
+        tags = [corrections.get(name, tag) for name, tag in zip(self.ids, self.tags, strict=True)]
+        return replace(self, rows=replace(self.rows, tags=tags), corrections=corrections)
 
     @cached_property
     def _position(self) -> dict[str, int]:

@@ -21,6 +21,7 @@ from feats.extraction.settings import ExtractionSettings
 from feats.source import SIDES
 from modeling.evaluation import metrics
 from modeling.experiment import TEMPERATURES, protocol, split_figures
+from modeling.features.corrections import corrected_words
 from modeling.features.joined import DEFAULT_FOLDER, FeatureSource
 from modeling.finetuning.data import TuneData, without
 from modeling.finetuning.distributed import Team
@@ -87,7 +88,9 @@ def save_tuned(
     pairs = start.records
     finetuned = Finetuned(places, str(pairs.data.resolve()), pairs.layout, kept)
     counts = start.experiment.training_rows()
-    run = Run(start.experiment.classes, [member], source, start.split, counts, finetuned=finetuned)
+    corrections = dict(start.experiment.features.corrections)
+    classes = start.experiment.classes
+    run = Run(classes, [member], source, start.split, counts, finetuned=finetuned, corrections=corrections)
     cost = {name: facts[name] for name in ("seconds", "peak_bytes") if name in facts}
     cost["device"] = str(start.model.device)
     run = replace(run, report=_report(start, tuned, predicted, temperature, settings), cost=cost)
@@ -186,8 +189,9 @@ def finished_run(runs: Path, digest: str, name: str | None) -> Run | None:
 
 
 def notes_of(start: Start, settings: TuneSettings, ablation_eval: bool) -> list[str]:
-    """What of the settings does nothing for this model."""
-    notes = []
+    """What of the settings does nothing for this model, and which labels are corrected."""
+    corrected = corrected_words(start.experiment.features, start.experiment.splits)
+    notes = [f"note: {corrected}; the caches keep theirs"] if corrected else []
     if settings.lora is not None:
         plain = [part for part, side in start.model.sides.items() if side.network is not None]
         frozen = [part for part in plain if not has_attention(start.model.parts[part])]

@@ -60,8 +60,10 @@ class Start:
 
 def contents_of(start: Start) -> str:
     """A digest of the labelled rows: ids, labels, pictures and texts, as far as caches know them."""
-    rows = start.experiment.features.dataset
+    rows, corrections = start.experiment.features.dataset, start.experiment.features.corrections
     of = hashlib.sha256(json.dumps([rows.ids, rows.tags]).encode())
+    if corrections:
+        of.update(json.dumps(corrections, sort_keys=True).encode())
     for values in (rows.image_hash, rows.text_key):
         of.update(values.tobytes())
     return of.hexdigest()

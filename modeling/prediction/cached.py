@@ -1,6 +1,7 @@
 """Predictions of one run or several that vote, from cached features: block by block, so that caches may be larger than
 memory. And what comes of them: the submission file, the figures."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -44,6 +45,7 @@ class Predictions:
     partly: dict[str, str]
     fallback: str
     folders: list[Path]  # where the caches lie
+    corrected: int = 0  # of the rows' labels, those that runs know better than the caches
 
     def __len__(self) -> int:
         return len(self.predicted)
@@ -106,8 +108,10 @@ def predict_caches(
         predicted[nobody] = classes.index(fallback)
     folders = list(dict.fromkeys(source.folder for source in by_source))
     left_out = {rows.ids[row]: reasons.pop(rows.ids[row]) for row in nobody.tolist()}
+    labels = _own_labels(judged)
+    rows = replace(rows, tags=[labels.get(name, tag) for name, tag in zip(rows.ids, rows.tags, strict=True)])
     return Predictions(
-        split, classes, voting.vote, rows, probabilities, predicted, left_out, reasons, fallback, folders
+        split, classes, voting.vote, rows, probabilities, predicted, left_out, reasons, fallback, folders, len(labels)
     )
 
 
@@ -137,6 +141,22 @@ class _Judged:
     rows: Rows
     left_out: dict[str, str]
     probabilities: np.ndarray
+    own_labels: list[Mapping[str, str]]  # of each run
+
+
+def _own_labels(judged: Sequence[_Judged]) -> dict[str, str]:
+    """The labels that runs were trained with in place of the caches', by id; a warning where runs differ."""
+    labels: dict[str, str] = {}
+    differing = set()
+    for own in (own for part in judged for own in part.own_labels):
+        differing |= {name for name, label in own.items() if labels.setdefault(name, label) != label}
+    if differing:
+        warnings.warn(
+            f"{len(differing)} labels are corrected differently by the runs, e.g. {min(differing)}: figures go by the "
+            "first run that corrects them",
+            stacklevel=2,
+        )
+    return labels
 
 
 def _judge(runs: Sequence[Run], source: FeatureSource, split: str, device: torch.device | str) -> _Judged:
@@ -148,6 +168,7 @@ def _judge(runs: Sequence[Run], source: FeatureSource, split: str, device: torch
             for run in runs:
                 run.check(block)
             rows, left_out = block.dataset, block.left_out
+            own_labels = [run.own_labels(block) for run in runs]
             # All at once: small arrays kept from every block would sit in the gaps that blocks leave, and memory grow.
             probabilities = np.empty((len(runs), len(rows.ids) - len(left_out), len(run.classes)))
         on_device = block.to(device)
@@ -157,7 +178,7 @@ def _judge(runs: Sequence[Run], source: FeatureSource, split: str, device: torch
     for run, own in zip(runs, probabilities, strict=True):
         if not np.isfinite(own).all():
             raise UsageError(f"{run.path} gives probabilities that aren't finite; train again")
-    return _Judged(rows, left_out, probabilities)
+    return _Judged(rows, left_out, probabilities, own_labels)
 
 
 def _caches_of(run: Run, folder: Path | None) -> FeatureSource:

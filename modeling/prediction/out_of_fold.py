@@ -96,12 +96,38 @@ def out_of_fold(
 ) -> np.ndarray:
     """Probabilities (len(ids), C) of `ids`, each by the run's configurations trained on the split that has it in its
     test part."""
+    return of_folds(trained_folds(run, experiment, progress), experiment, ids)
+
+
+def trained_folds(run: Run, experiment: Experiment, progress: Progress = lambda epochs: None) -> list[Run]:
+    """The run's configurations trained on each split of the experiment."""
     configs = list(dict.fromkeys(member.config for member in run.members))
     trained = [outcomes for _, outcomes in train_all(configs, experiment, progress)]
+    return [
+        replace(run, members=[outcome.member for outcome in outcomes], split=split)
+        for split, outcomes in zip(experiment.splits, zip(*trained, strict=True), strict=True)
+    ]
+
+
+def of_folds(runs: Sequence[Run], experiment: Experiment, ids: Sequence[str]) -> np.ndarray:
+    """Probabilities (len(ids), C) of `ids`, each by that of `runs` which has it in the test part of its split."""
     row_of = {name: row for row, name in enumerate(ids)}
-    probabilities = np.empty((len(ids), len(run.classes)))
-    for split, outcomes in zip(experiment.splits, zip(*trained, strict=True), strict=True):
-        of_fold = replace(run, members=[outcome.member for outcome in outcomes])
+    probabilities = np.empty((len(ids), len(runs[0].classes)))
+    for run in runs:
+        [split] = run.splits
         rows = experiment.features.positions(split.test)
-        probabilities[[row_of[name] for name in split.test]] = of_fold.probabilities(experiment.features, rows)
+        probabilities[[row_of[name] for name in split.test]] = run.probabilities(experiment.features, rows)
     return probabilities
+
+
+def of_held_out(runs: Sequence[Run], experiment: Experiment, ids: Sequence[str]) -> np.ndarray:
+    """Probabilities (len(ids), C) of rows in no part of the splits of `runs`: their mean. A row with a duplicate among
+    the rows of these splits is predicted by those only that have it in their test part."""
+    groups, features = experiment.group_of or {}, experiment.features
+    mean = np.mean([run.probabilities(features, features.positions(ids)) for run in runs], axis=0)
+    for run in runs:
+        tested = {groups[name] for split in run.splits for name in split.test if name in groups}
+        twins = [row for row, name in enumerate(ids) if groups.get(name) in tested]
+        if twins:
+            mean[twins] = run.probabilities(features, features.positions([ids[row] for row in twins]))
+    return np.asarray(mean)

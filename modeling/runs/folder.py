@@ -3,7 +3,8 @@
 `config.json` (everything needed to repeat it), `head.safetensors` (weights and normalisation of every member),
 `split.json` (ids), `metrics.json`, `history.csv`, `predictions_val.csv`; where the split has a test part
 `predictions_test.csv`, where several folds have `predictions_test_1.csv` and so on, each by its fold's own members;
-where losses by batch were asked for, `history_batches.csv`; of a finetuned run also its encoders, in `encoders`.
+where losses by batch were asked for, `history_batches.csv`; where labels were corrected `corrections.csv`; of a
+finetuned run also its encoders, in `encoders`.
 """
 
 import hashlib
@@ -28,6 +29,7 @@ from feats.config_file import OPTIONS
 from feats.csv_files import read_csv, read_table, write_csv, write_table
 from feats.errors import UsageError, first_line
 from feats.source import SIDES
+from modeling.features.corrections import corrections_digest, load_corrections, save_corrections
 from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSource
 from modeling.features.splits import load_split, save_split
@@ -51,6 +53,7 @@ TEST_PREDICTIONS = "predictions_test.csv"  # where the split has a test part
 FOLD_PREDICTIONS = "predictions_test_{}.csv"  # where several splits have, by fold from 1
 BATCHES = "history_batches.csv"  # where losses by batch were asked for
 ENCODERS = "encoders"
+CORRECTIONS = "corrections.csv"  # where labels were corrected
 PREDICTION_COLUMNS = ("id", "tag", "pred")
 LONGEST_PART = 80  # bytes of the caches in a run's name; a file system takes 255 of the whole
 
@@ -100,6 +103,8 @@ def save_run(
             for part in report.test_folds:
                 path_of_fold = unfinished / FOLD_PREDICTIONS.format(part.fold)
                 write_predictions(path_of_fold, part.ids, part.tags, part.probabilities, run.classes)
+            if run.corrections:
+                save_corrections(run.corrections, unfinished / CORRECTIONS)
             if encoders is not None:
                 shutil.move(encoders, unfinished / ENCODERS)
             if overwrite:
@@ -191,10 +196,16 @@ def _config(run: Run, path: Path, made_by: Mapping[str, Any], sha256: str) -> di
         "deterministic": all(m.config.deterministic for m in run.members),
         "finetuned": None if run.finetuned is None else asdict(run.finetuned),
         "cost": run.cost,
+        "corrections": _corrections(run.corrections),
         "members": members,
         "tensors_sha256": sha256,
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
     }
+
+
+def _corrections(corrections: Mapping[str, str]) -> dict[str, Any] | None:
+    """What config.json says of corrected labels; they themselves have a file of their own."""
+    return {"count": len(corrections), "sha256": corrections_digest(corrections)} if corrections else None
 
 
 def _tensors(run: Run) -> dict[str, torch.Tensor]:
@@ -277,6 +288,7 @@ def load_run(path: Path | str) -> Run:
         source, nearby = _source(config["features"]), (path / config["features_from_run"]).resolve()
         tuned = config.get("finetuned")
         finetuned = None if tuned is None else Finetuned(**tuned)
+        corrections = load_corrections(path / CORRECTIONS, config["corrections"]) if config.get("corrections") else {}
         run = Run(
             config["classes"],
             members,
@@ -288,6 +300,7 @@ def load_run(path: Path | str) -> Run:
             path,
             nearby,
             cost=config.get("cost"),
+            corrections=corrections,
         )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]  # torch says which tensors don't fit below its first line

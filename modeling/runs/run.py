@@ -4,7 +4,7 @@ Its probabilities are the mean of its members' calibrated ones, or what a logist
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,8 @@ class Run:
     measured for this run alone, as in a sweep.
 
     One that was `finetuned` reads what its own encoders make of pairs: its caches lie in its own folder, and are made
-    when they are first asked for."""
+    when they are first asked for. `corrections` are labels, by id, that it was trained and measured with in place of
+    its caches'."""
 
     classes: list[str]
     members: list[Member]
@@ -150,6 +151,7 @@ class Run:
     nearby: Path | None = None  # where the folder of caches lies if it moved along with the run
     report: Report | None = field(default=None, repr=False, compare=False)
     cost: dict[str, Any] | None = field(default=None, compare=False)
+    corrections: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def splits(self) -> list[Split]:
@@ -177,7 +179,7 @@ class Run:
 
     def score(self, data: FeatureSet, ids: Sequence[str] | None = None) -> float:
         """Accuracy on the rows `ids` (all without) that have a label. Raises `UsageError` when none has."""
-        kept, tags = data.labelled(ids)
+        kept, tags = self.with_own_labels(data).labelled(ids)
         return float(np.mean([a == b for a, b in zip(self.predict(data, kept), tags, strict=True)]))
 
     def save(self, path: Path | str, *, overwrite: bool = False) -> "Run":
@@ -239,6 +241,20 @@ class Run:
         except UsageError as error:
             return str(error)
         return "its training rows are others" if others else ""
+
+    def own_labels(self, data: FeatureSet) -> Mapping[str, str]:
+        """Its corrections where `data` are the rows it was trained on; none elsewhere: an id may be another pair's."""
+        if data.split != "train":
+            return {}
+        for name in self.source.names:
+            here, trained = (source.fingerprints.get(name, {}).get("data") for source in (data.source, self.source))
+            if here != trained and trained is not None:  # a finetuned run's own caches are made after it
+                return {}
+        return self.corrections
+
+    def with_own_labels(self, data: FeatureSet) -> FeatureSet:
+        """`data` with the labels of `own_labels`, but for those that were corrected in `data` before."""
+        return data.corrected({**own, **data.corrections}) if (own := self.own_labels(data)) else data
 
     def check(self, data: FeatureSet, *, same_rows: bool = False) -> None:
         """Raise `UsageError` when `data` lacks features that the run reads, when another encoder made them than the run

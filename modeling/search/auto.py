@@ -238,6 +238,7 @@ def auto(
             splits if len(splits) > 1 else splits[0],
             experiment.training_rows(),
             found.stacking,
+            corrections=dict(experiment.features.corrections),
         )
         if number < len(splits):
             probabilities.append(run.probabilities(at_home, experiment.features.positions(splits[number].val)))

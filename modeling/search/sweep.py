@@ -14,6 +14,7 @@ from feats.errors import UsageError
 from feats.source import SIDES
 from modeling.evaluation import metrics
 from modeling.experiment import Experiment
+from modeling.features.corrections import corrected_words
 from modeling.heads.base import ABLATIONS, ablation_number, ablation_words, head_class
 from modeling.runs.folder import METRICS, PREDICTIONS, read_config, read_predictions
 from modeling.runs.tables import spread
@@ -39,7 +40,8 @@ def data_digest(experiment: Experiment) -> str:
         experiment.group_of is not None,
         hashlib.sha256(rows.image_hash.tobytes() + rows.text_key.tobytes()).hexdigest(),
     ]
-    return _digest(decides)
+    corrections = experiment.features.corrections  # rows without features among them, of which tags don't tell
+    return _digest([*decides, corrections] if corrections else decides)
 
 
 def name_of(config: TrainConfig, data: str) -> str:
@@ -171,6 +173,8 @@ def compare(
             f"\nnote: {len(collapsed)} of {len(rows)} configurations have heads that predict one class for every "
             "validation row: no result of theirs; raise `lr` or `ep`, or give `class_weights` balanced"
         )
+    if corrected := corrected_words(experiment.features, experiment.splits):
+        notes += f" Of the labels, {corrected}."
     if lost:
         notes += f"\nLeft out for diverging ({len(lost)} of {len(lost) + len(rows)}):"
         notes += "".join(f"\n- {name}: {reason}" for name, reason in diverged.items())

@@ -1,0 +1,88 @@
+"""Rank the labels of a run's data by how suspect they are: by what its head says of rows it hasn't seen, and by
+duplicates whose labels conflict.
+
+All labelled rows, those of validation and test marked: correct labels there for the figures' sake if you must, never
+tune by them. Fill in the column `corrected` and train again with --corrections.
+"""
+
+import sys
+import warnings
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import feats.threads  # noqa: F401
+
+# isort: split
+
+from feats.cli import EXIT_DONE, positive
+from feats.errors import UsageError
+from feats.records import Record
+from modeling import cli
+from modeling.auditing import suspects
+from modeling.evaluation.metrics import format_table
+from modeling.experiment import experiment_of_run, total_epochs
+from modeling.features.joined import FeatureSource
+from modeling.prediction.out_of_fold import single_split
+from modeling.runs.files import check_replaceable
+from modeling.runs.folder import open_runs
+
+
+def build_parser() -> ArgumentParser:
+    """The script's arguments."""
+    parser = cli.new_parser(__doc__)
+    parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
+    parser.add_argument("--run", metavar="RUN", help="a path, or a name in --runs (default: the newest)")
+    parser.add_argument("--folds", type=positive, default=5, metavar="K", help="folds of the training rows")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR|FILE", help="the pairs, for their texts (default: where the caches say)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="(default: label_audit.csv in the run's folder)")
+    cli.add_run_options(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; returns its exit status."""
+    args = build_parser().parse_args(argv)
+    return cli.guarded(lambda: work(args), "nothing was written")
+
+
+def work(args: Namespace) -> int:
+    """Train on folds, rank the labels and write them; returns the exit status."""
+    [run] = open_runs(args.runs, [args.run] if args.run else None)
+    single_split(run)
+    out = args.out or run.folder / "label_audit.csv"
+    check_replaceable(out, suspects.HEADER)
+    suspects.check_unedited(out)
+    source = replace(run.source, folder=run.feature_folder(args.feats))
+    print(f"caches {source.folder}")
+    records = pairs(source, args.data)
+    experiment = suspects.audit_experiment(run, experiment_of_run(run, source, args.device), args.folds)
+    configs = {member.config for member in run.members}
+    with cli.progress_bar("train", total_epochs(list(configs), experiment), "epoch") as progress:
+        queue = suspects.audit(run, experiment, progress)
+    suspects.write_queue(out, queue, records)
+    print(format_table(suspects.summary_rows(queue), ["rows", "n", *suspects.WHYS]))
+    print(f"fill in its column corrected, then: python modeling/train_head.py ... --corrections {out}")
+    n = sum(bool(row.why) for row in queue)
+    print(f"{len(queue)} labels ranked, {n} of them suspect, by {len(experiment.splits)}-fold predictions -> {out}")
+    return EXIT_DONE
+
+
+def pairs(source: FeatureSource, data: Path | None) -> Sequence[Record]:
+    """The raw pairs that the caches were made of; none, with a warning, when they don't lie where the caches say."""
+    from modeling.finetuning.pairs import DataPlace, records_of  # slow to import
+
+    try:
+        return records_of(source, DataPlace(data))
+    except UsageError as error:
+        if data is not None:
+            raise
+        warnings.warn(f"no texts and pictures in the queue: {error}", stacklevel=2)
+        return []
+
+
+if __name__ == "__main__":
+    sys.exit(main())

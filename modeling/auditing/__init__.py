@@ -1,0 +1,1 @@
+"""Which labels of a data set are suspect."""
