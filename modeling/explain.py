@@ -174,14 +174,14 @@ def check(args: Namespace, model: "ExplainedModel", methods: Mapping[str, str]) 
     run = model.run
     ids = list(dict.fromkeys(name for split in run.splits for name in split.val))
     chosen = {ids[k] for k in np.random.default_rng(args.seed).permutation(len(ids))[: args.check]}
-    pairs = [
+    pairs = (
         (read_picture(record.image_path) if run.source.image else None, record.text)
         for record in records(args, run)
         if record.id in chosen
-    ]
-    with cli.progress_bar("check", len(pairs), "pair") as progress:
+    )
+    with cli.progress_bar("check", len(chosen), "pair") as progress:
         checks = check_methods(model, pairs, methods, orders=args.orders, seed=args.seed, progress=progress)
-    print("\n".join(check_lines(checks, len(pairs))))
+    print("\n".join(check_lines(checks, len(chosen))))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def draw(explanation: Explanation) -> Figure:
     FigureCanvasAgg(figure)
     probability = explanation.probabilities[explanation.classes.index(explanation.target)]
     figure.suptitle(f"{explanation.target}: probability {probability:.3f}", parse_math=False)
+    figure.supxlabel(f"blue: for {explanation.target}, vermilion: against it", fontsize=8, parse_math=False)
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
     for row, part in enumerate(pictures):
         _draw_picture(figure.add_subplot(grid[row, 0]), part)

@@ -1,6 +1,6 @@
 """Explanations of one pair, part by part, each scored; and how often they are better than chance."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -170,8 +170,27 @@ class MethodCheck:
 
     @property
     def share(self) -> float:
-        """Of pairs whose explanation was better than random in both curves."""
-        return float(np.mean([score.better for score in self.scores])) if self.scores else 0.0
+        """Of pairs whose explanation was better than random."""
+        return self._mean([score.better for score in self.scores])
+
+    @property
+    def of_deletions(self) -> float:
+        """The share of pairs better by the deletion curve alone."""
+        return self._mean([score.deletion < score.random_deletions.mean() for score in self.scores])
+
+    @property
+    def of_insertions(self) -> float:
+        """The share of pairs better by the insertion curve alone."""
+        return self._mean([score.insertion > score.random_insertions.mean() for score in self.scores])
+
+    @property
+    def beaten(self) -> float:
+        """The share of random orders that do worse, in the mean of the pairs."""
+        return self._mean([score.below for score in self.scores])
+
+    @staticmethod
+    def _mean(values: Sequence[bool | float]) -> float:
+        return float(np.mean(values)) if values else 0.0
 
     @property
     def interval(self) -> list[float]:
@@ -184,7 +203,7 @@ class MethodCheck:
 
 def check_methods(
     model: ExplainedModel,
-    pairs: Sequence[tuple[Image.Image | None, str | None]],
+    pairs: Iterable[tuple[Image.Image | None, str | None]],
     methods: Mapping[str, str],
     *,
     orders: int = ORDERS,

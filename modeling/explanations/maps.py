@@ -21,13 +21,12 @@ def _has_convolution(module: nn.Module) -> bool:
     return any(isinstance(inner, nn.Conv2d) for inner in module.modules())
 
 
-@torch.no_grad()
 def has_attention(side: ImageSide, pixels: Tensor) -> bool:
     """Whether every block's attention weights can be had, as tried on a picture (1, 3, H, W)."""
     if side.blocks is None or is_convolutional(side):
         return False
-    with recorded_attention() as recorded:
-        side.blocks.below(pixels, len(side.blocks.modules))
+    with recorded_attention() as recorded:  # with gradients: without, torch's modules take another way
+        side.blocks.below(pixels.requires_grad_(), len(side.blocks.modules))
     return len(recorded) == len(side.blocks.modules)
 
 

@@ -8,6 +8,7 @@ from modeling.explanations.explanation import Explanation, MethodCheck, PartExpl
 from modeling.explanations.methods import METHODS, OCCLUSION
 
 SHOWN_TEXT = 60  # characters of a neighbour's text
+CHECKED = ["part", "method", "scored", "better", "95 %", "by deletion", "by insertion", "orders beaten"]
 AIM = 0.9  # the share of explanations better than random that a method should reach
 
 
@@ -77,9 +78,12 @@ def _score_table(parts: Sequence[PartExplanation]) -> str:
                 "deletion": part.score.deletion,
                 "insertion": part.score.insertion,
                 "random": float(part.score.random_deletions.mean()),
+                "orders beaten": f"{part.score.below:.0%}",
             }
         rows.append({**row, "better than random": verdict_words(part).removeprefix("better than random: ")})
-    return format_table(rows, ["part", "method", "deletion", "insertion", "random", "better than random"])
+    return format_table(
+        rows, ["part", "method", "deletion", "insertion", "random", "orders beaten", "better than random"]
+    )
 
 
 def check_lines(checks: Sequence[MethodCheck], pairs: int) -> list[str]:
@@ -94,11 +98,14 @@ def check_lines(checks: Sequence[MethodCheck], pairs: int) -> list[str]:
                 "scored": check.count,
                 "better": check.share,
                 "95 %": f"{low:.3f}-{high:.3f}",
+                "by deletion": check.of_deletions,
+                "by insertion": check.of_insertions,
+                "orders beaten": f"{check.beaten:.0%}",
             }
         )
     lines = [
-        f"explanations of {pairs} validation pairs better than random orders, in deletion and insertion",
-        format_table(rows, ["part", "method", "scored", "better", "95 %"]),
+        f"explanations of {pairs} validation pairs that are better than random orders (chance: 0.5)",
+        format_table(rows, CHECKED),
     ]
     for check in checks:
         if check.incomplete:
@@ -106,7 +113,7 @@ def check_lines(checks: Sequence[MethodCheck], pairs: int) -> list[str]:
         if check.count and check.share < AIM:
             other = "" if check.method == OCCLUSION else f", or take another method ({METHODS[OCCLUSION]})"
             lines.append(
-                f"{check.part}: {METHODS[check.method]} is better than random in fewer than {AIM:.0%} of pairs; "
+                f"{check.part}: {METHODS[check.method]} is better than random in less than {AIM:.0%} of pairs; "
                 f"believe single explanations only where their own score says yes{other}"
             )
     return lines
