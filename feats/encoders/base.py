@@ -89,13 +89,14 @@ class TextSide:
 
     It pads to the longest itself; its tokens are (B, longest, D') with row b valid up to its length. `network` and
     `blocks` are as in `ImageSide`; None where nothing is learned. `blocks` is also None for a network whose layers
-    can't be told apart, such as ALBERT's, which are one.
+    can't be told apart, such as ALBERT's, which are one. `padding` is the id that stands for no word.
     """
 
     tokenize: Callable[[Sequence[str]], list[Tokens]]
     forward: Callable[[list[Any]], Features]
     network: nn.Module | None = None
     blocks: Blocks | None = None
+    padding: int | None = None
 
 
 @dataclass(frozen=True)

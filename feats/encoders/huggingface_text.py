@@ -116,6 +116,7 @@ def load_folder(
             forward=forward,
             network=network,
             blocks=_blocks(network, tokenize, forward, pooling, how),
+            padding=tokenize.pad,
         ),
         save=save if how.trainable else None,
     )

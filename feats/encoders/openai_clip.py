@@ -100,6 +100,7 @@ def load(model: str | None, weights: str | None, how: Loading) -> Encoder:
     normalise = next(step for step in _transform(resolution).transforms if isinstance(step, Normalize))
     image_forward, image_blocks = (_resnet if is_resnet else _vit)(visual, how.tokens)
     text_forward, text_blocks = _text(network, how.device, how.tokens)
+    tokenize = _Tokenize(network.context_length)
     return Encoder(
         identity={
             "model": architecture,
@@ -118,10 +119,11 @@ def load(model: str | None, weights: str | None, how: Loading) -> Encoder:
             blocks=image_blocks,
         ),
         text=TextSide(
-            tokenize=_Tokenize(network.context_length),
+            tokenize=tokenize,
             forward=text_forward,
             network=network,
             blocks=text_blocks,
+            padding=tokenize.end,  # not 0, with which the package pads: it is "!", and may carry a mood
         ),
         save=save if how.trainable else None,
     )
