@@ -52,7 +52,7 @@ from modeling.training.config import (
     from_flat,
     settings_read,
 )
-from modeling.training.recipes import END_TO_END, RECIPES, SPLIT_SETTINGS, cached_recipe
+from modeling.training.recipes import END_TO_END, RECIPES, SPLIT_SETTINGS, cached_recipe, recipe_settings
 
 OWN = "own"
 TUNING_GRID = ("lr", "dropout", "bs", "ep")  # what a grid of finetunings varies
@@ -322,14 +322,15 @@ def grid_from(args: Namespace, **fixed: Any) -> Grid:
     the split aside. `fixed` stand in for options that weren't typed. Raises `UsageError` for values out of range."""
     known = set(flat(TrainConfig()))
     typed = {name: value for name, value in _training_settings(args).items() if name in known}
-    values = {**fixed, **_recipe_settings(args, args.recipe), **typed}
+    recipe = "" if args.recipe in (None, OWN) else args.recipe
+    values = {"head": RECIPES[recipe].get("head", HeadConfig.head) if recipe else HeadConfig.head, **fixed, **typed}
     axes = {name: value for name, value in values.items() if isinstance(value, list)}
     if "all" in axes.get("head", ()):
         axes["head"] = _all_heads(feature_source(args), axes.get("sides", [HeadConfig.sides]))
-    monitor = values.get("monitor", TrainConfig.monitor)
     points = [{**values, **dict(zip(axes, point, strict=True))} for point in product(*axes.values())]
-    if args.recipe == OWN:
-        points = [{**_recipe_settings(args, own_recipe(p.get("head", HeadConfig.head))), **p} for p in points]
+    of_head = {head: own_recipe(head) if args.recipe == OWN else recipe for head in {p["head"] for p in points}}
+    points = [{**_recipe_settings(args, of_head[p["head"]], p["head"]), **p} for p in points]
+    monitor = values.get("monitor", RECIPES.get(recipe, {}).get("monitor", TrainConfig.monitor))
     grid = Grid(tuple(points), monitor[0] if isinstance(monitor, list) else monitor)
     _ = grid.heads  # says now, before any data are read, what is out of range
     return grid
@@ -355,10 +356,10 @@ def own_recipe(head: str) -> str:
     return cached_recipe(head_class(head).study)
 
 
-def _recipe_settings(args: Namespace, name: str | None) -> dict[str, Any]:
-    """What a recipe has for head and training; it multiplies in fp16 on a GPU only."""
-    recipe = RECIPES.get(name or "", {})
-    settings = {field: value for field, value in recipe.items() if field in flat(TrainConfig())}
+def _recipe_settings(args: Namespace, recipe: str, head: str) -> dict[str, Any]:
+    """What a recipe has for a head and its training; it multiplies in fp16 on a GPU only."""
+    known = flat(TrainConfig())
+    settings = {field: value for field, value in recipe_settings(recipe, head).items() if field in known}
     if "precision" in settings and resolve_device(args.device).type == "cpu":
         del settings["precision"]
     return settings

@@ -117,7 +117,7 @@ def pairs_digest(place: DataPlace) -> str | UsageError:
 def run_name(table: Table, row: Row, content: str | None, weights: Mapping[str, str]) -> str:
     """The same for the same tuning of the same pairs, known before any weights are loaded."""
     shape, settings = tuning_of(table, row)
-    decides = [row.model, asdict(shape), asdict(settings), asdict(split_of(table.study, recipe={})), content]
+    decides = [row.model, asdict(shape), asdict(settings), asdict(split_of(table.study)), content]
     digest = hashlib.sha256(json.dumps([*decides, sorted(weights.items())], default=str).encode()).hexdigest()
     plain = "".join(c if c.isalnum() else "-" for c in row.label)
     return f"tuned_{plain}_{digest[:10]}"
@@ -155,7 +155,7 @@ def _tune(
             model.text,
             head,
             tuning,
-            split_of(table.study, recipe={}),
+            split_of(table.study),
             device=settings.device,
             place=place,
             weights=weights,

@@ -30,7 +30,7 @@ from modeling.runs import folder as run_folder
 from modeling.runs.folder import PREDICTIONS, is_whole, read_config, read_metrics, read_predictions, save_run
 from modeling.search.sweep import data_digest, name_of
 from modeling.training.config import TrainConfig, as_read, flat, from_flat, with_seeds
-from modeling.training.recipes import RECIPES, SPLIT_SETTINGS, cached_recipe
+from modeling.training.recipes import RECIPES, SPLIT_SETTINGS, cached_recipe, recipe_settings
 
 FROZEN, TUNED = "frozen", "tuned"
 NOT_TUNED = "not run (`finetune`)"
@@ -79,21 +79,17 @@ class Result:
 # -- recipes ----------------------------------------------------------------------------------------------------
 
 
-def recipe_of(study: Study) -> dict[str, Any]:
-    """A study's settings for heads on cached features: where its own belong to encoders that were tuned along, those
-    that were found for caches."""
-    return RECIPES[cached_recipe(study.letter)]
-
-
-def split_of(study: Study, folds: int | None = None, recipe: Mapping[str, Any] | None = None) -> SplitSettings:
+def split_of(study: Study, folds: int | None = None) -> SplitSettings:
     """The study's split, duplicates together; with `folds` so many folds by its seed."""
-    chosen = recipe_of(study) if recipe is None else recipe
-    given = {name.removeprefix("split_"): chosen[name] for name in SPLIT_SETTINGS if name in chosen}
+    recipe = RECIPES[study.letter]
+    given = {name.removeprefix("split_"): recipe[name] for name in SPLIT_SETTINGS if name in recipe}
     return SplitSettings(**given, folds=folds)
 
 
-def config_of(row: Row, recipe: Mapping[str, Any], experiment: Experiment) -> TrainConfig:
-    """The training of a row on these data."""
+def config_of(row: Row, study: Study, experiment: Experiment) -> TrainConfig:
+    """The training of a row on these data: by the study's settings, where these belong to encoders that were tuned
+    along, by those that were found for caches."""
+    recipe = recipe_settings(cached_recipe(study.letter), row.head)
     values = {**recipe, **row.settings, "head": row.head, "sides": row.sides}
     known = flat(TrainConfig())
     config = from_flat({name: value for name, value in values.items() if name in known})
@@ -157,15 +153,17 @@ def _trained(
     bar: Bar,
 ) -> list[Result]:
     """The rows whose heads read the same caches."""
-    recipe, folder = recipe_of(table.study), settings.folder_of(table)
+    folder = settings.folder_of(table)
     # Heads that can do without tokens had vectors in the studies: only those that need tokens ask for some.
     needing = [HeadConfig(row.head, sides=row.sides) for row in rows if head_class(row.head).tokens]
-    split = split_of(table.study, settings.folds, recipe)
-    experiment = load_experiment(ExperimentSettings(source, split, device=settings.device), needing)
+    split = split_of(table.study, settings.folds)
+    norm = RECIPES[cached_recipe(table.study.letter)].get("norm", "none")
+    norms = dict.fromkeys(source.names, norm)
+    experiment = load_experiment(ExperimentSettings(source, split, norms, device=settings.device), needing)
     for note in experiment.notes:
         say(note)
     data = data_digest(experiment)
-    of_row = [with_seeds(config_of(row, recipe, experiment), settings.seeds) for row in rows]
+    of_row = [with_seeds(config_of(row, table.study, experiment), settings.seeds) for row in rows]
     names = {config: name_of(config, data) for configs in of_row for config in configs}
     waiting = [config for config, name in names.items() if not is_whole(folder / name)]
     failed: dict[int, str] = {}

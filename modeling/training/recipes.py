@@ -8,10 +8,17 @@ duplicates together, where B and D drew rows at random, and the best epoch is ke
 
 from typing import Any
 
-# Rate and epochs of heads on cached features, for studies whose own belong to end-to-end training.
-CACHED_LR = 1e-3
-CACHED_EP = 50
-_CACHED = {"lr": CACHED_LR, "ep": CACHED_EP}
+# What heads on cached features take in place of settings that belong to encoders in training: by validation rows of
+# MVSA-Single (MiniLM and EfficientNet-Lite0), among rates of 1e-5 to 1e-3. B's heads normalise what they read; C's and
+# E's don't: standardised, features of any encoder ask for about the same rate.
+_CACHED: dict[str, dict[str, Any]] = {
+    "B": {"lr": 1e-4, "ep": 20},
+    "C": {"lr": 1e-4, "bs": 64, "ep": 10, "norm": "standard"},  # C doesn't tell its batch
+    "E": {"lr": 1e-4, "ep": 20, "norm": "standard"},
+}
+# By recipe and head, where one rate doesn't suit all of a study's heads: on unit vectors a single linear layer learns
+# next to nothing at 1e-4, while three Transformer layers collapse above.
+_OF_HEAD: dict[tuple[str, str], dict[str, Any]] = {("B-cached", "late"): {"lr": 1e-3}}
 
 _STUDIES: dict[str, dict[str, Any]] = {
     # A also names label smoothing and "a small extra class weight for neutral", and gives no figure for either: none.
@@ -89,7 +96,7 @@ END_TO_END = ("B", "C", "E")  # their rate and epochs are of encoders in trainin
 
 RECIPES: dict[str, dict[str, Any]] = {
     **_STUDIES,
-    **{f"{study}-cached": {**_STUDIES[study], **_CACHED} for study in END_TO_END},
+    **{f"{study}-cached": {**_STUDIES[study], **_CACHED[study]} for study in END_TO_END},
 }
 SPLIT_SETTINGS = ("val_ratio", "test_ratio", "split_seed")
 
@@ -99,3 +106,8 @@ def cached_recipe(study: str) -> str:
     training; '' where there is none."""
     name = f"{study}-cached" if study in END_TO_END else study
     return name if name in RECIPES else ""
+
+
+def recipe_settings(recipe: str, head: str) -> dict[str, Any]:
+    """A recipe's settings for a head; none for the name ''."""
+    return {**RECIPES[recipe], **_OF_HEAD.get((recipe, head), {})} if recipe else {}
