@@ -1,5 +1,5 @@
-"""The numbers that figures show, of predictions as a run stores them: labels (N,) integers 0..C-1, probabilities (N, C).
-Nothing here draws."""
+"""The numbers that figures show, of predictions as a run stores them: labels (N,) integers 0..C-1, probabilities
+(N, C). Nothing here draws."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -114,7 +114,7 @@ def confidence_densities(labels: np.ndarray, probabilities: np.ndarray) -> list[
 
 
 def prediction_pattern(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All rows, (N, C), by true class and, within one, the surest of it first; and where each class begins, (C + 1,)."""
+    """All rows (N, C), by true class and, within one, the surest of it first; and where each class begins (C + 1,)."""
     own = probabilities[np.arange(len(labels)), labels]
     order = np.lexsort((-own, labels))
     starts = np.searchsorted(labels[order], np.arange(probabilities.shape[1] + 1))

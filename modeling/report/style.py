@@ -3,7 +3,7 @@
 import io
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -56,7 +56,7 @@ def shorten(name: str, most: int = 14) -> str:
 
 def figure_file(name: str, draw: Callable[[Axes], None], size: tuple[float, float] = SIZE) -> FigureFile:
     """A figure of one panel that `draw` fills."""
-    with rc_context({**_STYLE, "svg.hashsalt": name}):
+    with rc_context(cast(Any, {**_STYLE, "svg.hashsalt": name})):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure.add_subplot())
@@ -64,8 +64,8 @@ def figure_file(name: str, draw: Callable[[Axes], None], size: tuple[float, floa
 
 
 def as_file(name: str, figure: Figure) -> FigureFile:
-    """A figure as SVG and PNG. In the SVG what is drawn in `INK` takes the colour of the text around it, and ids begin
-    with `name`: several may stand in one page."""
+    """A figure as SVG and PNG. In the SVG what is drawn in `INK` or in black takes the colour of the text around it,
+    and ids begin with `name`: several may stand in one page."""
     svg, png = io.StringIO(), io.BytesIO()
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None}, dpi=DPI)
     figure.savefig(png, format="png", dpi=DPI, facecolor="white")
@@ -80,4 +80,4 @@ def plain_svg(svg: str, name: str) -> str:
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = svg.replace("url(#", f"url(#{name}-").replace('xlink:href="#', f'xlink:href="#{name}-')
     svg = svg.replace('xlink:href="', 'href="').replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "")
-    return svg.replace(INK, "currentColor").strip()
+    return svg.replace(INK, "currentColor").replace("#000000", "currentColor").strip()
