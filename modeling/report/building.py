@@ -78,10 +78,10 @@ def _rows(counts: Mapping[str, int]) -> str:
     return f"{sum(counts.values()):,} rows ({shown})"
 
 
-def score_rows(figures: Mapping[str, Any]) -> list[tuple[str, int, str, str, str]]:
+def score_rows(figures: Mapping[str, Any]) -> list[tuple[str | int, ...]]:
     """Figures with their intervals for each part there is, and what the majority class alone would have."""
     names = ("accuracy", "weighted_f1", "macro_f1")
-    rows = []
+    rows: list[tuple[str | int, ...]] = []
     for key, words in (("val", "validation"), ("test", "test")):
         if key in figures:
             one = figures[key]
@@ -90,12 +90,12 @@ def score_rows(figures: Mapping[str, Any]) -> list[tuple[str, int, str, str, str
             always = one["majority"]
             plain = [f"{always[name]:.3f}" for name in names]
             rows.append((f"{words}, always {always['class']}", one["n"], *plain))
-    return rows  # type: ignore[return-value]
+    return rows
 
 
 def _encoders(material: Material) -> list[tuple[str, ...]]:
     source = material.run.source
-    found = []
+    found: list[tuple[str, ...]] = []
     for side in SIDES:
         for name in source.of(side):
             made_by = source.fingerprints.get(name, {})
@@ -188,7 +188,9 @@ def training(material: Material) -> Section:
         "first-layer-weights": "The start is drawn again from the seed.",
     }
     if trainings:
-        chosen = {(m.fold, m.config.seed): m.best_epoch for m in material.run.members}
+        chosen: dict[tuple[int | None, int | None], int | None] = {
+            (m.fold, m.config.seed): m.best_epoch for m in material.run.members
+        }
         best = [chosen.get((course.fold, course.seed)) for course in trainings]
         true = np.bincount(material.labels, minlength=len(material.classes))
         files += [draw.losses(trainings, best), draw.scores(trainings, best)]
@@ -285,7 +287,7 @@ def _calibration_words(material: Material, alone: bool) -> str:
     )
 
 
-def class_rows(material: Material) -> list[tuple[str, float | str, str, str, str]]:
+def class_rows(material: Material) -> list[tuple[str, ...]]:
     """Precision, recall, F1 and rows of each class of the validation rows."""
     of_class = material.report.figures["val"]["per_class"]
     return [
@@ -295,7 +297,7 @@ def class_rows(material: Material) -> list[tuple[str, float | str, str, str, str
             f"{of_class[name]['support']:,}",
         )
         for name in material.classes
-    ]  # type: ignore[misc]
+    ]
 
 
 def report_tables_of(material: Material) -> str:
@@ -490,7 +492,8 @@ def label_audit(material: Material) -> Section:
     ]
     words = (
         f"{len(suspects):,} of {len(rows):,} labels are suspect; the first {len(shown):,}, the most suspect first. "
-        "Decide and download: then train again with --corrections corrections.csv. Rows of validation and test are marked: "
+        "Decide and download: then train again with --corrections corrections.csv. Rows of validation and test are "
+        "marked: "
         "correct them for the figures' sake if you must, never tune by them."
     )
     return Section("Label audit", "label-audit", f"<p>{words}</p>" + part("audit", shown, material.classes))

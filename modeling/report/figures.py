@@ -229,9 +229,8 @@ def reliability_diagram(after: Reliability, before: Reliability | None) -> Figur
             axes.plot(found.confidence, found.accuracy, DASHES[1 - number], color=colour(number), lw=1)
             sizes = 8 + 90 * found.rows / found.rows.max()
             label = f"{name}: ECE {found.ece:.3f}"
-            axes.scatter(
-                found.confidence, found.accuracy, sizes, colour(number), _marker(number), alpha=0.75, label=label
-            )
+            look = {"s": sizes, "color": colour(number), "marker": _marker(number)}
+            axes.scatter(found.confidence, found.accuracy, **look, alpha=0.75, label=label)
         axes.set(xlabel="probability of the prediction", ylabel="share that is right", title="Reliability")
         axes.set(xlim=(0, 1.02), ylim=(-0.02, 1.05))
         legend = axes.legend(loc="upper left")
@@ -315,7 +314,9 @@ def scatter(
         x, y = points[order].T
         axes.scatter(x, y, 7, drawn, alpha=0.65, linewidths=0, rasterized=True)
         ringed = points[held_out]
-        axes.scatter(*ringed.T, 12, facecolors="none", edgecolors=INK, linewidths=0.35, rasterized=True)
+        axes.scatter(
+            ringed[:, 0], ringed[:, 1], 12, facecolors="none", edgecolors=INK, linewidths=0.35, rasterized=True
+        )
         for k, name in enumerate(classes):
             axes.scatter([], [], 18, colour(k), label=shorten(name))
         axes.scatter([], [], 18, facecolors="none", edgecolors=INK, linewidths=0.6, label="validation")

@@ -167,6 +167,7 @@ def _reduced(place: Path | TarSlice | None, side: int) -> Image.Image:
         try:
             with Image.open(place, formats=("JPEG",)) as image:
                 image.draft("RGB", (2 * side, 2 * side))
+                image.load()
                 return as_rgb(image)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             pass  # the full reader says what is wrong with it, or knows better
