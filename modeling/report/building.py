@@ -58,7 +58,7 @@ def headline(material: Material) -> Section:
         ("Task", f"tell {', '.join(run.classes)} of {' and '.join(material.member.config.head.sides)}"),
         ("Data", f"{_rows(run.training_rows)} for training, {_rows(counts)} for validation"),
         ("Protocol", figures["protocol"]),
-        ("Head", head_line(run)),
+        ("Head", head_line(run).removeprefix("head ")),
     ]
     if run.cost is not None:
         lines.append(("Cost", cost_line(run.cost)))
@@ -67,9 +67,7 @@ def headline(material: Material) -> Section:
     if run.corrections:
         lines.append(("Corrected labels", f"{len(run.corrections)} in place of the caches'"))
     commands = [c for c in (material.config.get("command"), material.command) if c]
-    html = part(
-        "headline", lines, _encoders(material), _layers(material), head_line(run), score_rows(figures), commands
-    )
+    html = part("headline", lines, _encoders(material), _layers(material), score_rows(figures), commands)
     return Section("Headline", "headline", html)
 
 
@@ -257,7 +255,8 @@ def results(material: Material) -> Section:
     elif "image" in material.member.config.head.sides:
         notes.append(f"No figure by picture size, the raw pairs are gone: {material.no_records}")
     kept = [
-        (f"{share:.0%}", f"{100 * risk.at(share):.1f} %", _threshold(risk, share)) for share in (0.25, 0.5, 0.75, 1)
+        (f"{100 * share:.0f} %", f"{100 * risk.at(share):.1f} %", _threshold(risk, share))
+        for share in (0.25, 0.5, 0.75, 1)
     ]
     words = {
         "reliability": _calibration_words(material, before is not None),
@@ -376,10 +375,10 @@ def purity_words(points: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -
         for rows, words in ((val, "validation rows"), (train, "training rows")):
             if len(rows):
                 one = measures.purity(points, labels, rows, train, NEIGHBOURS)
-                found.append(f"{one.share:.1%} for {words} (by chance {one.by_chance:.1%})")
+                found.append(f"{100 * one.share:.1f} % for {words} (by chance {100 * one.by_chance:.1f} %)")
     elif len(val) > 1:
         one = measures.purity(points, labels, val, val, NEIGHBOURS)
-        found.append(f"{one.share:.1%} for validation rows (by chance {one.by_chance:.1%})")
+        found.append(f"{100 * one.share:.1f} % for validation rows (by chance {100 * one.by_chance:.1f} %)")
         return f"Of the {one.neighbours} nearest validation rows the same class have {found[0]}."
     return f"Of the {NEIGHBOURS} nearest training rows the same class have {', '.join(found)}." if found else ""
 
@@ -493,7 +492,6 @@ def label_audit(material: Material) -> Section:
     words = (
         f"{len(suspects):,} of {len(rows):,} labels are suspect; the first {len(shown):,}, the most suspect first. "
         "Decide and download: then train again with --corrections corrections.csv. Rows of validation and test are "
-        "marked: "
-        "correct them for the figures' sake if you must, never tune by them."
+        "marked: correct them for the figures' sake if you must, never tune by them."
     )
     return Section("Label audit", "label-audit", f"<p>{words}</p>" + part("audit", shown, material.classes))
