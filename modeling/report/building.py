@@ -110,7 +110,9 @@ def _layers(material: Material) -> list[tuple[str, str, str, str]]:
         if name and not any(True for _ in layer.children()):
             own = list(layer.parameters(recurse=False))
             shapes = " + ".join(" × ".join(map(str, p.shape[1:])) for p in own)
-            found.append((name, type(layer).__name__, shapes, f"{sum(p.numel() for p in own):,}" if own else ""))
+            found.append(
+                (name, type(layer).__name__.lstrip("_"), shapes, f"{sum(p.numel() for p in own):,}" if own else "")
+            )
     loose = list(material.member.head.parameters(recurse=False))
     if loose:
         shapes = " + ".join(" × ".join(map(str, p.shape[1:])) for p in loose)

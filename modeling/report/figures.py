@@ -127,7 +127,7 @@ def layer_change(found: FirstLayer) -> list[FigureFile]:
     def draw_of(what: str) -> FigureFile:
         def draw(axes: Axes) -> None:
             for number, (when, one) in enumerate(zip(("start", "end"), getattr(found, what), strict=True)):
-                label = f"{when}: mean {one.mean:.2g}, sd {one.std:.2g}"
+                label = f"{when}: mean {round(one.mean, 3) + 0.0:.3f}, sd {one.std:.3f}"
                 axes.stairs(one.density, one.edges, color=colour(number), fill=True, alpha=0.25)
                 axes.stairs(one.density, one.edges, color=colour(number), lw=1.4, ls=DASHES[number], label=label)
             axes.set(xlabel=f"value of {what}", ylabel="density", title=f"First linear layer: {what}")

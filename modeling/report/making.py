@@ -1,10 +1,12 @@
 """A run's report from beginning to end."""
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from modeling.experiment import experiment_of_run
+from modeling.prediction.out_of_fold import single_split
 from modeling.report.building import sections_of
 from modeling.report.material import Material, gather
 from modeling.report.page import PAGE, write_page
@@ -61,13 +63,30 @@ def _sections(material: Material, settings: ReportSettings) -> list[Section]:
     comparison: Any = optional("modeling.report.comparison")
     if comparison is not None and settings.sweep is not None:
         sections += comparison.comparison_sections(settings.sweep)
-    if comparison is not None and settings.learning_curve:
-        sections.append(comparison.learning_curve_section(material.run))
+    curve = learning_curve(material, settings)
+    if curve is not None:
+        sections.append(curve)
     sections += [found["embeddings"], found["errors"]]
     if settings.explain and optional("modeling.explanations.explanation") is not None:
         explained: Any = optional("modeling.report.explained_pairs")
         sections.append(explained.explanations(material, settings.explain, settings.device))
     return [*sections, found["label-audit"]]
+
+
+def learning_curve(material: Material, settings: ReportSettings) -> Section | None:
+    """What lies in the run's folder, computed anew where that is asked for; None where there is none."""
+    section: Any = optional("modeling.report.curves")
+    if section is None:
+        return None
+    run = material.run
+    if settings.learning_curve:
+        curves: Any = importlib.import_module("modeling.search.learning_curve")
+        single_split(run)
+        source = replace(run.source, folder=run.feature_folder(settings.feats))
+        found = curves.learning_curve(experiment_of_run(run, source, settings.device), curves.configs_of(run))
+        curves.write_curve(run.folder / curves.FILE, curves.table(found))
+    told: Section | None = section.learning_curve_section(run)
+    return told
 
 
 def optional(name: str) -> Any:
