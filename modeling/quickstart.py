@@ -71,10 +71,13 @@ def quickstart(args: Namespace) -> int:
             "predict the unlabelled pairs with the best of them",
             *("modeling/inference_head.py", *folders, "--run", best, "--out", predictions),
         )
+    report = best / "report.html"
+    step("show what the best of them learned", "modeling/make_report.py", "--run", best, "--feats", feats)
     print(f"\ndone in {time.perf_counter() - start:.0f} s; nothing is encoded or trained twice if you run it again:")
     print(f"  caches       {feats}/  (look into one: python feats/inspect_feats.py {feats / args.vtype[0]}_train.h5)")
     print(f"  comparison   {runs / 'sweep' / 'table.md'}")
     print(f"  best run     {best}")
+    print(f"  report       {report}  (open it in a browser)")
     if predicts:
         print(f"  predictions  {predictions}")
     if args.data is None:

@@ -46,6 +46,7 @@ def build_parser() -> ArgumentParser:
     )
     cli.add_ablation_options(parser, weights=True)
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files into the run")
+    parser.add_argument("--report", action="store_true", help="also write the run's report.html, see make_report.py")
     return parser
 
 
@@ -90,6 +91,10 @@ def work(args: Namespace, command: str) -> int:
     if args.tensorboard:
         write_tensorboard(run)
     print(f"run of {len(run.members)} head{'s' if len(run.members) > 1 else ''} -> {run.path}")
+    if args.report:
+        from modeling.report.making import make_report  # matplotlib, jinja2: slow to import
+
+        print("\n".join(make_report(run.folder).lines()))
     return EXIT_DONE
 
 

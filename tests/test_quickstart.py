@@ -37,7 +37,8 @@ def test_from_pairs_to_predictions_and_again(
     commands = printed_commands(first)
     scripts = [command[1] for command in commands]
     encoders = [f"feats/{name}_extract_feats.py" for name in ("efficientnet", "vader")]
-    assert scripts == [*encoders, "modeling/sweep_heads.py", "modeling/inference_head.py"]
+    last = ["modeling/sweep_heads.py", "modeling/inference_head.py", "modeling/make_report.py"]
+    assert scripts == [*encoders, *last]
     assert all(command[0] == "python" and (ROOT / command[1]).is_file() for command in commands)
     (out,) = (tmp_path / "saved" / "quickstart").iterdir()
     assert commands[0][2:] == ["--data", "my set", "--out", str(out.relative_to(tmp_path) / "feats")]
@@ -52,7 +53,7 @@ def test_from_pairs_to_predictions_and_again(
     assert [row["guid"] for row in rows] == [str(i) for i in range(36, 41)]
     assert {row["tag"] for row in rows} <= set(LABELS)
     # Again: the same commands, nothing encoded, nothing trained.
-    kept = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / best).iterdir()}
+    kept = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / best).iterdir() if p.stem != "report"}
     predicted = (out / "predictions.csv").read_bytes()
     assert quickstart.main(argv) == 0
     again = capfd.readouterr().out

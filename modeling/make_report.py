@@ -1,0 +1,73 @@
+"""Write a run's report: one page that opens from disk, with every figure as SVG and PNG beside it. It reads the run's
+folder and caches; pictures and texts come from the raw pairs, where they are still there."""
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import feats.threads  # noqa: F401
+
+# isort: split
+
+from feats.cli import EXIT_DONE, positive
+from feats.errors import UsageError
+from modeling import cli
+from modeling.runs.folder import newest_run
+
+NEWEST = "newest"
+
+
+def build_parser() -> ArgumentParser:
+    """The script's arguments."""
+    parser = cli.new_parser(__doc__)
+    parser.add_argument("--run", default=NEWEST, metavar="RUN", help=f"a path, a name in --runs, or {NEWEST}")
+    parser.add_argument("--sweep", type=Path, metavar="DIR", help="also compare the heads of a sweep's folder")
+    parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR|FILE",
+        help="the pairs, for texts and pictures (default: where the caches say)",
+    )
+    parser.add_argument(
+        "--learning-curve", action="store_true", help="also train on shares of the training rows, which takes minutes"
+    )
+    parser.add_argument("--explain", type=positive, default=0, metavar="N", help="also explain N validation pairs")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.html", help="figures go beside it (default: report.html in the run's folder)"
+    )
+    cli.add_run_options(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; returns its exit status."""
+    args = build_parser().parse_args(argv)
+    return cli.guarded(lambda: work(args, cli.command_line(argv)), "nothing was written")
+
+
+def work(args: Namespace, command: str) -> int:
+    """Find the run, write its report; returns the exit status."""
+    from modeling.report.making import ReportSettings, make_report  # matplotlib, jinja2: slow to import
+    from modeling.report.page import PAGE, check_page
+
+    path = chosen_run(args.runs, args.run)
+    if args.out is not None and args.out.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"`out` {args.out}: expected a name that ends in .html")
+    check_page(args.out or path / PAGE)
+    print(f"run {path}")
+    settings = ReportSettings(args.feats, args.data, args.sweep, args.learning_curve, args.explain, args.device)
+    print("\n".join(make_report(path, args.out, settings, command).lines()))
+    return EXIT_DONE
+
+
+def chosen_run(runs: Path, name: str) -> Path:
+    """The run's folder. Raises `UsageError` when there is no run to be the newest."""
+    if name == NEWEST:
+        return newest_run(runs)
+    return Path(name) if Path(name).is_dir() else runs / name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""A run's report from beginning to end."""
+
+import importlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from modeling.experiment import experiment_of_run
+from modeling.prediction.out_of_fold import single_split
+from modeling.report.building import sections_of
+from modeling.report.material import Material, gather
+from modeling.report.page import PAGE, write_page
+from modeling.report.sections import Section
+from modeling.runs.folder import load_run
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """What a report shows besides the run itself. `feats` and `data` None: where the run and its caches say; `sweep`: a
+    folder whose heads are compared; `explain`: of how many pairs."""
+
+    feats: Path | None = None
+    data: Path | None = None
+    sweep: Path | None = None
+    learning_curve: bool = False
+    explain: int = 0
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Made:
+    """The page, its figures' files, and what it had to do without."""
+
+    page: Path
+    figures: list[Path]
+    notes: list[str]
+
+    def lines(self) -> list[str]:
+        """What a terminal shows."""
+        size = self.page.stat().st_size / 1e6
+        return [
+            *(f"note: {note}" for note in self.notes),
+            f"{len(self.figures) // 2} figures as SVG and PNG -> {self.page.with_suffix('')}",
+            f"report, {size:.1f} MB -> {self.page}",
+        ]
+
+
+def make_report(
+    path: Path, out: Path | None = None, settings: ReportSettings = ReportSettings(), command: str = ""
+) -> Made:
+    """Write the report of the run at `path`: the page `out` (default: in the run's folder), and its figures beside it.
+    `command`, told on the page, makes it again. Raises `UsageError` as `gather` and `write_page`."""
+    material = gather(load_run(path), settings.feats, settings.data, command)
+    out = out or path / PAGE
+    figures = write_page(out, f"Report of {path.resolve().name}", _sections(material, settings))
+    missing = (("caches", material.no_features), ("raw pairs", material.no_records))
+    return Made(out, figures, [f"the report goes without the {what}: {why}" for what, why in missing if why][:1])
+
+
+def _sections(material: Material, settings: ReportSettings) -> list[Section]:
+    found = sections_of(material)
+    sections = [found[name] for name in ("headline", "data", "training", "results")]
+    comparison: Any = optional("modeling.report.comparison")
+    if comparison is not None and settings.sweep is not None:
+        sections += comparison.comparison_sections(settings.sweep)
+    curve = learning_curve(material, settings)
+    if curve is not None:
+        sections.append(curve)
+    sections += [found["embeddings"], found["errors"]]
+    if settings.explain and optional("modeling.explanations.explanation") is not None:
+        explained: Any = optional("modeling.report.explained_pairs")
+        sections.append(explained.explanations(material, settings.explain, settings.device))
+    return [*sections, found["label-audit"]]
+
+
+def learning_curve(material: Material, settings: ReportSettings) -> Section | None:
+    """What lies in the run's folder, computed anew where that is asked for; None where there is none."""
+    section: Any = optional("modeling.report.curves")
+    if section is None:
+        return None
+    run = material.run
+    if settings.learning_curve:
+        curves: Any = importlib.import_module("modeling.search.learning_curve")
+        single_split(run)
+        source = replace(run.source, folder=run.feature_folder(settings.feats))
+        found = curves.learning_curve(experiment_of_run(run, source, settings.device), curves.configs_of(run))
+        curves.write_curve(run.folder / curves.FILE, curves.table(found))
+    told: Section | None = section.learning_curve_section(run)
+    return told
+
+
+def optional(name: str) -> Any:
+    """A module, or None where this version hasn't got it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):
+            raise
+        return None
