@@ -18,7 +18,7 @@ from modeling.finetuning.studies import MODELS, EncoderChoice, tuning_recipe
 from modeling.heads.base import HeadConfig
 from modeling.reproduction.published import Row, Table
 from modeling.reproduction.sources import SUFFIX, caches_in
-from modeling.reproduction.tables import NOT_TUNED, TUNED, Result, Settings, split_of
+from modeling.reproduction.tables import NOT_TUNED, TUNED, Result, Settings, side_removed, split_of
 from modeling.runs.folder import is_whole
 
 Progress = Callable[[int, int], Any]  # rows done, rows to do
@@ -90,11 +90,7 @@ def tuned_results(
                 found[row.label] = Result(row, TUNED, reason=" ".join(str(error).split()))
     for row in rows:
         if row.ablation_of is not None:
-            without = Result(
-                row, TUNED, reason=f"not run: it is of the row {row.ablation_of}; name that in `rows`, too"
-            )
-            whole = found.get(row.ablation_of, without)
-            found[row.label] = replace(whole, row=row, made=0)
+            found[row.label] = side_removed(row, TUNED, found)
     return [found[row.label] for row in rows]
 
 
