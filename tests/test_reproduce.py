@@ -250,6 +250,14 @@ def test_a_side_is_removed_from_heads_on_caches(
         assert float(found[label]["low"]) <= np.mean(accuracies) <= float(found[label]["high"])
 
 
+def test_a_run_s_configuration_repeats_its_table(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert command(feats, tmp_path, "A-ablation", "--folds", "2", "--rows", "text") == 0
+    [run] = runs_in(tmp_path / "reproduce_A-ablation")
+    told = capsys.readouterr().out
+    assert reproduce.main(["--config", str(run / "config.json")]) == 0
+    assert capsys.readouterr().out == told.replace("1 of them trained now", "0 of them trained now")
+
+
 def test_folds_give_figures_of_all_rows(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert command(feats, tmp_path, "A-ablation", "--folds", "3", "--rows", "text") == 0
     out = capsys.readouterr().out

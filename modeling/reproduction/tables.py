@@ -125,14 +125,15 @@ def frozen_results(
     rows: Sequence[Row],
     settings: Settings = Settings(),
     *,
-    command: str | None = None,
+    made_by: Mapping[str, Any] = {},
     say: Callable[[str], Any] = lambda line: None,
     bar: Bar = no_bar,
 ) -> list[Result]:
     """Train the heads of `rows` of a table on caches, each seed a run of its own; finished ones are taken as they are.
 
-    A row that can't be trained has a result that says why. `say` hears what is read, `bar` shows progress. Raises
-    `UsageError` for caches that were named and can't be used.
+    A row that can't be trained has a result that says why. `made_by` is what `save_run` keeps of the command and its
+    options, `say` hears what is read, `bar` shows progress. Raises `UsageError` for caches that were named and can't be
+    used.
     """
     caches = {cache.name: cache for cache in caches_in(settings.feats)}
     named = {"image": settings.image, "text": settings.text}
@@ -155,7 +156,7 @@ def frozen_results(
         members = list(group)
         try:
             source, removed = sources[members[0].label], [row for row in rows if row.cached and row.ablation_of]
-            results = _trained(table, members, removed, source, caches, settings, command, say, bar)
+            results = _trained(table, members, removed, source, caches, settings, made_by, say, bar)
         except UsageError as error:
             if settings.image is not None or settings.text is not None:
                 raise
@@ -174,7 +175,7 @@ def _trained(
     source: FeatureSource,
     caches: Mapping[str, Cache],
     settings: Settings,
-    command: str | None,
+    made_by: Mapping[str, Any],
     say: Callable[[str], Any],
     bar: Bar,
 ) -> list[Result]:
@@ -193,7 +194,7 @@ def _trained(
     failed: dict[int, str] = {}
     with bar(total_epochs(waiting, experiment)) as progress:
         for k, outcomes in train(waiting, experiment, progress, failed):
-            save_run(run_of(outcomes, experiment), folder / names[waiting[k]], overwrite=True, command=command)
+            save_run(run_of(outcomes, experiment), folder / names[waiting[k]], overwrite=True, **made_by)
     diverged = {names[waiting[k]]: reason for k, reason in failed.items()}
     results = []
     for row, configs in zip(rows, of_row, strict=True):
