@@ -15,8 +15,8 @@ OPTIONS = "options"  # where a run's config.json keeps the options that made it
 def read_options(path: Path) -> dict[str, Any]:
     """The options of a file by name: strings, numbers, booleans, and lists of strings and numbers.
 
-    Raises `UsageError` for a file that can't be read, is neither TOML nor a run's config.json, comes of a run that no
-    command made, or holds other values.
+    Raises `UsageError` for a file that can't be read, is neither TOML nor a run's config.json, comes of a run that
+    records no options, or holds other values.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -52,8 +52,8 @@ def _of_run(path: Path, content: Any) -> dict[str, Any]:
     options = content.get(OPTIONS)
     if not isinstance(options, dict):
         raise UsageError(
-            f"{path} is of a run that no command made (from Python, or by an earlier version): it records no options "
-            "to repeat; write them into a TOML file"
+            f"{path} is of a run made from Python or by an earlier version: it records no options to repeat; write "
+            "them into a TOML file"
         )
     return options
 

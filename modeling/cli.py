@@ -524,6 +524,12 @@ def tuning_in_use(args: Namespace, grid: bool = False) -> dict[str, Any]:
 # -- test-time ablation -----------------------------------------------------------------------------------------
 
 
+def refuse_absent(args: Namespace) -> None:
+    """Raise `UsageError` for what stands in for an absent side when none is to be absent."""
+    if args.absent != ABSENT[0] and not args.ablation_eval:
+        raise UsageError(f"--absent {args.absent} is for --ablation-eval; give that, too, or leave it out")
+
+
 def absence_of(args: Namespace, experiment: Experiment, source: FeatureSource, own: Mapping[str, str] = {}) -> AbsentOf:
     """What stands in for an absent side, from the options of `add_ablation_options`; `own` weights, by cache, are those
     of encoders that aren't named. Raises as `prediction.ablation.absence`."""
@@ -536,12 +542,13 @@ def absence_of(args: Namespace, experiment: Experiment, source: FeatureSource, o
 
 
 def unread(args: Namespace, heads: Sequence[str]) -> list[str]:
-    """The typed options of `add_training_options` that nothing reads when `heads` are trained, as one types them."""
+    """The typed options of `add_training_options`, and of what is shown of epochs, that nothing reads when `heads` are
+    trained, as one types them."""
     read = set().union(*map(settings_read, heads))
     gradient = [head for head in heads if not head_class(head).closed_form()]
     idle = [name for name in _training_settings(args) if name in flat(TrainConfig()) and name not in read]
-    if args.seeds and not gradient:
-        idle.append("seeds")
+    if not gradient:
+        idle += [name for name in ("seeds", "verbose", "history_batches") if getattr(args, name, None)]
     if args.recipe:
         recipes = [args.recipe] if args.recipe != OWN else map(own_recipe, heads)
         settings = set().union(*(RECIPES.get(recipe, {}) for recipe in recipes))

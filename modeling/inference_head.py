@@ -85,6 +85,7 @@ def work(args: Namespace) -> int:
     one_pair = args.image is not None or args.text is not None
     if one_pair and args.csv:
         raise UsageError("--csv together with --image or --text; give a manifest or one pair")
+    cli.refuse_absent(args)
     if args.ablation_eval:
         return score_without_sides(args)
     if args.weights and not one_pair and not args.csv:

@@ -91,7 +91,8 @@ def reproduce(
 ) -> bool:
     """Train what isn't finished of a table, show and write it; returns whether any of its rows has figures."""
     bar = partial(cli.progress_bar, "train", unit="epoch")
-    frozen = frozen_results(table, rows, settings, command=command, say=print, bar=bar)
+    made_by = {"command": command, "options": args.given}
+    frozen = frozen_results(table, rows, settings, made_by=made_by, say=print, bar=bar)
     tuned = tuned_results(
         table,
         rows,
@@ -99,7 +100,7 @@ def reproduce(
         DataPlace(args.data, args.layout),
         weights,
         train=args.finetune,
-        command=command,
+        made_by=made_by,
         say=print,
         bar=partial(rows_bar, passing=True),
     )

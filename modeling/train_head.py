@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(args: Namespace, command: str) -> int:
     """Train one configuration, show its figures, save it; returns the exit status."""
+    cli.refuse_absent(args)
     grid, settings = cli.grid_from(args), cli.experiment_settings(args)
     cli.print_unread(args, [head.head for head in grid.heads])
     cli.print_recipe(args, [head.head for head in grid.heads])

@@ -242,6 +242,26 @@ def test_what_makes_no_sense_is_said_before_training(
     assert not list_runs(tmp_path)
 
 
+def test_an_absent_side_is_for_the_ablation(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    for main, argv in ((train_head.main, TRAINING), (inference_head.main, [])):
+        assert main([*argv, *folders(home, tmp_path), "--absent", "mean"]) == 2
+        assert (
+            capsys.readouterr().err == "error: --absent mean is for --ablation-eval; give that, too, or leave it out\n"
+        )
+    assert not list_runs(tmp_path)
+
+
+def test_one_class_is_marked_once(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    run = trained(home, tmp_path, "--lr", "1e-9", "--ep", "1", "--seed", "1")
+    out = capsys.readouterr().out.splitlines()
+    figures = content(run.path, "metrics")["ablation_eval"]
+    lost = {left: found["collapsed"] for left, found in figures.items() if found["collapsed"]}
+    assert lost
+    for left, name in lost.items():
+        [line] = [line for line in out if line.startswith(left)]
+        assert line.startswith(f"{left} (always {name})  ") and line.count("always") == 1
+
+
 def test_weights_are_for_what_encodes(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert train_head.main([*TRAINING, *folders(home, tmp_path), "--weights", "pixels=x"]) == 2
     assert "--weights is for --ablation-eval" in capsys.readouterr().err

@@ -729,6 +729,15 @@ def test_seeds_make_an_ensemble_of_single_trainings(feats: Path, tmp_path: Path)
     assert len(load_run(train(feats, tmp_path, "--seeds", "3", "--head", "linear")).members) == 1
 
 
+def test_without_epochs_none_are_shown(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    shown = ["--verbose", "--history-batches"]
+    run = train(feats, tmp_path, "--head", "linear", "--C", "1", *shown)
+    assert "--verbose, --history-batches do nothing for linear" in capsys.readouterr().out
+    assert not (run / "history_batches.csv").exists()
+    train(feats, tmp_path, "--ep", "2", *shown)
+    assert "do nothing" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_what_a_head_reads_decides_what_becomes_of_it(
     name: str, feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture

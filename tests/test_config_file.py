@@ -252,7 +252,7 @@ def test_a_run_from_python_has_no_options(feats: Path, tmp_path: Path, capsys: p
     fit_head(data, make_split(data), D=4, ep=1).save(tmp_path / "mine")
     (tmp_path / "list.json").write_text("[]")
     for path, message in (
-        (tmp_path / "mine" / "config.json", "is of a run that no command made"),
+        (tmp_path / "mine" / "config.json", "is of a run made from Python"),
         (tmp_path / "list.json", "isn't the config.json of a run"),
     ):
         with pytest.raises(SystemExit) as stopped:

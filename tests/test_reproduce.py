@@ -2,26 +2,31 @@
 
 import csv
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sklearn.metrics as reference
+import torch
 from caches import CLASSES, make_cache
-from conftest import ROOT, content, trained_with
+from conftest import ROOT, content, make_course, trained_with
 from pairs import cached_pairs, make_pairs, tiny_bert, tiny_clip
+from PIL import Image
 
-from feats.encoders.registry import ENCODERS
+from feats import ngrams_extract_feats, pixels_extract_feats
+from feats.encoders.registry import ENCODERS, load_encoder
 from feats.errors import UsageError
 from modeling import reproduce
 from modeling.evaluation import metrics
+from modeling.features.joined import load_features
 from modeling.finetuning.studies import MODELS, EncoderChoice
 from modeling.heads.registry import HEADS
 from modeling.reproduction import finetuned, tables
 from modeling.reproduction.published import TABLES, Row, ends
 from modeling.reproduction.sources import caches_in, source_for, stand_in
-from modeling.reproduction.tables import TUNED, Result, Scored, Settings
-from modeling.runs.folder import read_predictions
+from modeling.reproduction.tables import FROZEN, TUNED, Result, Scored, Settings
+from modeling.runs.folder import load_run, read_predictions
 
 PUBLISHED = {  # as the studies printed them, typed once more
     "A-fusions": ".7799 .79 .8829 .7718 .3077 .5333 .7655 .7500",
@@ -90,7 +95,7 @@ def test_settings_are_those_of_the_table_s_rows(name: str, settings: list[tuple[
 
 @pytest.mark.parametrize(("table", "row"), ALL_ROWS)
 def test_rows_are_of_heads_encoders_and_models_there_are(table, row: Row):
-    assert HEADS[row.head].study == table.study.letter and row.cached <= (row.ablation_of is None)
+    assert HEADS[row.head].study == table.study.letter
     assert [other.label for other in table.rows].count(row.label) == 1
     for side in row.sides:
         wanted = row.wanted(side)
@@ -152,6 +157,7 @@ def test_every_table_is_made_of_the_caches_there_are(
     assert any(f"in place of {encoder} {model}" in out for encoder in ENCODERS for model in wanted_models)
     assert "validation rows" in out and "majority 0." in out and "duplicates together" in out
     assert ("encoders frozen in place of tuned" in out) == (table.study.letter in "BCE")
+    assert ("the training rows' mean in place of a black picture" in out) == (name == "B-heads")
     assert re.search(r"always positive \(\d+ rows\)", out)
     assert out.splitlines()[-1] == (
         f"{len(runs_in(folder))} runs, {len(runs_in(folder))} of them trained now, table.csv and table.md -> {folder}"
@@ -213,6 +219,43 @@ def test_a_second_start_trains_nothing(
     assert "4 runs, 0 of them trained now" in out and told == out.replace("0 of them trained now", "")
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
     assert written == [(folder / name).read_bytes() for name in ("table.csv", "table.md")]
+
+
+def test_a_side_is_removed_from_heads_on_caches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setitem(tables.RECIPES, "B-cached", {**tables.RECIPES["B-cached"], "ep": 2})
+    make_course(tmp_path / "set", 45)
+    common = ["--data", str(tmp_path / "set"), "--out", str(tmp_path / "feats"), "--device", "cpu", "--workers", "0"]
+    assert pixels_extract_feats.main([*common, "--size", "8"]) == 0
+    assert ngrams_extract_feats.main([*common, "--columns", "32"]) == 0
+    folders = ["--feats", str(tmp_path / "feats"), "--runs", str(tmp_path), "--device", "cpu", "--seeds", "2"]
+    argv = ["B-heads", "--rows", "attention", "removed", "--vtype", "pixels", "--ttype", "ngrams", *folders]
+    assert reproduce.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "2 runs, 2 of them trained now" in out and "rows' mean in place" not in out
+    data = load_features(tmp_path / "feats", "train", "pixels", "ngrams")
+    black = load_encoder("pixels", size=8).encode(images=[Image.new("RGB", (224, 224))])["image"]
+    empty = load_encoder("ngrams", columns=32).encode(texts=[""])["text"]
+    found = {r["row"]: r for r in table_of(tmp_path, "B-heads") if r["encoders"] == "frozen"}
+    for label, side, cache, blank in (
+        ("image removed at test time", "image", "pixels", black),
+        ("text removed at test time", "text", "ngrams", empty),
+    ):
+        rows = torch.from_numpy(np.repeat(blank.astype(np.float16), len(data), 0))
+        without = replace(data, **{side: {cache: rows}})
+        runs = [load_run(path) for path in runs_in(tmp_path / "reproduce_B-heads")]
+        accuracies = [run.score(without, run.split.val) for run in runs]
+        assert float(found[label]["ours"]) == pytest.approx(np.mean(accuracies))
+        assert float(found[label]["low"]) <= np.mean(accuracies) <= float(found[label]["high"])
+
+
+def test_a_run_s_configuration_repeats_its_table(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert command(feats, tmp_path, "A-ablation", "--folds", "2", "--rows", "text") == 0
+    [run] = runs_in(tmp_path / "reproduce_A-ablation")
+    told = capsys.readouterr().out
+    assert reproduce.main(["--config", str(run / "config.json")]) == 0
+    assert capsys.readouterr().out == told.replace("1 of them trained now", "0 of them trained now")
 
 
 def test_folds_give_figures_of_all_rows(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -427,6 +470,8 @@ def test_a_removed_side_without_its_model_is_not_run(tmp_path: Path):
     [result] = finetuned.tuned_results(table, [row], Settings(tmp_path, tmp_path), train=False)
     reason = "not run: it is of the row attention, improved; name that in `rows`, too"
     assert result == Result(row, TUNED, reason=reason)
+    [result] = tables.frozen_results(table, [row], Settings(tmp_path, tmp_path))
+    assert result == Result(row, FROZEN, reason=reason)
 
 
 def test_the_readme_names_every_table():

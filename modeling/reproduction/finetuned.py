@@ -18,7 +18,7 @@ from modeling.finetuning.studies import MODELS, EncoderChoice, tuning_recipe
 from modeling.heads.base import HeadConfig
 from modeling.reproduction.published import Row, Table
 from modeling.reproduction.sources import SUFFIX, caches_in
-from modeling.reproduction.tables import NOT_TUNED, TUNED, Result, Settings, split_of
+from modeling.reproduction.tables import NOT_TUNED, TUNED, Result, Settings, side_removed, split_of
 from modeling.runs.folder import is_whole
 
 Progress = Callable[[int, int], Any]  # rows done, rows to do
@@ -50,13 +50,13 @@ def tuned_results(
     weights: Mapping[str, str] = {},
     *,
     train: bool,
-    command: str | None = None,
+    made_by: Mapping[str, Any] = {},
     say: Callable[[str], Any] = lambda line: None,
     bar: Callable[[str], AbstractContextManager[Progress]] | None = None,
 ) -> list[Result]:
     """The tuned rows among `rows`: those with a finished run in the table's folder, and with `train` the others, tuned
     now by the study's recipe. `weights` by encoder, as `start_from_encoders` takes them; those of encoders that a row
-    has none of are left aside.
+    has none of are left aside. `made_by` as in `frozen_results`.
 
     A row whose weights or pairs can't be had has a result that says why."""
     rows = [row for row in rows if row.tuned]
@@ -84,17 +84,13 @@ def tuned_results(
             try:
                 if path.exists():
                     raise UsageError(f"{path} is damaged; remove it, and run the command again")
-                _tune(table, row, path, place, own, settings, scored_without, command, say, bar)
+                _tune(table, row, path, place, own, settings, scored_without, made_by, say, bar)
                 found[row.label] = replace(_result(row, path), made=1)
             except UsageError as error:
                 found[row.label] = Result(row, TUNED, reason=" ".join(str(error).split()))
     for row in rows:
         if row.ablation_of is not None:
-            without = Result(
-                row, TUNED, reason=f"not run: it is of the row {row.ablation_of}; name that in `rows`, too"
-            )
-            whole = found.get(row.ablation_of, without)
-            found[row.label] = replace(whole, row=row, made=0)
+            found[row.label] = side_removed(row, TUNED, found)
     return [found[row.label] for row in rows]
 
 
@@ -139,7 +135,7 @@ def _tune(
     weights: Mapping[str, str],
     settings: Settings,
     ablation_eval: bool,
-    command: str | None,
+    made_by: Mapping[str, Any],
     say: Callable[[str], Any],
     bar: Callable[[str], AbstractContextManager[Progress]] | None,
 ) -> None:
@@ -169,7 +165,7 @@ def _tune(
             name=path.name,
             ablation_eval=ablation_eval,
             caches=settings.feats,
-            command=command,
+            **made_by,
             say=say,
             bar=bar or no_bar,
         )

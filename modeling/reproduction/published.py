@@ -129,7 +129,6 @@ def _removed_in_b(label: str, accuracy: str, left: tuple[str, ...]) -> Row:
         _CLIP_B32,
         left,
         tuned=True,
-        cached=False,
         ablation_of="attention, improved",
     )
 

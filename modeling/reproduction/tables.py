@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,19 @@ from modeling.experiment import (
 from modeling.features.joined import DEFAULT_FOLDER, FeatureSource
 from modeling.features.splits import SplitSettings
 from modeling.heads.base import HeadConfig, ablation_words, head_class
+from modeling.prediction.ablation import ablation_eval, absence
 from modeling.reproduction.published import Row, Study, Table, ends
 from modeling.reproduction.sources import Cache, caches_in, differences, source_for
 from modeling.runs import folder as run_folder
-from modeling.runs.folder import PREDICTIONS, is_whole, read_config, read_metrics, read_predictions, save_run
+from modeling.runs.folder import (
+    PREDICTIONS,
+    is_whole,
+    load_run,
+    read_config,
+    read_metrics,
+    read_predictions,
+    save_run,
+)
 from modeling.search.sweep import data_digest, name_of
 from modeling.training.config import TrainConfig, as_read, flat, from_flat, with_seeds
 from modeling.training.recipes import RECIPES, SPLIT_SETTINGS, cached_recipe, recipe_settings
@@ -66,7 +75,8 @@ class Settings:
 @dataclass(frozen=True)
 class Result:
     """What became of a published row: its `runs`, one for each seed, or the `reason` why there is none. `encoders` says
-    whether they were frozen or tuned here, `differs` what else isn't as in the study. `made`: runs trained just now."""
+    whether they were frozen or tuned here, `differs` what else isn't as in the study. `made`: runs trained just now.
+    `figures` of each run stand in for those that it keeps."""
 
     row: Row
     encoders: str
@@ -74,6 +84,13 @@ class Result:
     differs: tuple[str, ...] = ()
     reason: str = ""
     made: int = 0
+    figures: tuple[Mapping[str, Any], ...] = ()
+
+
+def side_removed(row: Row, encoders: str, found: Mapping[str, Result]) -> Result:
+    """A row that is of another one's runs: `found`, by label, has that, or the row wasn't asked for."""
+    reason = f"not run: it is of the row {row.ablation_of}; name that in `rows`, too"
+    return replace(found.get(row.ablation_of or "", Result(row, encoders, reason=reason)), row=row, made=0)
 
 
 # -- recipes ----------------------------------------------------------------------------------------------------
@@ -104,21 +121,22 @@ def frozen_results(
     rows: Sequence[Row],
     settings: Settings = Settings(),
     *,
-    command: str | None = None,
+    made_by: Mapping[str, Any] = {},
     say: Callable[[str], Any] = lambda line: None,
     bar: Bar = no_bar,
 ) -> list[Result]:
     """Train the heads of `rows` of a table on caches, each seed a run of its own; finished ones are taken as they are.
 
-    A row that can't be trained has a result that says why. `say` hears what is read, `bar` shows progress. Raises
-    `UsageError` for caches that were named and can't be used.
+    A row that can't be trained has a result that says why. `made_by` is what `save_run` keeps of the command and its
+    options, `say` hears what is read, `bar` shows progress. Raises `UsageError` for caches that were named and can't be
+    used.
     """
     caches = {cache.name: cache for cache in caches_in(settings.feats)}
     named = {"image": settings.image, "text": settings.text}
     sources: dict[str, FeatureSource] = {}
     found: dict[str, Result] = {}
     for row in rows:
-        if not row.cached:
+        if not row.cached or row.ablation_of is not None:
             continue
         try:
             sources[row.label] = source_for(row, list(caches.values()), settings.feats, named)
@@ -133,26 +151,31 @@ def frozen_results(
     for _, group in groupby(sorted(there, key=alike), alike):
         members = list(group)
         try:
-            results = _trained(table, members, sources[members[0].label], caches, settings, command, say, bar)
+            source, removed = sources[members[0].label], [row for row in rows if row.cached and row.ablation_of]
+            results = _trained(table, members, removed, source, caches, settings, made_by, say, bar)
         except UsageError as error:
             if settings.image is not None or settings.text is not None:
                 raise
             results = [Result(row, FROZEN, reason=str(error)) for row in members]
         found |= {result.row.label: result for result in results}
+    for row in rows:
+        if row.cached and row.ablation_of is not None and row.label not in found:
+            found[row.label] = side_removed(row, FROZEN, found)
     return [found[row.label] for row in rows if row.label in found]
 
 
 def _trained(
     table: Table,
     rows: Sequence[Row],
+    removed: Sequence[Row],
     source: FeatureSource,
     caches: Mapping[str, Cache],
     settings: Settings,
-    command: str | None,
+    made_by: Mapping[str, Any],
     say: Callable[[str], Any],
     bar: Bar,
 ) -> list[Result]:
-    """The rows whose heads read the same caches."""
+    """The rows whose heads read the same caches, and those of `removed` that are of one of them."""
     folder = settings.folder_of(table)
     # Heads that can do without tokens had vectors in the studies: only those that need tokens ask for some.
     needing = [HeadConfig(row.head, sides=row.sides) for row in rows if head_class(row.head).tokens]
@@ -169,7 +192,7 @@ def _trained(
     failed: dict[int, str] = {}
     with bar(total_epochs(waiting, experiment)) as progress:
         for k, outcomes in train(waiting, experiment, progress, failed):
-            save_run(run_of(outcomes, experiment), folder / names[waiting[k]], overwrite=True, command=command)
+            save_run(run_of(outcomes, experiment), folder / names[waiting[k]], overwrite=True, **made_by)
     diverged = {names[waiting[k]]: reason for k, reason in failed.items()}
     results = []
     for row, configs in zip(rows, of_row, strict=True):
@@ -183,8 +206,26 @@ def _trained(
             differs.append("encoders frozen in place of tuned")
         paths = tuple(folder / name for name in of_seeds)
         made = sum(names[config] in of_seeds for config in waiting)
-        results.append(Result(row, FROZEN, paths, tuple(differs), made=made))
+        whole = Result(row, FROZEN, paths, tuple(differs), made=made)
+        results += [whole, *(_scored_without(r, whole, experiment) for r in removed if r.ablation_of == row.label)]
     return results
+
+
+def _scored_without(row: Row, whole: Result, experiment: Experiment) -> Result:
+    """The heads of `whole` with a black picture or an empty text, as the study had; where no encoder can make these,
+    with the training rows' mean."""
+    source, differs = experiment.features.source, list(whole.differs)
+    try:
+        absent_of = absence("blank", experiment.features, source, device=experiment.device)
+    except UsageError:
+        absent_of = absence("mean", experiment.features, source)
+        differs.append(
+            "the training rows' mean in place of a black picture and an empty text, which the caches' encoders "
+            "can't be had for"
+        )
+    left = ablation_words(row.sides)
+    figures = [ablation_eval(load_run(path), experiment, absent_of)["val"][left] for path in whole.runs]
+    return replace(whole, row=row, differs=tuple(differs), made=0, figures=tuple(figures))
 
 
 def caches_of(source: FeatureSource, caches: Mapping[str, Cache]) -> dict[str, Cache]:
@@ -255,9 +296,9 @@ def scored(result: Result) -> Scored:
     """Read a result's runs. Raises `UsageError` for what can't be read."""
     if result.row.ablation_of is not None:
         left = ablation_words(result.row.sides)
-        of_runs = [read_metrics(path).get("ablation_eval", {}).get(left) for path in result.runs]
-        figures = [found for found in of_runs if found is not None]
-        return Scored(figures, dict(figures[0]["interval"]) if figures else {})
+        kept = [read_metrics(path).get("ablation_eval", {}).get(left) for path in result.runs]
+        of_runs = [dict(found) for found in result.figures or kept if found is not None]
+        return Scored(of_runs, {name: _mean_interval(of_runs, name) for name in metrics.AVERAGES} if of_runs else {})
     figures = [read_metrics(path)["val"] for path in result.runs]
     classes = read_config(result.runs[0])["classes"]
     read = [read_predictions(path / PREDICTIONS) for path in result.runs]
@@ -267,6 +308,12 @@ def scored(result: Result) -> Scored:
         figures,
         {name: metrics.interval_of_mean(labels, predicted, len(classes), name) for name in metrics.AVERAGES},
     )
+
+
+def _mean_interval(of_runs: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    """The mean of each run's own, no narrower than the interval of the mean as a rule."""
+    low, high = np.mean([figures["interval"][name] for figures in of_runs], axis=0).tolist()
+    return [low, high]
 
 
 def compare(table: Table, results: Iterable[Result], settings: Settings) -> Comparison:

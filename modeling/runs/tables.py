@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from feats.source import SIDES
-from modeling.evaluation.metrics import AVERAGES, SHOWN_AVERAGES, figure_rows, format_table, marked
+from modeling.evaluation.metrics import AVERAGES, SHOWN_AVERAGES, figure_rows, format_table
 from modeling.heads.base import ablation_number, ablation_words, n_parameters
 from modeling.runs.run import Run
 from modeling.training.config import settings_read
@@ -160,7 +160,7 @@ def ablation_table(figures: Mapping[str, Mapping[str, Any]], part: str) -> str:
     both = next(iter(figures.values()))
     rows = []
     for left, found in figures.items():
-        own, interval, majority = figure_rows(found, marked(left, found.get("collapsed")))
+        own, interval, majority = figure_rows(found, left)
         rows += [own, interval]
         if found is not both:
             rows.append({"rows": "  to both", **{name: f"{found[name] - both[name]:+.3f}" for name in AVERAGES}})
