@@ -110,8 +110,10 @@ def reproduce(
     runs = {path for result in results for path in result.runs}
     if runs:
         comparison.write(settings.folder_of(table))
-        made = sum(result.made for result in results)
-        print(f"{len(runs)} runs, {made} of them trained now, table.csv and table.md -> {settings.folder_of(table)}")
+        made = {path for result in results for path in result.made}
+        print(
+            f"{len(runs)} runs, {len(made)} of them trained now, table.csv and table.md -> {settings.folder_of(table)}"
+        )
     return bool(runs)
 
 

@@ -250,6 +250,15 @@ def test_a_side_is_removed_from_heads_on_caches(
         assert float(found[label]["low"]) <= np.mean(accuracies) <= float(found[label]["high"])
 
 
+def test_a_run_of_several_rows_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture):
+    make_cache(tmp_path / "feats", "clip")  # stands in for ResNet and RoBERTa, too
+    rows = ["--rows", "clip D 128 lr 1e-4", "roberta D 128 lr 1e-4"]
+    assert command(tmp_path / "feats", tmp_path, "D-grid", *rows) == 0
+    out = capsys.readouterr().out
+    assert "1 runs, 1 of them trained now" in out
+    assert "\n- clip D 128 lr 1e-4 bs 512, resnet50 + roberta D 128 lr 1e-4 bs 512 (frozen): validation rows " in out
+
+
 def test_a_run_s_configuration_repeats_its_table(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert command(feats, tmp_path, "A-ablation", "--folds", "2", "--rows", "text") == 0
     [run] = runs_in(tmp_path / "reproduce_A-ablation")

@@ -85,7 +85,7 @@ def tuned_results(
                 if path.exists():
                     raise UsageError(f"{path} is damaged; remove it, and run the command again")
                 _tune(table, row, path, place, own, settings, scored_without, made_by, say, bar)
-                found[row.label] = replace(_result(row, path), made=1)
+                found[row.label] = replace(_result(row, path), made=(path,))
             except UsageError as error:
                 found[row.label] = Result(row, TUNED, reason=" ".join(str(error).split()))
     for row in rows:

@@ -83,14 +83,14 @@ class Result:
     runs: tuple[Path, ...] = ()
     differs: tuple[str, ...] = ()
     reason: str = ""
-    made: int = 0
+    made: tuple[Path, ...] = ()
     figures: tuple[Mapping[str, Any], ...] = ()
 
 
 def side_removed(row: Row, encoders: str, found: Mapping[str, Result]) -> Result:
     """A row that is of another one's runs: `found`, by label, has that, or the row wasn't asked for."""
     reason = f"not run: it is of the row {row.ablation_of}; name that in `rows`, too"
-    return replace(found.get(row.ablation_of or "", Result(row, encoders, reason=reason)), row=row, made=0)
+    return replace(found.get(row.ablation_of or "", Result(row, encoders, reason=reason)), row=row, made=())
 
 
 # -- recipes ----------------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def _trained(
         if row.tuned:
             differs.append("encoders frozen in place of tuned")
         paths = tuple(folder / name for name in of_seeds)
-        made = sum(names[config] in of_seeds for config in waiting)
+        made = tuple(folder / names[config] for config in waiting if names[config] in of_seeds)
         whole = Result(row, FROZEN, paths, tuple(differs), made=made)
         results += [whole, *(_scored_without(r, whole, experiment) for r in removed if r.ablation_of == row.label)]
     return results
@@ -225,7 +225,7 @@ def _scored_without(row: Row, whole: Result, experiment: Experiment) -> Result:
         )
     left = ablation_words(row.sides)
     figures = [ablation_eval(load_run(path), experiment, absent_of)["val"][left] for path in whole.runs]
-    return replace(whole, row=row, differs=tuple(differs), made=0, figures=tuple(figures))
+    return replace(whole, row=row, differs=tuple(differs), made=(), figures=tuple(figures))
 
 
 def caches_of(source: FeatureSource, caches: Mapping[str, Cache]) -> dict[str, Cache]:
@@ -406,10 +406,15 @@ def _notes(table: Table, read: Sequence[tuple[Result, Scored | None]], settings:
 
 def _gathered(told: Sequence[tuple[str, Result]]) -> list[str]:
     """Each remark once, behind the rows it is of."""
-    of_remark: dict[str, list[str]] = {}
+    of_remark: dict[str, dict[str, list[str]]] = {}
     for remark, result in told:
-        of_remark.setdefault(remark, []).append(f"{result.row.label} ({result.encoders})")
-    return [f"{', '.join(dict.fromkeys(rows))}: {remark}" for remark, rows in of_remark.items()]
+        labels = of_remark.setdefault(remark, {}).setdefault(result.encoders, [])
+        labels += [result.row.label] if result.row.label not in labels else []
+    lines = []
+    for remark, of_encoders in of_remark.items():
+        rows = [f"{', '.join(labels)} ({encoders})" for encoders, labels in of_encoders.items()]
+        lines.append(f"{'; '.join(rows)}: {remark}")
+    return lines
 
 
 def _rows_here(of_runs: Scored) -> str:
