@@ -21,7 +21,7 @@ from modeling.features.splits import SplitSettings
 from modeling.finetuning.checkpoint import WorkFolder
 from modeling.finetuning.data import PairReader, Sample, epoch_samples
 from modeling.finetuning.model import PairModel
-from modeling.finetuning.outcome import what_is_tuned
+from modeling.finetuning.outcomes import what_is_tuned
 from modeling.finetuning.pairs import DataPlace
 from modeling.finetuning.parameters import choose_parameters, optimizer_of
 from modeling.finetuning.predicting import predict

@@ -398,7 +398,7 @@ def test_ids_classes_and_titles_are_escaped(material: Material, tmp_path: Path):
     evil = replace(material, report=report)
     assert "<script" not in building.errors(evil).html
     assert "<script" not in part("cells", [EVIL], [[1]], [[1.0]])
-    assert "<script" not in part("audit", [dict.fromkeys(
+    assert "<script" not in part("audit", EVIL, [dict.fromkeys(
         ("id", "text", "given", "suggested", "confidence", "part", "why", "corrected"), EVIL)], [EVIL, "a"])  # fmt: skip
     write_page(tmp_path / "x.html", EVIL, [Section(EVIL, "a", "<p>x</p>")])
     html = (tmp_path / "x.html").read_text()

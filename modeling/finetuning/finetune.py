@@ -11,7 +11,7 @@ from typing import Any
 from feats.acceleration import deterministic, peak_bytes
 from feats.errors import UsageError
 from modeling.features.splits import duplicates_of
-from modeling.finetuning import outcome
+from modeling.finetuning import outcomes as outcome
 from modeling.finetuning.checkpoint import WorkFolder
 from modeling.finetuning.distributed import Team
 from modeling.finetuning.hard_rows import hard_rows

@@ -483,17 +483,12 @@ def label_audit(material: Material) -> Section:
     """The queue that audit_labels.py left in the run's folder, for a person to decide on."""
     path = material.run.folder / AUDIT
     if not path.is_file():
-        text = f"No queue of suspect labels yet: python modeling/audit_labels.py --run {material.run.folder}, and again"
-        return Section("Label audit", "label-audit", part("note", f"{text} this page."))
+        return Section("Label audit", "label-audit", part("no_audit", str(material.run.folder)))
     rows = [dict(row) for row in read_table(path)]
     suspects = [row for row in rows if row["why"]]
     shown = [
         {**row, "text": _cut(row["text"], 200), "confidence": f"{float(row['confidence']):.3f}"}
         for row in suspects[:MOST_SUSPECTS]
     ]
-    words = (
-        f"{len(suspects):,} of {len(rows):,} labels are suspect; the first {len(shown):,}, the most suspect first. "
-        "Decide and download: then train again with --corrections corrections.csv. Rows of validation and test are "
-        "marked: correct them for the figures' sake if you must, never tune by them."
-    )
-    return Section("Label audit", "label-audit", f"<p>{words}</p>" + part("audit", shown, material.classes))
+    counts = f"{len(suspects):,} of {len(rows):,} labels are suspect; the first {len(shown):,}, the most suspect first."
+    return Section("Label audit", "label-audit", part("audit", counts, shown, material.classes))
