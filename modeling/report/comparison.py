@@ -159,7 +159,7 @@ def _draw(axes: Axes, bars: Sequence[Bar], comparison: Comparison) -> None:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     low, high = min([base, *(bar.low for bar in bars)]), max(bar.high for bar in bars)
-    axes.set_xlim(low - 0.05 * (high - low), high + 0.55 * (high - low))
+    axes.set_xlim(low - 0.05 * (high - low), high + 0.3 * (high - low))
     axes.set_xlabel(f"{figure_words(comparison.by)} (bars begin at {comparison.baseline['head']}: {base:.3f})")
     if len(series) > 1:
         handles = [Patch(color=colour(k), alpha=0.75, label=words) for k, words in series.items()]

@@ -31,7 +31,7 @@ DRAWS = 5
 FACTORS = (1.5, 2.0, 4.0)  # of the training rows, at which the fit is read
 LEAST_UNITS = 2  # of a class, in a part: rows that are no duplicates, one to learn from and one for inner folds
 LEAST_SHARES = 4  # a law of three numbers goes through any three points
-EXPONENTS = np.geomspace(0.1, 2.0, 30)  # published ones of error rates lie between
+EXPONENTS = np.geomspace(0.1, 2.0, 100)  # published ones of error rates lie between
 RESAMPLES = 2000
 MEASURED, PREDICTED = "measured", "predicted"
 FILE = "learning_curve.csv"
@@ -268,27 +268,27 @@ def predicted_rows(curve: Curve, figure: str, factors: Sequence[float]) -> list[
     The band is that of laws fitted to resampled draws and validation rows, each from another of the shares on, since
     nobody knows where a law begins; that of the figure itself also allows for another collection of as many training
     rows. Shares at which the head is no better than the majority class are on no law: there it learned nothing yet
-    (Hestness et al., Deep Learning Scaling is Predictable, Empirically, 2017). From where the rows don't tell, there is
-    no band, and `why`."""
+    (Hestness et al., Deep Learning Scaling is Predictable, Empirically, 2017). From where the band of the gain
+    is as wide as what the head has over the majority class, or as half of its errors, there is none, and `why`."""
     fitted = replace(curve, **_from_share(curve, _first_above_chance(curve, figure)))
-    n = fitted.rows.mean(0)
-    reason = _no_law(fitted, figure)
-    rows = [{"share": float(factor), "rows": round(factor * float(n[-1])), "why": reason} for factor in sorted(factors)]
+    reason, n_all = _no_law(curve, fitted, figure), float(curve.rows[:, -1].mean())
+    rows = [{"share": float(factor), "rows": round(factor * n_all), "why": reason} for factor in sorted(factors)]
     if not reason:
         drawn = _resampled_errors(fitted, figure)
-        reason = _misses_all_rows(fitted, drawn)
         now, chance = 1 - drawn.mean(0)[-1], _chance(curve, figure)
+        n = fitted.rows.mean(0)
         laws, of_all = _laws(n, drawn), fit_power_law(n, _errors(fitted, figure).mean(0)[None])
         other_rows = np.random.default_rng(1).normal(0, _spread_of_all_rows(fitted, figure), len(drawn))
+        reason = _misses_all_rows(fitted, drawn, other_rows)
         for row in rows:
-            errors = laws.at(row["share"] * n[-1])
-            gain_low, gain_high = _band(laws.at(n[-1]) - errors)
-            if not reason and gain_high - gain_low >= now - chance:
-                reason = f"the laws that fit differ by as much as all that is gained over always {curve.majority}"
+            errors = laws.at(row["share"] * n_all)
+            gain_low, gain_high = _band(laws.at(n_all) - errors)
+            if not reason and gain_high - gain_low >= min(now - chance, (1 - now) / 2):
+                reason = f"the laws that fit leave open {gain_low:.3f} to {gain_high:.3f} more than now"
             row["why"] = reason
             if not reason:
                 low, high = _band(1 - errors - other_rows)
-                mean = 1 - float(of_all.at(row["share"] * n[-1])[0])
+                mean = 1 - float(of_all.at(row["share"] * n_all)[0])
                 row |= {"mean": mean, "low": min(low, mean), "high": max(high, mean)}
                 row |= {"gain_low": gain_low, "gain_high": gain_high}
     return [_row(curve, figure, PREDICTED, row) for row in rows]
@@ -359,27 +359,27 @@ def _band(values: np.ndarray) -> tuple[float, float]:
     return low, high
 
 
-def _no_law(curve: Curve, figure: str) -> str:
-    """Why no law is fitted; '' where one is."""
-    draws, shares, _ = curve.predictions.shape
-    if shares < LEAST_SHARES:
-        return f"{shares} shares were measured, a power law needs {LEAST_SHARES} or more"
-    if draws < 2:
+def _no_law(curve: Curve, fitted: Curve, figure: str) -> str:
+    """Why no law is fitted to the part `fitted` of a curve; '' where one is."""
+    if len(curve.rows) < 2:
         return "one draw doesn't tell how much draws differ"
     low, _ = metrics.interval_of_mean(curve.labels, curve.predictions[:, -1], len(curve.classes), figure)
     if low <= _chance(curve, figure):
         return f"with all rows it isn't surely better than always {curve.majority}"
+    if len(fitted.shares) < LEAST_SHARES:
+        return f"{len(fitted.shares)} shares above always {curve.majority}, a power law needs {LEAST_SHARES} or more"
     return ""
 
 
-def _misses_all_rows(curve: Curve, errors: np.ndarray) -> str:
-    """A law fitted to the parts up to half of the rows should foretell what was measured with all of them. Why not; ''
-    where it does, and where there are too few such parts to fit one."""
+def _misses_all_rows(curve: Curve, errors: np.ndarray, other_rows: np.ndarray) -> str:
+    """A law fitted to the parts up to half of the rows should foretell what was measured with all of them, as well as
+    these stand for others (`other_rows` (R,), by how much they may differ). Why not; '' where it does, and where there
+    are too few such parts to fit one."""
     early = curve.shares <= 0.5
     if early.sum() < LEAST_SHARES:
         return ""
     n = curve.rows.mean(0)
-    low, high = _band(fit_power_law(n[early], errors[:, early]).at(n[-1]) - errors[:, -1])
+    low, high = _band(fit_power_law(n[early], errors[:, early]).at(n[-1]) - errors[:, -1] - other_rows)
     return "" if low <= 0 <= high else "a law fitted to half of the rows misses what was measured with all of them"
 
 
