@@ -294,8 +294,7 @@ def test_the_script_shows_and_writes_the_curve(trained: Path, capsys: pytest.Cap
         *(("measured", share) for share in (0.2, 0.4, 0.7, 1.0)),
         *(("predicted", factor) for factor in (1.5, 2.0, 4.0)),
     ]
-    with (trained / "metrics.json").open():
-        own = load_run(trained)
+    own = load_run(trained)
     assert rows[3]["rows"] == len(own.splits[0].train)
     with (trained / "predictions_val.csv").open(newline="") as file:
         told = list(csv.DictReader(file))

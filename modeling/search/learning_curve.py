@@ -272,7 +272,9 @@ def predicted_rows(curve: Curve, figure: str, factors: Sequence[float]) -> list[
     is as wide as what the head has over the majority class, or as half of its errors, there is none, and `why`."""
     fitted = replace(curve, **_from_share(curve, _first_above_chance(curve, figure)))
     reason, n_all = _no_law(curve, fitted, figure), float(curve.rows[:, -1].mean())
-    rows = [{"share": float(factor), "rows": round(factor * n_all), "why": reason} for factor in sorted(factors)]
+    rows: list[dict[str, Any]] = [
+        {"share": float(factor), "rows": round(factor * n_all), "why": reason} for factor in sorted(factors)
+    ]
     if not reason:
         drawn = _resampled_errors(fitted, figure)
         now, chance = 1 - drawn.mean(0)[-1], _chance(curve, figure)
