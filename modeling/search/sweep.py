@@ -22,6 +22,7 @@ from modeling.training.config import TrainConfig, flat, settings_read
 
 SHOWN = 20  # configurations of the whole table that a terminal shows
 TABLE = "table.csv"
+MARKDOWN = "table.md"
 
 
 def data_digest(experiment: Experiment) -> str:
@@ -92,7 +93,7 @@ class Tables:
         parts += [
             f"### {title}\n\n{metrics.format_table(*pivot, markdown=True)}" for title, pivot in self.pivots.items()
         ]
-        (folder / "table.md").write_text("\n\n".join([*parts, self.notes]) + "\n", encoding="utf-8")
+        (folder / MARKDOWN).write_text("\n\n".join([*parts, self.notes]) + "\n", encoding="utf-8")
 
     def _of_rows(self) -> list[tuple[list[dict[str, Any]], list[str]]]:
         """The two tables of all configurations; the majority class isn't trained."""
@@ -105,6 +106,11 @@ def best_run(folder: Path) -> Path:
         return folder / read_table(folder / TABLE)[0]["run"]
     except (OSError, ValueError, IndexError, KeyError):
         raise UsageError(f"no finished sweep in {folder}; make one with python modeling/sweep_heads.py") from None
+
+
+def read_notes(folder: Path) -> str:
+    """What a sweep's tables say of how their figures came about. Raises `OSError` when there are none."""
+    return (folder / MARKDOWN).read_text(encoding="utf-8").strip().rpartition("\n\n")[2]
 
 
 def compare(
@@ -140,7 +146,7 @@ def compare(
     drawn = [of_entry.mean(1) for of_entry in np.split(of_runs, ends, axis=1)]  # resampled rows, the seeds as they are
     for entry, of_entry in zip(entries, drawn, strict=True):
         low, high = metrics.interval_of_mean(labels, entry["predictions"], len(experiment.classes), monitor)
-        entry["row"] |= {"95 %": f"{low:.3f}-{high:.3f}", "low": low, "high": high}
+        entry["row"] |= {"by": monitor, "95 %": f"{low:.3f}-{high:.3f}", "low": low, "high": high}
         if entry is not best:
             difference = entry["row"][monitor] - best["row"][monitor]
             entry["row"] |= {"to best": difference, "p": metrics.two_sided_p(of_entry - drawn[0])}

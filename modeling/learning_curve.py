@@ -1,0 +1,85 @@
+"""How many more labels would help: train a run's head on ever larger parts of its training rows, and tell how it goes
+on from there, as far as that can be told.
+"""
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import feats.threads  # noqa: F401
+
+# isort: split
+
+from feats.acceleration import deterministic
+from feats.cli import EXIT_DONE, positive
+from modeling import cli
+from modeling.evaluation.metrics import AVERAGES, format_table
+from modeling.experiment import experiment_of_run
+from modeling.prediction.out_of_fold import single_split
+from modeling.runs.files import check_replaceable
+from modeling.runs.folder import open_runs
+from modeling.runs.run import Run
+from modeling.search import learning_curve as curves
+
+SHOWN = ("head", "what", "share", "rows", "mean", "std", "low", "high", "gain_low", "gain_high")
+
+
+def build_parser() -> ArgumentParser:
+    """The script's arguments."""
+    parser = cli.new_parser(__doc__)
+    parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
+    parser.add_argument("--run", metavar="RUN", help="a path, or a name in --runs (default: the newest)")
+    shares = " ".join(f"{share:g}" for share in curves.SHARES)
+    parser.add_argument(
+        "--shares",
+        type=float,
+        nargs="+",
+        default=list(curves.SHARES),
+        metavar="SHARE",
+        help=f"of the training rows, 1 always among them (default: {shares})",
+    )
+    parser.add_argument("--draws", type=positive, default=curves.DRAWS, metavar="N", help="of each share")
+    parser.add_argument("--draw-seed", type=int, default=0, metavar="SEED", help="of the draws")
+    parser.add_argument("--figure", choices=AVERAGES, default=AVERAGES[0], help="what is shown")
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"(default: {curves.FILE} in the run's folder)")
+    cli.add_run_options(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; returns its exit status."""
+    args = build_parser().parse_args(argv)
+    return cli.guarded(lambda: work(args), "nothing was written")
+
+
+def work(args: Namespace) -> int:
+    """Train, show and write the curve; returns the exit status."""
+    [run] = open_runs(args.runs, [args.run] if args.run else None)
+    single_split(run)
+    with deterministic(any(member.config.deterministic for member in run.members)):
+        return work_of(run, args)
+
+
+def work_of(run: Run, args: Namespace) -> int:
+    """As `work`, of a run that was read."""
+    out = args.out or run.folder / curves.FILE
+    check_replaceable(out, curves.HEADER)
+    source = replace(run.source, folder=run.feature_folder(args.feats))
+    print(f"caches {source.folder}")
+    experiment, configs = experiment_of_run(run, source, args.device), curves.configs_of(run)
+    how = (args.shares, args.draws, args.draw_seed)
+    with cli.progress_bar("train", curves.curve_epochs(configs, experiment, *how), "epoch") as progress:
+        found = curves.learning_curve(experiment, configs, *how, progress)
+    rows = curves.table(found, args.figure)
+    curves.write_curve(out, rows)
+    print(format_table(rows, SHOWN))
+    print(f"\n{curves.notes(rows)}")
+    print("\n".join(curves.answers(rows)))
+    print(f"{args.figure} at {len(found[0].shares)} shares, {args.draws} draws of each -> {out}")
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
