@@ -1,17 +1,19 @@
 """A run's report from beginning to end."""
 
-import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from modeling.experiment import experiment_of_run
 from modeling.prediction.out_of_fold import single_split
 from modeling.report.building import sections_of
+from modeling.report.comparison import comparison_sections
+from modeling.report.curves import learning_curve_section
 from modeling.report.material import Material, gather
 from modeling.report.page import PAGE, write_page
 from modeling.report.sections import Section
 from modeling.runs.folder import load_run
+from modeling.search.learning_curve import FILE, configs_of, learning_curve, table, write_curve
 
 
 @dataclass(frozen=True)
@@ -50,50 +52,34 @@ def make_report(
 ) -> Made:
     """Write the report of the run at `path`: the page `out` (default: in the run's folder), and its figures beside it.
     `command`, told on the page, makes it again. Raises `UsageError` as `gather` and `write_page`."""
+    of_sweep = [] if settings.sweep is None else comparison_sections(settings.sweep)
     material = gather(load_run(path), settings.feats, settings.data, command)
     out = out or path / PAGE
-    figures = write_page(out, f"Report of {path.resolve().name}", _sections(material, settings))
+    figures = write_page(out, f"Report of {path.resolve().name}", _sections(material, settings, of_sweep))
     missing = (("caches", material.no_features), ("raw pairs", material.no_records))
     return Made(out, figures, [f"the report goes without the {what}: {why}" for what, why in missing if why][:1])
 
 
-def _sections(material: Material, settings: ReportSettings) -> list[Section]:
+def _sections(material: Material, settings: ReportSettings, of_sweep: Sequence[Section]) -> list[Section]:
     found = sections_of(material)
-    sections = [found[name] for name in ("headline", "data", "training", "results")]
-    comparison: Any = optional("modeling.report.comparison")
-    if comparison is not None and settings.sweep is not None:
-        sections += comparison.comparison_sections(settings.sweep)
-    curve = learning_curve(material, settings)
+    sections = [found[name] for name in ("headline", "data", "training", "results")] + [*of_sweep]
+    curve = learning_curve_of(material, settings)
     if curve is not None:
         sections.append(curve)
     sections += [found["embeddings"], found["errors"]]
-    if settings.explain and optional("modeling.explanations.explanation") is not None:
-        explained: Any = optional("modeling.report.explained_pairs")
-        sections.append(explained.explanations(material, settings.explain, settings.device))
+    if settings.explain:
+        from modeling.report.explained_pairs import explanations  # captum: slow to import
+
+        sections.append(explanations(material, settings.explain, settings.device))
     return [*sections, found["label-audit"]]
 
 
-def learning_curve(material: Material, settings: ReportSettings) -> Section | None:
+def learning_curve_of(material: Material, settings: ReportSettings) -> Section | None:
     """What lies in the run's folder, computed anew where that is asked for; None where there is none."""
-    section: Any = optional("modeling.report.curves")
-    if section is None:
-        return None
     run = material.run
     if settings.learning_curve:
-        curves: Any = importlib.import_module("modeling.search.learning_curve")
         single_split(run)
         source = replace(run.source, folder=run.feature_folder(settings.feats))
-        found = curves.learning_curve(experiment_of_run(run, source, settings.device), curves.configs_of(run))
-        curves.write_curve(run.folder / curves.FILE, curves.table(found))
-    told: Section | None = section.learning_curve_section(run)
-    return told
-
-
-def optional(name: str) -> Any:
-    """A module, or None where this version hasn't got it."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):
-            raise
-        return None
+        curve = learning_curve(experiment_of_run(run, source, settings.device), configs_of(run))
+        write_curve(run.folder / FILE, table(curve))
+    return learning_curve_section(run)
