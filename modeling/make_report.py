@@ -33,7 +33,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--learning-curve", action="store_true", help="also train on shares of the training rows, which takes minutes"
     )
-    parser.add_argument("--explain", type=positive, default=0, metavar="N", help="also explain N validation pairs")
+    parser.add_argument("--explain", type=positive, metavar="N", help="also explain N validation pairs")
     parser.add_argument(
         "--out", type=Path, metavar="FILE.html", help="figures go beside it (default: report.html in the run's folder)"
     )
@@ -57,7 +57,7 @@ def work(args: Namespace, command: str) -> int:
         raise UsageError(f"`out` {args.out}: expected a name that ends in .html")
     check_page(args.out or path / PAGE)
     print(f"run {path}")
-    settings = ReportSettings(args.feats, args.data, args.sweep, args.learning_curve, args.explain, args.device)
+    settings = ReportSettings(args.feats, args.data, args.sweep, args.learning_curve, args.explain or 0, args.device)
     print("\n".join(make_report(path, args.out, settings, command).lines()))
     return EXIT_DONE
 
