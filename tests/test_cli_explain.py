@@ -95,6 +95,7 @@ def test_caches_and_data_that_are_gone(course: Path, capsys: pytest.CaptureFixtu
             (moved / folder).rename(course / folder)
 
 
+@pytest.mark.slow
 def test_methods_are_checked_on_validation_pairs(course: Path, capsys: pytest.CaptureFixture):
     assert explain.main(typed(course, "--check", "2", "--method", "occlusion")) == 0
     out = capsys.readouterr().out

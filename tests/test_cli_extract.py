@@ -346,7 +346,17 @@ def test_the_same_command_goes_on_under_overwrite(tmp_path: Path, capsys: pytest
     assert " 400 encoded now" in again()  # complete: the user wants it anew
 
 
-@pytest.mark.parametrize("change", ["nothing", "batches", "label", "text", "picture", "chunk", "version", "views"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "nothing",
+        "text",
+        *(
+            pytest.param(what, marks=pytest.mark.slow)
+            for what in ("batches", "label", "picture", "chunk", "version", "views")
+        ),
+    ],
+)
 def test_overwrite_goes_on_only_with_its_own_beginning(change: str, tmp_path: Path, capsys: pytest.CaptureFixture):
     """Whatever isn't sound and exactly what this command would have begun is made anew."""
     data, cache = make_course(tmp_path / "set", 70), tmp_path / "out" / "efficientnet_train.h5"

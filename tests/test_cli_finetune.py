@@ -380,6 +380,7 @@ def test_killed_between_its_last_two_strokes_it_leaves_one_run(root: Path):
     assert sorted(path.name for path in (root / "runs").glob("*tuned*")) == ["tuned"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_checkpoint(root: Path):
     options = typed(root, "--checkpoint-steps", "1", "--name", "tuned")
     room = 100_000  # less than a checkpoint

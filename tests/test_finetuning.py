@@ -366,10 +366,10 @@ def killed_after(rows: int) -> Callable[[int, int], None]:
 @pytest.mark.parametrize(
     "how",
     [
-        {},
         {"augment": ("image", "text"), "schedule": "cosine", "warmup": 0.2},
-        {"lora": 2, "soup": 2, "wise_ft": True},
-        {"tune": "last-1", "optimizer": "adam"},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"lora": 2, "soup": 2, "wise_ft": True}, marks=pytest.mark.slow),
+        pytest.param({"tune": "last-1", "optimizer": "adam"}, marks=pytest.mark.slow),
     ],
 )
 def test_wherever_it_is_interrupted_it_ends_with_the_same_bytes(how: dict[str, Any], tmp_path: Path):

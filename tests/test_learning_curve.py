@@ -195,6 +195,7 @@ def test_the_fit_is_least_squares_of_a_power_law():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", [(0.1, 0.6, 0.4), (0.12, 3.0, 0.7)])
 def test_bands_hold_the_truth_about_as_often_as_they_say(
     law: tuple[float, float, float], monkeypatch: pytest.MonkeyPatch
