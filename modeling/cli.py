@@ -52,7 +52,14 @@ from modeling.training.config import (
     from_flat,
     settings_read,
 )
-from modeling.training.recipes import END_TO_END, RECIPES, SPLIT_SETTINGS, cached_recipe, recipe_settings
+from modeling.training.recipes import (
+    END_TO_END,
+    OF_FIXED_FOLDS,
+    RECIPES,
+    SPLIT_SETTINGS,
+    cached_recipe,
+    recipe_settings,
+)
 
 OWN = "own"
 TUNING_GRID = ("lr", "dropout", "bs", "ep")  # what a grid of finetunings varies
@@ -374,6 +381,8 @@ def print_recipe(args: Namespace, heads: Sequence[str]) -> None:
             f"note: rate and epochs of --recipe {args.recipe} belong to end-to-end tuning: heads on cached features "
             f"hardly leave the majority class with them; --recipe {cached_recipe(args.recipe)} has those for such heads"
         )
+    if args.recipe in OF_FIXED_FOLDS and not args.split_file:
+        print(f"note: --recipe {args.recipe} belongs to fixed folds, with --split-file; this is another split")
     used = {own_recipe(head) if args.recipe == OWN else args.recipe or "" for head in trained}
     low = {RECIPES[name]["precision"] for name in used if "precision" in RECIPES.get(name, {})}
     if low and "precision" not in typed and resolve_device(args.device).type == "cpu":

@@ -37,7 +37,7 @@ from modeling.heads.base import HeadConfig, ablation_number, n_parameters
 from modeling.heads.registry import build_head
 from modeling.runs.run import Finetuned, FoldTest, Member, Report, Run, Stacking
 from modeling.runs.unfinished import unfinished_folder
-from modeling.training.config import TrainConfig
+from modeling.training.config import TrainConfig, settings_read
 
 FORMAT_VERSION = 3
 DEFAULT_FOLDER = Path("saved/runs")
@@ -138,11 +138,13 @@ def _under_a_free_name(unfinished: Path, wanted: Path) -> Path:
 
 
 def run_name(run: Run, when: float | None = None, label: str | None = None) -> str:
-    """A name that tells runs apart: time, caches, head with D and ablation (or `label` in their place), seed."""
+    """A name that tells runs apart: time, caches, head with D, where it reads it, and ablation (or `label` in their
+    place), seed."""
     config = run.members[0].config
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(when))
     caches = "_".join("+".join(run.source.of(side)) or "none" for side in SIDES)
-    head = label or f"{config.head.head}_D{config.head.D}_a{ablation_number(config.head.sides)}"
+    width = f"_D{config.head.D}" if "D" in settings_read(config.head.head) else ""
+    head = label or f"{config.head.head}{width}_a{ablation_number(config.head.sides)}"
     count = f"_x{len(run.members)}" if len(run.members) > 1 else ""
     return f"{stamp}_{_plain(caches)}_{head}_s{config.seed}{count}"
 

@@ -93,6 +93,7 @@ _STUDIES: dict[str, dict[str, Any]] = {
     },
 }
 END_TO_END = ("B", "C", "E")  # their rate and epochs are of encoders in training
+OF_FIXED_FOLDS = ("cheema",)
 
 RECIPES: dict[str, dict[str, Any]] = {
     **_STUDIES,
