@@ -241,7 +241,7 @@ TINY = {
         *("image.patch=32", "--D", "16"),
     ],
     "vilbert_style": ["--D", "16"],
-    "bert_resnet_coattention": [*RESNET, "--D", "16"],
+    "bert_resnet_coattention": [*RESNET, "--D", "16", "--ep", "16"],
     "bert_resnet_late": RESNET,
     "bert_resnet_early": ["--D", "16"],
     "bert_resnet_cross": RESNET,
