@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MOST_ROWS = 2000  # points of a picture; t-SNE of all rows of a large data set takes minutes
+MOST_ROWS = 4000  # points of a picture; t-SNE of all rows of a large data set takes minutes
 PCA_WIDTH = 50  # what t-SNE and UMAP read, as van der Maaten and Hinton did (JMLR 2008, section 4.2)
 TSNE_STEPS = 500
 METHODS = ("PCA", "t-SNE", "UMAP")
