@@ -29,11 +29,11 @@ class Perturbed:
 
     @property
     def count(self) -> int:
-        """U."""
+        """U; every kind of part defines its own."""
         raise NotImplementedError
 
     def features(self, kept: np.ndarray) -> Features:
-        """The part's features with some units only, `kept` (B, U) bool."""
+        """The part's features with some units only, `kept` (B, U) bool; every kind of part defines its own."""
         raise NotImplementedError
 
     @torch.no_grad()
