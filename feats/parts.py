@@ -256,7 +256,7 @@ class PartedStore(CacheReader):
     @property
     def features(self) -> dict[str, tuple[int, ...]]:
         """Dataset -> shape of one row, for the feature datasets; of one token for `text_tokens`."""
-        return {name: tuple(shape) for name, shape in self.shared.features.items()}
+        return {name: tuple(shape) for name, shape in sorted(self.shared.features.items())}
 
     @property
     def schema(self) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -77,7 +77,7 @@ def _joined(parts: PartedStore, path: Path, overwrite: bool) -> FeatureStore:
         parts.ids.tolist(),
         parts.tags.tolist(),
         parts.fingerprint,
-        parts.features,
+        {name: tuple(shape) for name, shape in parts.shared.features.items()},  # in the order of the plain cache
         block_rows=parts.block_rows,
         token_counts=parts.token_counts() if "text_tokens" in parts.features else None,
         plan=parts.plan,
