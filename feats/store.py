@@ -250,6 +250,15 @@ class CacheReader:
         dataset -> (stop - first, ...), for `text_tokens` (ΣL, D). Raises `CacheError` for damaged ones."""
         raise NotImplementedError
 
+    def spans(self, size: int) -> Iterator[tuple[int, int]]:
+        """Rows first..stop of the whole cache in order: whole blocks, whose features take about `size` bytes."""
+        row_bytes = 0.0
+        for name, shape in self.features.items():
+            each = self.token_counts().mean() if name == "text_tokens" else 1
+            row_bytes += each * np.prod(shape) * np.dtype(np.float16).itemsize
+        step = self.block_rows * max(1, int(size / max(row_bytes, 1) / self.block_rows))
+        return ((first, min(first + step, len(self))) for first in range(0, len(self), step))
+
     def verify(self) -> list[str]:
         """Read every chunk and check the structure; returns what is wrong, one line each."""
         raise NotImplementedError

@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -126,7 +125,7 @@ def _copy(parts: PartedStore, store: FeatureStore, progress: Progress) -> None:
     source = parts.source
     if source is not None:
         store.update_source(source)
-    todo = [(first, stop) for first, stop in _steps(store) if (store.status[first:stop] == PENDING).any()]
+    todo = [(first, stop) for first, stop in store.spans(COPY_BYTES) if (store.status[first:stop] == PENDING).any()]
     total, done = sum(stop - first for first, stop in todo), 0
     for first, stop in todo:
         status = parts.status[first:stop]
@@ -135,16 +134,6 @@ def _copy(parts: PartedStore, store: FeatureStore, progress: Progress) -> None:
         store.write(np.arange(first, stop), status, parts.stored(first, stop), reasons)
         done += stop - first
         progress(done, total)
-
-
-def _steps(store: FeatureStore) -> Iterator[tuple[int, int]]:
-    """Rows first..stop that are copied at a time: whole blocks of the cache, about `COPY_BYTES`."""
-    row_bytes = 0.0
-    for name, shape in store.features.items():
-        each = store.token_counts().mean() if name == "text_tokens" else 1
-        row_bytes += each * np.prod(shape) * np.dtype(np.float16).itemsize
-    step = store.block_rows * max(1, int(COPY_BYTES / max(row_bytes, 1) / store.block_rows))
-    return ((first, min(first + step, len(store))) for first in range(0, len(store), step))
 
 
 def _summary(store: FeatureStore, start: float) -> Summary:
