@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from feats.encoders.base import Encoder as Encoder
     from feats.encoders.registry import ENCODERS as ENCODERS, load_encoder as load_encoder
     from feats.errors import RowError as RowError, UsageError as UsageError
-    from feats.extraction.local import Summary as Summary, extract as extract
+    from feats.extraction.local import extract as extract
     from feats.extraction.settings import ExtractionSettings as ExtractionSettings
+    from feats.extraction.summary import Summary as Summary
     from feats.records import DataSet as DataSet, Record as Record, read_dataset as read_dataset
     from feats.source import Source as Source
     from feats.store import (
@@ -36,7 +37,7 @@ _HOMES = {
     "Record": "feats.records",
     "RowError": "feats.errors",
     "Source": "feats.source",
-    "Summary": "feats.extraction.local",
+    "Summary": "feats.extraction.summary",
     "UsageError": "feats.errors",
     "extract": "feats.extraction.local",
     "load_encoder": "feats.encoders.registry",

@@ -1,8 +1,10 @@
 """Raw pairs: their sides, and where they lay when a cache was made of them."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 SIDES = ("image", "text")  # of a pair
 
@@ -29,3 +31,11 @@ class Source:
         """What the rows' paths are relative to: the data folder, or the folder of the file."""
         path = Path(self.resolved)
         return path if path.is_dir() else path.parent
+
+
+def data_identity(ids: Iterable[str]) -> dict[str, Any]:
+    """Which rows a cache is of, for its fingerprint: how many, and the hex sha256 of their ids in order, one a line."""
+    digest, rows = hashlib.sha256(), 0
+    for rows, name in enumerate(ids, 1):
+        digest.update(f"\n{name}".encode() if rows > 1 else name.encode())
+    return {"rows": rows, "ids_sha256": digest.hexdigest()}

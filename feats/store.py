@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import h5py
 import numpy as np
@@ -92,7 +92,192 @@ class Frame:
         return self.arrays[name]
 
 
-class FeatureStore:
+class CacheReader:
+    """What reading a cache is, whether it lies in one file (`FeatureStore`) or in parts (`feats.parts.PartedStore`).
+
+    Attributes: `path`, `ids` (N,) str, `status` (N,) uint8, `fingerprint` (dict), `plan` (dict: how the rows are cut
+    into blocks), `reasons` (id -> why it is in quarantine). A context manager; N is its length.
+    """
+
+    path: Path
+    plan: dict[str, Any]
+    _positions: dict[str, int] | None = None
+
+    if TYPE_CHECKING:  # a file has them as attributes
+
+        @property
+        def ids(self) -> np.ndarray:
+            """(N,) str."""
+            raise NotImplementedError
+
+        @property
+        def status(self) -> np.ndarray:
+            """(N,) uint8."""
+            raise NotImplementedError
+
+        @property
+        def fingerprint(self) -> dict[str, Any]:
+            """What made the features."""
+            raise NotImplementedError
+
+        @property
+        def reasons(self) -> dict[str, str]:
+            """Id -> why it is in quarantine."""
+            raise NotImplementedError
+
+    def close(self) -> None:
+        """Close all files."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    # -- facts --------------------------------------------------------------------------------------------------
+
+    @property
+    def complete(self) -> bool:
+        """Every row is done or in quarantine."""
+        raise NotImplementedError
+
+    @property
+    def tags(self) -> np.ndarray:
+        """Labels (N,), '' where unknown."""
+        raise NotImplementedError
+
+    @property
+    def features(self) -> dict[str, tuple[int, ...]]:
+        """Dataset -> shape of one row, for the feature datasets; of one token for `text_tokens`."""
+        raise NotImplementedError
+
+    @property
+    def schema(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Dataset -> (shape, dtype), for all of them."""
+        raise NotImplementedError
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block: no chunk spans two."""
+        return int(self.plan["block_rows"])
+
+    @property
+    def written_at(self) -> float:
+        """When the features were last written, in seconds since the epoch; of those in parts the first part's time."""
+        raise NotImplementedError
+
+    def facts(self, name: str) -> np.ndarray:
+        """A dataset of `ROW_FACTS`, (N,); 0 where the row isn't done, and all 0 where the encoder lacks the side."""
+        raise NotImplementedError
+
+    def content_digest(self) -> str:
+        """Hex sha256 of which rows these are: ids, pictures and texts. Labels, features and the file's place don't
+        count."""
+        digest = hashlib.sha256(json.dumps(self.ids.tolist()).encode())
+        for name in ("image_hash", "text_hash"):
+            digest.update(self.facts(name).tobytes())
+        return digest.hexdigest()
+
+    @property
+    def parameters(self) -> dict[str, int] | None:
+        """How many parameters the encoder of each side has, by "image" and "text"; None where the cache doesn't
+        tell."""
+        raise NotImplementedError
+
+    def token_counts(self) -> np.ndarray:
+        """Tokens there is room for, per row (N,); only in a cache with `text_tokens`."""
+        raise NotImplementedError
+
+    @property
+    def source(self) -> Source | None:
+        """Where the raw pairs lay when the cache was last brought up to date; None where that wasn't told."""
+        raise NotImplementedError
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def to_frame(self, *names: str) -> Frame:
+        """Ids, labels and the features `names` of all rows that are done; without names every dataset with one vector
+        or array a row (all but `text_tokens`). Raises as `read`."""
+        rows = np.flatnonzero(self.status == DONE)
+        chosen = names or [name for name in self.features if name != "text_tokens"]
+        return Frame(self.ids[rows], self.tags[rows], {name: self.read_rows(name, rows) for name in chosen})
+
+    def done_ids(self) -> np.ndarray:
+        """Ids of the rows that are done, in the cache's order."""
+        done: np.ndarray = self.ids[self.status == DONE]
+        return done
+
+    def positions(self, ids: Sequence[str]) -> np.ndarray:
+        """Row numbers of `ids`. Raises `MissingRowsError` naming those that are absent, pending or quarantined."""
+        if self._positions is None:
+            self._positions = {name: row for row, name in enumerate(self.ids.tolist())}
+        rows = np.fromiter((self._positions.get(str(i), -1) for i in ids), np.int64, len(ids))
+        status = np.where(rows < 0, -1, self.status[rows].astype(np.int64))
+        if (status != DONE).any():
+            names = np.asarray(ids, dtype=object)
+            raise MissingRowsError(self.path, *(list(map(str, names[status == s])) for s in (-1, PENDING, QUARANTINED)))
+        return rows
+
+    def read(self, name: str, ids: Sequence[str] | None = None) -> np.ndarray:
+        """Features `name` of the rows `ids`, in that order: (len(ids), ...) float16; all done rows without `ids`.
+
+        Memory beyond the result is one chunk. Not for `text_tokens`: see `read_tokens`.
+        Raises `MissingRowsError` for ids that aren't done, `CacheError` for an unknown dataset or a damaged one.
+        """
+        return self.read_rows(name, self._done_rows(ids))
+
+    def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """As `read`, by row numbers (R,), repeated ones too: no look-up of ids, and consecutive rows are read at once.
+
+        Raises `IndexError` for numbers outside 0..N-1, else as `read`.
+        """
+        raise NotImplementedError
+
+    def read_tokens(self, ids: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Text tokens of the rows `ids`: (ΣL, D) float16, concatenated in that order, and offsets (len(ids) + 1,)."""
+        return self.read_token_rows(self._done_rows(ids))
+
+    def read_token_rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `read_tokens`, by row numbers (R,). Raises as `read_rows`."""
+        raise NotImplementedError
+
+    def stored(self, first: int, stop: int) -> dict[str, np.ndarray]:
+        """Features and facts of the rows first..stop as `FeatureStore.write` takes them, whatever the rows' status:
+        dataset -> (stop - first, ...), for `text_tokens` (ΣL, D). Raises `CacheError` for damaged ones."""
+        raise NotImplementedError
+
+    def spans(self, size: int) -> Iterator[tuple[int, int]]:
+        """Rows first..stop of the whole cache in order: whole blocks, whose features take about `size` bytes."""
+        row_bytes = 0.0
+        for name, shape in self.features.items():
+            each = self.token_counts().mean() if name == "text_tokens" else 1
+            row_bytes += each * np.prod(shape) * np.dtype(np.float16).itemsize
+        step = self.block_rows * max(1, int(size / max(row_bytes, 1) / self.block_rows))
+        return ((first, min(first + step, len(self))) for first in range(0, len(self), step))
+
+    def verify(self) -> list[str]:
+        """Read every chunk and check the structure; returns what is wrong, one line each."""
+        raise NotImplementedError
+
+    def _done_rows(self, ids: Sequence[str] | None) -> np.ndarray:
+        return np.flatnonzero(self.status == DONE) if ids is None else self.positions(ids)
+
+    def _check_rows(self, rows: np.ndarray) -> None:
+        """Raise `IndexError` for rows that don't exist, `MissingRowsError` for those that aren't done."""
+        outside = rows[(rows < 0) | (rows >= len(self))]
+        if len(outside):
+            raise IndexError(f"{self.path} has rows 0 to {len(self) - 1}; asked for {outside[0]}")
+        status = self.status[rows]
+        if (status != DONE).any():
+            undone = (self.ids[rows[status == s]].tolist() for s in (PENDING, QUARANTINED))
+            raise MissingRowsError(self.path, [], *undone)
+
+
+class FeatureStore(CacheReader):
     """One cache file. Make one with `create`, `append` or `open`; use it as a context manager.
 
     Attributes: `path`, `ids` (N,) str, `tags` (N,) str, `status` (N,) uint8, `fingerprint` (dict), `plan` (dict: how
@@ -100,11 +285,15 @@ class FeatureStore:
     writer had torn, pending again).
     """
 
+    ids: np.ndarray
+    status: np.ndarray
+    fingerprint: dict[str, Any]
+    reasons: dict[str, str]
+
     def __init__(self, path: Path, file: h5py.File, lock: FileLock | None = None):
         self.path = path
         self._file = file
         self._lock = lock
-        self._positions: dict[str, int] | None = None
         self._trusted: set[str] = set()
         self.repaired = 0
         try:
@@ -112,15 +301,15 @@ class FeatureStore:
                 version = file.attrs.get("format_version")
                 if version != FORMAT_VERSION:
                     raise CacheError(f"{path} has cache format {version}, expected {FORMAT_VERSION}; {_REMEDY}")
-                self.fingerprint: dict[str, Any] = json.loads(file.attrs["fingerprint"])
-                self.plan: dict[str, Any] = json.loads(file.attrs["plan"])
+                self.fingerprint = json.loads(file.attrs["fingerprint"])
+                self.plan = json.loads(file.attrs["plan"])
                 self._indices: dict[str, str] = json.loads(file.attrs["chunk_indices"])
             with _damage(path, "id"):
                 self.ids = _decode(self._dataset("id")[:])
             if lock is not None:
                 self._heal()
             with _damage(path, "status", self._remedy):
-                self.status: np.ndarray = self._dataset("status")[:]
+                self.status = self._dataset("status")[:]
         except BaseException:
             file.close()
             raise
@@ -208,16 +397,7 @@ class FeatureStore:
             if self._lock is not None:
                 self._lock.release()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
     # -- facts --------------------------------------------------------------------------------------------------
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     @property
     def complete(self) -> bool:
@@ -251,22 +431,14 @@ class FeatureStore:
         return {name: (d.shape, str(d.dtype)) for name, d in self._file.items()}
 
     @property
-    def block_rows(self) -> int:
-        """Rows of a block: no chunk spans two."""
-        return int(self.plan["block_rows"])
+    def written_at(self) -> float:
+        """When the file was last written, in seconds since the epoch."""
+        return self.path.stat().st_mtime
 
     def facts(self, name: str) -> np.ndarray:
         """A dataset of `ROW_FACTS`, (N,); 0 where the row isn't done, and all 0 where the encoder lacks the side."""
         with _damage(self.path, name, self._remedy):
             return self._dataset(name)[:] if name in self._file else np.zeros(len(self), np.uint64)
-
-    def content_digest(self) -> str:
-        """Hex sha256 of which rows these are: ids, pictures and texts. Labels, features and the file's place don't
-        count."""
-        digest = hashlib.sha256(json.dumps(self.ids.tolist()).encode())
-        for name in ("image_hash", "text_hash"):
-            digest.update(self.facts(name).tobytes())
-        return digest.hexdigest()
 
     @property
     def parameters(self) -> dict[str, int] | None:
@@ -290,13 +462,6 @@ class FeatureStore:
         with _damage(self.path, "its paths"):
             images, texts = (_decode(self._dataset(name)[:]).tolist() for name in PATHS)
         return Source(**told, images=images, texts=texts)
-
-    def to_frame(self, *names: str) -> Frame:
-        """Ids, labels and the features `names` of all rows that are done; without names every dataset with one vector
-        or array a row (all but `text_tokens`). Raises as `read`."""
-        rows = np.flatnonzero(self.status == DONE)
-        chosen = names or [name for name in self.features if name != "text_tokens"]
-        return Frame(self.ids[rows], self.tags[rows], {name: self.read_rows(name, rows) for name in chosen})
 
     # -- writing ------------------------------------------------------------------------------------------------
 
@@ -467,29 +632,10 @@ class FeatureStore:
 
     # -- reading ------------------------------------------------------------------------------------------------
 
-    def done_ids(self) -> np.ndarray:
-        """Ids of the rows that are done, in the cache's order."""
-        done: np.ndarray = self.ids[self.status == DONE]
-        return done
-
-    def positions(self, ids: Sequence[str]) -> np.ndarray:
-        """Row numbers of `ids`. Raises `MissingRowsError` naming those that are absent, pending or quarantined."""
-        if self._positions is None:
-            self._positions = {name: row for row, name in enumerate(self.ids.tolist())}
-        rows = np.fromiter((self._positions.get(str(i), -1) for i in ids), np.int64, len(ids))
-        status = np.where(rows < 0, -1, self.status[rows].astype(np.int64))
-        if (status != DONE).any():
-            names = np.asarray(ids, dtype=object)
-            raise MissingRowsError(self.path, *(list(map(str, names[status == s])) for s in (-1, PENDING, QUARANTINED)))
-        return rows
-
-    def read(self, name: str, ids: Sequence[str] | None = None) -> np.ndarray:
-        """Features `name` of the rows `ids`, in that order: (len(ids), ...) float16; all done rows without `ids`.
-
-        Memory beyond the result is one chunk. Not for `text_tokens`: see `read_tokens`.
-        Raises `MissingRowsError` for ids that aren't done, `CacheError` for an unknown dataset or a damaged one.
-        """
-        return self.read_rows(name, self._done_rows(ids))
+    def shape_of(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """The shape of one row (of one token) of a dataset, and its type. Raises `CacheError` for an unknown one."""
+        dataset = self._dataset(name)
+        return dataset.shape[1:], dataset.dtype
 
     def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
         """As `read`, by row numbers (R,), repeated ones too: no look-up of ids, and consecutive rows are read at once.
@@ -505,15 +651,11 @@ class FeatureStore:
             else:
                 order = np.argsort(rows, kind="stable")
                 step = dataset.chunks[0]
-                for chosen in _split_where(order, rows[order] // step):
+                for chosen in split_where(order, rows[order] // step):
                     low = int(rows[chosen[0]]) // step * step
                     out[chosen] = dataset[low : low + step][rows[chosen] - low]
         self._check_written(name, out)
         return out
-
-    def read_tokens(self, ids: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Text tokens of the rows `ids`: (ΣL, D) float16, concatenated in that order, and offsets (len(ids) + 1,)."""
-        return self.read_token_rows(self._done_rows(ids))
 
     def read_token_rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As `read_tokens`, by row numbers (R,). Raises as `read_rows`."""
@@ -523,29 +665,29 @@ class FeatureStore:
         out = np.empty((starts[-1], *dataset.shape[1:]), dataset.dtype)
         order = np.argsort(rows, kind="stable")
         with _damage(self.path, "text_tokens"):
-            for run in _split_where(order, rows[order], 1):
+            for run in split_where(order, rows[order], 1):
                 for piece in pieces(run, self.block_rows):
                     low = offsets[rows[piece[0]]]
                     tokens = dataset[low : offsets[rows[piece[-1]] + 1]]
-                    for part in _split_where(piece, piece, 1):  # texts that lie side by side in the result, too
+                    for part in split_where(piece, piece, 1):  # texts that lie side by side in the result, too
                         first, last = part[0], part[-1]
                         found = tokens[offsets[rows[first]] - low : offsets[rows[last] + 1] - low]
                         out[starts[first] : starts[last + 1]] = found
         self._check_written("text_tokens", out)
         return out, starts
 
-    def _done_rows(self, ids: Sequence[str] | None) -> np.ndarray:
-        return np.flatnonzero(self.status == DONE) if ids is None else self.positions(ids)
-
-    def _check_rows(self, rows: np.ndarray) -> None:
-        """Raise `IndexError` for rows that don't exist, `MissingRowsError` for those that aren't done."""
-        outside = rows[(rows < 0) | (rows >= len(self))]
-        if len(outside):
-            raise IndexError(f"{self.path} has rows 0 to {len(self) - 1}; asked for {outside[0]}")
-        status = self.status[rows]
-        if (status != DONE).any():
-            undone = (self.ids[rows[status == s]].tolist() for s in (PENDING, QUARANTINED))
-            raise MissingRowsError(self.path, [], *undone)
+    def stored(self, first: int, stop: int) -> dict[str, np.ndarray]:
+        """Features and facts of the rows first..stop as `write` takes them, whatever the rows' status: dataset ->
+        (stop - first, ...), for `text_tokens` (ΣL, D). Raises `CacheError` for damaged ones."""
+        facts = [name for side in ROW_FACTS.values() for name in side if name in self._file]
+        found = {}
+        for name in [*self.features, *facts]:
+            rows = slice(first, stop)
+            if name == "text_tokens":
+                rows = slice(int(self._offsets[first]), int(self._offsets[stop]))
+            with _damage(self.path, name, self._remedy):
+                found[name] = self._dataset(name)[rows]
+        return found
 
     def verify(self) -> list[str]:
         """Read every chunk and check the structure; returns what is wrong, one line each."""
@@ -567,7 +709,7 @@ class FeatureStore:
                     bad.append(low)
             if bad:
                 problems.append(f"{name}: {len(bad)} damaged chunks (checksum), the first at {bad[0]}; {self._remedy}")
-        if len(set(self.ids)) != len(self.ids):
+        if repeated(self.ids):
             problems.append("id: not unique")
         if not problems:
             problems += self._check_done_rows()
@@ -801,12 +943,18 @@ def _selection(rows: np.ndarray) -> slice | np.ndarray:
 
 def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
     """First and last of each run of consecutive numbers in ascending `rows`."""
-    return [(int(run[0]), int(run[-1])) for run in _split_where(rows, rows, 1)]
+    return [(int(run[0]), int(run[-1])) for run in split_where(rows, rows, 1)]
 
 
-def _split_where(items: np.ndarray, key: np.ndarray, step: int = 0) -> list[np.ndarray]:
+def split_where(items: np.ndarray, key: np.ndarray, step: int = 0) -> list[np.ndarray]:
     """`items` cut wherever their `key` differs from the one before by anything but `step`."""
     return np.split(items, np.flatnonzero(np.diff(key) != step) + 1) if len(items) else []
+
+
+def repeated(ids: np.ndarray) -> list[str]:
+    """Those of `ids` (N,) that stand there more than once, each once, sorted."""
+    ordered = np.sort(ids)
+    return list(map(str, np.unique(ordered[1:][ordered[1:] == ordered[:-1]])))
 
 
 def pieces(items: np.ndarray, size: int) -> Iterator[np.ndarray]:

@@ -66,7 +66,8 @@ def test_a_file_may_hold_every_option(name: str, tmp_path: Path):
 @each_script
 def test_what_is_shown_is_read_again(name: str, tmp_path: Path, capsys: pytest.CaptureFixture):
     """All there is, and the same once more from its own file."""
-    words = ["x.h5"] if name == "feats.inspect_feats" else ["--out", "x"] if name == "feats.export_texts" else []
+    takes_files = ("feats.inspect_feats", "feats.export_feats", "feats.import_feats")
+    words = ["x.h5"] if name in takes_files else ["--out", "x"] if name == "feats.export_texts" else []
 
     def shown(*typed: str) -> str:
         with pytest.raises(SystemExit) as stopped:

@@ -10,10 +10,9 @@ import json
 import os
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,37 +25,9 @@ from feats.extraction.encode import Block, encode_blocks
 from feats.extraction.plan import Plan, fingerprint_of, make_plan, resume_plan
 from feats.extraction.preparation import hash_of_text, picture_changed
 from feats.extraction.settings import ExtractionSettings
+from feats.extraction.summary import Progress, Summary
 from feats.records import Pairs, Record
-from feats.store import DONE, PENDING, QUARANTINED, CacheError, FeatureStore
-
-Progress = Callable[[int, int], None]  # rows encoded so far, rows to encode
-
-
-@dataclass
-class Summary:
-    """What one run did to one cache. `done` and `quarantined` count the cache's rows, the others this run's."""
-
-    path: Path
-    done: int = 0
-    quarantined: int = 0
-    encoded: int = 0
-    truncated: int = 0
-    relabelled: int = 0
-    encodings: Counter[str] = field(default_factory=Counter)
-    seconds: float = 0.0
-
-    def __str__(self) -> str:
-        parts = [f"{self.done} rows done", f"{self.quarantined} quarantined", f"{self.truncated} texts truncated"]
-        if self.encodings:
-            parts.append("text encodings " + ", ".join(f"{k} {n}" for k, n in self.encodings.most_common()))
-        if self.relabelled:
-            parts.append(f"{self.relabelled} labels brought up to date")
-        rate = f", {self.encoded / self.seconds:.1f} rows/s" if self.encoded else ""
-        parts.append(f"{self.encoded} encoded now in {self.seconds:.1f} s{rate}")
-        lines = f"{self.path.stem}: {'; '.join(parts)} -> {self.path}"
-        if self.quarantined:
-            lines += f" (reasons: {st.quarantine_path(self.path)})"
-        return lines
+from feats.store import DONE, PENDING, QUARANTINED, CacheError, CacheReader, FeatureStore
 
 
 def extract(
@@ -235,7 +206,7 @@ def _check_same(store: FeatureStore, fingerprint: Mapping[str, Any], records: Se
         )
 
 
-def changed_rows(store: FeatureStore, records: Sequence[Record]) -> dict[str, str]:
+def changed_rows(store: CacheReader, records: Sequence[Record]) -> dict[str, str]:
     """Which rows that are done held another text or picture when the cache was made, and which of them ("text",
     "picture"), by id. `records` are all rows in the cache's order. Pictures no newer than the cache aren't read."""
     done = np.flatnonzero(store.status == DONE).tolist()
@@ -245,7 +216,7 @@ def changed_rows(store: FeatureStore, records: Sequence[Record]) -> dict[str, st
         changed |= {records[i].id: "text" for i in done if hash_of_text(records[i]) != hashes[i]}
     if "image_feats" in store.features:
         hashes, sizes = store.facts("image_hash"), store.facts("image_bytes")
-        since = store.path.stat().st_mtime
+        since = store.written_at
         changed |= {records[i].id: "picture" for i in done if picture_changed(records[i], sizes[i], hashes[i], since)}
     return changed
 

@@ -1,6 +1,5 @@
 """What an extraction will do, decided before it does it: rows by blocks, batches, shapes, fingerprint."""
 
-import hashlib
 import importlib.metadata
 import platform
 import warnings
@@ -18,6 +17,7 @@ from feats.extraction.preparation import Texts, prepare_texts
 from feats.extraction.settings import ExtractionSettings
 from feats.images import AUGMENTATION
 from feats.records import Record
+from feats.source import data_identity
 
 BLOCK_BATCHES = 8  # batches per block: sorting by length wants many texts, losing little on a kill wants few
 VERSIONS = ("torch", "torchvision", "transformers", "clip-anytorch", "pillow", "ftfy", "h5py", "numpy")
@@ -119,14 +119,13 @@ def fingerprint_of(encoder: Encoder, records: Sequence[Record], settings: Extrac
     """Everything that decides the features' values, as JSON values, but for the rows' contents, which caches keep
     hashes of."""
     views = {"count": settings.views, "seed": settings.views_seed, **AUGMENTATION}
-    ids = "\n".join(record.id for record in records)
     return {
         **encoder.identity,
         "text_clean": text_clean_of(encoder, settings) if encoder.text else None,
         "tokens": encoder.tokens,
         "views": views if encoder.image and settings.views else None,
         "dtype": dtype_name(encoder.dtype),
-        "data": {"rows": len(records), "ids_sha256": hashlib.sha256(ids.encode()).hexdigest()},
+        "data": data_identity(record.id for record in records),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS}},
     }
 

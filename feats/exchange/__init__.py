@@ -1,0 +1,1 @@
+"""Features in the files of other tools: caches written as those, and made of them."""
