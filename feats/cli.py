@@ -284,6 +284,24 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
         default="auto",
         help=f"auto: {spec.auto_dtype or 'fp16 on a GPU, bf16 on a CPU that multiplies it in hardware, else fp32'}",
     )
+    shared = parser.add_argument_group("several processes (torchrun, SLURM; each runs the same command)")
+    shared.add_argument(
+        "--parts", action="store_true", help="work by parts even if alone: others may join by the same command"
+    )
+    shared.add_argument(
+        "--piece-rows",
+        type=positive,
+        metavar="N",
+        help="rows of a part, rounded up to whole blocks (default: 4 parts per process, 32768 rows at most)",
+    )
+    shared.add_argument(
+        "--lease-seconds",
+        type=positive,
+        default=60,
+        metavar="S",
+        help="whose lease on a part isn't renewed for so long counts as dead",
+    )
+    shared.add_argument("--no-join", action="store_true", help="leave the parts as they are: merge_feats.py joins them")
     parser.fill_in(partial(_of_encoder, name))
     return parser
 
@@ -328,12 +346,19 @@ def guarded(work: Callable[[], int], interrupted: str) -> int:
 def _extract(name: str, args: Namespace) -> int:
     from feats.acceleration import resolve_device
     from feats.encoders.registry import ENCODERS, load_encoder
+    from feats.extraction.leases import folder_time
     from feats.extraction.local import extract
+    from feats.extraction.shared import Worker, row_pieces, work
+    from feats.extraction.summary import Summary
+    from feats.parts import parts_folder
     from feats.records import read_dataset
 
     if not args.name or Path(args.name).name != args.name:
         raise UsageError(f"`name` {args.name!r} can't be a file's name; give letters, digits, - and _")
-    device = resolve_device(args.device)
+    worker = Worker.here()
+    device = resolve_device(args.device, worker.local_rank)
+    by_parts = worker.world > 1 or args.parts or args.piece_rows or args.no_join
+    since = folder_time(args.out) if by_parts and args.overwrite else None
     data = read_dataset(args.data, args.layout)
     for warning in data.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -357,10 +382,27 @@ def _extract(name: str, args: Namespace) -> int:
     quarantined = 0
     for split in splits:
         path = args.out / f"{args.name}_{split}.h5"
-        with rows_bar(path.stem) as progress:
-            summary = extract(
-                encoder, data[split][: args.limit], path, settings, overwrite=args.overwrite, progress=progress
-            )
+        pairs = data[split][: args.limit]
+        summary: Summary
+        if by_parts or parts_folder(path).exists():
+            cut = {"world": worker.world, "piece_rows": args.piece_rows, "overwrite": args.overwrite}
+            pieces = row_pieces(encoder, pairs, path, settings, **cut)
+            with rows_bar(f"{path.stem} ({worker.rank} of {worker.world})") as progress:
+                summary = work(
+                    encoder,
+                    pieces,
+                    path,
+                    settings,
+                    worker,
+                    lease_seconds=args.lease_seconds,
+                    overwrite=args.overwrite,
+                    since=since,
+                    join=not args.no_join,
+                    progress=progress,
+                )
+        else:
+            with rows_bar(path.stem) as progress:
+                summary = extract(encoder, pairs, path, settings, overwrite=args.overwrite, progress=progress)
         print(summary)
         quarantined += summary.quarantined
     return EXIT_QUARANTINE if args.strict and quarantined else EXIT_DONE
