@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from feats.config_file import as_plain, made_by, read_options, toml_lines
 from feats.errors import UsageError
 from feats.extraction.settings import ExtractionSettings
+from feats.extras import remedy
 from feats.interrupts import interruptible
 
 if TYPE_CHECKING:
@@ -332,6 +333,8 @@ def guarded(work: Callable[[], int], interrupted: str) -> int:
         except UsageError as error:
             print(f"error: {as_typed(error)}", file=sys.stderr)
             return EXIT_UNUSABLE
+        except ModuleNotFoundError as error:
+            return refuse_without_extra(error)
         except RuntimeError as error:
             said = _resources_spent(error)
             if said is None:
@@ -341,6 +344,16 @@ def guarded(work: Callable[[], int], interrupted: str) -> int:
         except KeyboardInterrupt:
             print(f"interrupted: {interrupted}", file=sys.stderr)
             return EXIT_INTERRUPTED
+
+
+def refuse_without_extra(error: ModuleNotFoundError) -> int:
+    """Say which extra brings a module that isn't there, and give the exit status. Raises the error itself where none
+    does: something else is wrong."""
+    said = remedy(error)
+    if said is None:
+        raise error
+    print(f"error: {said}", file=sys.stderr)
+    return EXIT_UNUSABLE
 
 
 def _extract(name: str, args: Namespace) -> int:

@@ -19,7 +19,15 @@ import torch
 from tqdm import tqdm
 
 from feats.acceleration import deterministic, resolve_device
-from feats.cli import EXIT_INTERRUPTED, EXIT_UNUSABLE, ScriptParser, as_typed, positive, show_warning
+from feats.cli import (
+    EXIT_INTERRUPTED,
+    EXIT_UNUSABLE,
+    ScriptParser,
+    as_typed,
+    positive,
+    refuse_without_extra,
+    show_warning,
+)
 from feats.errors import UsageError
 from feats.interrupts import interruptible
 from modeling.experiment import Experiment, ExperimentSettings
@@ -638,6 +646,8 @@ def guarded(
         except (UsageError, OSError) as error:  # what can't be read or written names its file
             print(f"error: {as_typed(error, named)}", file=sys.stderr)
             return EXIT_UNUSABLE
+        except ModuleNotFoundError as error:
+            return refuse_without_extra(error)
         except torch.OutOfMemoryError:
             print("error: the GPU's memory is full; use --device cpu, or to train a smaller --bs", file=sys.stderr)
             return EXIT_UNUSABLE

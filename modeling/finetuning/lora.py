@@ -7,8 +7,6 @@ import math
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -31,6 +29,8 @@ def add_lora(network: nn.Module, rank: int, alpha: float | None = None, seed: in
     Raises `UsageError`, with the network as it was, if it has no attention layers or has adapters, for a `rank` below
     1 or above the narrowest projection's width, and for an `alpha` that isn't a finite number above 0.
     """
+    from peft import LoraConfig, inject_adapter_in_model  # seconds to import, and an optional package
+
     _check(network, rank, alpha)
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.MultiheadAttention):
@@ -152,8 +152,8 @@ def _projections(network: nn.Module) -> dict[str, Any]:
 
 
 def _adapted(network: nn.Module) -> dict[str, Any]:
-    """The layers with adapters, peft's, by name."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
+    """The layers with adapters, peft's `LoraLayer`, by name."""
+    return {name: module for name, module in network.named_modules() if hasattr(module, "lora_A")}
 
 
 def _check(network: nn.Module, rank: int, alpha: float | None) -> None:
