@@ -11,6 +11,7 @@ EXTRA_OF = {  # top-level module -> extra in pyproject.toml
     "captum": "report",
     "cleanlab": "report",
     "tensorboard": "report",
+    "ray": "ray",
 }
 
 
