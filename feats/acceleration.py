@@ -30,8 +30,11 @@ WORKSPACE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 NOT_DETERMINISTIC = ("does not have a deterministic implementation", "is not deterministic because")  # torch's words
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one. Raises `UsageError` for a device torch doesn't know or reach."""
+def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
+    """`auto` is the first GPU if there is one; of several, `auto` and `cuda` are the one of `local_rank`, the process's
+    number on this machine. Raises `UsageError` for a device torch doesn't know or reach."""
+    if local_rank is not None and name in ("auto", "cuda") and torch.cuda.device_count() > 1:
+        name = f"cuda:{local_rank % torch.cuda.device_count()}"
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

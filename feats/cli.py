@@ -23,6 +23,8 @@ from feats.extras import remedy
 from feats.interrupts import interruptible
 
 if TYPE_CHECKING:
+    from feats.extraction.job import Job
+    from feats.extraction.shared import Share, Worker
     from feats.records import DataSet
 
 EXIT_DONE, EXIT_UNUSABLE, EXIT_QUARANTINE, EXIT_INTERRUPTED = 0, 2, 3, 130
@@ -285,6 +287,32 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
         default="auto",
         help=f"auto: {spec.auto_dtype or 'fp16 on a GPU, bf16 on a CPU that multiplies it in hardware, else fp32'}",
     )
+    shared = parser.add_argument_group("several processes (torchrun, SLURM; each runs the same command)")
+    shared.add_argument(
+        "--parts", action="store_true", help="work by parts even if alone: others may join by the same command"
+    )
+    shared.add_argument(
+        "--piece-rows",
+        type=positive,
+        metavar="N",
+        help="rows of a part, rounded up to whole blocks (default: 4 parts per process, 32768 rows at most)",
+    )
+    shared.add_argument(
+        "--lease-seconds",
+        type=positive,
+        default=60,
+        metavar="S",
+        help="whose lease on a part isn't renewed for so long counts as dead",
+    )
+    ray = parser.add_argument_group("a Ray cluster (pip install -e '.[ray]')")
+    ray.add_argument("--engine", choices=("ray",), help="have workers on a Ray cluster make the cache")
+    ray.add_argument("--address", help="the cluster's (default: RAY_ADDRESS, else one on this machine)")
+    ray.add_argument(
+        "--ray-workers", type=positive, metavar="N", help="(default: as many as the cluster has room for now)"
+    )
+    ray.add_argument("--gpus-per-worker", type=float, default=0, metavar="G")
+    ray.add_argument("--cpus-per-worker", type=positive, default=1, metavar="C")
+    shared.add_argument("--no-join", action="store_true", help="leave the parts as they are: merge_feats.py joins them")
     parser.fill_in(partial(_of_encoder, name))
     return parser
 
@@ -339,44 +367,77 @@ def refuse_without_extra(error: ModuleNotFoundError) -> int:
 
 
 def _extract(name: str, args: Namespace) -> int:
-    from feats.acceleration import resolve_device
-    from feats.encoders.registry import ENCODERS, load_encoder
-    from feats.extraction.local import extract
+    from feats.extraction.shared import Worker
     from feats.records import read_dataset
 
-    if not args.name or Path(args.name).name != args.name:
-        raise UsageError(f"`name` {args.name!r} can't be a file's name; give letters, digits, - and _")
-    device = resolve_device(args.device)
+    worker = Worker.here()
+    job = _job(name, args, worker)
     data = read_dataset(args.data, args.layout)
     for warning in data.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     splits = chosen_splits(data, args.splits)
-    encoder = load_encoder(
-        name,
-        args.model,
-        args.weights,
-        device=device,
-        dtype=args.dtype,
-        tokens=args.tokens,
-        **{option: getattr(args, option) for option in ENCODERS[name].options if hasattr(args, option)},
-    )
-    settings = ExtractionSettings(
-        batch_size=args.batch_size,
-        workers=args.workers,
-        text_clean=args.text_clean,
-        views=args.views or 0,
-        views_seed=args.views_seed,
-    )
+    encoder = None if args.engine else job.load(worker)
     quarantined = 0
     for split in splits:
-        path = args.out / f"{args.name}_{split}.h5"
-        with rows_bar(path.stem) as progress:
-            summary = extract(
-                encoder, data[split][: args.limit], path, settings, overwrite=args.overwrite, progress=progress
+        title = job.path(split).stem
+        if worker.world > 1:
+            title += f" ({worker.rank} of {worker.world})"
+        with rows_bar(title) as progress:
+            summary = (
+                job.run(encoder, data[split], worker, progress)
+                if encoder is not None
+                else _on_ray(job, split, args, progress)
             )
         print(summary)
         quarantined += summary.quarantined
     return EXIT_QUARANTINE if args.strict and quarantined else EXIT_DONE
+
+
+def _job(name: str, args: Namespace, worker: "Worker") -> "Job":
+    from feats.encoders.registry import ENCODERS
+    from feats.extraction.job import Job
+    from feats.extraction.leases import folder_time
+
+    if not args.name or Path(args.name).name != args.name:
+        raise UsageError(f"`name` {args.name!r} can't be a file's name; give letters, digits, - and _")
+    options = {option: getattr(args, option) for option in ENCODERS[name].options if hasattr(args, option)}
+    by_parts = bool(worker.world > 1 or args.parts or args.piece_rows or args.no_join or args.engine)
+    return Job(
+        encoder={
+            "name": name,
+            "model": args.model,
+            "weights": args.weights,
+            "dtype": args.dtype,
+            "tokens": args.tokens,
+            **options,
+        },
+        data=args.data,
+        folder=args.out,
+        name=args.name,
+        layout=args.layout,
+        limit=args.limit,
+        device=args.device,
+        settings=ExtractionSettings(
+            batch_size=args.batch_size,
+            workers=args.workers,
+            text_clean=args.text_clean,
+            views=args.views or 0,
+            views_seed=args.views_seed,
+        ),
+        overwrite=args.overwrite,
+        by_parts=by_parts,
+        piece_rows=args.piece_rows,
+        lease_seconds=args.lease_seconds,
+        since=folder_time(args.out) if by_parts and args.overwrite else None,
+        join=not args.no_join,
+    )
+
+
+def _on_ray(job: "Job", split: str, args: Namespace, progress: Callable[[int, int], None]) -> "Share":
+    from feats.extraction.ray_engine import RaySettings, work_on_ray
+
+    cluster = RaySettings(args.address, args.ray_workers, args.gpus_per_worker, args.cpus_per_worker)
+    return work_on_ray(partial(job.help, split), job.path(split), cluster, progress)
 
 
 def chosen_splits(data: "DataSet", wanted: Sequence[str] | None) -> list[str]:

@@ -12,6 +12,7 @@ EXTRA_OF = {  # top-level module -> extra in pyproject.toml
     "cleanlab": "report",
     "tensorboard": "report",
     "pyarrow": "parquet",
+    "ray": "ray",
 }
 
 

@@ -5,13 +5,21 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from feats.records import Pairs
+from feats.source import data_identity
 
 
 class Pieces(Protocol):
     """The pairs of one split, cut the same way by whoever cuts them. The pieces in order are the split."""
 
-    layout: str
-    split: str
+    @property
+    def layout(self) -> str:
+        """As `Pairs.layout`."""
+        ...
+
+    @property
+    def split(self) -> str:
+        """As `Pairs.split`."""
+        ...
 
     def __len__(self) -> int:
         """How many pieces there are."""
@@ -47,9 +55,8 @@ class RowPieces:
         return -(-len(self.pairs) // self.rows)
 
     def describe(self, number: int) -> Mapping[str, Any]:
-        """The first row and how many."""
-        first = number * self.rows
-        return {"first": first, "rows": min(self.rows, len(self.pairs) - first)}
+        """The first row, how many, and which."""
+        return {"first": number * self.rows, **data_identity(record.id for record in self.read(number))}
 
     def read(self, number: int) -> Pairs:
         """The pairs of a piece."""

@@ -332,17 +332,18 @@ class FeatureStore(CacheReader):
         source: Source | None = None,
         parameters: Mapping[str, int] | None = None,
         overwrite: bool = False,
+        private: bool = False,
     ) -> "FeatureStore":
         """Make a cache with every row pending, and open it for writing.
 
         `features` maps a dataset to the shape of one row, e.g. `{"image_feats": (512,)}`; all are float16.
         `text_tokens` is ragged: its row shape is (width,), and `token_counts` (N,) says how many rows each text has.
         `source` says where the pairs lie, `parameters` how many each side's encoder has. The file appears under its
-        name only when it is whole.
+        name only when it is whole. A `private` one has a name that nobody else knows: it needs no lock.
         Raises `CacheError` when the file exists (without `overwrite`), is in use, or the disk is full.
         """
         path = Path(path)
-        lock = _acquire(path)
+        lock = None if private else _acquire(path)
         unfinished = path.with_name(path.name + ".creating")
         try:
             if path.exists() and not overwrite:
@@ -366,7 +367,8 @@ class FeatureStore(CacheReader):
                 return cls(path, h5py.File(path, "r+", libver=LIBVER), lock)
         except BaseException:
             unfinished.unlink(missing_ok=True)
-            lock.release()
+            if lock is not None:
+                lock.release()
             raise
 
     @classmethod
@@ -911,6 +913,16 @@ def _disk(path: Path, state: str) -> Iterator[None]:
 def _sync_path(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def is_complete(path: Path) -> bool:
+    """Whether every row of the cache at `path` is done or in quarantine; False, too, where none can be read. Takes no
+    lock: whoever is writing it isn't disturbed."""
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            return bool(file.attrs["complete"])
+    except (OSError, RuntimeError, KeyError):
+        return False
 
 
 def quarantine_path(path: Path) -> Path:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -93,7 +93,40 @@ def write_block(store: FeatureStore, block: Block) -> None:
     store.write(block.rows, np.where(block.done, DONE, QUARANTINED), block.arrays, block.reasons)
 
 
-def create_store(plan: Plan, path: Path, overwrite: bool = False) -> FeatureStore:
+def make_cache(plan: Plan, path: Path, progress: Progress) -> None:
+    """A new cache at `path`, whose name nobody else knows, from its creation to its end."""
+    with create_store(plan, path, private=True) as store:
+        _write(store, plan, progress)
+        store.finish()
+
+
+class Counts(NamedTuple):
+    """Rows of a cache."""
+
+    done: int
+    quarantined: int
+    truncated: int
+
+
+def count_rows(path: Path) -> Counts:
+    """The rows of the cache at `path`. Raises as `FeatureStore.open`."""
+    with FeatureStore.open(path) as store:
+        truncated = int(store.facts("truncated").sum())
+        return Counts(int((store.status == DONE).sum()), int((store.status == QUARANTINED).sum()), truncated)
+
+
+def changed_in(path: Path, records: Sequence[Record]) -> dict[str, str]:
+    """As `changed_rows`, of the cache at `path`."""
+    with FeatureStore.open(path) as store:
+        return changed_rows(store, records)
+
+
+def reasons_path(path: Path) -> Path:
+    """Where the reasons of rows in quarantine lie, for the cache at `path`."""
+    return st.quarantine_path(path)
+
+
+def create_store(plan: Plan, path: Path, overwrite: bool = False, private: bool = False) -> FeatureStore:
     """A new cache for a plan's rows, all pending. Raises as `FeatureStore.create`."""
     return FeatureStore.create(
         path,
@@ -107,6 +140,7 @@ def create_store(plan: Plan, path: Path, overwrite: bool = False) -> FeatureStor
         source=plan.records.source if isinstance(plan.records, Pairs) else None,
         parameters=plan.encoder.parameters,
         overwrite=overwrite,
+        private=private,
     )
 
 

@@ -59,25 +59,50 @@ class Plan:
 def make_plan(encoder: Encoder, records: Sequence[Record], settings: ExtractionSettings) -> Plan:
     """The plan of a new cache: shapes are measured, texts counted where that is needed, compiling is tried where it
     pays. Warns where it pays and fails."""
+    encoder, features, kept = decide(encoder, len(records), settings)
+    return plan_rows(encoder, records, settings, kept=kept, features=features)
+
+
+def decide(
+    encoder: Encoder, rows: int, settings: ExtractionSettings
+) -> tuple[Encoder, dict[str, tuple[int, ...]], dict[str, Any]]:
+    """What doesn't depend on which `rows` they are, only on how many: the encoder, compiled where that pays, the shapes
+    of one row's features, and `Plan.kept`. Warns where compiling pays and fails."""
     size = settings.batch_size or default_batch_size(encoder)
-    block_rows = 1 << (size * BLOCK_BATCHES - 1).bit_length()
     with torch.inference_mode():
         features = _measure(encoder, settings)
-        faster = _compiled_if_it_pays(encoder, size, len(records) * (1 + settings.views))
+        faster = _compiled_if_it_pays(encoder, size, rows * (1 + settings.views))
+    kept = {"batch_size": size, "compiled": faster is not None, "block_rows": block_rows_of(size)}
+    return faster or encoder, features, kept
+
+
+def block_rows_of(batch_size: int) -> int:
+    """Rows of a block: a power of two, `BLOCK_BATCHES` batches at least."""
+    return 1 << (batch_size * BLOCK_BATCHES - 1).bit_length()
+
+
+def plan_rows(
+    encoder: Encoder,
+    records: Sequence[Record],
+    settings: ExtractionSettings,
+    *,
+    kept: Mapping[str, Any],
+    features: Mapping[str, tuple[int, ...]],
+) -> Plan:
+    """The plan of a new cache of `records`, the rest decided: `encoder` is compiled if `kept` says so. Texts are
+    counted where that is needed."""
     texts = None
     if "text_tokens" in features:
         texts = prepare_texts(encoder.text_side(), records, text_clean_of(encoder, settings))
-    rows = np.arange(len(records))
+    rows, step = np.arange(len(records)), kept["block_rows"]
     return Plan(
-        encoder=faster or encoder,
+        encoder=encoder,
         records=records,
         settings=settings,
         fingerprint=fingerprint_of(encoder, records, settings),
         features=features,
-        batch_size=size,
-        block_rows=block_rows,
-        compiled=faster is not None,
-        blocks=tuple(rows[low : low + block_rows] for low in range(0, len(rows), block_rows)),
+        **kept,
+        blocks=tuple(rows[low : low + step] for low in range(0, len(rows), step)),
         token_counts=np.array([t.length for t in texts.tokens], np.int64) if texts else None,
         texts=texts,
     )
@@ -97,14 +122,8 @@ def resume_plan(
     rows still to do. Raises `UsageError` where the cache was begun with a compiled forward pass that fails here."""
     if settings.batch_size is not None:
         kept = {**kept, "batch_size": settings.batch_size}
-    if kept["compiled"] and blocks:
-        with torch.inference_mode():
-            faster, why_not = _compiled(encoder, kept["batch_size"])
-        if faster is None:
-            raise UsageError(f"it was begun with a compiled forward pass, which fails here ({why_not})")
-        encoder = faster
     return Plan(
-        encoder=encoder,
+        encoder=as_begun(encoder, kept) if blocks else encoder,
         records=records,
         settings=settings,
         fingerprint=fingerprint_of(encoder, records, settings),
@@ -113,6 +132,18 @@ def resume_plan(
         blocks=tuple(blocks),
         token_counts=token_counts,
     )
+
+
+def as_begun(encoder: Encoder, kept: Mapping[str, Any]) -> Encoder:
+    """The encoder to go on with what was begun with `kept`. Raises `UsageError` where that takes a compiled forward
+    pass that fails here."""
+    if not kept["compiled"]:
+        return encoder
+    with torch.inference_mode():
+        faster, why_not = _compiled(encoder, kept["batch_size"])
+    if faster is None:
+        raise UsageError(f"it was begun with a compiled forward pass, which fails here ({why_not})")
+    return faster
 
 
 def fingerprint_of(encoder: Encoder, records: Sequence[Record], settings: ExtractionSettings) -> dict[str, Any]:

@@ -1,0 +1,87 @@
+"""What an extraction script is asked for, as plain values that any process can take over."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from feats.acceleration import resolve_device
+from feats.encoders.base import Encoder
+from feats.encoders.registry import load_encoder
+from feats.extraction.leases import LEASE_SECONDS
+from feats.extraction.local import extract
+from feats.extraction.settings import ExtractionSettings
+from feats.extraction.shared import Share, Worker, row_pieces, work
+from feats.extraction.summary import Progress, Summary
+from feats.parts import parts_folder
+from feats.records import Pairs, read_dataset
+
+
+@dataclass(frozen=True)
+class Job:
+    """Caches `<folder>/<name>_<split>.h5` of `data`, read as `layout`, `limit` rows of each split; what `encoder` holds
+    goes to `load_encoder`.
+
+    `by_parts`: others may do the same at the same time. `piece_rows`, `lease_seconds`, `since` and `join` are as for
+    `feats.extraction.shared.work` and `row_pieces`.
+    """
+
+    encoder: Mapping[str, Any]
+    data: Path
+    folder: Path
+    name: str
+    layout: str | None = None
+    limit: int | None = None
+    device: str = "auto"
+    settings: ExtractionSettings = ExtractionSettings()
+    overwrite: bool = False
+    by_parts: bool = False
+    piece_rows: int | None = None
+    lease_seconds: float = LEASE_SECONDS
+    since: float | None = None
+    join: bool = True
+
+    def path(self, split: str) -> Path:
+        """Where the cache of a split lies."""
+        return self.folder / f"{self.name}_{split}.h5"
+
+    def load(self, worker: Worker = Worker()) -> Encoder:
+        """The encoder, on this process's device. Raises as `load_encoder` and `resolve_device`."""
+        return load_encoder(**self.encoder, device=resolve_device(self.device, worker.local_rank))
+
+    def run(
+        self, encoder: Encoder, pairs: Pairs, worker: Worker, progress: Progress = lambda done, total: None
+    ) -> Summary:
+        """Make the cache of a split, or help to. Raises as `extract` and `work`."""
+        path = self.path(pairs.split)
+        pairs = pairs[: self.limit]
+        if not self.by_parts and not parts_folder(path).exists():
+            return extract(encoder, pairs, path, self.settings, overwrite=self.overwrite, progress=progress)
+        pieces = row_pieces(
+            encoder,
+            pairs,
+            path,
+            self.settings,
+            world=worker.world,
+            piece_rows=self.piece_rows,
+            overwrite=self.overwrite,
+        )
+        return work(
+            encoder,
+            pieces,
+            path,
+            self.settings,
+            worker,
+            lease_seconds=self.lease_seconds,
+            overwrite=self.overwrite,
+            since=self.since,
+            join=self.join,
+            progress=progress,
+        )
+
+    def help(self, split: str, worker: Worker) -> Share:
+        """Do a worker's share of a split with nothing but what this holds."""
+        pairs = read_dataset(self.data, self.layout)[split]
+        share = self.run(self.load(worker), pairs, worker)
+        assert isinstance(share, Share)  # `by_parts`
+        return share

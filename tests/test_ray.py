@@ -1,0 +1,109 @@
+"""Extraction by workers on a Ray cluster: the bytes of a plain extraction, whoever dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from conftest import ENVIRONMENT, ROOT, make_course
+
+pytest.importorskip("ray", reason="Ray isn't installed: pip install -e '.[ray]'")
+pytestmark = pytest.mark.slow  # a cluster takes ten seconds to start
+
+SCRIPT = ROOT / "feats" / "vader_extract_feats.py"
+ROWS, PIECE = 1500, 64
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("ray")
+    make_course(place / "data", rows=ROWS)
+    ran = extraction(place, "--out", "plain").wait()
+    assert ran == 0
+    return place
+
+
+def extraction(place: Path, *options: str) -> subprocess.Popen:
+    command = [sys.executable, str(SCRIPT), "--batch-size", "8", *options]
+    return subprocess.Popen(
+        command, cwd=place, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def digest(place: Path, out: str) -> str:
+    return sha256((place / out / "vader_train.h5").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[object]:
+    """A head with room for one worker."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 << 20})
+    yield made
+    made.shutdown()
+
+
+def wait_for_parts(place: Path, out: str, count: int, running: subprocess.Popen) -> None:
+    while len(list((place / out / "vader_train.parts").glob("part-*.h5"))) < count:
+        assert running.poll() is None, "it ended before it could be disturbed"
+        time.sleep(0.02)
+
+
+def finished(running: subprocess.Popen) -> str:
+    out, err = running.communicate(timeout=240)
+    assert running.returncode == 0, err
+    return out
+
+
+def test_two_nodes_and_one_killed_in_the_middle(folder: Path, cluster):
+    node = cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+    running = extraction(
+        folder, "--out", "nodes", "--engine", "ray", "--address", cluster.address, "--piece-rows", str(PIECE)
+    )
+    wait_for_parts(folder, "nodes", 4, running)
+    cluster.remove_node(node, allow_graceful=False)
+    said = finished(running)
+    assert f"{ROWS} rows done" in said
+    assert digest(folder, "nodes") == digest(folder, "plain")
+
+
+def test_a_worker_killed_in_the_middle(folder: Path, cluster):
+    running = extraction(
+        folder, "--out", "worker", "--engine", "ray", "--address", cluster.address, "--piece-rows", str(PIECE)
+    )
+    wait_for_parts(folder, "worker", 4, running)
+    (lease,) = (folder / "worker" / "vader_train.parts").glob("part-*.lease")
+    os.kill(owner_of(lease), signal.SIGKILL)
+    finished(running)
+    assert digest(folder, "worker") == digest(folder, "plain")
+
+
+def owner_of(lease: Path) -> int:
+    """The process that works on a part: one of Ray's."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if "ray::" in (process / "cmdline").read_text() and process.name in lease.read_text():
+                return int(process.name)
+        except OSError:
+            continue
+    raise AssertionError(f"nobody of Ray's is named in {lease.read_text()!r}")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--gpus-per-worker", "1"], "a worker needs 1 CPU, 1 GPU and the cluster has 1 CPU, 0 GPU"),
+        (["--model", "nonsense"], "nonsense"),
+    ],
+)
+def test_what_can_t_be_is_one_line(options: list[str], says: str, folder: Path, cluster):
+    running = extraction(folder, "--out", "none", "--engine", "ray", "--address", cluster.address, *options)
+    _, err = running.communicate(timeout=240)
+    assert running.returncode == 2 and "Traceback" not in err
+    assert says in err.splitlines()[-1]
