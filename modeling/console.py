@@ -12,6 +12,9 @@ NAME = "mmprobe"
 COMMANDS = {
     "quickstart": "modeling.quickstart",
     "inspect": "feats.inspect_feats",
+    "merge": "feats.merge_feats",
+    "export": "feats.export_feats",
+    "import": "feats.import_feats",
     "export-texts": "feats.export_texts",
     "train": "modeling.train_head",
     "sweep": "modeling.sweep_heads",
