@@ -1,4 +1,5 @@
-"""Print what is in feature caches: schema, counts, fingerprint, quarantined rows with reasons; --verify reads all."""
+"""Print what is in feature caches: schema, counts, fingerprint, quarantined rows with reasons, of those in parts which
+parts are missing; --verify reads all."""
 
 import signal
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 
 from feats.cli import EXIT_DONE, EXIT_UNUSABLE, ScriptParser, as_typed
 from feats.errors import UsageError
-from feats.store import QUARANTINED, STATUS_NAMES, FeatureStore
+from feats.parts import PartedStore, open_cache, part_path
+from feats.store import QUARANTINED, STATUS_NAMES, CacheReader
 
 
 def build_parser() -> ArgumentParser:
@@ -18,7 +20,13 @@ def build_parser() -> ArgumentParser:
         __doc__,
         epilog="Exit status: 0 all well; 2 a file is no cache, is damaged, or (--verify) holds a damaged chunk.",
     )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="caches, e.g. saved/feats/clip_train.h5")
+    parser.add_argument(
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="caches, e.g. saved/feats/clip_train.h5, or folders of parts",
+    )
     parser.add_argument("--verify", action="store_true", help="read every chunk and check checksums and values")
     return parser
 
@@ -29,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sound = True
     for path in args.files:
         try:
-            with FeatureStore.open(path) as store:
+            with open_cache(path) as store:
                 print(overview(store))
                 if args.verify:
                     problems = store.verify()
@@ -43,8 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_DONE if sound else EXIT_UNUSABLE
 
 
-def overview(store: FeatureStore) -> str:
+def overview(store: CacheReader) -> str:
     """A few lines that say what the cache holds."""
+    parts = [parts_overview(store)] if isinstance(store, PartedStore) else []
+    if isinstance(store, PartedStore) and store.missing:
+        told = {"features": store.features, **store.plan, **store.shared.fingerprint}
+        return "\n".join([*parts, "  plan:", *(f"    {key}: {value}" for key, value in told.items())])
     counts = Counter(store.status.tolist())
     states = ", ".join(f"{counts[status]} {name}" for status, name in STATUS_NAMES.items() if counts[status])
     labels = ", ".join(f"{tag or '(none)'} {n}" for tag, n in Counter(store.tags.tolist()).most_common())
@@ -67,7 +79,22 @@ def overview(store: FeatureStore) -> str:
         lines.append("  quarantine:")
         rows = store.ids[store.status == QUARANTINED]
         lines += [f"    {row}: {store.reasons.get(row, '(reason not recorded)')}" for row in rows]
-    return "\n".join(lines)
+    return "\n".join([*parts, *lines])
+
+
+def parts_overview(store: PartedStore) -> str:
+    """A line on a cache's parts: how many there are, which are missing, and which of those somebody makes."""
+    parts = len(store.shared.pieces)
+    line = f"{store.path}: in {parts} parts, split {store.shared.split}"
+    if store.missing:
+        held = [number for number in store.missing if part_path(store.path, number).with_suffix(".lease").is_file()]
+        line += f", INCOMPLETE: {len(store.missing)} missing ({_few(store.missing)})"
+        line += f", of which {len(held)} in work ({_few(held)})" if held else ", none of them in work"
+    return line
+
+
+def _few(numbers: Sequence[int]) -> str:
+    return f"{', '.join(map(str, numbers[:10]))}{', ...' if len(numbers) > 10 else ''}"
 
 
 if __name__ == "__main__":

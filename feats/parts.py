@@ -6,14 +6,29 @@ appears under its name only when it is whole.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from feats.errors import UsageError, first_line
+from feats.source import Source, data_identity
+from feats.store import (
+    CacheError,
+    CacheReader,
+    FeatureStore,
+    fingerprint_difference,
+    pieces,
+    repeated,
+    split_where,
+)
 
 FORMAT_VERSION = 1
+OPEN_PARTS = 16  # files a reader holds open at a time
 
 
 def parts_folder(path: Path) -> Path:
@@ -85,3 +100,275 @@ def read_plan(folder: Path) -> PartsPlan | None:
         return None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} can't be read ({first_line(error)}); remove {folder} and make it again") from None
+
+
+# -- caches, whole or in parts -----------------------------------------------------------------------------------
+
+
+def joined_path(path: Path | str) -> Path:
+    """A cache's own path, for it or for the folder of its parts."""
+    path = Path(path)
+    return path.with_suffix(".h5") if path.suffix == ".parts" else path
+
+
+def is_cache(path: Path) -> bool:
+    """Whether there is a cache at `path`, or parts of one."""
+    return path.is_file() or plan_path(parts_folder(path)).is_file()
+
+
+def cache_paths(folder: Path, split: str | None = None) -> list[Path]:
+    """The paths `<name>_<split>.h5` of all caches in a folder, those in parts included, sorted; without `split` of all
+    splits."""
+    names = f"*_{split}" if split else "*"
+    in_parts = (plan.parent for plan in folder.glob(f"{names}.parts/plan.json"))
+    return sorted({*folder.glob(f"{names}.h5"), *map(joined_path, in_parts)})
+
+
+def open_cache(path: Path | str) -> CacheReader:
+    """Open a cache for reading: the file at `path`, else its parts. While parts are joined it is they that are read.
+
+    `path` may also be the folder of parts. Raises `CacheError` when there is neither, or it is damaged.
+    """
+    path = joined_path(path)
+    if not plan_path(parts_folder(path)).is_file():
+        return FeatureStore.open(path)
+    if not path.is_file():
+        return PartedStore(path)
+    try:
+        store = FeatureStore.open(path)
+    except CacheError:
+        parts = PartedStore(path)
+        if not parts.complete:
+            raise
+        return parts
+    if store.complete:
+        return store
+    store.close()
+    return PartedStore(path)
+
+
+class PartedStore(CacheReader):
+    """All parts of a cache, read as if they were one: rows are numbered through them in order.
+
+    `path` is the folder of parts, `shared` the plan they were made by, `missing` numbers the parts that aren't there
+    yet. With any missing only `path`, `plan`, `features`, `complete` and `verify` tell something, the rest raises
+    `CacheError`, as it does when parts contradict the plan or have an id in common. Few files are open at a time.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = parts_folder(joined_path(path))
+        shared = read_plan(self.path)
+        if shared is None:
+            raise CacheError(f"no cache {joined_path(path)}, nor parts of it in {self.path}; make it by an extraction")
+        self.shared = shared
+        self.plan = dict(shared.kept)
+        self.missing = [n for n in range(len(shared.pieces)) if not part_path(self.path, n).is_file()]
+        self._open: OrderedDict[int, FeatureStore] = OrderedDict()
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def _part(self, number: int) -> FeatureStore:
+        """A part, open. It stays so until `OPEN_PARTS` others have been asked for."""
+        if number not in self._open:
+            if len(self._open) >= OPEN_PARTS:
+                self._open.popitem(last=False)[1].close()
+            self._open[number] = FeatureStore.open(part_path(self.path, number))
+        self._open.move_to_end(number)
+        return self._open[number]
+
+    def _parts(self) -> Iterator[FeatureStore]:
+        """All parts in order. Raises `CacheError` when there are any missing."""
+        if self.missing:
+            raise CacheError(
+                f"{len(self.missing)} of {len(self.shared.pieces)} parts are still to be made in {self.path}: run the "
+                "same extraction again"
+            )
+        return (self._part(number) for number in range(len(self.shared.pieces)))
+
+    @cached_property
+    def _rows(self) -> "_Rows":
+        """What is kept of all rows while the parts aren't open."""
+        ids, status = [], []
+        reasons: dict[str, str] = {}
+        for part in self._parts():
+            self._check_part(part)
+            ids.append(part.ids)
+            status.append(part.status)
+            reasons |= part.reasons
+        found = _Rows(np.concatenate(ids), np.concatenate(status), reasons, np.cumsum([0, *map(len, ids)]))
+        twice = repeated(found.ids)
+        if twice:
+            raise CacheError(
+                f"{len(twice)} ids are in more than one row of {self.path}: {', '.join(twice[:5])}"
+                f"{', ...' if len(twice) > 5 else ''}; give the rows ids of their own and extract again with another "
+                "`name`"
+            )
+        return found
+
+    def _check_part(self, part: FeatureStore) -> None:
+        """Raise `CacheError` for a part that isn't whole or was made by another plan."""
+        own = {key: value for key, value in part.fingerprint.items() if key != "data"}
+        remedy = f"remove {part.path} and run the same extraction again"
+        if not part.complete:
+            raise CacheError(f"{part.path} isn't complete; {remedy}")
+        difference = fingerprint_difference(own, self.shared.fingerprint)
+        if difference:
+            raise CacheError(f"{part.path} was made by something else than the other parts ({difference}); {remedy}")
+        if part.plan != self.plan or part.features != self.features:
+            raise CacheError(f"{part.path} was made by another plan than the other parts; {remedy}")
+
+    # -- facts --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """(N,) str."""
+        return self._rows.ids
+
+    @cached_property
+    def status(self) -> np.ndarray:
+        """(N,) uint8, done or quarantined."""
+        return self._rows.status
+
+    @cached_property
+    def reasons(self) -> dict[str, str]:
+        """Id -> why it is in quarantine."""
+        return self._rows.reasons
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """As that of the joined cache."""
+        ids = self.ids  # raises where the parts are no cache
+        return {**next(self._parts()).fingerprint, **self.shared.fingerprint, "data": data_identity(ids.tolist())}
+
+    @property
+    def complete(self) -> bool:
+        """No part is missing."""
+        return not self.missing
+
+    @property
+    def tags(self) -> np.ndarray:
+        """Labels (N,), '' where unknown."""
+        return np.concatenate([part.tags for part in self._parts()])
+
+    @property
+    def features(self) -> dict[str, tuple[int, ...]]:
+        """Dataset -> shape of one row, for the feature datasets; of one token for `text_tokens`."""
+        return {name: tuple(shape) for name, shape in sorted(self.shared.features.items())}
+
+    @property
+    def schema(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Dataset -> (shape, dtype), as that of the joined cache."""
+        schemas = [part.schema for part in self._parts()]
+        found = {}
+        for name, (shape, _) in schemas[0].items():
+            rows = sum(schema[name][0][0] for schema in schemas)
+            if name == "text_offsets":
+                rows -= len(schemas) - 1
+            widest = np.result_type(*(np.dtype(schema[name][1]) for schema in schemas))
+            found[name] = ((rows, *shape[1:]), str(widest))
+        return found
+
+    @property
+    def written_at(self) -> float:
+        """When the first part was made, in seconds since the epoch."""
+        return min(part.written_at for part in self._parts())
+
+    def facts(self, name: str) -> np.ndarray:
+        """A dataset of `ROW_FACTS`, (N,)."""
+        return np.concatenate([part.facts(name) for part in self._parts()])
+
+    @property
+    def parameters(self) -> dict[str, int] | None:
+        """How many parameters the encoder of each side has."""
+        return next(self._parts()).parameters
+
+    def token_counts(self) -> np.ndarray:
+        """Tokens there is room for, per row (N,); only in a cache with `text_tokens`."""
+        return self._token_counts
+
+    @cached_property
+    def _token_counts(self) -> np.ndarray:
+        return np.concatenate([part.token_counts() for part in self._parts()])
+
+    @property
+    def source(self) -> Source | None:
+        """Where the raw pairs lay; the folder is the one of the first part."""
+        sources = [part.source for part in self._parts()]
+        told = [source for source in sources if source is not None]
+        if not told or len(told) < len(sources):
+            return None
+        images = [path for source in told for path in source.images]
+        texts = [path for source in told for path in source.texts]
+        return Source(told[0].data, told[0].resolved, told[0].layout, told[0].split, images, texts)
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """As `FeatureStore.read_rows`. Memory beyond the result is one block."""
+        self._check_rows(rows)
+        shape, dtype = next(self._parts()).shape_of(name)
+        out = np.empty((len(rows), *shape), dtype)
+        for chosen, part, own in self._by_part(rows):
+            out[chosen] = part.read_rows(name, own)
+        return out
+
+    def read_token_rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `FeatureStore.read_token_rows`."""
+        self._check_rows(rows)
+        shape, dtype = next(self._parts()).shape_of("text_tokens")
+        starts = np.concatenate([[0], np.cumsum(self.token_counts()[rows])])
+        out = np.empty((starts[-1], *shape), dtype)
+        for chosen, part, own in self._by_part(rows):
+            values, offsets = part.read_token_rows(own)
+            for side_by_side in split_where(np.arange(len(chosen)), chosen, 1):
+                first, last = side_by_side[0], side_by_side[-1]
+                out[starts[chosen[first]] : starts[chosen[last] + 1]] = values[offsets[first] : offsets[last + 1]]
+        return out, starts
+
+    def _by_part(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, FeatureStore, np.ndarray]]:
+        """Positions in `rows`, the part those rows are in, and their numbers there; ascending, a block at a time."""
+        starts = self._rows.starts
+        order = np.argsort(rows, kind="stable")
+        part_of = np.searchsorted(starts, rows[order], "right") - 1
+        for same_part in split_where(np.arange(len(rows)), part_of):
+            number = int(part_of[same_part[0]])
+            for piece in pieces(order[same_part], self.block_rows):
+                yield piece, self._part(number), rows[piece] - starts[number]
+
+    def stored(self, first: int, stop: int) -> dict[str, np.ndarray]:
+        """As `FeatureStore.stored`."""
+        starts = self._rows.starts
+        found = []
+        for number in range(int(np.searchsorted(starts, first, "right")) - 1, int(np.searchsorted(starts, stop))):
+            low, high = int(starts[number]), int(starts[number + 1])
+            found.append(self._part(number).stored(max(first, low) - low, min(stop, high) - low))
+        return {name: np.concatenate([piece[name] for piece in found]) for name in found[0]}
+
+    def verify(self) -> list[str]:
+        """Verify every part that is there; returns what is wrong, one line each, missing parts included."""
+        problems = []
+        for number in range(len(self.shared.pieces)):
+            if number not in self.missing:
+                try:
+                    part = self._part(number)
+                    self._check_part(part)
+                    problems += [f"{part.path.name}: {problem}" for problem in part.verify()]
+                except CacheError as error:
+                    problems.append(str(error))
+        if not problems:
+            try:
+                _ = self._rows
+            except CacheError as error:
+                problems.append(str(error))
+        return problems
+
+
+@dataclass(frozen=True)
+class _Rows:
+    ids: np.ndarray  # (N,) str
+    status: np.ndarray  # (N,) uint8
+    reasons: dict[str, str]
+    starts: np.ndarray  # (parts + 1,) int64, the first row of each part, then N

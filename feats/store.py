@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import h5py
 import numpy as np
@@ -100,12 +100,30 @@ class CacheReader:
     """
 
     path: Path
-    ids: np.ndarray
-    status: np.ndarray
-    fingerprint: dict[str, Any]
     plan: dict[str, Any]
-    reasons: dict[str, str]
     _positions: dict[str, int] | None = None
+
+    if TYPE_CHECKING:  # a file has them as attributes
+
+        @property
+        def ids(self) -> np.ndarray:
+            """(N,) str."""
+            raise NotImplementedError
+
+        @property
+        def status(self) -> np.ndarray:
+            """(N,) uint8."""
+            raise NotImplementedError
+
+        @property
+        def fingerprint(self) -> dict[str, Any]:
+            """What made the features."""
+            raise NotImplementedError
+
+        @property
+        def reasons(self) -> dict[str, str]:
+            """Id -> why it is in quarantine."""
+            raise NotImplementedError
 
     def close(self) -> None:
         """Close all files."""
@@ -227,6 +245,11 @@ class CacheReader:
         """As `read_tokens`, by row numbers (R,). Raises as `read_rows`."""
         raise NotImplementedError
 
+    def stored(self, first: int, stop: int) -> dict[str, np.ndarray]:
+        """Features and facts of the rows first..stop as `FeatureStore.write` takes them, whatever the rows' status:
+        dataset -> (stop - first, ...), for `text_tokens` (ΣL, D). Raises `CacheError` for damaged ones."""
+        raise NotImplementedError
+
     def verify(self) -> list[str]:
         """Read every chunk and check the structure; returns what is wrong, one line each."""
         raise NotImplementedError
@@ -253,11 +276,15 @@ class FeatureStore(CacheReader):
     writer had torn, pending again).
     """
 
+    ids: np.ndarray
+    status: np.ndarray
+    fingerprint: dict[str, Any]
+    reasons: dict[str, str]
+
     def __init__(self, path: Path, file: h5py.File, lock: FileLock | None = None):
         self.path = path
         self._file = file
         self._lock = lock
-        self._positions: dict[str, int] | None = None
         self._trusted: set[str] = set()
         self.repaired = 0
         try:
@@ -265,15 +292,15 @@ class FeatureStore(CacheReader):
                 version = file.attrs.get("format_version")
                 if version != FORMAT_VERSION:
                     raise CacheError(f"{path} has cache format {version}, expected {FORMAT_VERSION}; {_REMEDY}")
-                self.fingerprint: dict[str, Any] = json.loads(file.attrs["fingerprint"])
-                self.plan: dict[str, Any] = json.loads(file.attrs["plan"])
+                self.fingerprint = json.loads(file.attrs["fingerprint"])
+                self.plan = json.loads(file.attrs["plan"])
                 self._indices: dict[str, str] = json.loads(file.attrs["chunk_indices"])
             with _damage(path, "id"):
                 self.ids = _decode(self._dataset("id")[:])
             if lock is not None:
                 self._heal()
             with _damage(path, "status", self._remedy):
-                self.status: np.ndarray = self._dataset("status")[:]
+                self.status = self._dataset("status")[:]
         except BaseException:
             file.close()
             raise
@@ -597,6 +624,11 @@ class FeatureStore(CacheReader):
         self._sync()
 
     # -- reading ------------------------------------------------------------------------------------------------
+
+    def shape_of(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """The shape of one row (of one token) of a dataset, and its type. Raises `CacheError` for an unknown one."""
+        dataset = self._dataset(name)
+        return dataset.shape[1:], dataset.dtype
 
     def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
         """As `read`, by row numbers (R,), repeated ones too: no look-up of ids, and consecutive rows are read at once.

@@ -14,8 +14,9 @@ import torch
 
 import feats
 from feats.errors import UsageError
+from feats.parts import cache_paths, is_cache, open_cache
 from feats.source import SIDES
-from feats.store import DONE, PENDING, FeatureStore
+from feats.store import DONE, PENDING, CacheReader
 
 DEFAULT_FOLDER = Path("saved/feats")
 BLOCK_ROWS = 1 << 16
@@ -23,7 +24,8 @@ BLOCK_ROWS = 1 << 16
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """Which caches features are joined from: `<folder>/<name>_<split>.h5`, for each side the names of some.
+    """Which caches features are joined from: `<folder>/<name>_<split>.h5` or its parts, for each side the names of
+    some.
 
     `tokens`: whether token features are read. `fingerprints` say what made each cache, `contents` which rows it
     holds (`FeatureStore.content_digest`), `parameters` how many the encoder of each side has (absent where a cache
@@ -289,8 +291,8 @@ def caches_with(side: str, folder: Path, split: str, names: Sequence[str]) -> li
     found = []
     for name in names:
         path = folder / f"{name}_{split}.h5"
-        if path.is_file():
-            with FeatureStore.open(path) as store:
+        if is_cache(path):
+            with open_cache(path) as store:
                 found += [name] if f"{side}_feats" in store.features else []
     return found
 
@@ -302,8 +304,8 @@ def cached_widths(source: FeatureSource, split: str) -> dict[str, int]:
     for side in SIDES:
         shapes = []
         for path in (source.folder / f"{name}_{split}.h5" for name in source.of(side)):
-            if path.is_file():
-                with FeatureStore.open(path) as store:
+            if is_cache(path):
+                with open_cache(path) as store:
                     shapes.append(store.features)
         vectors = [shape[f"{side}_feats"][0] for shape in shapes if f"{side}_feats" in shape]
         tokens = [shape[f"{side}_tokens"] for shape in shapes if f"{side}_tokens" in shape]
@@ -317,9 +319,9 @@ def cached_widths(source: FeatureSource, split: str) -> dict[str, int]:
 def are_complete(folder: Path, split: str, names: Iterable[str]) -> bool:
     """Whether the caches `<folder>/<name>_<split>.h5` are all there, every row of them done or in quarantine."""
     for path in (folder / f"{name}_{split}.h5" for name in names):
-        if not path.is_file():
+        if not is_cache(path):
             return False
-        with FeatureStore.open(path) as store:
+        with open_cache(path) as store:
             if not store.complete:
                 return False
     return True
@@ -333,11 +335,11 @@ def _with_known_duplicates(features: FeatureSet) -> FeatureSet:
     """
     known = {"image_hash": features.dataset.image_hash, "text_key": features.dataset.text_key}
     told_by = []
-    for path in sorted(features.source.folder.glob(f"*_{features.split}.h5")):
+    for path in cache_paths(features.source.folder, features.split):
         if all(values.all() for values in known.values()):
             break
         try:
-            with FeatureStore.open(path) as store:
+            with open_cache(path) as store:
                 if not store.complete or store.ids.tolist() != features.dataset.ids:
                     continue
                 tags, others = store.tags.tolist(), {fact: store.facts(fact) for fact in known}
@@ -358,7 +360,7 @@ def content_digests(folder: Path | str, split: str, names: Iterable[str]) -> dic
     that are missing or damaged."""
     digests = {}
     for name in names:
-        with FeatureStore.open(_path(Path(folder), split, name)) as store:
+        with open_cache(_path(Path(folder), split, name)) as store:
             digests[name] = store.content_digest()
     return digests
 
@@ -367,7 +369,7 @@ def content_digests(folder: Path | str, split: str, names: Iterable[str]) -> dic
 class _Join:
     split: str
     source: FeatureSource
-    caches: dict[str, FeatureStore]
+    caches: dict[str, CacheReader]
     dataset: Rows
     order: dict[str, np.ndarray]  # per cache, where the rows of `dataset` are
     kept: np.ndarray  # rows of `dataset` that all caches have, ascending
@@ -427,9 +429,9 @@ def _join(source: FeatureSource, split: str) -> Iterator[_Join]:
         if twice:
             raise UsageError(f"`{side}` names {', '.join(twice)} twice; once is enough")
     with ExitStack() as stack:
-        caches: dict[str, FeatureStore] = {}
+        caches: dict[str, CacheReader] = {}
         for name in source.names:
-            caches[name] = stack.enter_context(FeatureStore.open(_path(folder, split, name)))
+            caches[name] = stack.enter_context(open_cache(_path(folder, split, name)))
             pending = int((caches[name].status == PENDING).sum())
             if pending or not caches[name].complete:
                 raise UsageError(
@@ -456,9 +458,9 @@ def _join(source: FeatureSource, split: str) -> Iterator[_Join]:
 
 def _path(folder: Path, split: str, name: str) -> Path:
     path = folder / f"{name}_{split}.h5"
-    if path.is_file():
+    if is_cache(path):
         return path
-    there = sorted(file.stem for file in folder.glob("*.h5"))
+    there = [file.stem for file in cache_paths(folder)]
     names = [stem.removesuffix(f"_{split}") for stem in there if stem.endswith(f"_{split}")]
     close = get_close_matches(name, names, 1)
     hint = f" Did you mean {close[0]}?" if close else ""
@@ -476,15 +478,15 @@ def _command(name: str, folder: Path) -> str:
     return command if folder == DEFAULT_FOLDER else f"{command} `out` {folder}"
 
 
-def _check_side(store: FeatureStore, name: str, side: str, folder: Path, split: str) -> None:
+def _check_side(store: CacheReader, name: str, side: str, folder: Path, split: str) -> None:
     dataset = f"{side}_feats"
     if dataset in store.features:
         return
     [other] = set(SIDES) - {side}
     able = []
-    for path in sorted(folder.glob(f"*_{split}.h5")):
+    for path in cache_paths(folder, split):
         try:
-            with FeatureStore.open(path) as candidate:
+            with open_cache(path) as candidate:
                 if dataset in candidate.features:
                     able.append(path.stem.removesuffix(f"_{split}"))
         except UsageError:  # a foreign file is nothing to recommend
@@ -495,7 +497,7 @@ def _check_side(store: FeatureStore, name: str, side: str, folder: Path, split: 
     )
 
 
-def _common_order(caches: Mapping[str, FeatureStore]) -> dict[str, np.ndarray]:
+def _common_order(caches: Mapping[str, CacheReader]) -> dict[str, np.ndarray]:
     """Per cache, where the rows of the first one are. Every cache must have the same ids, quarantined ones included."""
     (first_name, first), *others = caches.items()
     order = {first_name: np.arange(len(first))}
@@ -517,7 +519,7 @@ def _common_order(caches: Mapping[str, FeatureStore]) -> dict[str, np.ndarray]:
     return order
 
 
-def _check_same_content(caches: Mapping[str, FeatureStore], order: Mapping[str, np.ndarray], kept: np.ndarray) -> None:
+def _check_same_content(caches: Mapping[str, CacheReader], order: Mapping[str, np.ndarray], kept: np.ndarray) -> None:
     """The same id must mean the same picture and text in every cache that knows them."""
     for fact, what in (("image_hash", "pictures"), ("text_hash", "texts")):
         known: np.ndarray | None = None
@@ -538,7 +540,7 @@ def _check_same_content(caches: Mapping[str, FeatureStore], order: Mapping[str, 
                 )
 
 
-def _merge_tags(caches: Mapping[str, FeatureStore], order: Mapping[str, np.ndarray], ids: Sequence[str]) -> list[str]:
+def _merge_tags(caches: Mapping[str, CacheReader], order: Mapping[str, np.ndarray], ids: Sequence[str]) -> list[str]:
     """The label of each row: the one any cache knows."""
     (owner, first), *others = caches.items()
     merged = first.tags[order[owner]]
@@ -556,7 +558,7 @@ def _merge_tags(caches: Mapping[str, FeatureStore], order: Mapping[str, np.ndarr
     return list(map(sys.intern, merged.tolist()))  # one string per label, not per row
 
 
-def _merge_facts(fact: str, caches: Mapping[str, FeatureStore], order: Mapping[str, np.ndarray]) -> np.ndarray:
+def _merge_facts(fact: str, caches: Mapping[str, CacheReader], order: Mapping[str, np.ndarray]) -> np.ndarray:
     """A fact of each row, (N,): what the first cache that knows it says."""
     merged = np.zeros(len(next(iter(order.values()))), np.uint64)
     for name, store in caches.items():
@@ -565,7 +567,7 @@ def _merge_facts(fact: str, caches: Mapping[str, FeatureStore], order: Mapping[s
 
 
 def _reasons(
-    caches: Mapping[str, FeatureStore], statuses: Mapping[str, np.ndarray], ids: Sequence[str]
+    caches: Mapping[str, CacheReader], statuses: Mapping[str, np.ndarray], ids: Sequence[str]
 ) -> dict[str, str]:
     """Why each row is left out, in the data set's order."""
     why: dict[int, list[str]] = {}

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from feats.errors import UsageError
 from feats.extraction.local import changed_rows
+from feats.parts import open_cache
 from feats.records import Pairs, read_dataset
-from feats.store import FeatureStore
 from modeling.features.joined import FeatureSource
 
 
@@ -21,7 +21,7 @@ class DataPlace:
 def records_of(source: FeatureSource, place: DataPlace) -> Pairs:
     """The pairs that caches were made of. Raises `UsageError` when they aren't found, or are others."""
     stores = [source.folder / f"{name}_train.h5" for name in source.names]
-    with FeatureStore.open(stores[0]) as store:
+    with open_cache(stores[0]) as store:
         kept = store.source
     if place.path is None and kept is None:
         raise UsageError(f"{stores[0]} doesn't say where its pairs lie; name their folder with `data`")
@@ -29,7 +29,7 @@ def records_of(source: FeatureSource, place: DataPlace) -> Pairs:
     split = kept.split if kept else "train"
     records = read_dataset(path, place.layout or (kept.layout if kept and place.path is None else None))[split]
     for file in stores:
-        with FeatureStore.open(file) as store:
+        with open_cache(file) as store:
             if store.ids.tolist() != [record.id for record in records]:
                 common = len(set(store.ids.tolist()) & {record.id for record in records})
                 raise UsageError(

@@ -15,8 +15,8 @@ from PIL import Image
 
 from feats.errors import RowError, UsageError
 from feats.images import as_rgb, read_image
+from feats.parts import open_cache
 from feats.records import Record, TarSlice
-from feats.store import FeatureStore
 from modeling.features.inputs import Inputs
 from modeling.features.joined import FeatureSet, load_features
 from modeling.features.leaks import Leaks, find_leaks
@@ -122,7 +122,7 @@ def _records(features: FeatureSet, data: Path | None) -> tuple[Mapping[str, Reco
 def _token_counts(features: FeatureSet) -> tuple[dict[str, int], int]:
     """Tokens of each text by id and how many texts were cut, by the first text cache that counts any."""
     for name in features.source.text:
-        with FeatureStore.open(features.source.folder / f"{name}_{features.split}.h5") as store:
+        with open_cache(features.source.folder / f"{name}_{features.split}.h5") as store:
             counts, cut = store.facts("n_tokens"), store.facts("truncated")
             if counts.any():
                 return dict(zip(store.ids.tolist(), counts.tolist(), strict=True)), int((cut > 0).sum())

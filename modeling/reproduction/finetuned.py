@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from feats.errors import UsageError
+from feats.parts import open_cache
 from feats.records import Pairs, read_dataset
-from feats.store import FeatureStore
 from modeling.finetuning.pairs import DataPlace
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.studies import MODELS, EncoderChoice, tuning_recipe
@@ -29,7 +29,7 @@ def place_of(settings: Settings, given: DataPlace) -> DataPlace:
     if given.path is not None:
         return given
     for cache in caches_in(settings.feats):
-        with FeatureStore.open(settings.feats / f"{cache.name}{SUFFIX}") as store:
+        with open_cache(settings.feats / f"{cache.name}{SUFFIX}") as store:
             source = store.source
         if source is not None:
             return DataPlace(Path(source.resolved), given.layout or source.layout)

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from feats.errors import UsageError
+from feats.parts import cache_paths, open_cache
 from feats.source import SIDES
-from feats.store import FeatureStore
 from modeling.features.joined import FeatureSource
 from modeling.finetuning.studies import EncoderChoice
 from modeling.heads.base import head_class
 from modeling.reproduction.published import Row
 
-SUFFIX = "_train.h5"
+SPLIT = "train"
+SUFFIX = f"_{SPLIT}.h5"
 # Encoders of one kind: before others, one takes the place of another. Those not named are of a kind of their own.
 KINDS = {
     "resnet": "network of pictures",
@@ -38,9 +39,9 @@ class Cache:
 def caches_in(folder: Path) -> list[Cache]:
     """The complete caches of training data in a folder, by name. What can't be read is left out."""
     found = []
-    for path in sorted(folder.glob(f"*{SUFFIX}")):
+    for path in cache_paths(folder, SPLIT):
         try:
-            with FeatureStore.open(path) as store:
+            with open_cache(path) as store:
                 if not store.complete:
                     continue
                 sides, tokens = (

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from feats.errors import UsageError
+from feats.parts import is_cache
 from feats.store import fingerprint_difference
 from modeling.evaluation.metrics import softmax
 from modeling.features.inputs import Preprocessing
@@ -233,7 +234,7 @@ class Run:
         if not folder.is_dir():
             return "no such folder"
         contents = self.source.contents
-        lacking = [f"{name}_train.h5" for name in contents if not (folder / f"{name}_train.h5").is_file()]
+        lacking = [f"{name}_train.h5" for name in contents if not is_cache(folder / f"{name}_train.h5")]
         if moved and lacking:
             return f"no {lacking[0]} to know it by"
         try:
