@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -133,7 +134,7 @@ class Harness:
         for number, process in enumerate(self.processes):
             if process.poll() not in (None, 0):
                 said = self.said(number).read_text(errors="replace")
-                if "\nerror: " in said or "feats/" in said.partition("Traceback")[2]:
+                if re.search(r'^error: |^  File "[^"]*/feats/', said, re.MULTILINE):
                     raise SystemExit(f"a worker failed by itself:\n{said}")
                 self.processes[number] = self.start(number)
         return any(process.poll() is None for process in self.processes)
