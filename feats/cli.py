@@ -4,6 +4,7 @@ The only module of this stage that knows argparse, stderr and the progress bar. 
 it, so that `--help` is quick.
 """
 
+import math
 import re
 import signal
 import sys
@@ -48,6 +49,17 @@ def positive(text: str) -> int:
 
 
 positive.__name__ = "positive integer"  # argparse shows it: "invalid positive integer value: '0'"
+
+
+def amount(text: str) -> float:
+    """An argument that is a finite number from 0 on."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise ValueError
+    return value
+
+
+amount.__name__ = "amount"
 
 
 def as_typed(message: object, named: Mapping[str, str] = {}) -> str:
@@ -304,14 +316,16 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
         metavar="S",
         help="whose lease on a part isn't renewed for so long counts as dead",
     )
-    ray = parser.add_argument_group("a Ray cluster (pip install -e '.[ray]')")
+    ray = parser.add_argument_group("a Ray cluster (the extra ray)")
     ray.add_argument("--engine", choices=("ray",), help="have workers on a Ray cluster make the cache")
     ray.add_argument("--address", help="the cluster's (default: RAY_ADDRESS, else one on this machine)")
     ray.add_argument(
         "--ray-workers", type=positive, metavar="N", help="(default: as many as the cluster has room for now)"
     )
-    ray.add_argument("--gpus-per-worker", type=float, default=0, metavar="G")
-    ray.add_argument("--cpus-per-worker", type=positive, default=1, metavar="C")
+    ray.add_argument("--gpus-per-worker", type=amount, default=0, metavar="G", help="0.5: two share one")
+    ray.add_argument(
+        "--cpus-per-worker", type=amount, default=1, metavar="C", help="the thread of the encoder included"
+    )
     shared.add_argument("--no-join", action="store_true", help="leave the parts as they are: merge_feats.py joins them")
     parser.fill_in(partial(_of_encoder, name))
     return parser

@@ -201,7 +201,10 @@ def test_nothing_is_replaced_unless_asked(both: Path, tmp_path: Path, capsys: py
     arguments = ["--out", tmp_path / "mine", "--format", "npy", "--overwrite"]
     capsys.readouterr()
     assert run(export_feats, both / "both_train.h5", *arguments) == 2
-    assert "such features (nothing else) with --overwrite" in error_line(capsys) and (tmp_path / "mine" / "both_train").is_dir()
+    assert (
+        "such features (nothing else) with --overwrite" in error_line(capsys)
+        and (tmp_path / "mine" / "both_train").is_dir()
+    )
 
 
 def test_an_incomplete_cache_isn_t_exported(both: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

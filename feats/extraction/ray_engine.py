@@ -35,7 +35,7 @@ class RaySettings:
     address: str | None = None
     workers: int | None = None
     gpus: float = 0
-    cpus: int = 1
+    cpus: float = 1
 
 
 def work_on_ray(
@@ -90,7 +90,7 @@ def _room(settings: RaySettings) -> int:
     """How many workers the cluster can run at once."""
     there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     each = {"CPU": settings.cpus, "GPU": settings.gpus}
-    room = min(int(there.get(kind, 0) // amount) for kind, amount in each.items() if amount)
+    room = min((int(there.get(kind, 0) // amount) for kind, amount in each.items() if amount), default=1)
     if not room:
         wanted = ", ".join(f"{amount:g} {kind}" for kind, amount in each.items() if amount)
         found = ", ".join(f"{there.get(kind, 0):g} {kind}" for kind in each)

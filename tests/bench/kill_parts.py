@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -61,6 +62,24 @@ def under_slurm(script: list[str], processes: int) -> list[Command]:
     return [([sys.executable, *script], {"SLURM_ARRAY_TASK_ID": str(i), **count}) for i in range(processes)]
 
 
+def on_ray(script: list[str], processes: int) -> list[Command]:
+    """A cluster of its own on this machine; it starts workers again that die."""
+    each = min(1, (os.cpu_count() or 1) / processes)
+    options = ["--engine", "ray", "--ray-workers", str(processes), "--cpus-per-worker", f"{each:g}"]
+    return [([sys.executable, *script, *options], {})]
+
+
+def of_ray(pid: int) -> list[int]:
+    """Processes of its cluster that are at work."""
+    found = []
+    for child in children(pid):
+        with suppress(OSError):
+            if Path(f"/proc/{child}/cmdline").read_text().startswith("ray::_in_place"):
+                found.append(child)
+        found += of_ray(child)
+    return found
+
+
 @dataclass(frozen=True)
 class Engine:
     """`commands` start so many workers on a script's command line, each is started again until it ends well; `workers`
@@ -73,6 +92,7 @@ class Engine:
 ENGINES = {
     "torchrun": Engine(under_torchrun, children),
     "slurm": Engine(under_slurm, lambda pid: [pid]),
+    "ray": Engine(on_ray, of_ray),
 }
 
 
