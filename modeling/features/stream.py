@@ -21,6 +21,7 @@ from feats.memory import available_bytes
 from feats.source import SIDES
 from modeling.features.inputs import Inputs, Preprocessing
 from modeling.features.joined import FeatureSet, FeatureSource, OpenFeatures, float32_bytes
+from modeling.features.normalizer import Normalizer
 from modeling.heads.base import HeadConfig
 
 STREAMING = ("auto", "always", "never")
@@ -175,7 +176,8 @@ class StreamedInputs:
     @property
     def shapes(self) -> Inputs:
         """All rows on torch's meta device: widths and sizes, no values."""
-        return self.preprocessing.to("meta").apply(self.stream.shell)
+        kept = {key: Normalizer("none") for key in self.preprocessing.normalizers}  # for arithmetic torch imports a lot
+        return Preprocessing(self.preprocessing.caches, {}, kept).apply(self.stream.shell)
 
     def read(
         self, wanted: Sequence[np.ndarray], config: HeadConfig, *, views: bool = False, trains: bool = False

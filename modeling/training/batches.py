@@ -41,6 +41,13 @@ def batches_of(configs: Sequence[TrainConfig], problem: Problem, inputs: Inputs)
     return Streamed(configs, problem, problem.streamed, inputs)
 
 
+def validation_logits(config: TrainConfig, problem: Problem, head: Head, inputs: Inputs) -> Tensor:
+    """`Batches.validate` for a head that isn't trained by batches."""
+    if problem.streamed is None:
+        return predict_stack(head, inputs, problem.val)
+    return _Validation(config, problem, problem.streamed, held=False).logits(head)
+
+
 class InMemory:
     """Index slices of features on the device; each model has a row order of its own seed."""
 
@@ -73,11 +80,8 @@ class Streamed:
         self.n_rows, self.epochs = len(self.train), 0
         self.steps = math.ceil(self.n_rows / self.bs)
         self.n_views = 0 if inputs.image_views is None else inputs.image_views.shape[1]
-        order = torch.argsort(problem.val)
-        self.val_blocks = source.stream.blocks(problem.val[order].cpu().numpy())
-        self.val_places = torch.argsort(order)
-        row_bytes = inputs.n_bytes / max(1, len(inputs))
-        self.held = [*self._validation()] if row_bytes * len(problem.val) <= HELD_BYTES else None
+        small = inputs.n_bytes / max(1, len(inputs)) * len(problem.val) <= HELD_BYTES
+        self.validation = _Validation(configs[0], problem, source, held=small)
 
     def epoch(self) -> Generator[tuple[Batch, Tensor], None, None]:
         """See `Batches`. A batch may hold rows of two windows: an epoch has as many batches as in memory."""
@@ -109,15 +113,7 @@ class Streamed:
 
     def validate(self, head: Head) -> Tensor:
         """See `Batches`."""
-        if self.held is not None:
-            found = [predict_stack(head, inputs) for inputs in self.held]
-        else:
-            with closing(self._validation()) as blocks:
-                found = [predict_stack(head, inputs) for inputs in blocks]
-        return torch.cat(found, 1)[:, self.val_places]
-
-    def _validation(self) -> Generator[Inputs, None, None]:
-        return self.source.read(self.val_blocks, self.configs[0].head)
+        return self.validation.logits(head)
 
     def _batch(self, inputs: Inputs, rows: Tensor, views: Tensor, places: Tensor) -> tuple[Batch, Tensor]:
         n_models = len(self.configs)
@@ -136,3 +132,26 @@ class Streamed:
 
     def _there(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self.source.device)
+
+
+class _Validation:
+    """The validation rows of a streamed problem, `held` in memory or read each time."""
+
+    def __init__(self, config: TrainConfig, problem: Problem, source: StreamedInputs, *, held: bool):
+        self.config, self.source = config, source
+        order = torch.argsort(problem.val)
+        self.wanted = source.stream.blocks(problem.val[order].cpu().numpy())
+        self.places = torch.argsort(order)
+        self.held = [*self._read()] if held else None
+
+    def logits(self, head: Head) -> Tensor:
+        """See `Batches.validate`."""
+        if self.held is not None:
+            found = [predict_stack(head, inputs) for inputs in self.held]
+        else:
+            with closing(self._read()) as blocks:
+                found = [predict_stack(head, inputs) for inputs in blocks]
+        return torch.cat(found, 1)[:, self.places]
+
+    def _read(self) -> Generator[Inputs, None, None]:
+        return self.source.read(self.wanted, self.config.head)
