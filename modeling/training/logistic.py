@@ -238,6 +238,7 @@ class _Newton:
         hessian[:, :-1, -1] = hessian[:, -1, :-1] = 0
         hessian[:, -1, -1].clamp_(min=1e-12)
         hessian.diagonal(dim1=1, dim2=2)[:, :-1] += problems.ridge[which][:, None]
+        factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(hessian)
         if failed.any():
             raise UsageError(
