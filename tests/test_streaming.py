@@ -272,7 +272,7 @@ def test_linear_is_the_same_streamed_in_shared_passes_and_one_by_one(
             assert ours.facts["objective"] == pytest.approx(wanted.facts["objective"], rel=1e-6)
             assert [row["C"] for row in ours.facts["search"]] == [row["C"] for row in wanted.facts["search"]]
             losses = [[row["loss"] for row in of.facts["search"]] for of in (ours, wanted)]
-            np.testing.assert_allclose(*losses, rtol=5e-3)
+            np.testing.assert_allclose(*losses, rtol=2e-2)
             np.testing.assert_allclose(ours.val_logits, wanted.val_logits, atol=1e-3)
             assert ours.held_out is not None and ours.held_out.shape == wanted.held_out.shape
 

@@ -27,9 +27,9 @@ from modeling.heads.registry import build_head
 from modeling.training import fit as training, gradient
 from modeling.training.closed_form import fit_kernel
 from modeling.training.config import MONITORS, SCHEDULES, TrainConfig
+from modeling.training.draws import Draws
 from modeling.training.exact import LINEAR_CS
 from modeling.training.fit import fit, n_epochs, stacks, work
-from modeling.training.draws import Draws
 from modeling.training.gradient import beta1, cross_entropy, lr_factor
 from modeling.training.problem import Epoch, Problem, Trained, class_weights, predict_stack
 

@@ -50,19 +50,13 @@ class RowData:
         return total / weights.sum()
 
     @cached_property
-    def spectra(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Eigenvalues (D,) and eigenvectors (D, D) of Σ w x xᵀ, x centred: without the rows of each fold, and (-1) of
-        all rows."""
-        n = self.n_columns
-        grams = {fold: self.centre.new_zeros(n, n) for fold in self.folds.unique().tolist()}
-        for x, rows in self.blocks(n):
-            for fold in self.folds[rows].unique().tolist():
-                own = self.folds[rows] == fold
-                part = x[own, :-1]
-                grams[fold] += part.T @ (self.weights[rows[own], None].double() * part)
-        total = torch.stack([*grams.values()]).sum(0)
-        without = {fold: total - gram for fold, gram in grams.items()}
-        return {fold: torch.linalg.eigh(gram) for fold, gram in [*without.items(), (-1, total)]}
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (D,) and eigenvectors (D, D) of the rows' weighted covariance."""
+        gram = self.centre.new_zeros(self.n_columns, self.n_columns)
+        for x, rows in self.blocks(self.n_columns):
+            gram += x[:, :-1].T @ (self.weights[rows, None].double() * x[:, :-1])
+        values, basis = torch.linalg.eigh(gram / self.weights.double().sum())
+        return values.clamp_min(0), basis
 
     def blocks(self, n_values: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Centred rows with a column of ones (B, D + 1) float64, and their numbers, so many at a time that some
@@ -89,7 +83,7 @@ def fit_together(
 
     L-BFGS (Liu and Nocedal, Mathematical Programming 45, 1989) for each problem, all evaluated in the same passes;
     steps are halved where they don't decrease the objective enough. It begins with the inverse of the Hessian at zero
-    of the rows that a fit learns from, one eigendecomposition for all penalties. Where the minimum is `promised`, the
+    of all rows, one eigendecomposition for all penalties. Where the minimum is `promised`, the
     Hessian there is summed up, and the fit goes on with it until half the squared Newton decrement is `tolerance` of
     the objective; else L-BFGS's own estimate of that ends it.
     Raises `UsageError` as `fit_logistic`.
@@ -194,24 +188,18 @@ class _Problems:
 
 
 class _AtZero:
-    """The inverse of each problem's Hessian at theta 0, its blocks of classes taken as equal: p (1 - p) Σ w x xᵀ plus
-    the ridge; of the bias apart, since columns are centred."""
+    """The inverse of each problem's Hessian at theta 0, its blocks of classes taken as equal: p (1 - p) times the
+    covariance, of all rows whatever fold is left out, plus the ridge; of the bias apart, since columns are centred."""
 
     def __init__(self, problems: _Problems):
-        self.problems = problems
         self.curvature = (1 - 1 / problems.data.n_classes) / problems.data.n_classes
+        values, self.basis = problems.data.spectrum
+        self.stretch = self.curvature * values + problems.ridge[:, None]
 
     def __call__(self, gradient: Tensor, problems: Tensor) -> Tensor:
         """Its product with (P, D + 1, K)."""
-        found = torch.empty_like(gradient)
-        found[:, -1] = gradient[:, -1] / self.curvature
-        for fold in self.problems.left_out[problems].unique().tolist():
-            own = (self.problems.left_out[problems] == fold).nonzero()[:, 0]
-            values, basis = self.problems.data.spectra[fold]
-            share, ridge = self.problems.share[problems[own], None], self.problems.ridge[problems[own], None]
-            stretch = self.curvature * share * values.clamp_min(0) + ridge
-            found[own, :-1] = basis @ ((basis.T @ gradient[own, :-1]) / stretch[..., None])
-        return found
+        found = self.basis @ ((self.basis.T @ gradient[:, :-1]) / self.stretch[problems][..., None])
+        return torch.cat([found, gradient[:, -1:] / self.curvature], 1)
 
 
 class _Newton:
