@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 WIDTH, CLASSES, BLOCK = 512, ("negative", "neutral", "positive"), 4096
+PARTS = ("read", "fusion", "linear")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--bs", type=int, default=512)
     args = parser.parse_args(argv)
     from modeling.experiment import ExperimentSettings, load_experiment
@@ -61,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for words, stream in (("streamed", "always"), ("in memory", "never")):
             parts[f"fusion, {words}"] = partial(fit, [fusion], problems[stream])
             parts[f"linear, {words}"] = partial(fit, [linear], problems[stream])
+        parts = {name: work for name, work in parts.items() if name.split(",")[0] in args.parts}
         for number in range(args.rounds):
             names = list(parts) if number % 2 == 0 else list(parts)[::-1]
             for name in names:
