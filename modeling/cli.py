@@ -34,6 +34,7 @@ from modeling.experiment import Experiment, ExperimentSettings
 from modeling.features.joined import DEFAULT_FOLDER, FeatureSource, cached_widths, caches_with
 from modeling.features.normalizer import NORMS
 from modeling.features.splits import SplitSettings
+from modeling.features.stream import SHARE, STREAMING
 from modeling.finetuning.augment import TextAugmentation
 from modeling.finetuning.settings import AUGMENTED, DTYPES, TuneSettings
 from modeling.finetuning.studies import TUNING_RECIPES, tuning_recipe
@@ -142,6 +143,17 @@ def add_corrections_option(parser: ScriptParser) -> None:
         type=Path,
         metavar="FILE",
         help="labels in place of the caches': CSV of id and label, or audit_labels.py's with its column corrected",
+    )
+
+
+def add_stream_option(parser: ScriptParser) -> None:
+    """Features in memory or streamed."""
+    parser.add_argument(
+        "--stream",
+        choices=STREAMING,
+        default=STREAMING[0],
+        help="read features in blocks as they are needed, for caches larger than memory (auto: where they would take "
+        f"more than {SHARE:g} of what is available)",
     )
 
 
@@ -415,7 +427,8 @@ def experiment_settings(args: Namespace) -> ExperimentSettings:
     norms = named_norms(args.norm or [recipe.get("norm", "none")], source.names)
     split = split_settings(args, recipe)
     scales = named_values(args.scale or [], "--scale")
-    return ExperimentSettings(source, split, norms, scales, args.device, args.corrections)
+    stream = getattr(args, "stream", ExperimentSettings.stream)
+    return ExperimentSettings(source, split, norms, scales, args.device, args.corrections, stream)
 
 
 def split_settings(args: Namespace, recipe: Mapping[str, Any] = {}) -> SplitSettings:

@@ -21,6 +21,7 @@ from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSet, FeatureSource, load_features
 from modeling.features.leaks import Leaks, find_leaks
 from modeling.features.splits import Split, SplitSettings, check_split, deal_folds, duplicates_of, make_splits
+from modeling.features.stream import Stream, StreamedInputs, streams
 from modeling.heads.base import HeadConfig, head_class
 from modeling.runs.run import FoldTest, Member, Report, Run
 from modeling.training.config import TrainConfig, changed, settings_read, with_seeds
@@ -38,7 +39,8 @@ Told = Callable[[Epoch, int | None], Any]  # hears what each epoch came to, and 
 @dataclass(frozen=True)
 class ExperimentSettings:
     """Which features, how they are split and normalised, and where training takes place. `norms` and `scales` are by
-    cache, "none" and 1 where not named; `corrections` is a file of other labels, see `read_corrections`."""
+    cache, "none" and 1 where not named; `corrections` is a file of other labels, see `read_corrections`; `stream` says
+    whether features are read block by block as needed, see `modeling.features.stream.streams`."""
 
     source: FeatureSource
     split: SplitSettings = SplitSettings()
@@ -46,11 +48,15 @@ class ExperimentSettings:
     scales: Mapping[str, float] = field(default_factory=dict)
     device: str = "auto"
     corrections: Path | None = None
+    stream: str = "never"
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """The rows of joined caches, their splits, and how features are made from them."""
+    """The rows of joined caches, their splits, and how features are made from them.
+
+    With a `stream` the `features` have shapes only, and it reads the values: close the experiment in the end, or use it
+    as a context manager."""
 
     features: FeatureSet
     classes: list[str]  # of the rows in the splits; others may have others
@@ -60,6 +66,25 @@ class Experiment:
     scales: dict[str, float]
     device: torch.device
     notes: tuple[str, ...] = ()  # what a user should hear of how it came about
+    stream: Stream | None = field(default=None, repr=False, compare=False)
+
+    def require_in_memory(self, what: str) -> None:
+        """Raise `UsageError` where features are streamed: `what` needs all of them."""
+        if self.stream is not None:
+            raise UsageError(
+                f"{what} needs all features in memory, and they are streamed; leave it out, or give `stream` never"
+            )
+
+    def close(self) -> None:
+        """Close what it reads from; without a stream there is nothing to close."""
+        if self.stream is not None:
+            self.stream.close()
+
+    def __enter__(self) -> "Experiment":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
 
     @classmethod
     def of(
@@ -72,6 +97,7 @@ class Experiment:
         *,
         duplicates_together: bool = True,
         notes: Sequence[str] = (),
+        stream: Stream | None = None,
     ) -> "Experiment":
         """An experiment on `splits` of `data`. Warns of test rows whose class no training or validation row has: they
         are left out, since nothing could predict them. Raises `UsageError` for splits that can't be trained on, see
@@ -83,12 +109,17 @@ class Experiment:
         on = resolve_device(device)
         classes, kept = _known_classes(data, splits)
         group_of = duplicates_of(data) if duplicates_together else None
-        return cls(data.to(on), classes, kept, group_of, dict(norms), dict(scales), on, tuple(notes))
+        data = data.to(on) if stream is None else data
+        return cls(data, classes, kept, group_of, dict(norms), dict(scales), on, tuple(notes), stream)
 
     def problem(self, split: Split, heads: Iterable[str]) -> tuple[Problem, Preprocessing]:
         """One split, ready for training `heads` on it, and the preprocessing fitted on its training rows."""
         train, val = (self.features.positions(ids).to(self.device) for ids in (split.train, split.val))
-        preprocessing = Preprocessing.fit(self.features, train, self.norms, self.scales)
+        if self.stream is not None and any(head_class(head).solver == "kernel" for head in heads):
+            raise UsageError(
+                "the kernel head computes with all training rows at once and can't stream them; take linear or a head "
+                "trained by gradient descent, or give `stream` never"
+            )
         labels = torch.full((len(self.features),), -1, device=self.device)
         for ids, rows in ((split.train, train), (split.val, val)):
             labels[rows] = torch.from_numpy(self.labels(ids)).to(self.device)
@@ -99,7 +130,20 @@ class Experiment:
                 "there, extract again what is in quarantine, or leave that class out"
             )
         folds = self.inner_folds(split.train).to(self.device) if closed_form else None
-        return Problem(preprocessing.apply(self.features), labels, train, val, self.classes, folds), preprocessing
+        if self.stream is None:
+            preprocessing = Preprocessing.fit(self.features, train, self.norms, self.scales)
+            return Problem(preprocessing.apply(self.features), labels, train, val, self.classes, folds), preprocessing
+        preprocessing = self.stream.preprocessing(np.sort(train.cpu().numpy()), self.norms, self.scales)
+        streamed = StreamedInputs(self.stream, preprocessing, self.device)
+        return Problem(streamed.shapes, labels, train, val, self.classes, folds, streamed), preprocessing
+
+    def predicted(self, ids: Sequence[str], of: Callable[[FeatureSet, torch.Tensor | None], np.ndarray]) -> np.ndarray:
+        """What `of` makes (N, C) of the features of `ids`, in their order, from features and row numbers (None: all of
+        them); block by block where they are streamed."""
+        rows = self.features.positions(ids)
+        if self.stream is not None:
+            return self.stream.over(rows, lambda block: of(block, None))
+        return of(self.features.to("cpu"), rows)
 
     def inner_folds(self, ids: Sequence[str], seed: int = 0) -> torch.Tensor:
         """Fold number of each id, (len(ids),) int64: stratified, duplicates in one, as many as the rarest class allows
@@ -233,9 +277,16 @@ def load_experiment(settings: ExperimentSettings, heads: Sequence[HeadConfig]) -
     """
     source = settings.source
     tokens = any(head_class(head.head).tokens or head_class(head.head).optional_tokens for head in heads)
-    data = load_features(source.folder, "train", source.image, source.text, tokens=tokens)
+    stream = None
+    if streams(settings.stream, replace(source, tokens=tokens), "train", resolve_device(settings.device)):
+        stream = Stream(replace(source, tokens=tokens), "train")
+        data = stream.shell
+    else:
+        data = load_features(source.folder, "train", source.image, source.text, tokens=tokens)
     data, notes = with_fitting_tokens(data, heads)
     notes.append(data.summary())
+    if stream is not None:
+        notes.append(f"features are read in blocks of {stream.block_rows} rows as they are needed")
     together = settings.split.duplicates_together
     if together and data.told_by:
         notes.append(f"duplicates are also told by {', '.join(data.told_by)}")
@@ -253,6 +304,7 @@ def load_experiment(settings: ExperimentSettings, heads: Sequence[HeadConfig]) -
         settings.device,
         duplicates_together=together,
         notes=notes,
+        stream=stream,
     )
     return replace(experiment, notes=(*notes, *experiment.rows_lines()))
 
@@ -345,15 +397,15 @@ def train_run(
 ) -> Run:
     """The ensemble of all configurations on all splits, with its report and what it cost. Raises `UsageError` when one
     diverges."""
-    with measured(experiment.device) as cost:
+    with measured(experiment.device, experiment.stream) as cost:
         outcomes = [outcome for _, found in train_all(configs, experiment, progress, told=told) for outcome in found]
     return replace(run_of(outcomes, experiment), cost=cost)
 
 
 @contextmanager
-def measured(device: torch.device) -> Iterator[dict[str, Any]]:
+def measured(device: torch.device, stream: Stream | None = None) -> Iterator[dict[str, Any]]:
     """What the block costs, filled in at its end: seconds, peak_bytes (on a CPU of this process since its start, and
-    without processes that it starts) and device."""
+    without processes that it starts), device, and of a `stream` its rates, see `Tally.rates`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     began, cost = time.perf_counter(), dict[str, Any]()
@@ -363,6 +415,8 @@ def measured(device: torch.device) -> Iterator[dict[str, Any]]:
         "peak_bytes": peak_bytes(device),
         "device": str(device),
     }
+    if stream is not None:
+        cost["streamed"] = stream.tally.rates()
 
 
 def total_epochs(configs: Sequence[TrainConfig], experiment: Experiment) -> int:
@@ -506,10 +560,9 @@ def report_of(experiment: Experiment, run: Run, calibrated: np.ndarray, raw: np.
     tested = None
     if len(experiment.splits) == 1 and experiment.splits[0].test:
         test = experiment.splits[0].test
-        features, rows = experiment.features.to("cpu"), experiment.features.positions(test)
-        final = raw_test = run.probabilities(features, rows)
+        final = raw_test = experiment.predicted(test, run.probabilities)
         if run.stacking is None:  # what stacks the members also calibrates them
-            raw_test = np.asarray(np.mean([metrics.softmax(m.logits(features, rows)) for m in run.members], axis=0))
+            raw_test = experiment.predicted(test, partial(_uncalibrated, run.members))
         figures["test"] = split_figures(experiment, test, raw_test, final, majority)
         tested = (test, experiment.features.tags_of(test), final)
     figures["protocol"] = protocol(experiment)
@@ -522,11 +575,14 @@ def report_of(experiment: Experiment, run: Run, calibrated: np.ndarray, raw: np.
 def test_of_fold(experiment: Experiment, run: Run, split: Split, fold: int) -> tuple[FoldTest, dict[str, Any]]:
     """What the members trained on a fold (from 1) say of its own test part, and the figures of that."""
     own = replace(run, members=[m for m in run.members if m.fold == fold])
-    features, rows = experiment.features.to("cpu"), experiment.features.positions(split.test)
-    calibrated = own.probabilities(features, rows)
-    raw = np.asarray(np.mean([metrics.softmax(m.logits(features, rows)) for m in own.members], axis=0))
+    calibrated = experiment.predicted(split.test, own.probabilities)
+    raw = experiment.predicted(split.test, partial(_uncalibrated, own.members))
     figures = split_figures(experiment, split.test, raw, calibrated, experiment.majority(split))
     return FoldTest(fold, split.test, experiment.features.tags_of(split.test), calibrated), figures
+
+
+def _uncalibrated(members: Sequence[Member], features: FeatureSet, rows: torch.Tensor | None) -> np.ndarray:
+    return np.asarray(np.mean([metrics.softmax(m.logits(features, rows)) for m in members], axis=0))
 
 
 def split_figures(

@@ -31,6 +31,7 @@ def build_parser() -> ArgumentParser:
     cli.add_feature_options(parser)
     cli.add_split_options(parser)
     cli.add_corrections_option(parser)
+    cli.add_stream_option(parser)
     cli.add_training_options(parser, grid=True)
     cli.add_run_options(parser)
     parser.add_argument(
@@ -63,7 +64,12 @@ def compare(args: Namespace, command: str) -> int:
     searched = varied(grid, args.search_on) if args.search_on is not None else []
     cli.print_unread(args, [head.head for head in grid.heads], besides=["--monitor"])
     cli.print_recipe(args, [head.head for head in grid.heads])
-    experiment = load_experiment(settings, grid.heads)
+    with load_experiment(settings, grid.heads) as experiment:
+        return compare_on(experiment, args, grid, searched, command)
+
+
+def compare_on(experiment: Experiment, args: Namespace, grid: cli.Grid, searched: Sequence[str], command: str) -> int:
+    """As `compare`, on joined caches; `searched` are the settings to choose on one head."""
     print("\n".join(experiment.notes))
     folder = args.runs / (args.name or NAME)
     chosen, names, diverged = "", dict[TrainConfig, str](), dict[str, str]()
@@ -97,7 +103,7 @@ def train(
     failed: dict[int, str] = {}
     missing = [configs[i] for i in waiting]
     bar = cli.progress_bar("train", total_epochs(missing, experiment), "epoch")
-    with measured(experiment.device) as cost, bar as progress:
+    with measured(experiment.device, experiment.stream) as cost, bar as progress:
         for k, outcomes in train_all(missing, experiment, progress, failed):
             run = run_of(outcomes, experiment)
             save_run(run, folder / names[waiting[k]], overwrite=True, command=command, options=args.given)
@@ -177,7 +183,14 @@ def search(args: Namespace, command: str) -> int:
         )
     grid, settings = cli.grid_from(args), cli.experiment_settings(args)
     named = "head" in vars(args)
-    experiment = load_experiment(settings, grid.heads if named else [])
+    with load_experiment(settings, grid.heads if named else []) as experiment:
+        experiment.require_in_memory("`auto`")
+        return search_on(experiment, args, grid, command)
+
+
+def search_on(experiment: Experiment, args: Namespace, grid: cli.Grid, command: str) -> int:
+    """As `search`, on joined caches."""
+    named = "head" in vars(args)
     print("\n".join(experiment.notes))
     if len(experiment.splits) > 1 and any(split.test for split in experiment.splits):
         raise UsageError(

@@ -14,7 +14,7 @@ from feats.cli import EXIT_DONE, as_typed
 from feats.errors import UsageError
 from feats.source import SIDES
 from modeling import cli
-from modeling.experiment import Told, load_experiment, on_features, total_epochs, train_run
+from modeling.experiment import Experiment, Told, load_experiment, on_features, total_epochs, train_run
 from modeling.features.joined import FeatureSource
 from modeling.heads.base import HeadConfig
 from modeling.prediction.ablation import with_ablation_eval
@@ -38,6 +38,7 @@ def build_parser() -> ArgumentParser:
     cli.add_feature_options(parser)
     cli.add_split_options(parser)
     cli.add_corrections_option(parser)
+    cli.add_stream_option(parser)
     cli.add_training_options(parser)
     cli.add_run_options(parser)
     parser.add_argument("--verbose", action="store_true", help="show every epoch as it ends (default: best and last)")
@@ -63,12 +64,18 @@ def work(args: Namespace, command: str) -> int:
     grid, settings = cli.grid_from(args), cli.experiment_settings(args)
     cli.print_unread(args, [head.head for head in grid.heads])
     cli.print_recipe(args, [head.head for head in grid.heads])
-    experiment = load_experiment(settings, grid.heads)
+    with load_experiment(settings, grid.heads) as experiment:
+        return train(args, command, grid, experiment)
+
+
+def train(args: Namespace, command: str, grid: cli.Grid, experiment: Experiment) -> int:
+    """Train the one configuration of the grid, show its figures, save it; returns the exit status."""
     print("\n".join(experiment.notes))
     [config] = grid.configs(experiment.classes)
     configs = with_seeds(on_features(config, experiment.features), args.seeds or 1)
     absent_of = None
     if args.ablation_eval:
+        experiment.require_in_memory("`ablation_eval`")
         absent_of = cli.absence_of(args, experiment, sides_read(experiment.features.source, configs[0].head))
     elif args.weights:
         raise UsageError("--weights is for --ablation-eval: cached features are read as they are")

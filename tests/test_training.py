@@ -27,6 +27,7 @@ from modeling.heads.registry import build_head
 from modeling.training import fit as training, gradient
 from modeling.training.closed_form import fit_kernel
 from modeling.training.config import MONITORS, SCHEDULES, TrainConfig
+from modeling.training.draws import Draws
 from modeling.training.exact import LINEAR_CS
 from modeling.training.fit import fit, n_epochs, stacks, work
 from modeling.training.gradient import beta1, cross_entropy, lr_factor
@@ -189,7 +190,7 @@ def plain_fusion(
         "onecycle": lambda: torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps, pct_start=0.3),
     }[config.schedule]()
     weights = class_weights(config.class_weights, problem).double()
-    draws = gradient._Draws([config], problem, inputs)
+    draws = Draws([config], problem, inputs)
     train_losses, val_losses, val_logits = [], [], []
     for _ in range(config.ep):
         losses = []
@@ -377,11 +378,11 @@ def test_the_balanced_sampler_draws_classes_alike():
     labels = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
     problem = Problem(Inputs(image=torch.zeros(1000, 1)), labels, torch.arange(1000), torch.arange(3), CLASSES)
     config = TrainConfig(HeadConfig("early", sides=("image",)), balanced_sampler=True)
-    draws = gradient._Draws([config, replace(config, seed=1)], problem, problem.inputs)
+    draws = Draws([config, replace(config, seed=1)], problem, problem.inputs)
     for rows in draws.epoch()[0]:
         counts = torch.bincount(labels[rows], minlength=3)
         assert counts.sum() == 1000 and (counts - 1000 / 3).abs().max() < 75  # five standard deviations
-    plain = gradient._Draws([replace(config, balanced_sampler=False)], problem, problem.inputs)
+    plain = Draws([replace(config, balanced_sampler=False)], problem, problem.inputs)
     orders = [plain.epoch()[0][0] for _ in range(2)]
     assert all(torch.equal(order.sort().values, torch.arange(1000)) for order in orders)
     assert not torch.equal(*orders)

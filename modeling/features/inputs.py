@@ -2,8 +2,9 @@
 side. The statistics belong to a run, hence `Preprocessing` is fitted once, on training rows, and saved with it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor
 from feats.errors import UsageError
 from feats.source import SIDES
 from modeling.features.joined import FeatureSet, Ragged
-from modeling.features.normalizer import Normalizer
+from modeling.features.normalizer import Moments, Normalizer
 from modeling.heads.base import Batch, HeadConfig, head_class
 
 
@@ -65,6 +66,30 @@ class Inputs:
             read.add("image_views")
         return Inputs(**{name: getattr(self, name) for name in read})
 
+    def take(self, rows: Tensor) -> "Inputs":
+        """Some rows (R,) int64, copied."""
+        taken: dict[str, Any] = {}
+        for name in (f.name for f in fields(self)):
+            x = getattr(self, name)
+            if x is not None:
+                taken[name] = x.take(rows) if isinstance(x, Ragged) else x[rows]
+        return Inputs(**taken)
+
+    @staticmethod
+    def concatenated(parts: Sequence["Inputs"]) -> "Inputs":
+        """The rows of several, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        joined: dict[str, Any] = {}
+        for name in (f.name for f in fields(Inputs)):
+            values = [getattr(part, name) for part in parts]
+            if isinstance(values[0], Ragged):
+                lengths = torch.cat([x.offsets.diff() for x in values])
+                joined[name] = Ragged(torch.cat([x.values for x in values]), F.pad(lengths.cumsum(0), (1, 0)))
+            elif values[0] is not None:
+                joined[name] = torch.cat(values)
+        return Inputs(**joined)
+
     def batch(self, rows: Tensor | None = None, views: Tensor | None = None) -> Batch:
         """Rows (M, B) int64 as a batch; without, all rows for one model, dense features uncopied. `views` (N,) or
         (M, N) int64 says which view of the rows' pictures to take, 0 the picture itself."""
@@ -108,31 +133,40 @@ class Preprocessing:
 
         Raises `UsageError` for norms or scales of caches that aren't there, and for token features in more than one
         cache of a side."""
-        caches = {side: list(getattr(features, side)) for side in SIDES}
-        names = {name for of_side in caches.values() for name in of_side}
-        norms = dict.fromkeys(names, norms) if isinstance(norms, str) else norms
-        scales = dict(scales or {})
-        for setting, given in (("norm", norms), ("scale", scales)):
-            if set(given) - names:
-                unknown = ", ".join(sorted(set(given) - names))
-                raise UsageError(f"`{setting}` names {unknown}; the caches in use are {', '.join(sorted(names))}")
-        for name, factor in scales.items():
-            if not 0 < factor < math.inf:
-                raise UsageError(f"`scale` of {name} {factor:g}: expected a finite number above 0")
-        normalizers = {
-            f"{side}/{name}": Normalizer.fit(norms.get(name, "none"), x, rows)
-            for side in SIDES
-            for name, x in getattr(features, side).items()
-        }
-        for side in SIDES:
-            tokens = f"{side}_tokens"
-            of_side = getattr(features, tokens)
-            if len(of_side) > 1:
-                raise UsageError(f"{', '.join(of_side)} all hold {side} tokens; name one cache with tokens per side")
-            for name, x in of_side.items():
-                values, of_rows = (x.values, _tokens_of(x, rows)) if isinstance(x, Ragged) else _flat(x, rows)
-                normalizers[f"{tokens}/{name}"] = Normalizer.fit(norms.get(name, "none"), values, of_rows)
+        caches, scales, kinds = _checked(features, norms, scales)
+        normalizers = {}
+        for key, kind in kinds.items():
+            of, name = key.split("/")
+            x = getattr(features, of)[name]
+            if of in SIDES:
+                normalizers[key] = Normalizer.fit(kind, x, rows)
+                continue
+            values, of_rows = (x.values, _tokens_of(x, rows)) if isinstance(x, Ragged) else _flat(x, rows)
+            normalizers[key] = Normalizer.fit(kind, values, of_rows)
         return cls(caches, scales, normalizers)
+
+    @classmethod
+    def fit_blocks(
+        cls,
+        shell: FeatureSet,
+        blocks: Callable[[], Iterable[FeatureSet]],
+        norms: Mapping[str, str] | str = "none",
+        scales: Mapping[str, float] | None = None,
+    ) -> "Preprocessing":
+        """As `fit`, of training rows that `blocks` reads, once and only where there are statistics to take; of the
+        `shell` names are read only."""
+        caches, scales, kinds = _checked(shell, norms, scales)
+        moments = {key: Moments() for key, kind in kinds.items() if Normalizer.has_statistics(kind)}
+        for block in blocks() if moments else ():
+            for key, of_key in moments.items():
+                kind, name = key.split("/")
+                x = getattr(block, kind)[name]
+                of_key.add(x.values if isinstance(x, Ragged) else x.reshape(-1, x.shape[-1]))
+        return cls(
+            caches,
+            scales,
+            {k: Normalizer.of_moments(moments[k]) if k in moments else Normalizer(kind) for k, kind in kinds.items()},
+        )
 
     def only(self, sides: Sequence[str]) -> "Preprocessing":
         """Of some sides only: a head that reads the text alone needs no image cache to predict."""
@@ -214,6 +248,30 @@ class Preprocessing:
             key, _, statistic = name.rpartition("/")
             parts[key][statistic] = tensor
         return cls(caches, scales, {key: Normalizer.from_state(kind, parts[key]) for key, kind in kinds.items()})
+
+
+def _checked(
+    features: FeatureSet, norms: Mapping[str, str] | str, scales: Mapping[str, float] | None
+) -> tuple[dict[str, list[str]], dict[str, float], dict[str, str]]:
+    """The caches of each side, the scales, and the normalisation of each of `Preprocessing.normalizers`."""
+    caches = {side: list(getattr(features, side)) for side in SIDES}
+    names = {name for of_side in caches.values() for name in of_side}
+    norms = dict.fromkeys(names, norms) if isinstance(norms, str) else norms
+    scales = dict(scales or {})
+    for setting, given in (("norm", norms), ("scale", scales)):
+        if set(given) - names:
+            unknown = ", ".join(sorted(set(given) - names))
+            raise UsageError(f"`{setting}` names {unknown}; the caches in use are {', '.join(sorted(names))}")
+    for name, factor in scales.items():
+        if not 0 < factor < math.inf:
+            raise UsageError(f"`scale` of {name} {factor:g}: expected a finite number above 0")
+    kinds = {f"{side}/{name}": norms.get(name, "none") for side in SIDES for name in caches[side]}
+    for side in SIDES:
+        of_side = getattr(features, f"{side}_tokens")
+        if len(of_side) > 1:
+            raise UsageError(f"{', '.join(of_side)} all hold {side} tokens; name one cache with tokens per side")
+        kinds |= {f"{side}_tokens/{name}": norms.get(name, "none") for name in of_side}
+    return caches, scales, kinds
 
 
 def _rows_of(x: Tensor | None, rows: Tensor | None) -> Tensor | None:

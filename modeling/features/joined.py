@@ -1,5 +1,6 @@
 """Feature caches joined by id into tensors. No encoder, no picture, no text."""
 
+import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -276,6 +277,59 @@ def iter_features(
     with _join(source, split) as join:
         for low in range(0, len(join.kept), block_rows):
             yield join.read(join.kept[low : low + block_rows], views)
+
+
+class OpenFeatures:
+    """What `load_features` gives, its values read by rows while the caches stay open: for caches that are larger than
+    memory. Joining is done once. Raises as `load_features`; for values that aren't finite, as they are read.
+
+    `shell` is all but the values: tensors on torch's meta device, which have shapes only."""
+
+    def __init__(self, source: FeatureSource, split: str):
+        self.source, self._stack = source, ExitStack()
+        self._join = self._stack.enter_context(_join(source, split))
+        try:
+            contents = {name: store.content_digest() for name, store in self._join.caches.items()}
+            first = self._join.read(self._join.kept[:1], views=True)
+            n = len(self._join.kept)
+            shell = first.with_tensors(
+                lambda x: _shape_of(x, n), lambda x: Ragged(_shape_of(x.values, 0), _shape_of(x.offsets, n + 1))
+            )
+            rows = self._join.dataset.take(self._join.kept)
+            self.shell = _with_known_duplicates(
+                replace(shell, rows=rows, source=replace(shell.source, contents=contents))
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, rows: np.ndarray, source: FeatureSource | None = None, *, views: bool = False) -> FeatureSet:
+        """Ascending `rows` of the shell; only the caches of `source`, where that is given."""
+        join = self._join if source is None else replace(self._join, source=source)
+        return join.read(join.kept[rows], views)
+
+    def close(self) -> None:
+        """Close the caches; more than once does no harm."""
+        self._stack.close()
+
+
+def _shape_of(x: torch.Tensor, n: int) -> torch.Tensor:
+    return x.new_empty((n, *x.shape[1:]), device="meta")
+
+
+def float32_bytes(source: FeatureSource, split: str) -> int:
+    """What the features of the caches take as heads read them, views included, and tokens where `source` reads them;
+    of texts' tokens as many as the cache tells. Without caches that aren't there."""
+    values = 0
+    for path in (source.folder / f"{name}_{split}.h5" for name in source.names):
+        if not path.is_file():
+            continue
+        with FeatureStore.open(path) as store:
+            for name, shape in store.features.items():
+                if name.removesuffix("_tokens") == name or source.tokens:
+                    rows = int(store.facts("n_tokens").sum()) if name == "text_tokens" else len(store)
+                    values += rows * math.prod(shape)
+    return 4 * values
 
 
 def source_of(

@@ -12,6 +12,31 @@ STATISTICS_ROWS = 1 << 16  # rows in double precision at a time
 L2_EPS = 1e-12
 
 
+class Moments:
+    """Mean and variance of each column of blocks of rows, in double precision, one pass: Chan, Golub and LeVeque,
+    Algorithms for Computing the Sample Variance, The American Statistician 37 (1983), equation 2.1."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: torch.Tensor | None = None  # (D,)
+        self.squares: torch.Tensor | None = None  # (D,), sums of squared distances from the mean
+
+    def add(self, block: torch.Tensor) -> None:
+        """Take in rows (B, D)."""
+        if not len(block):
+            return
+        x = block.double()
+        mean = x.mean(0)
+        squares = (x - mean).square().sum(0)
+        if self.mean is None or self.squares is None:
+            self.count, self.mean, self.squares = len(x), mean, squares
+            return
+        total, apart = self.count + len(x), mean - self.mean
+        self.mean = self.mean + apart * (len(x) / total)
+        self.squares = self.squares + squares + apart.square() * (self.count * len(x) / total)
+        self.count = total
+
+
 @dataclass(frozen=True)
 class Normalizer:
     """Normalisation of one cache's side: `kind` none; l2, each row to length 1 (a row of zeros stays); or standard,
@@ -28,9 +53,7 @@ class Normalizer:
         std is the population's (divided by M), as scikit-learn's StandardScaler; a constant column gets 1.
         Raises `UsageError` for an unknown kind and for no rows.
         """
-        if kind not in NORMS:
-            raise UsageError(f"unknown normalisation {kind!r}; there are {', '.join(NORMS)}")
-        if kind != "standard":
+        if not cls.has_statistics(kind):
             return cls(kind)
         blocks = (torch.arange(len(features), device=features.device) if rows is None else rows).split(STATISTICS_ROWS)
         count = sum(map(len, blocks))
@@ -43,6 +66,22 @@ class Normalizer:
         variance = sum(((features[block].double() - mean).square().sum(0) for block in blocks), zero) / count
         std = variance.sqrt().float()
         return cls(kind, mean.float(), torch.where(std > 0, std, 1.0))
+
+    @classmethod
+    def of_moments(cls, moments: Moments) -> "Normalizer":
+        """Standardising, with the statistics of rows that were read block by block: as `fit`, up to rounding. Raises
+        `UsageError` for no rows."""
+        if moments.mean is None or moments.squares is None:
+            raise UsageError("no training rows to take mean and standard deviation of")
+        std = (moments.squares / moments.count).sqrt().float()
+        return cls("standard", moments.mean.float(), torch.where(std > 0, std, 1.0))
+
+    @staticmethod
+    def has_statistics(kind: str) -> bool:
+        """Whether a kind of normalisation takes statistics of rows. Raises `UsageError` for an unknown one."""
+        if kind not in NORMS:
+            raise UsageError(f"unknown normalisation {kind!r}; there are {', '.join(NORMS)}")
+        return kind == "standard"
 
     def apply(self, features: torch.Tensor) -> torch.Tensor:
         """Normalise (..., D), views and tokens too; float32 (wider when the input is). Nothing is changed in place."""

@@ -38,8 +38,14 @@ def spread(values: Sequence[int]) -> int | str:
 
 
 def cost_line(cost: Mapping[str, Any]) -> str:
-    """Seconds and peak memory of a training."""
-    return f"training took {cost['seconds']:.1f} s on {cost['device']}, peak memory {cost['peak_bytes'] / 1e9:.2f} GB"
+    """Seconds and peak memory of a training, and the rates of one that was streamed."""
+    line = f"training took {cost['seconds']:.1f} s on {cost['device']}, peak memory {cost['peak_bytes'] / 1e9:.2f} GB"
+    if rates := cost.get("streamed"):
+        line += (
+            f"; streamed {rates['rows_per_second']:,.0f} rows/s, {rates['waiting']:.0%} of it waiting for blocks "
+            f"(reading alone: {rates['reading_rows_per_second']:,.0f} rows/s)"
+        )
+    return line
 
 
 # -- epochs -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Heads in closed form: their hyperparameters by inner folds of the training rows, then one exact fit on all."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,19 +12,27 @@ from torch import Tensor
 from modeling.features.inputs import Inputs
 from modeling.heads.base import Head
 from modeling.heads.registry import build_head
-from modeling.training.closed_form import KERNEL_GAMMAS, KERNEL_RIDGES, fit_kernel, fit_logistic
+from modeling.training.batches import validation_logits
+from modeling.training.closed_form import KERNEL_GAMMAS, KERNEL_RIDGES, LogisticFit, fit_kernel, fit_logistic
 from modeling.training.config import TrainConfig
-from modeling.training.problem import Problem, Told, Trained, class_weights, predict_stack, validation_figures
+from modeling.training.logistic import Fit, RowData, fit_together, logits_left_out
+from modeling.training.problem import Problem, Told, Trained, class_weights, validation_figures
 
 LINEAR_CS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 SEARCH_TOLERANCE = 1e-4  # of the objective: far below what held-out losses differ by
+LARGE = 1 << 24  # numbers in the training rows from which on all fits share passes over them
+CS_AT_ONCE = 5  # of a search, in the same passes: it often ends before weak penalties, which take longest
+ROWS_AT_ONCE = 1 << 14
 
 
 def solve_linear(
     configs: Sequence[TrainConfig], problem: Problem, progress: Callable[[int], Any], told: Told | None = None
 ) -> list[Trained]:
     """Logistic regression; the C of least held-out log-loss in the inner folds, unless it is given. `told` hears
-    nothing: there are no epochs."""
+    nothing: there are no epochs. Rows that are streamed, or many, are gone over in passes that serve all
+    configurations."""
+    if problem.streamed is not None or _values(configs[0], problem) >= LARGE:
+        return _solve_together(configs, problem, progress)
     results = []
     for config in configs:
         inputs, x, targets = _training_matrix(config, problem)
@@ -36,6 +46,102 @@ def solve_linear(
         results.append(_solved(config, head, inputs, inputs.widths, problem, facts, held_out))
         progress(1)
     return results
+
+
+def _solve_together(configs: Sequence[TrainConfig], problem: Problem, progress: Callable[[int], Any]) -> list[Trained]:
+    """As `solve_linear`: what differs in C only is fitted in the same passes."""
+    results: dict[int, Trained] = {}
+    alike: dict[Any, list[int]] = {}
+    for i, config in enumerate(configs):
+        alike.setdefault((config.head, config.class_weights), []).append(i)
+    for members in alike.values():
+        first = configs[members[0]]
+        data, inputs = _row_data(first, problem), problem.inputs.for_head(first.head)
+        folds = data.folds.unique().tolist()
+        given = sorted({C for i in members if (C := configs[i].C) is not None})
+        chosen, search, fits = 0.0, list[dict[str, float]](), dict[Fit, LogisticFit]()
+        if any(configs[i].C is None for i in members):
+            chosen, search, fits = _search_together(data, folds)
+            given = sorted({*given, chosen})
+        losses = {row["C"]: row for row in search}
+        missing = [Fit(C, fold) for C in given for fold in folds if Fit(C, fold) not in fits]
+        fits |= fit_together(data, missing, SEARCH_TOLERANCE / 10, promised=False) if missing else {}
+        held_out = torch.zeros(
+            len(given), len(data.targets), data.n_classes, dtype=torch.float64, device=problem.device
+        )
+        for rows, logits in logits_left_out(data, fits, given):
+            held_out[:, rows] = logits
+        found = fit_together(data, [Fit(C) for C in given])
+        for i in members:
+            C = chosen if (own := configs[i].C) is None else own
+            place, best = given.index(C), found[Fit(C)]
+            head = build_head(first.head, inputs.widths, data.n_classes)
+            head.load_state_dict({"out.weight": best.weight.T[None].float(), "out.bias": best.bias[None].float()})
+            tried = search if own is None else [losses.get(C) or _loss_row(C, held_out[place], data)]
+            facts = {"C": C, "objective": best.objective, "search": tried}
+            results[i] = _solved(configs[i], head, inputs, inputs.widths, problem, facts, held_out[place])
+            progress(1)
+    return [results[i] for i in range(len(configs))]
+
+
+def _search_together(
+    data: RowData, folds: Sequence[int]
+) -> tuple[float, list[dict[str, float]], dict[Fit, LogisticFit]]:
+    """As `_search_penalty`, some C at a time: the C chosen, what was tried, and the fits without each fold."""
+    search: list[dict[str, float]] = []
+    fits: dict[Fit, LogisticFit] = {}
+    for low in range(0, len(LINEAR_CS), CS_AT_ONCE):
+        Cs = LINEAR_CS[low : low + CS_AT_ONCE]
+        some = fit_together(data, [Fit(C, k) for C in Cs for k in folds], SEARCH_TOLERANCE / 10, promised=False)
+        fits |= some
+        losses = data.centre.new_zeros(len(Cs))
+        for rows, logits in logits_left_out(data, some, Cs):
+            targets = data.targets[rows].expand(len(Cs), -1)
+            of_rows = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(len(Cs), -1)
+            losses += of_rows @ data.weights[rows].double()
+        for C, loss in zip(Cs, (losses / data.weights.double().sum()).tolist(), strict=True):
+            search.append({"C": C, "loss": loss})
+            if len(search) > 1 and loss > search[-2]["loss"]:
+                return search[-2]["C"], search, fits
+    return search[-1]["C"], search, fits
+
+
+def _loss_row(C: float, held_out: Tensor, data: RowData) -> dict[str, float]:
+    losses, weights = F.cross_entropy(held_out, data.targets, reduction="none"), data.weights.double()
+    return {"C": C, "loss": float(weights @ losses / weights.sum())}
+
+
+def _values(config: TrainConfig, problem: Problem) -> int:
+    """How many numbers the training rows' joined vectors are."""
+    widths = problem.inputs.for_head(config.head).widths
+    return len(problem.train) * sum(widths[side] for side in config.head.sides)
+
+
+def _row_data(config: TrainConfig, problem: Problem) -> RowData:
+    """The training rows' joined vectors, in passes over memory or over the stream."""
+    widths = problem.inputs.for_head(config.head).widths
+    targets = problem.labels[problem.train]
+    weights = class_weights(config.class_weights, problem)[targets]
+    n_columns = sum(widths[side] for side in config.head.sides)
+    passes = partial(_streamed_rows if problem.streamed else _rows_in_memory, config, problem)
+    return RowData(passes, n_columns, len(problem.classes), targets, weights, _folds(problem))
+
+
+def _rows_in_memory(config: TrainConfig, problem: Problem) -> Iterator[tuple[Tensor, Tensor]]:
+    numbers = torch.arange(len(problem.train), device=problem.device)
+    for rows in numbers.split(ROWS_AT_ONCE):
+        of_rows = problem.train[rows]
+        yield torch.cat([getattr(problem.inputs, side)[of_rows] for side in config.head.sides], -1), rows
+
+
+def _streamed_rows(config: TrainConfig, problem: Problem) -> Iterator[tuple[Tensor, Tensor]]:
+    assert problem.streamed is not None
+    order = torch.argsort(problem.train)
+    wanted = problem.streamed.stream.blocks(problem.train[order].cpu().numpy())
+    numbers = order.split([len(rows) for rows in wanted])
+    with closing(problem.streamed.read(wanted, config.head, trains=True)) as blocks:
+        for inputs, rows in zip(blocks, numbers, strict=True):
+            yield torch.cat([getattr(inputs, side) for side in config.head.sides], -1), rows
 
 
 def _search_penalty(
@@ -103,7 +209,7 @@ def _solved(
     facts: dict[str, Any],
     held_out: Tensor,
 ) -> Trained:
-    logits = predict_stack(head.to(inputs.device), inputs, problem.val)
+    logits = validation_logits(config, problem, head.to(problem.device), inputs)
     found = validation_figures(logits, problem.labels[problem.val], problem.classes)
     figures = {name: values[0].item() for name, values in found.items()}
     return Trained(

@@ -59,7 +59,7 @@ def stacks(configs: Sequence[TrainConfig], problem: Problem) -> Iterator[list[in
         c = configs[i]
         return repr(c.head.resolved()), c.optimizer, c.ep, c.bs, c.balanced_sampler, c.precision, c.deterministic
 
-    limit = STACK_PARAMETERS.get(problem.inputs.device.type, STACK_PARAMETERS["cuda"])
+    limit = STACK_PARAMETERS.get(problem.device.type, STACK_PARAMETERS["cuda"])
     for _, alike in groupby(sorted(range(len(configs)), key=lambda i: (shape(i), hyperparameters(configs[i]))), shape):
         members = list(alike)
         size = _parameters(configs[members[0]], problem)

@@ -6,9 +6,9 @@ learning rate, decay, class weights, batch order, dropout mask and seed. A confi
 stack as alone, up to the rounding of differently blocked products.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from modeling.features.inputs import Inputs
 from modeling.heads.base import Head
 from modeling.heads.layers import Noise, attach_noise, set_product_dtype
 from modeling.heads.registry import build_head
+from modeling.training.batches import batches_of
 from modeling.training.config import PRECISIONS, TrainConfig, hyperparameters, is_better
+from modeling.training.draws import stream_of
 from modeling.training.problem import (
     Epoch,
     Problem,
@@ -31,7 +32,6 @@ from modeling.training.problem import (
     averages_of,
     class_weights,
     confusions,
-    predict_stack,
     validation_figures,
 )
 from modeling.training.threads import StepThreads, threads_kept
@@ -43,14 +43,13 @@ def train_stack(
 ) -> list[Trained]:
     """Train configurations of one shape, see `modeling.training.fit.stacks`; `progress` is told epochs times models,
     `told` what each came to."""
-    first, device, n_classes = configs[0], problem.inputs.device, len(problem.classes)
+    first, device, n_classes = configs[0], problem.device, len(problem.classes)
     inputs = problem.inputs.for_head(first.head)
     head = build_head(first.head, inputs.widths, n_classes, [c.seed for c in configs], device)
     set_product_dtype(head, PRECISIONS[first.precision])
-    attach_noise(head, Noise([_stream(c.seed, "dropout") for c in configs], device))
-    draws = _Draws(configs, problem, inputs)
-    steps = math.ceil(len(problem.train) / first.bs)
-    optimizer = _StackedAdam(head, configs, first.ep * steps)
+    attach_noise(head, Noise([stream_of(c.seed, "dropout") for c in configs], device))
+    batches = batches_of(configs, problem, inputs)
+    optimizer = _StackedAdam(head, configs, first.ep * batches.steps)
     weights = smoothing = None
     if any(c.class_weights != "none" for c in configs):
         weights = torch.stack([class_weights(c.class_weights, problem) for c in configs])
@@ -60,21 +59,21 @@ def train_stack(
     history: list[list[dict[str, Any]]] = [[] for _ in configs]
     for epoch in range(1, first.ep + 1):
         head.train()
-        rows, views = draws.epoch()
-        losses, outputs = [], []
-        for low in range(0, rows.shape[1], first.bs):
-            threads.begin_step()
-            batch_rows = rows[:, low : low + first.bs]
-            logits = head(inputs.batch(batch_rows, views))
-            loss = cross_entropy(logits, problem.labels[batch_rows], weights, smoothing)
-            loss.sum().backward()
-            optimizer.step()
-            losses.append(loss.detach() * batch_rows.shape[1])
-            outputs.append(logits.detach())
-            threads.end_step()
-        val_logits = predict_stack(head, inputs, problem.val)
-        figures = {"train_loss": torch.stack(losses).sum(0).cpu().numpy() / rows.shape[1]}
-        figures |= averages_of(confusions(torch.cat(outputs, 1), problem.labels[rows]), "train_")
+        losses, outputs, targets = [], [], []
+        with closing(batches.epoch()) as epoch_batches:
+            for batch, labels in epoch_batches:
+                threads.begin_step()
+                logits = head(batch)
+                loss = cross_entropy(logits, labels, weights, smoothing)
+                loss.sum().backward()
+                optimizer.step()
+                losses.append(loss.detach() * labels.shape[1])
+                outputs.append(logits.detach())
+                targets.append(labels)
+                threads.end_step()
+        val_logits = batches.validate(head)
+        figures = {"train_loss": torch.stack(losses).sum(0).cpu().numpy() / batches.n_rows}
+        figures |= averages_of(confusions(torch.cat(outputs, 1), torch.cat(targets, 1)), "train_")
         figures |= validation_figures(val_logits, problem.labels[problem.val], problem.classes)
         figures |= {name: values.cpu().numpy() for name, values in head.scalars().items()}
         for m, config in enumerate(configs):
@@ -105,40 +104,6 @@ def train_stack(
         Trained(c, *best.model(m, inputs.widths, n_classes), best.epoch[m], history[m], failure=best.failure[m])
         for m, c in enumerate(configs)
     ]
-
-
-def _stream(seed: int, purpose: str) -> int:
-    """A seed of its own for each purpose: one seed for all would draw the batches from the weights' numbers."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=7).digest(), "big")
-
-
-class _Draws:
-    """Which rows each model sees in an epoch, in which order and which views of their pictures."""
-
-    def __init__(self, configs: Sequence[TrainConfig], problem: Problem, inputs: Inputs):
-        seeds = [c.seed for c in configs]
-        self.seeds = sorted(set(seeds))
-        self.of_model = torch.tensor([self.seeds.index(seed) for seed in seeds])
-        self.generators = [torch.Generator().manual_seed(_stream(seed, "order")) for seed in self.seeds]
-        self.train, self.n_rows, self.device = problem.train, len(problem.labels), problem.inputs.device
-        self.n_views = 0 if inputs.image_views is None else inputs.image_views.shape[1]
-        self.probabilities = None
-        if configs[0].balanced_sampler:
-            labels = problem.labels[problem.train].cpu()
-            self.probabilities = 1.0 / torch.bincount(labels, minlength=len(problem.classes))[labels]
-
-    def epoch(self) -> tuple[Tensor, Tensor | None]:
-        """Rows (M, n) and views (M, N), None without views."""
-        orders, views = [], []
-        for generator in self.generators:
-            if self.probabilities is None:
-                orders.append(torch.randperm(len(self.train), generator=generator))
-            else:
-                orders.append(torch.multinomial(self.probabilities, len(self.train), True, generator=generator))
-            if self.n_views:
-                views.append(torch.randint(self.n_views + 1, (self.n_rows,), generator=generator))
-        rows = self.train[torch.stack(orders)[self.of_model].to(self.device)]
-        return rows, torch.stack(views)[self.of_model].to(self.device) if views else None
 
 
 @dataclass

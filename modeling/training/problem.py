@@ -12,6 +12,7 @@ from torch import Tensor
 from feats.errors import UsageError
 from modeling.evaluation import metrics
 from modeling.features.inputs import Inputs
+from modeling.features.stream import StreamedInputs
 from modeling.heads.base import Head
 from modeling.training.config import ClassWeights, TrainConfig
 
@@ -23,7 +24,9 @@ class Problem:
     """Features, labels and one split of them. `train` and `val` are row numbers, int64; labels outside them may be -1.
 
     `folds` (len(train),) int64 numbers the training rows' inner folds, duplicates in one: what closed-form heads
-    choose their hyperparameters by."""
+    choose their hyperparameters by.
+
+    `streamed` reads the features where they don't fit in memory; `inputs` then has their shapes only."""
 
     inputs: Inputs
     labels: Tensor  # (N,) int64
@@ -31,6 +34,12 @@ class Problem:
     val: Tensor
     classes: list[str]
     folds: Tensor | None = None
+    streamed: StreamedInputs | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where training takes place."""
+        return self.inputs.device if self.streamed is None else self.streamed.device
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,10 @@ def run_jobs(
     Raises what `fit` raises in any process, and `UsageError` when a process is killed.
     """
     count = min(len(jobs), _cores(), MOST_WORKERS)
-    on_cpu = problems[0].inputs.device.type == "cpu"
+    on_cpu = problems[0].device.type == "cpu"
     enough = sum(work(configs, problems[k]) for configs, k in jobs) >= LEAST_WORK
-    small = sum(problem.inputs.n_bytes for problem in problems) <= LARGEST_COPY
+    in_memory = all(problem.streamed is None for problem in problems)
+    small = in_memory and sum(problem.inputs.n_bytes for problem in problems) <= LARGEST_COPY
     if not (on_cpu and enough and small and count > 1 and os.name == "posix"):
         for number, (configs, k) in enumerate(jobs):
             yield number, fit(configs, problems[k], progress, None if told is None else partial(told, k))
