@@ -121,10 +121,13 @@ def read_dataset(path: Path | str, layout: str | None = None) -> DataSet:
     if not rows:
         raise UsageError(f"{path} (layout {layout}) holds no pairs; expected at least one row")
     check_ids(rows)
+    warnings += label_warnings(rows)
     splits: dict[str, Pairs] = {}
-    for row, record in zip(rows, _records(rows), strict=True):
-        splits.setdefault(row.split, Pairs([], path, layout, row.split)).append(record)
-    return DataSet(layout, splits, warnings + label_warnings(rows))
+    for split, record in _records(rows):
+        if split not in splits:
+            splits[split] = Pairs([], path, layout, split)
+        splits[split].append(record)
+    return DataSet(layout, splits, warnings)
 
 
 def _detect_layout(path: Path) -> str:
@@ -154,14 +157,17 @@ def _detect_layout(path: Path) -> str:
     )
 
 
-def _records(rows: list[Row]) -> Iterator[Record]:
-    """The finished records. All texts are decoded together: they tell each other's encoding."""
+def _records(rows: list[Row]) -> Iterator[tuple[str, Record]]:
+    """The finished records with their splits. All texts are decoded together: they tell each other's encoding. The
+    list is used up, so that rows and records aren't in memory both."""
     decoded = iter(decode_texts([row.raw for row in rows if row.raw is not None]))
-    for row in rows:
+    rows.reverse()
+    while rows:
+        row = rows.pop()
         text, encoding, reason = row.text, "", row.error
         if row.raw is not None:
             text, outcome = next(decoded)
             encoding, reason = (outcome, "") if text is not None else ("", f"text cannot be decoded: {outcome}")
         elif text is not None and has_surrogates(text):
             text, reason = None, "text cannot be decoded: it holds a lone surrogate"
-        yield Record(row.id, row.image, text, row.label, encoding, reason, row.text_path)
+        yield row.split, Record(row.id, row.image, text, row.label, encoding, reason, row.text_path)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from feats.errors import UsageError
-from feats.reading.rows import EXPECTED, PICTURES, Row, Rows, decode_file, read_text_file
+from feats.reading.rows import EXPECTED, PICTURES, Row, Rows, decode_file, label_of, read_text_file
 
 SENTIMENTS = ("negative", "neutral", "positive")
 
@@ -20,13 +20,13 @@ def read_course(path: Path) -> Rows:
         raise UsageError(f"{path} is not of layout course; expected {EXPECTED['course']}")
     rows: list[Row] = []
     for split, file in present.items():
-        rows += [Row(split, guid, source, label=tag) for guid, tag, source in _course_lines(file)]
+        rows += [Row(split, guid, file.name, number, label=tag) for guid, tag, number in _course_lines(file)]
     _attach_pairs(rows, path)
     filled = {row.split for row in rows}
     return rows, [f"{file.name} holds no rows" for split, file in present.items() if split not in filled]
 
 
-def _course_lines(file: Path) -> Iterator[tuple[str, str | None, str]]:
+def _course_lines(file: Path) -> Iterator[tuple[str, str | None, int]]:
     header_possible = True
     for number, line in _numbered_lines(file):
         if not line.strip():
@@ -40,7 +40,7 @@ def _course_lines(file: Path) -> Iterator[tuple[str, str | None, str]]:
                 continue
         # From the right: a comma can be part of an id, never of a tag.
         guid, _, tag = line.rpartition(",") if "," in line else (line, "", "")
-        yield guid.strip(), None if tag.strip().lower() in ("", "null") else tag.strip(), f"{file.name} line {number}"
+        yield guid.strip(), None if tag.strip().lower() == "null" else label_of(tag), number
 
 
 def read_mvsa(path: Path) -> Rows:
@@ -60,7 +60,7 @@ def read_mvsa(path: Path) -> Rows:
         if label is None:
             dropped[why_not] += 1
         else:
-            rows.append(Row("train", guid.strip(), f"{file.name} line {number}", label=label))
+            rows.append(Row("train", guid.strip(), file.name, number, label=label))
     _attach_pairs(rows, path)
     return rows, [f"{count} of {total} pairs dropped: {reason}" for reason, count in dropped.items()]
 

@@ -2,7 +2,9 @@
 
 import difflib
 import stat
+import sys
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,13 +49,19 @@ class Row:
 
     split: str
     id: str
-    source: str  # file and line, for messages
+    file: str  # the name of the one that holds the row
+    place: int | str  # in it: a line, or a key
     image: Path | TarSlice | None = None
     label: str | None = None
     raw: bytes | None = None
     text: str | None = None
     error: str = ""
     text_path: Path | TarSlice | None = None
+
+    @property
+    def source(self) -> str:
+        """File and place, for messages."""
+        return f"{self.file} line {self.place}" if isinstance(self.place, int) else f"{self.file} {self.place}"
 
 
 Rows = tuple[list[Row], list[str]]  # rows and warnings
@@ -87,10 +95,15 @@ def decode_file(file: Path) -> str:
 
 def decode(raw: bytes, source: str) -> str:
     """Bytes as a string. Raises `UsageError`, which names `source`, for those of no known encoding."""
-    text, reason = decode_texts([raw])[0]
+    return decoded(raw, source)[0]
+
+
+def decoded(raw: bytes, source: str) -> tuple[str, str]:
+    """Bytes as a string, and their encoding. Raises as `decode`."""
+    text, found = decode_texts([raw])[0]
     if text is None:
-        raise UsageError(f"{source} cannot be decoded: {reason}; save it as UTF-8")
-    return text
+        raise UsageError(f"{source} cannot be decoded: {found}; save it as UTF-8")
+    return text, found
 
 
 def scalar(value: Any, where: str) -> str | None:
@@ -101,19 +114,31 @@ def scalar(value: Any, where: str) -> str | None:
 
 
 def label_of(value: str | None) -> str | None:
-    """A cell as a label; None for an empty one."""
-    return (value or "").strip() or None
+    """A cell as a label; None for an empty one. Equal labels are one object."""
+    return sys.intern((value or "").strip()) or None
 
 
 def check_ids(rows: list[Row]) -> None:
     """Raise `UsageError` for ids that are empty, unstorable or repeated (across splits too)."""
+    for row in rows:
+        check_id(row)
+    if len({row.id for row in rows}) < len(rows):
+        check_repeated(rows)
+
+
+def check_id(row: Row) -> None:
+    """Raise `UsageError` for an id that is empty or unstorable."""
+    if not row.id:
+        raise UsageError(f"{row.source}: empty id; every row needs one of its own")
+    if "\0" in row.id or has_surrogates(row.id) or (row.label and has_surrogates(row.label)):
+        raise UsageError(f"{row.source}: id {row.id!r} or its label holds a NUL or a lone surrogate; rename it")
+
+
+def check_repeated(rows: Iterable[Row]) -> None:
+    """Raise `UsageError` for ids that several of the rows have."""
     first: dict[str, Row] = {}
     repeated: dict[str, str] = {}
     for row in rows:
-        if not row.id:
-            raise UsageError(f"{row.source}: empty id; every row needs one of its own")
-        if "\0" in row.id or has_surrogates(row.id + (row.label or "")):
-            raise UsageError(f"{row.source}: id {row.id!r} or its label holds a NUL or a lone surrogate; rename it")
         if first.setdefault(row.id, row) is not row:
             repeated.setdefault(row.id, f"{row.id!r} ({first[row.id].source} and {row.source})")
     if repeated:
@@ -130,17 +155,23 @@ def has_surrogates(text: str) -> bool:
 
 def label_warnings(rows: list[Row]) -> list[str]:
     """One warning for each label seen once among many rows: most likely a typo."""
-    labelled = [(row, row.label) for row in rows if row.label is not None]
-    counts = Counter(label for _, label in labelled)
-    if len(labelled) < _TYPO_MIN_ROWS:
+    counts = Counter(row.label for row in rows if row.label is not None)
+    single = {label for label, count in counts.items() if count == 1}
+    return warnings_of_labels(counts, {row.label: row.source for row in rows if row.label in single})
+
+
+def warnings_of_labels(counts: Counter[str], places: Mapping[str | None, str]) -> list[str]:
+    """As `label_warnings`, of how often each label is there, and where the single ones are, in the rows' order."""
+    labelled = counts.total()
+    if labelled < _TYPO_MIN_ROWS:
         return []
     common = [label for label, count in counts.most_common() if count > 1]
-    single = [(row, label) for row, label in labelled if counts[label] == 1]
+    single = [(label, place) for label, place in places.items() if label is not None and counts[label] == 1]
     warnings = []
-    for row, label in single[:_TYPO_MAX_WARNINGS]:
+    for label, place in single[:_TYPO_MAX_WARNINGS]:
         close = difflib.get_close_matches(label, common, 1)
         hint = f"; is it {close[0]!r}?" if close else ""
-        warnings.append(f"label {label!r} is seen once among {len(labelled)} rows ({row.source}){hint}")
+        warnings.append(f"label {label!r} is seen once among {labelled} rows ({place}){hint}")
     if len(single) > _TYPO_MAX_WARNINGS:
         warnings.append(f"{len(single) - _TYPO_MAX_WARNINGS} more labels are seen only once")
     return warnings
