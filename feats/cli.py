@@ -9,7 +9,7 @@ import signal
 import sys
 import warnings
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
@@ -22,7 +22,7 @@ from feats.extraction.settings import ExtractionSettings
 from feats.interrupts import interruptible
 
 if TYPE_CHECKING:
-    from feats.records import DataSet
+    from feats.pieces import Pieces
 
 EXIT_DONE, EXIT_UNUSABLE, EXIT_QUARANTINE, EXIT_INTERRUPTED = 0, 2, 3, 130
 
@@ -34,6 +34,13 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter):
         if action.default in (None, False, SUPPRESS) or "(default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
+
+
+def data_place(text: str) -> Path | str:
+    """An argument that is a path, or a URL, which stays a string."""
+    from feats.reading.remote import is_url
+
+    return text if is_url(text) else Path(text)
 
 
 def positive(text: str) -> int:
@@ -233,10 +240,17 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
         "130 interrupted (the cache is intact: run the same command to go on).",
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--data", type=Path, default=Path("data"), metavar="DIR|FILE", help="the image-text pairs")
+    data.add_argument(
+        "--data", type=data_place, default=Path("data"), metavar="DIR|FILE|URL", help="the image-text pairs"
+    )
     data.add_argument("--layout", choices=tuple(LAYOUTS), help="how they lie on disk (default: detected)")
     data.add_argument("--splits", nargs="+", metavar="SPLIT", help="only these splits (default: all there are)")
     data.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each split")
+    data.add_argument(
+        "--stream",
+        action="store_true",
+        help="read them piece by piece: a shard at a time, or some rows of a manifest (what a URL in --data implies)",
+    )
     cache = parser.add_argument_group("cache")
     cache.add_argument("--out", type=Path, default=Path("saved/feats"), metavar="DIR", help="the folder of caches")
     cache.add_argument("--name", default=name, help="the cache's name: <name>_<split>.h5, --vtype/--ttype later")
@@ -337,7 +351,7 @@ def _extract(name: str, args: Namespace) -> int:
     data = read_dataset(args.data, args.layout)
     for warning in data.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    splits = chosen_splits(data, args.splits)
+    splits = chosen_splits(data.splits, args.splits)
     encoder = load_encoder(
         name,
         args.model,
@@ -366,12 +380,28 @@ def _extract(name: str, args: Namespace) -> int:
     return EXIT_QUARANTINE if args.strict and quarantined else EXIT_DONE
 
 
-def chosen_splits(data: "DataSet", wanted: Sequence[str] | None) -> list[str]:
-    """The splits that are wanted, all without. Raises `UsageError` for those there aren't."""
-    unknown = set(wanted or ()) - data.splits.keys()
+def _streams(args: Namespace) -> bool:
+    """Whether the data are to be read piece by piece."""
+    from feats.reading.shards import is_pattern
+
+    return args.stream or isinstance(args.data, str) or is_pattern(args.data)
+
+
+def _pieces(args: Namespace, rows: int) -> "dict[str, Pieces]":
+    """The chosen splits of data that are read piece by piece, of a manifest `rows` at a time."""
+    from feats.pieces import first_rows, open_pieces
+
+    data = open_pieces(args.data, args.layout, rows=rows)
+    splits = {split: data[split] for split in chosen_splits(data, args.splits)}
+    return {split: first_rows(pieces, args.limit) if args.limit else pieces for split, pieces in splits.items()}
+
+
+def chosen_splits(splits: Collection[str], wanted: Sequence[str] | None) -> list[str]:
+    """Those of the splits that are wanted, all without. Raises `UsageError` for those there aren't."""
+    unknown = set(wanted or ()).difference(splits)
     if unknown:
-        raise UsageError(f"no split {', '.join(sorted(unknown))} in the data; it has {', '.join(data.splits)}")
-    return [split for split in data.splits if not wanted or split in wanted]
+        raise UsageError(f"no split {', '.join(sorted(unknown))} in the data; it has {', '.join(splits)}")
+    return [split for split in splits if not wanted or split in wanted]
 
 
 @contextmanager

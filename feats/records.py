@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import SupportsIndex, overload
@@ -9,6 +10,7 @@ from typing import SupportsIndex, overload
 from feats.errors import UsageError
 from feats.reading.folders import SENTIMENTS as SENTIMENTS, read_course, read_mvsa
 from feats.reading.manifests import read_manifest
+from feats.reading.remote import Copy, is_url
 from feats.reading.rows import (
     EXPECTED,
     MANIFEST_COLUMNS as MANIFEST_COLUMNS,
@@ -47,11 +49,12 @@ class Record:
 
 
 class Pairs(list[Record]):
-    """The records of one split, and where they lie: `data` as it was given, of which layout. Slices know it, too."""
+    """The records of one split, and where they lie: `data` as it was given (a string: a URL), of which layout.
+    Slices know it, too. A `copy` of a shard, which records point into, lives as long as any of them."""
 
-    def __init__(self, records: Iterable[Record], data: Path, layout: str, split: str):
+    def __init__(self, records: Iterable[Record], data: Path | str, layout: str, split: str, copy: Copy | None = None):
         super().__init__(records)
-        self.data, self.layout, self.split = data, layout, split
+        self.data, self.layout, self.split, self.copied = data, layout, split, copy
 
     @overload
     def __getitem__(self, index: SupportsIndex) -> Record: ...
@@ -61,25 +64,35 @@ class Pairs(list[Record]):
 
     def __getitem__(self, index: SupportsIndex | slice) -> "Record | Pairs":
         if isinstance(index, slice):
-            return Pairs(super().__getitem__(index), self.data, self.layout, self.split)
+            return Pairs(super().__getitem__(index), self.data, self.layout, self.split, self.copied)
         return super().__getitem__(index)
 
     @property
     def source(self) -> Source:
         """Where the pairs lie, row by row, for a cache to keep."""
-        resolved = self.data.resolve()
-        folder = self.data if self.data.is_dir() else self.data.parent
-        images = [_relative(record.image_path, folder) for record in self]
-        texts = [_relative(record.text_path, folder) for record in self]
-        return Source(str(self.data), str(resolved), self.layout, self.split, images, texts)
+        if isinstance(self.data, str):
+            resolved, folder = self.data, None
+        else:
+            resolved = str(self.data.resolve())
+            folder = self.data if self.data.is_dir() else self.data.parent
+        images = [self._named(record.image_path, folder) for record in self]
+        texts = [self._named(record.text_path, folder) for record in self]
+        return Source(str(self.data), resolved, self.layout, self.split, images, texts)
+
+    def _named(self, place: Path | TarSlice | None, folder: Path | None) -> str:
+        """A file as `Source` names it."""
+        if self.copied is not None and isinstance(place, TarSlice):
+            name = f"{self.copied.url}::{place.name}"
+            return "" if has_surrogates(name) or "\0" in name else name
+        return _relative(place, folder)
 
 
-def _relative(place: Path | TarSlice | None, folder: Path) -> str:
-    """A file as `Source` names it."""
+def _relative(place: Path | TarSlice | None, folder: Path | None) -> str:
+    """A path relative to a folder; as it is, where there is none."""
     if place is None:
         return ""
     path = place.path if isinstance(place, TarSlice) else place
-    name = Path(os.path.relpath(path, folder)).as_posix()
+    name = Path(path if folder is None else os.path.relpath(path, folder)).as_posix()
     if isinstance(place, TarSlice):
         name += f"::{place.name}"
     return "" if has_surrogates(name) or "\0" in name else name
@@ -106,31 +119,45 @@ def read_dataset(path: Path | str, layout: str | None = None) -> DataSet:
     A pair whose picture or text is missing or unreadable is still a record. Raises `UsageError` for an unknown or
     undetectable layout, an unreadable or malformed file, an empty set, and empty or repeated ids.
     """
+    if is_url(path):
+        raise UsageError(f"{path} is a URL, whose data are read piece by piece only (`stream`)")
     path = Path(path)
-    if layout is not None and layout not in LAYOUTS:
-        raise UsageError(f"unknown layout {layout!r}; there are {', '.join(LAYOUTS)}")
-    try:
+    check_layout(layout)
+    with readable(path):
         path.stat()
-        layout = layout or _detect_layout(path)
+        layout = layout or detect_layout(path)
         rows, warnings = LAYOUTS[layout](path)
-    except OSError as error:
-        raise UsageError(
-            f"cannot read {error.filename or path}: {error.strerror or error}; "
-            "name the data set's folder or file with `data`"
-        ) from None
     if not rows:
         raise UsageError(f"{path} (layout {layout}) holds no pairs; expected at least one row")
     check_ids(rows)
     warnings += label_warnings(rows)
     splits: dict[str, Pairs] = {}
-    for split, record in _records(rows):
+    for split, record in finished(rows):
         if split not in splits:
             splits[split] = Pairs([], path, layout, split)
         splits[split].append(record)
     return DataSet(layout, splits, warnings)
 
 
-def _detect_layout(path: Path) -> str:
+def check_layout(layout: str | None) -> None:
+    """Raise `UsageError` for a layout that isn't known."""
+    if layout is not None and layout not in LAYOUTS:
+        raise UsageError(f"unknown layout {layout!r}; there are {', '.join(LAYOUTS)}")
+
+
+@contextmanager
+def readable(path: Path | str) -> Iterator[None]:
+    """`OSError`s of reading the data at `path` become `UsageError`s."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"cannot read {error.filename or path}: {error.strerror or error}; "
+            "name the data set's folder or file with `data`"
+        ) from None
+
+
+def detect_layout(path: Path) -> str:
     """The one layout whose mark is at `path`. Raises `UsageError` for none and for several."""
     names = [path.name] if path.is_file() else sorted(entry.name for entry in os.scandir(path))
     if path.is_file():
@@ -157,7 +184,7 @@ def _detect_layout(path: Path) -> str:
     )
 
 
-def _records(rows: list[Row]) -> Iterator[tuple[str, Record]]:
+def finished(rows: list[Row]) -> Iterator[tuple[str, Record]]:
     """The finished records with their splits. All texts are decoded together: they tell each other's encoding. The
     list is used up, so that rows and records aren't in memory both."""
     decoded = iter(decode_texts([row.raw for row in rows if row.raw is not None]))

@@ -36,7 +36,7 @@ _LINE_ENDS = {".csv": "", ".jsonl": "\n"}  # as open's `newline`: a string of JS
 _MAX_LABELS = 10_000  # counted; more of them are no classes
 _MAX_REPEATED = 1_000  # ids to look up where they are
 
-Chunks = Callable[[int], Iterator[bytes]]  # the bytes of a file from a place on
+Chunks = Callable[[int], Iterator[bytes]]  # the bytes of a file from a place on (`feats.reading.remote`)
 _Values = dict[str, str | None]  # a row's cells by column
 
 
