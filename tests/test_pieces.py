@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import sys
 import tarfile
 import tempfile
 import threading
@@ -13,13 +14,18 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from PIL import Image
 
 from feats import cli
+from feats.encoders.registry import load_encoder
 from feats.errors import UsageError
+from feats.extraction.local import extract
+from feats.extraction.settings import ExtractionSettings
 from feats.pieces import first_rows, open_pieces
 from feats.reading import manifests, remote
 from feats.reading.shards import expanded
 from feats.records import TarSlice, read_dataset
+from feats.store import FeatureStore
 
 
 def tar(path, members, kind="w"):
@@ -562,7 +568,7 @@ def test_manifests_at_urls_that_cannot_be_read(tmp_path):
     ):
         with Server(tmp_path, lengths, ranges) as server, pytest.MonkeyPatch.context() as patch:
             patch.setattr(remote, "CHUNK_BYTES", 100)
-            with pytest.raises(UsageError, match=f"m.csv can't be read piece by piece: the server {why}; copy the file"):
+            with pytest.raises(UsageError, match=f"m.csv can't be read piece by piece: the server {why}; copy"):
                 open_pieces(f"{server.url}/m.csv", rows=1)
     with Server(tmp_path) as server:
         with pytest.raises(UsageError, match="n.csv line 2: the file 'notes.txt' lies beside a manifest at a URL"):
@@ -577,7 +583,7 @@ def test_urls_of_unknown_and_missing_kinds(monkeypatch):
     with pytest.raises(UsageError, match="xyz://a/b.tar can't be read: Protocol not known.*s3://"):
         open_pieces("xyz://a/b.tar", rows=1)["b"].read(0)
     for protocol, package in (("s3", "s3fs"), ("gs", "gcsfs")):
-        monkeypatch.setitem(__import__("sys").modules, package, None)
+        monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(UsageError, match=f"{protocol}:// needs a package.*pip install {package}$"):
             open_pieces(f"{protocol}://bucket/train-0.tar", rows=1)["train"].read(0)
     fsspec.filesystem("memory").pipe_file("/empty/x.png", b"")
@@ -603,6 +609,28 @@ def test_secrets_of_urls_stay_out_of_sight():
     assert remote.public_url("https://me:word@host/a/train-1.tar?sig=x#y") == "https://host/a/train-1.tar"
     assert remote.base_name("s3://bucket/a/train-1.tar?x=/y") == "train-1.tar"
     assert remote.public_url("s3://bucket/a") == "s3://bucket/a"
+
+
+def test_a_remote_piece_is_encoded_as_a_local_one(tmp_path):
+    members = []
+    for k in range(5):
+        picture = io.BytesIO()
+        Image.new("RGB", (8, 6), (40 * k, 10, 200)).save(picture, "PNG")
+        members.append((f"{k}.png", picture.getvalue()))
+    tar(tmp_path / "set" / "train-0.tar", members)
+    url = in_memory(tmp_path / "set", "encoded")
+    encoder, settings = load_encoder("pixels"), ExtractionSettings(workers=1)
+    extract(encoder, read_dataset(tmp_path / "set")["train"], tmp_path / "local.h5", settings)
+    # Not in the folder `temporary`: worker processes have sockets there, and such a path must be short.
+    pairs = open_pieces(url, rows=1)["train"].read(0)
+    copied = pairs.copied.path
+    assert extract(encoder, pairs, tmp_path / "remote.h5", settings).done == 5 and copied.exists()
+    del pairs
+    assert not copied.parent.exists()
+    with FeatureStore.open(tmp_path / "local.h5") as local, FeatureStore.open(tmp_path / "remote.h5") as remote_one:
+        assert (local.read("image_feats") == remote_one.read("image_feats")).all()
+        assert local.fingerprint == remote_one.fingerprint
+        assert list(remote_one.source.images) == [f"{url}/train-0.tar::{k}.png" for k in range(5)]
 
 
 # -- the command line
