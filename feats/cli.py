@@ -10,7 +10,7 @@ import signal
 import sys
 import warnings
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
@@ -26,7 +26,6 @@ from feats.interrupts import interruptible
 if TYPE_CHECKING:
     from feats.extraction.job import Job
     from feats.extraction.shared import Share, Worker
-    from feats.records import DataSet
 
 EXIT_DONE, EXIT_UNUSABLE, EXIT_QUARANTINE, EXIT_INTERRUPTED = 0, 2, 3, 130
 
@@ -38,6 +37,13 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter):
         if action.default in (None, False, SUPPRESS) or "(default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
+
+
+def data_place(text: str) -> Path | str:
+    """An argument that is a path, or a URL, which stays a string."""
+    from feats.reading.remote import is_url
+
+    return text if is_url(text) else Path(text)
 
 
 def positive(text: str) -> int:
@@ -248,10 +254,17 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
         "130 interrupted (the cache is intact: run the same command to go on).",
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--data", type=Path, default=Path("data"), metavar="DIR|FILE", help="the image-text pairs")
+    data.add_argument(
+        "--data", type=data_place, default=Path("data"), metavar="DIR|FILE|URL", help="the image-text pairs"
+    )
     data.add_argument("--layout", choices=tuple(LAYOUTS), help="how they lie on disk (default: detected)")
     data.add_argument("--splits", nargs="+", metavar="SPLIT", help="only these splits (default: all there are)")
     data.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each split")
+    data.add_argument(
+        "--stream",
+        action="store_true",
+        help="read them piece by piece: a shard at a time, or some rows of a manifest (what a URL in --data implies)",
+    )
     cache = parser.add_argument_group("cache")
     cache.add_argument("--out", type=Path, default=Path("saved/feats"), metavar="DIR", help="the folder of caches")
     cache.add_argument("--name", default=name, help="the cache's name: <name>_<split>.h5, --vtype/--ttype later")
@@ -382,17 +395,13 @@ def refuse_without_extra(error: ModuleNotFoundError) -> int:
 
 def _extract(name: str, args: Namespace) -> int:
     from feats.extraction.shared import Worker
-    from feats.records import read_dataset
 
     worker = Worker.here()
     job = _job(name, args, worker)
-    data = read_dataset(args.data, args.layout)
-    for warning in data.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    splits = chosen_splits(data, args.splits)
     encoder = None if args.engine else job.load(worker)
+    data = job.open(encoder)
     quarantined = 0
-    for split in splits:
+    for split in chosen_splits(data, args.splits):
         title = job.path(split).stem
         if worker.world > 1:
             title += f" ({worker.rank} of {worker.world})"
@@ -411,11 +420,13 @@ def _job(name: str, args: Namespace, worker: "Worker") -> "Job":
     from feats.encoders.registry import ENCODERS
     from feats.extraction.job import Job
     from feats.extraction.leases import folder_time
+    from feats.reading.shards import is_pattern
 
     if not args.name or Path(args.name).name != args.name:
         raise UsageError(f"`name` {args.name!r} can't be a file's name; give letters, digits, - and _")
     options = {option: getattr(args, option) for option in ENCODERS[name].options if hasattr(args, option)}
-    by_parts = bool(worker.world > 1 or args.parts or args.piece_rows or args.no_join or args.engine)
+    stream = args.stream or isinstance(args.data, str) or is_pattern(args.data)
+    by_parts = bool(worker.world > 1 or args.parts or args.piece_rows or args.no_join or args.engine or stream)
     return Job(
         encoder={
             "name": name,
@@ -430,6 +441,7 @@ def _job(name: str, args: Namespace, worker: "Worker") -> "Job":
         name=args.name,
         layout=args.layout,
         limit=args.limit,
+        stream=stream,
         device=args.device,
         settings=ExtractionSettings(
             batch_size=args.batch_size,
@@ -454,12 +466,12 @@ def _on_ray(job: "Job", split: str, args: Namespace, progress: Callable[[int, in
     return work_on_ray(partial(job.help, split), job.path(split), cluster, progress)
 
 
-def chosen_splits(data: "DataSet", wanted: Sequence[str] | None) -> list[str]:
-    """The splits that are wanted, all without. Raises `UsageError` for those there aren't."""
-    unknown = set(wanted or ()) - data.splits.keys()
+def chosen_splits(splits: Collection[str], wanted: Sequence[str] | None) -> list[str]:
+    """Those of the splits that are wanted, all without. Raises `UsageError` for those there aren't."""
+    unknown = set(wanted or ()).difference(splits)
     if unknown:
-        raise UsageError(f"no split {', '.join(sorted(unknown))} in the data; it has {', '.join(data.splits)}")
-    return [split for split in data.splits if not wanted or split in wanted]
+        raise UsageError(f"no split {', '.join(sorted(unknown))} in the data; it has {', '.join(splits)}")
+    return [split for split in splits if not wanted or split in wanted]
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def export(args: Namespace) -> int:
     data = read_dataset(args.data, args.layout)
     for warning in data.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    splits = chosen_splits(data, args.splits)
+    splits = chosen_splits(data.splits, args.splits)
     records = [record for split in splits for record in data[split]]
     check_not_the_data(args.out, args.data, records)
     texts, unread = texts_of(records)

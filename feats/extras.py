@@ -11,6 +11,8 @@ EXTRA_OF = {  # top-level module -> extra in pyproject.toml
     "captum": "report",
     "cleanlab": "report",
     "tensorboard": "report",
+    "fsspec": "remote",
+    "aiohttp": "remote",
     "pyarrow": "parquet",
     "ray": "ray",
 }

@@ -15,8 +15,8 @@ class Source:
     row, their files.
 
     `images` and `texts` (N,) are relative to `folder`, separated by "/"; a member of a tar is
-    "<archive>::<member>". Empty: there is no such file (a text that stands in the manifest), or its name couldn't be
-    written down.
+    "<archive>::<member>", the archive's whole URL where it has one. Empty: there is no such file (a text that stands in
+    the manifest), or its name couldn't be written down. Of data at a URL both `data` and `resolved` are it.
     """
 
     data: str
@@ -28,7 +28,8 @@ class Source:
 
     @property
     def folder(self) -> Path:
-        """What the rows' paths are relative to: the data folder, or the folder of the file."""
+        """What the rows' paths are relative to: the data folder, or the folder of the file. Means nothing for data at
+        a URL, whose rows tell whole URLs."""
         path = Path(self.resolved)
         return path if path.is_dir() else path.parent
 

@@ -1,5 +1,6 @@
 """What an extraction script is asked for, as plain values that any process can take over."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,27 +12,29 @@ from feats.encoders.registry import load_encoder
 from feats.extraction.leases import LEASE_SECONDS
 from feats.extraction.local import extract
 from feats.extraction.settings import ExtractionSettings
-from feats.extraction.shared import Share, Worker, row_pieces, work
+from feats.extraction.shared import MOST_ROWS, Share, Worker, row_pieces, whole_blocks, work
 from feats.extraction.summary import Progress, Summary
 from feats.parts import parts_folder
+from feats.pieces import Pieces, first_rows, open_pieces
 from feats.records import Pairs, read_dataset
 
 
 @dataclass(frozen=True)
 class Job:
     """Caches `<folder>/<name>_<split>.h5` of `data`, read as `layout`, `limit` rows of each split; what `encoder` holds
-    goes to `load_encoder`.
+    goes to `load_encoder`. With `stream` the data are read piece by piece (`feats.pieces.open_pieces`).
 
     `by_parts`: others may do the same at the same time. `piece_rows`, `lease_seconds`, `since` and `join` are as for
     `feats.extraction.shared.work` and `row_pieces`.
     """
 
     encoder: Mapping[str, Any]
-    data: Path
+    data: Path | str
     folder: Path
     name: str
     layout: str | None = None
     limit: int | None = None
+    stream: bool = False
     device: str = "auto"
     settings: ExtractionSettings = ExtractionSettings()
     overwrite: bool = False
@@ -49,26 +52,44 @@ class Job:
         """The encoder, on this process's device. Raises as `load_encoder` and `resolve_device`."""
         return load_encoder(**self.encoder, device=resolve_device(self.device, worker.local_rank))
 
+    def open(self, encoder: Encoder | None) -> Mapping[str, Pairs | Pieces]:
+        """The splits of the data; those that are streamed are cut to suit the encoder's blocks (without one, anyhow).
+        Remarks are warnings. Raises as `read_dataset` and `open_pieces`."""
+        if not self.stream:
+            data = read_dataset(self.data, self.layout)
+            for remark in data.warnings:
+                warnings.warn(remark, stacklevel=1)
+            return {split: pairs[: self.limit] for split, pairs in data.splits.items()}
+        rows = self.piece_rows or MOST_ROWS
+        if encoder is not None:
+            rows = whole_blocks(encoder, self.settings, rows)
+        pieces = open_pieces(self.data, self.layout, rows=rows)
+        return {split: first_rows(p, self.limit) if self.limit else p for split, p in pieces.items()}
+
     def run(
-        self, encoder: Encoder, pairs: Pairs, worker: Worker, progress: Progress = lambda done, total: None
+        self,
+        encoder: Encoder,
+        data: Pairs | Pieces,
+        worker: Worker,
+        progress: Progress = lambda done, total: None,
     ) -> Summary:
         """Make the cache of a split, or help to. Raises as `extract` and `work`."""
-        path = self.path(pairs.split)
-        pairs = pairs[: self.limit]
-        if not self.by_parts and not parts_folder(path).exists():
-            return extract(encoder, pairs, path, self.settings, overwrite=self.overwrite, progress=progress)
-        pieces = row_pieces(
-            encoder,
-            pairs,
-            path,
-            self.settings,
-            world=worker.world,
-            piece_rows=self.piece_rows,
-            overwrite=self.overwrite,
-        )
+        path = self.path(data.split)
+        if isinstance(data, Pairs):
+            if not self.by_parts and not parts_folder(path).exists():
+                return extract(encoder, data, path, self.settings, overwrite=self.overwrite, progress=progress)
+            data = row_pieces(
+                encoder,
+                data,
+                path,
+                self.settings,
+                world=worker.world,
+                piece_rows=self.piece_rows,
+                overwrite=self.overwrite,
+            )
         return work(
             encoder,
-            pieces,
+            data,
             path,
             self.settings,
             worker,
@@ -81,7 +102,7 @@ class Job:
 
     def help(self, split: str, worker: Worker) -> Share:
         """Do a worker's share of a split with nothing but what this holds."""
-        pairs = read_dataset(self.data, self.layout)[split]
-        share = self.run(self.load(worker), pairs, worker)
+        encoder = self.load(worker)
+        share = self.run(encoder, self.open(encoder)[split], worker)
         assert isinstance(share, Share)  # `by_parts`
         return share

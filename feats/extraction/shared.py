@@ -130,8 +130,14 @@ def row_pieces(
         if isinstance(rows, int) and rows > 0:
             return RowPieces(pairs, rows)
     if piece_rows is not None:
-        return RowPieces(pairs, -(-piece_rows // block) * block)
+        return RowPieces(pairs, whole_blocks(encoder, settings, piece_rows))
     return RowPieces(pairs, max(1, min(MOST_ROWS, len(pairs) // (PIECES_EACH * world)) // block) * block)
+
+
+def whole_blocks(encoder: Encoder, settings: ExtractionSettings, rows: int) -> int:
+    """At least so many rows, as whole blocks: then parts hold what a plain extraction holds, to the bit."""
+    block = block_rows_of(settings.batch_size or default_batch_size(encoder))
+    return -(-rows // block) * block
 
 
 def _made_alike(known: PartsPlan, encoder: Encoder, settings: ExtractionSettings) -> bool:

@@ -322,9 +322,9 @@ def float32_bytes(source: FeatureSource, split: str) -> int:
     of texts' tokens as many as the cache tells. Without caches that aren't there."""
     values = 0
     for path in (source.folder / f"{name}_{split}.h5" for name in source.names):
-        if not path.is_file():
+        if not is_cache(path):
             continue
-        with FeatureStore.open(path) as store:
+        with open_cache(path) as store:
             for name, shape in store.features.items():
                 if name.removesuffix("_tokens") == name or source.tokens:
                     rows = int(store.facts("n_tokens").sum()) if name == "text_tokens" else len(store)

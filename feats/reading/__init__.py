@@ -1,0 +1,1 @@
+"""How pairs lie on disk: one module for each kind of layout, and what they share."""
