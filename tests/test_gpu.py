@@ -30,6 +30,10 @@ from tensors import normal
 from feats import efficientnet_extract_feats
 from feats.encoders.base import Encoder
 from feats.encoders.registry import load_encoder
+from feats.extraction.encode import encode_block, encode_blocks
+from feats.extraction.plan import make_plan
+from feats.extraction.settings import ExtractionSettings
+from feats.records import read_dataset
 from feats.store import DONE, FeatureStore
 from modeling import inference_head, sweep_heads, train_head
 from modeling.experiment import evaluate, fit_head
@@ -136,6 +140,30 @@ def test_token_features_are_the_cpu_s(name: str, weights: Any):
         torch.testing.assert_close(found[1][0][row, :length], found[0][0][row, :length], rtol=1e-3, atol=1e-3)
     if len(found[0]) > 1:
         torch.testing.assert_close(found[1][1], found[0][1], rtol=5e-3, atol=5e-3)
+
+
+# -- extraction, ahead of the host ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["clip-vit", "clip-resnet", "resnet18", "efficientnet"])
+def test_nothing_waits_while_a_block_is_queued(name: str, weights: Any, tmp_path: Path):
+    """Torch refuses whatever makes the host wait for the GPU, but for the fetching of results."""
+    encoder, model, path = weights(name)
+    records = read_dataset(make_course(tmp_path, 70))["train"]
+    settings = ExtractionSettings(workers=0, batch_size=4)  # blocks of 32
+    plan = make_plan(load_encoder(encoder, model, path, device=DEVICE), records, settings)
+    expected = [encode_block(plan, number) for number in range(3)]  # also loads libraries
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = list(encode_blocks(plan, range(3), workers=0))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip(found, expected, strict=True):
+        assert one.arrays.keys() == other.arrays.keys() and one.done.all()
+        for dataset, values in one.arrays.items():
+            np.testing.assert_array_equal(values, other.arrays[dataset], err_msg=dataset)
+            if dataset.endswith("_feats"):
+                assert np.abs(values[1:] - values[:-1]).max(1).min() > 0
 
 
 # -- extraction, killed -----------------------------------------------------------------------------------------
