@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -43,6 +44,7 @@ from modeling.heads.base import HeadConfig
 from modeling.heads.layers import Linear, initialise, set_product_dtype
 from modeling.heads.registry import HEADS
 from modeling.runs.folder import newest_run, read_predictions
+from modeling.training import gradient, graphs
 from modeling.training.closed_form import fit_kernel, fit_logistic
 from modeling.training.config import TrainConfig
 from modeling.training.fit import fit, stacks
@@ -271,6 +273,33 @@ def test_training_is_the_cpu_s(name: str):
     for one, other in zip(on_gpu.history, on_cpu.history, strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-3)
         assert one["val_loss"] == pytest.approx(other["val_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", SGD)
+def test_recorded_steps_are_those_computed_as_they_come(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Dropout, views, a last smaller batch and two rates."""
+    problem = moved(make_problem(), DEVICE)
+    config = replace(settings(name), lr=2.0**-7, ep=6)
+    configs = [config, replace(config, seed=5), replace(config, lr=2.0**-6)]
+    with monkeypatch.context() as patched:
+        patched.setattr(gradient, "recorder_for", lambda device, steps: None)
+        eager = fit(configs, problem)
+    recordings = []
+
+    class Counted(graphs.CudaRecorder):
+        def record(self, work):
+            recordings.append(work)
+            return super().record(work)
+
+    monkeypatch.setattr(gradient, "recorder_for", lambda device, steps: Counted(device))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = fit(configs, problem)
+    ragged = "text_tokens" in HEADS[name].read_features(("image", "text"))
+    assert len(recordings) == (0 if ragged else 2)
+    for one, other in zip(found, eager, strict=True):
+        assert apart(one.val_logits, other.val_logits) < 2e-3
+    assert apart(found[0].val_logits, found[2].val_logits) > 2e-2
 
 
 @pytest.mark.parametrize("name", SGD)

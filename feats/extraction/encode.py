@@ -98,7 +98,7 @@ def _begin(
             reasons[k] = "; ".join(filter(None, (reasons.get(k), reason)))
         for name, values in arrays.items():
             if values.dtype == np.float16 and name != "text_tokens":
-                _note_overflow(plan, ~np.isfinite(values.reshape(len(rows), -1)).all(1), reasons)
+                _note_overflow(plan, np.all(np.isfinite(values.reshape(len(rows), -1)), axis=1) == 0, reasons)
         done = np.ones(len(rows), bool)
         done[list(reasons)] = False
         return Block(rows, done, arrays, {plan.records[rows[k]].id: reason for k, reason in sorted(reasons.items())})
