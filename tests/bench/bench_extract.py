@@ -185,7 +185,7 @@ def show_pipeline(times: Times, encoder: Encoder) -> None:
 
 def measure(settings: Settings) -> list[Figure]:
     """CLIP ViT-B/32 from pictures and texts to a cache, and both resizers, in speed."""
-    rows = 64 if settings.quick else 512
+    rows = 32 if settings.quick else 512
     if settings.device.type == "cuda":
         rows *= 16
     arguments = ["--rows", str(rows), "--rounds", str(settings.rounds), "--device", str(settings.device)]

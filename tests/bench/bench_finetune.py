@@ -353,7 +353,7 @@ def seconds_to_begin(
 
 def measure(settings: Settings) -> list[Figure]:
     """Finetuning's steps, and epochs on a cached trunk, with the weights of packages."""
-    rows, bs = (96, 16) if settings.quick else (512, 32)
+    rows, bs = (64, 16) if settings.quick else (512, 32)
     args = build_parser().parse_args(["--rows", str(rows), "--bs", str(bs), "--device", str(settings.device)])
     args.rounds = settings.rounds - 2
     bench = Bench(settings.work, args, settings.device, settings.data)

@@ -318,7 +318,7 @@ def measure(settings: "Settings") -> "list[Figure]":
     """Whole processes of training and predicting, of reading many rows, and, unless quick, of a sweep."""
     from limits import Figure, ratios
 
-    epochs, rows = (30, 100_000) if settings.quick else (100, 1_000_000)
+    epochs, rows = (30, 50_000) if settings.quick else (100, 1_000_000)
     device = str(settings.device)
     feats, runs = settings.work / "feats", settings.work / "runs"
     make_caches(feats, N)
