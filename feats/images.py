@@ -185,7 +185,7 @@ class ResizeCrop:
     """Resize the shorter side to `resize`, then cut the central square of side `crop`: RGB image -> RGB image.
 
     Pixels are those of torchvision's Resize and CenterCrop, of PIL images with `resizer` pil, of uint8 tensors with
-    torch, which round otherwise and take a fifth of the time. Only pictures of a side ratio above 16 first lose ends
+    torch, which round otherwise and take a third of the time. Only pictures of a side ratio above 16 first lose ends
     that the crop drops anyway: a 1 x 20000 strip would otherwise become gigabytes.
 
     Raises `UsageError` for an interpolation that `resizer` hasn't.

@@ -49,7 +49,7 @@ class EncoderSpec:
 RESIZER = {
     "resizer": Option(
         "pil",
-        "what resizes pictures: pil; or torch, in a fifth of the time, with features that differ in their third digit",
+        "what resizes pictures: pil; or torch, in a third of the time, with features that differ in the third digit",
         ("pil", "torch"),
     )
 }

@@ -207,7 +207,7 @@ def time_steps(bench: Bench) -> tuple[TuneSettings, dict[str, list[float]], str]
             seconds["bare"].append(next(bare))
         begun, before = bench.now(), done
 
-    def validated(row: dict[str, object]) -> None:
+    def validated(row: dict[str, object], best: bool) -> None:
         nonlocal begun
         begun = bench.now()
 
@@ -302,7 +302,7 @@ def epochs_of(bench: Bench, start: Start, data: TuneData, settings: TuneSettings
     """Seconds and train loss of each epoch."""
     told: list[tuple[float, dict[str, float]]] = []
     with bench.working() as work:
-        tune(start.model, data, settings, work, told=lambda row: told.append((bench.now(), row)))
+        tune(start.model, data, settings, work, told=lambda row, best: told.append((bench.now(), row)))
         work.remove()
     return [b[0] - a[0] for a, b in pairwise(told)], [row["train_loss"] for _, row in told[1:]]
 
