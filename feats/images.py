@@ -7,7 +7,7 @@ import stat
 import struct
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from feats.errors import RowError
+from feats.errors import RowError, UsageError
 from feats.records import TarSlice
 
 MAX_FILE_BYTES = 256 << 20
@@ -176,6 +176,7 @@ def _from_wide(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(scaled).astype(np.uint8)).convert("RGB")
 
 
+_OF_TENSORS = ("bilinear", "bicubic")  # what torch resizes uint8 tensors by, with antialiasing
 LONGEST_RATIO = 16  # a picture longer than this loses its ends before it is resized
 
 
@@ -183,13 +184,23 @@ LONGEST_RATIO = 16  # a picture longer than this loses its ends before it is res
 class ResizeCrop:
     """Resize the shorter side to `resize`, then cut the central square of side `crop`: RGB image -> RGB image.
 
-    Pixels are those of torchvision's Resize and CenterCrop. Only pictures of a side ratio above 16 first lose ends
+    Pixels are those of torchvision's Resize and CenterCrop, of PIL images with `resizer` pil, of uint8 tensors with
+    torch, which round otherwise and take a third of the time. Only pictures of a side ratio above 16 first lose ends
     that the crop drops anyway: a 1 x 20000 strip would otherwise become gigabytes.
+
+    Raises `UsageError` for an interpolation that `resizer` hasn't.
     """
 
     resize: int
     crop: int
     interpolation: str  # bilinear, bicubic, ...
+    resizer: str = "pil"
+
+    def __post_init__(self) -> None:
+        if self.resizer == "torch" and self.interpolation not in _OF_TENSORS:
+            raise UsageError(
+                f"`resizer` torch can't interpolate {self.interpolation}, only {' and '.join(_OF_TENSORS)}; use pil"
+            )
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """The picture, (crop, crop)."""
@@ -199,13 +210,27 @@ class ResizeCrop:
         longest = LONGEST_RATIO * min(width, height)
         if max(width, height) > longest:
             image = functional.center_crop(image, [min(height, longest), min(width, longest)])
-        image = functional.resize(image, [self.resize], InterpolationMode(self.interpolation), antialias=True)
+        mode = InterpolationMode(self.interpolation)
+        if self.resizer == "torch":
+            return self._as_tensor(image, mode)
+        image = functional.resize(image, [self.resize], mode, antialias=True)
         cropped: Image.Image = functional.center_crop(image, [self.crop])
         return cropped
 
+    def _as_tensor(self, image: Image.Image, mode: Any) -> Image.Image:
+        import numpy as np
+        import torch
+        from torchvision.transforms.v2 import functional
+
+        # Channels stay last in memory, as torch's fastest kernel wants them.
+        x = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        x = functional.center_crop(functional.resize(x, [self.resize], mode, antialias=True), [self.crop])
+        return Image.fromarray(x.permute(1, 2, 0).contiguous().numpy())
+
     def as_json(self, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
-        """This and the normalisation that follows it in JSON values, for the fingerprint."""
-        return {**asdict(self), "mean": list(mean), "std": list(std)}
+        """This, but for its resizer, and the normalisation that follows it in JSON values, for the fingerprint."""
+        chosen = {"resize": self.resize, "crop": self.crop, "interpolation": self.interpolation}
+        return {**chosen, "mean": list(mean), "std": list(std)}
 
 
 def augment(image: Image.Image, seed: int) -> Image.Image:

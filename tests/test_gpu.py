@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,6 +31,10 @@ from tensors import normal
 from feats import efficientnet_extract_feats
 from feats.encoders.base import Encoder
 from feats.encoders.registry import load_encoder
+from feats.extraction.encode import encode_block, encode_blocks
+from feats.extraction.plan import make_plan
+from feats.extraction.settings import ExtractionSettings
+from feats.records import read_dataset
 from feats.store import DONE, FeatureStore
 from modeling import inference_head, sweep_heads, train_head
 from modeling.experiment import evaluate, fit_head
@@ -39,6 +44,7 @@ from modeling.heads.base import HeadConfig
 from modeling.heads.layers import Linear, initialise, set_product_dtype
 from modeling.heads.registry import HEADS
 from modeling.runs.folder import newest_run, read_predictions
+from modeling.training import gradient, graphs
 from modeling.training.closed_form import fit_kernel, fit_logistic
 from modeling.training.config import TrainConfig
 from modeling.training.fit import fit, stacks
@@ -136,6 +142,30 @@ def test_token_features_are_the_cpu_s(name: str, weights: Any):
         torch.testing.assert_close(found[1][0][row, :length], found[0][0][row, :length], rtol=1e-3, atol=1e-3)
     if len(found[0]) > 1:
         torch.testing.assert_close(found[1][1], found[0][1], rtol=5e-3, atol=5e-3)
+
+
+# -- extraction, ahead of the host ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["clip-vit", "clip-resnet", "resnet18", "efficientnet"])
+def test_nothing_waits_while_a_block_is_queued(name: str, weights: Any, tmp_path: Path):
+    """Torch refuses whatever makes the host wait for the GPU, but for the fetching of results."""
+    encoder, model, path = weights(name)
+    records = read_dataset(make_course(tmp_path, 70))["train"]
+    settings = ExtractionSettings(workers=0, batch_size=4)  # blocks of 32
+    plan = make_plan(load_encoder(encoder, model, path, device=DEVICE), records, settings)
+    expected = [encode_block(plan, number) for number in range(3)]  # also loads libraries
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = list(encode_blocks(plan, range(3), workers=0))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip(found, expected, strict=True):
+        assert one.arrays.keys() == other.arrays.keys() and one.done.all()
+        for dataset, values in one.arrays.items():
+            np.testing.assert_array_equal(values, other.arrays[dataset], err_msg=dataset)
+            if dataset.endswith("_feats"):
+                assert np.abs(values[1:] - values[:-1]).max(1).min() > 0
 
 
 # -- extraction, killed -----------------------------------------------------------------------------------------
@@ -243,6 +273,33 @@ def test_training_is_the_cpu_s(name: str):
     for one, other in zip(on_gpu.history, on_cpu.history, strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-3)
         assert one["val_loss"] == pytest.approx(other["val_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", SGD)
+def test_recorded_steps_are_those_computed_as_they_come(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Dropout, views, a last smaller batch and two rates."""
+    problem = moved(make_problem(), DEVICE)
+    config = replace(settings(name), lr=2.0**-7, ep=6)
+    configs = [config, replace(config, seed=5), replace(config, lr=2.0**-6)]
+    with monkeypatch.context() as patched:
+        patched.setattr(gradient, "recorder_for", lambda device, steps: None)
+        eager = fit(configs, problem)
+    recordings = []
+
+    class Counted(graphs.CudaRecorder):
+        def record(self, work):
+            recordings.append(work)
+            return super().record(work)
+
+    monkeypatch.setattr(gradient, "recorder_for", lambda device, steps: Counted(device))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = fit(configs, problem)
+    ragged = "text_tokens" in HEADS[name].read_features(("image", "text"))
+    assert len(recordings) == (0 if ragged else 2)
+    for one, other in zip(found, eager, strict=True):
+        assert apart(one.val_logits, other.val_logits) < 2e-3
+    assert apart(found[0].val_logits, found[2].val_logits) > 2e-2
 
 
 @pytest.mark.parametrize("name", SGD)

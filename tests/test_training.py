@@ -274,7 +274,8 @@ def test_steps_of_onecycle_are_those_of_torch_s_with_its_momentum(optimizer: str
         stack[0].grad = normal(3, 4, 5, seed=step + 1)
         for m, x in enumerate(weights):
             x.grad = stack[0].grad[m].clone()
-        ours.step()
+        ours.begin_step()
+        ours.apply()
         found.append(beta1("onecycle", step, steps))
         for m, of_model in enumerate(theirs):
             (group,) = of_model.param_groups

@@ -224,6 +224,12 @@ class Encoder:
         return feats[: len(texts)].numpy()
 
 
+def on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Values of the host on the device. To a GPU they go by way of pinned memory: otherwise the host would wait until
+    the GPU has done all its work so far."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
 def count_parameters(network: nn.Module | None) -> int:
     """The parameters of a network; 0 of none."""
     return 0 if network is None else sum(p.numel() for p in network.parameters())

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from feats.encoders.base import Blocks, Encoder, Features, Loading, TextSide, Tokens, masked_mean
+from feats.encoders.base import Blocks, Encoder, Features, Loading, TextSide, Tokens, masked_mean, on_device
 from feats.encoders.hidden_layers import find_layers
 from feats.encoders.saved import RECORD
 from feats.encoders.weights import HUB_TIMEOUT, sha256_of, unobtainable, verified_sha256, weight_files
@@ -403,9 +403,9 @@ def _forward(
         longest = max(map(len, ids))
         padded = torch.tensor([row + [pad] * (longest - len(row)) for row in ids])
         lengths = torch.tensor([len(row) for row in ids])
-        mask = (torch.arange(longest) < lengths[:, None]).long().to(device, non_blocking=True)  # (B, L)
+        mask = on_device((torch.arange(longest) < lengths[:, None]).long(), device)  # (B, L)
         out = network(
-            input_ids=padded.to(device, non_blocking=True),
+            input_ids=on_device(padded, device),
             attention_mask=mask,
             output_hidden_states=pooling == "last4",
             return_dict=True,

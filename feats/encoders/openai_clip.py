@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.transforms import Normalize
 
-from feats.encoders.base import Blocks, Encoder, Features, ImageSide, Loading, TextSide, Tokens
+from feats.encoders.base import Blocks, Encoder, Features, ImageSide, Loading, TextSide, Tokens, on_device
 from feats.encoders.stack import map_tokens, products_dtype, stacked
 from feats.encoders.weights import (
     HUB_TIMEOUT,
@@ -502,16 +502,16 @@ def _text(network: CLIP, device: torch.device, tokens: bool) -> tuple[Callable[[
     dtype = network.text_projection.dtype
 
     def begin(ids: list[Any]) -> torch.Tensor:
-        padded = pad_sequence([torch.from_numpy(i) for i in ids], batch_first=True).to(device)  # (B, L)
+        padded = on_device(pad_sequence([torch.from_numpy(i) for i in ids], batch_first=True), device)  # (B, L)
         positions = network.positional_embedding[: padded.shape[1]]
         embedded: torch.Tensor = network.token_embedding(padded).to(dtype) + positions.to(dtype)  # (B, L, width)
         return embedded
 
     def last_positions(ids: list[Any]) -> torch.Tensor:
-        return torch.tensor([len(i) for i in ids]).to(device) - 1
+        return on_device(torch.tensor([len(i) for i in ids]), device) - 1
 
     def end(x: torch.Tensor, ids: list[Any]) -> Features:
-        ends = torch.arange(len(ids)), last_positions(ids)
+        ends = torch.arange(len(ids), device=device), last_positions(ids)
         if not tokens:
             return {"feats": _layer_norm(network.ln_final, x[ends]) @ network.text_projection}
         x = _layer_norm(network.ln_final, x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,11 +45,21 @@ class EncoderSpec:
     trainable: bool = True
 
 
+# Of every encoder of pictures; `load_encoder` sees to it itself.
+RESIZER = {
+    "resizer": Option(
+        "pil",
+        "what resizes pictures: pil; or torch, in a third of the time, with features that differ in the third digit",
+        ("pil", "torch"),
+    )
+}
+
 ENCODERS: dict[str, EncoderSpec] = {
     "clip": EncoderSpec(
         "feats.encoders.openai_clip",
         "OpenAI CLIP, image and text",
         None,
+        options=RESIZER,
         model_help="RN50, RN101, RN50x4, RN50x16, RN50x64, ViT-B/32, ViT-B/16, ViT-L/14 or ViT-L/14@336px "
         "(default: what the weights hold, else ViT-B/32)",
     ),
@@ -76,7 +86,8 @@ ENCODERS: dict[str, EncoderSpec] = {
                 "pooled",
                 "the pooled vector before the classifier, or the classifier's 1000 logits",
                 ("pooled", "logits"),
-            )
+            ),
+            **RESIZER,
         },
         model_help="resnet18, resnet34, resnet50, resnet101, resnet152 or vit_b_16",
     ),
@@ -89,7 +100,8 @@ ENCODERS: dict[str, EncoderSpec] = {
                 "cls",
                 "how token vectors become one: the class token, or the mean of the patches",
                 ("cls", "mean"),
-            )
+            ),
+            **RESIZER,
         },
         model_help="a hub name or a local folder of a ViT, DeiT, DINOv2, Swin, ...",
     ),
@@ -98,6 +110,7 @@ ENCODERS: dict[str, EncoderSpec] = {
         "feats.encoders.efficientnet_lite",
         "EfficientNet-Lite (offline), image",
         "lite2",
+        options=RESIZER,
         model_help="lite0, lite1 or lite2",
         # bf16 gains a third only, and takes single pictures to a cosine of 0.999 to fp32
         auto_dtype="fp32",
@@ -122,7 +135,10 @@ ENCODERS: dict[str, EncoderSpec] = {
         "feats.encoders.pixels",
         "the pixels themselves (offline), image",
         "pixels",
-        options={"size": Option(224, "the square's side, to which pictures are resized and cropped", metavar="PIXELS")},
+        options={
+            "size": Option(224, "the square's side, to which pictures are resized and cropped", metavar="PIXELS"),
+            **RESIZER,
+        },
         auto_dtype="fp32",
     ),
 }
@@ -180,11 +196,26 @@ def load_encoder(
         model or spec.default_model,
         weights,
         Loading(device, dtype, tokens, trainable, expected_sha256),
-        **chosen,
+        **{key: value for key, value in chosen.items() if key not in RESIZER},
     )
     encoder.identity = {"encoder": name, **encoder.identity}
+    if chosen.get("resizer", "pil") != "pil":
+        encoder = _resized_by(encoder, str(chosen["resizer"]))
     if saved:
         encoder.identity["model"] = saved.model  # not the folder's name
     encoder.options = chosen
     encoder.text_clean = saved.text_clean if saved else spec.text_clean
     return encoder
+
+
+def _resized_by(encoder: Encoder, resizer: str) -> Encoder:
+    """The encoder with its pictures resized by something else, which its identity says: fingerprints of caches that
+    PIL resized stay as they are."""
+    from feats.images import ResizeCrop
+
+    side = encoder.image_side()
+    assert isinstance(side.preprocess, ResizeCrop)
+    if resizer not in RESIZER["resizer"].choices:
+        raise UsageError(f"unknown `resizer` {resizer!r}; there are {', '.join(RESIZER['resizer'].choices)}")
+    image = replace(side, preprocess=replace(side.preprocess, resizer=resizer))
+    return replace(encoder, image=image, identity={**encoder.identity, "resizer": resizer})

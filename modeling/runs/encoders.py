@@ -29,7 +29,8 @@ def encoder_of(
     Raises `UsageError` when it can't be loaded, or isn't the one that `fingerprint` tells of.
     """
     spec = ENCODERS.get(fingerprint["encoder"])
-    options = {option: fingerprint[option] for option in (spec.options if spec else ())}
+    # A fingerprint says by what pictures were resized only where that isn't PIL.
+    options = {option: fingerprint[option] for option in (spec.options if spec else ()) if option in fingerprint}
     remedy = f"name the weights {trained_by} was trained with: `weights` {name}=PATH"
     try:
         encoder = load_encoder(

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,8 +25,12 @@ class Batches(Protocol):
     steps: int  # batches of an epoch
     n_rows: int  # of an epoch
 
-    def epoch(self) -> Generator[tuple[Batch, Tensor], None, None]:
-        """Each batch of the next epoch and its labels (M, B). Close it where it isn't used up."""
+    def epoch(self) -> Generator[tuple[Any, ...], None, None]:
+        """What `gather` takes for each batch of the next epoch. Close it where it isn't used up."""
+        ...
+
+    def gather(self, *drawn: Any) -> tuple[Batch, Tensor]:
+        """A batch and its labels (M, B)."""
         ...
 
     def validate(self, head: Head) -> Tensor:
@@ -49,19 +53,24 @@ def validation_logits(config: TrainConfig, problem: Problem, head: Head, inputs:
 
 
 class InMemory:
-    """Index slices of features on the device; each model has a row order of its own seed."""
+    """Index slices of features on the device; each model has a row order of its own seed. What an epoch gives are rows
+    (M, B) and views, so that a recorded step can take in the gathering of its batch."""
 
     def __init__(self, configs: Sequence[TrainConfig], problem: Problem, inputs: Inputs):
         self.problem, self.inputs, self.bs = problem, inputs, configs[0].bs
         self.draws, self.n_rows = Draws(configs, problem, inputs), len(problem.train)
         self.steps = math.ceil(self.n_rows / self.bs)
 
-    def epoch(self) -> Generator[tuple[Batch, Tensor], None, None]:
+    def epoch(self) -> Generator[tuple[Tensor, Tensor | None], None, None]:
         """See `Batches`."""
         rows, views = self.draws.epoch()
         for low in range(0, rows.shape[1], self.bs):
-            of_batch = rows[:, low : low + self.bs]
-            yield self.inputs.batch(of_batch, views), self.problem.labels[of_batch]
+            yield rows[:, low : low + self.bs], views
+
+    def gather(self, *drawn: Any) -> tuple[Batch, Tensor]:
+        """See `Batches`."""
+        rows, views = drawn
+        return self.inputs.batch(rows, views), self.problem.labels[rows]
 
     def validate(self, head: Head) -> Tensor:
         """See `Batches`."""
@@ -110,6 +119,11 @@ class Streamed:
                     yield self._batch(inputs, rows, views, order[low : min(low + self.bs, whole)])
                 last = order[whole:]
                 rest = (inputs.take(last), rows[last], views[last]) if len(last) else None
+
+    def gather(self, *drawn: Any) -> tuple[Batch, Tensor]:
+        """See `Batches`: they are gathered already."""
+        batch, labels = drawn
+        return batch, labels
 
     def validate(self, head: Head) -> Tensor:
         """See `Batches`."""

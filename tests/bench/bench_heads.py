@@ -30,6 +30,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
+    from limits import Figure, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -159,12 +160,17 @@ def seconds(*command: object) -> float:
 
 
 def alternate(rounds: int, **work: Callable[[], float]) -> dict[str, float]:
-    """Median of each, measured in turn so that a noisy machine is noisy for all of them."""
+    """Median of each of `in_turns`."""
+    return {name: median(times) for name, times in in_turns(rounds, **work).items()}
+
+
+def in_turns(rounds: int, **work: Callable[[], float]) -> dict[str, list[float]]:
+    """Each round's, measured in turn so that a noisy machine is noisy for all of them."""
     found: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):
         for name, run in work.items():
             found[name].append(run())
-    return {name: median(times) for name, times in found.items()}
+    return found
 
 
 def make_caches(folder: Path, rows: int, splits: Sequence[str] = ("train", "test"), width: int = WIDTH) -> None:
@@ -280,6 +286,16 @@ def one_epoch(folder: Path, feats: Path) -> None:
     run("modeling/train_head.py", "--vtype", "bench", "--feats", feats, "--runs", folder / "runs", "--ep", 1)
 
 
+def read_through(folder: Path, rows: int) -> float:
+    """Seconds of plainly reading all features of the cache there."""
+    start = time.perf_counter()
+    with h5py.File(folder / "bench_test.h5") as file:
+        for low in range(0, rows, 1 << 16):
+            for name in ("image_feats", "text_feats"):
+                file[name][low : low + (1 << 16)]
+    return time.perf_counter() - start
+
+
 def million(folder: Path, feats: Path, args: Namespace) -> None:
     """Many cached rows: predicting them against reading them, and the memory it takes."""
     import resource
@@ -288,22 +304,60 @@ def million(folder: Path, feats: Path, args: Namespace) -> None:
     make_caches(big, args.rows, ["test"])
     one_epoch(folder, feats)
 
-    def read() -> float:
-        start = time.perf_counter()
-        with h5py.File(big / "bench_test.h5") as file:
-            for low in range(0, args.rows, 1 << 16):
-                for name in ("image_feats", "text_feats"):
-                    file[name][low : low + (1 << 16)]
-        return time.perf_counter() - start
-
     ours = ("modeling/inference_head.py", "--feats", big, "--runs", folder / "runs", "--out", folder / "big.csv")
     ours = (*ours, "--device", args.device)
-    times = alternate(args.rounds, read=read, ours=lambda: seconds(*ours))
+    times = alternate(args.rounds, read=lambda: read_through(big, args.rows), ours=lambda: seconds(*ours))
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(
         f"{args.rows:,} rows: read {times['read']:.1f} s, predicted {times['ours']:.1f} s (whole process), "
         f"{times['ours'] / times['read']:.1f} x; peak memory {peak:.2f} GiB"
     )
+
+
+def measure(settings: "Settings") -> "list[Figure]":
+    """Whole processes of training and predicting, of reading many rows, and, unless quick, of a sweep."""
+    from limits import Figure, ratios
+
+    epochs, rows = (30, 50_000) if settings.quick else (100, 1_000_000)
+    device = str(settings.device)
+    feats, runs = settings.work / "feats", settings.work / "runs"
+    make_caches(feats, N)
+    folders = ("--feats", feats, "--runs", runs, "--device", device)
+    ours = ("modeling/train_head.py", "--vtype", "bench", *folders, "--D", 256, "--ep", epochs)
+    guess = ("modeling/inference_head.py", *folders, "--out", settings.work / "out.csv")
+    times = in_turns(
+        settings.rounds,
+        loop=lambda: yardstick(feats, device, 256, 512, 0, epochs)[0],
+        ours=lambda: seconds(*ours),
+        torch=lambda: seconds("-c", "import torch"),
+        guess=lambda: seconds(*guess),
+    )
+    big = settings.work / "big"
+    make_caches(big, rows, ["test"])
+    many = ("modeling/inference_head.py", "--feats", big, "--runs", runs, "--out", settings.work / "big.csv")
+    times |= in_turns(
+        settings.rounds, read=lambda: read_through(big, rows), many=lambda: seconds(*many, "--device", device)
+    )
+    figures = [
+        Figure("training / usual loop", ratios(times, "loop", "ours"), "import", note=f"{TRAIN} rows, {epochs} epochs"),
+        Figure("predicting / importing torch", ratios(times, "torch", "guess"), "import", note="511 rows"),
+        Figure("predicting many / reading them", ratios(times, "read", "many"), "bytes", note=f"{rows:,} rows"),
+    ]
+    return figures if settings.quick else [*figures, _sweep(feats, settings)]
+
+
+def _sweep(feats: Path, settings: "Settings") -> "Figure":
+    """The grid once, against one usual loop of a tenth of its epochs on each shape."""
+    from limits import Figure
+
+    usual = 0.0
+    for D, bs, ablation in product(GRID["--D"], GRID["--bs"], GRID["--ablation"]):
+        whole, loop = yardstick(feats, str(settings.device), D, bs, ablation, 10)
+        usual += len(GRID["--lr"]) * SEEDS * (whole + 9 * loop)
+    options = [item for name, values in GRID.items() for item in (name, *values)]
+    command = ("modeling/sweep_heads.py", "--vtype", "bench", "--feats", feats, "--seeds", SEEDS, *options)
+    taken = seconds(*command, "--ep", 100, "--device", settings.device, "--runs", settings.work / "swept")
+    return Figure("sweep / usual loops", [usual / taken], "FLOPs", note=f"24 x {SEEDS} trainings, {taken:.0f} s")
 
 
 if __name__ == "__main__":

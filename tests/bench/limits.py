@@ -1,10 +1,62 @@
-"""What the benchmarks share: a stopwatch that waits for the device, and what the device can do at most."""
+"""What the benchmarks share: their figures, a stopwatch that waits for the device, and what the device can do at most."""
 
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+REAL = Path(os.environ.get("MVSA_SINGLE", ROOT.parent / "shared" / "mvsa_single"))  # real pairs, where they are had
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How `measure` of a benchmark measures: `quick` in about half a minute, on pairs in `data` (None: synthetic ones),
+    in the existing folder `work`."""
+
+    work: Path
+    device: torch.device
+    data: Path | None = None
+    quick: bool = False
+
+    @property
+    def rounds(self) -> int:
+        """Of everything that takes turns."""
+        return 3 if self.quick else 5
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One ratio of times measured in turns: `samples` of it, one a round. `limit` says what binds (bytes, FLOPs, JPEG
+    decoding, ...), `note` sizes and whatever else there is to say."""
+
+    name: str
+    samples: Sequence[float]
+    limit: str
+    unit: str = "x"
+    note: str = ""
+
+    @property
+    def median(self) -> float:
+        """Of the samples."""
+        return statistics.median(self.samples)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The lower and the upper one of the samples, those of `statistics.quantiles`, inclusive."""
+        if len(self.samples) == 1:
+            return self.samples[0], self.samples[0]
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return low, high
+
+
+def ratios(seconds: Mapping[str, Sequence[float]], above: str, below: str) -> list[float]:
+    """Seconds of `above` over those of `below`, round by round."""
+    return [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
