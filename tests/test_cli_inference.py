@@ -23,7 +23,8 @@ from modeling.evaluation import metrics
 from modeling.features.joined import load_features
 from modeling.prediction import cached as prediction
 from modeling.prediction.cached import VoteSettings
-from modeling.runs.folder import list_runs, load_run, newest_run, open_runs
+from modeling.runs.choosing import open_runs
+from modeling.runs.folder import list_runs, load_run, newest_run
 
 CLASSES = ["negative", "neutral", "positive"]
 WIDTHS = {"pix": ("image_feats", 6), "words": ("text_feats", 4)}
