@@ -585,12 +585,12 @@ def _typed(name: str) -> str:
 
 
 def chosen_runs(args: Namespace, *, single_head: bool = False, told: bool = True) -> list[Run]:
-    """The runs of --run, as `choosing.open_runs`; which one newest or best is, and a better one, is said on stderr
-    where `told`."""
+    """The runs of --run, as `choosing.open_runs`; which one newest or best is, and a better one, is said where
+    `told`."""
 
     def say(line: str) -> None:
         if told:
-            print(as_typed(line), file=sys.stderr)
+            print(as_typed(line))
 
     names = [args.run] if isinstance(args.run, str) else args.run
     return choosing.open_runs(args.runs, names, single_head=single_head, say=say)

@@ -58,7 +58,7 @@ class Entry:
 
     @property
     def head(self) -> str:
-        """fusion D256, linear, text only, ...; of a stack the heads it holds. Marked where it predicts one class."""
+        """fusion D256, linear (text only), ...; of a stack the heads it holds. Marked where it predicts one class."""
         names = dict.fromkeys(_head_words(member["train"]["head"]) for member in self.config["members"])
         return marked(", ".join(names), self.figures["val"].get("collapsed"))
 
@@ -114,7 +114,7 @@ def _head_words(head: Mapping[str, Any]) -> str:
     name = head["head"]
     width = f" D{head['D']}" if name in HEADS and "D" in settings_read(name) else ""
     sides = tuple(head.get("sides", SIDES))
-    return f"{name}{width}" + (f", {ablation_words(sides)}" if sides != SIDES else "")
+    return f"{name}{width}" + (f" ({ablation_words(sides)})" if sides != SIDES else "")
 
 
 # -- reading ----------------------------------------------------------------------------------------------------
