@@ -445,7 +445,7 @@ def checked_config(path: Path) -> dict[str, Any]:
         heads = [(member["train"]["head"]["head"], member["train"]["seed"]) for member in config["members"]]
         names = [config["created"], *config["classes"], *(name for side in SIDES for name in config["features"][side])]
         fit = heads and all(isinstance(name, str) for name in (*names, *(head for head, _ in heads)))
-        if not fit or not all(isinstance(seed, int) for _, seed in heads):
+        if not fit or not all(isinstance(of, int) for of in (config["stacked"], *(seed for _, seed in heads))):
             raise TypeError("names or seeds are of other types")
         when_made(config)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:

@@ -21,6 +21,9 @@ from modeling.runs.entries import (
 )
 from modeling.runs.folder import CONFIG, DEFAULT_FOLDER, warn_of
 
+# The smallest p is 2 / (draws + 1): times the number of runs, as Holm has it, it must stay far below .05.
+DRAWS_A_RUN = 100
+
 
 @dataclass(frozen=True)
 class PairedTest:
@@ -171,8 +174,8 @@ def _titles(groups: Mapping[str, Sequence[Entry]]) -> dict[str, str]:
     titles = {digest: rows_words(entries) for digest, entries in groups.items()}
     folders = {digest: str(entries[0].config["features"].get("folder")) for digest, entries in groups.items()}
     for more in (folders, {digest: f"rows {digest[:8]}" for digest in groups}):
-        of_all = list(titles.values())
-        titles = {d: f"{title}, {more[d]}" if of_all.count(title) > 1 else title for d, title in titles.items()}
+        alike = {d: {more[other] for other in titles if titles[other] == title} for d, title in titles.items()}
+        titles = {d: f"{title}, {more[d]}" if len(alike[d]) > 1 else title for d, title in titles.items()}
     return titles
 
 
@@ -218,7 +221,8 @@ def _tests(
     others = [k for k in range(len(values)) if k != reference]
     if not others:
         return {}
-    drawn = metrics.resampled(labels, predictions, n_classes, by)
+    draws = max(metrics.DRAWS, DRAWS_A_RUN * len(others))
+    drawn = metrics.resampled(labels, predictions, n_classes, by, draws=draws)
     differences = drawn[:, others] - drawn[:, [reference]]
     alone = [metrics.two_sided_p(of_one) for of_one in differences.T]
     edges = np.quantile(differences, [0.025, 0.975], axis=0).T.tolist()
