@@ -6,8 +6,14 @@
 The names below are found when they are first used, so that `import modeling` costs nothing.
 """
 
+import sys
 from importlib import import_module
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for these two a type checker would find the scripts of the same names
+    from modeling.runs.folder import list_runs as list_runs
+    from modeling.runs.leaderboard import compare_runs as compare_runs
 
 _HOMES = {
     "FeatureSet": "modeling.features.joined",
@@ -17,6 +23,7 @@ _HOMES = {
     "TrainConfig": "modeling.training.config",
     "TuneSettings": "modeling.finetuning.settings",
     "UsageError": "feats.errors",
+    "compare_runs": "modeling.runs.leaderboard",
     "evaluate": "modeling.experiment",
     "finetune_model": "modeling.finetuning.finetune",
     "fit_head": "modeling.experiment",
@@ -36,6 +43,18 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(_HOMES)}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+class _Package(ModuleType):
+    """This package. Python makes a module that is imported an attribute of its package: the scripts list_runs.py and
+    compare_runs.py would hide the functions."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

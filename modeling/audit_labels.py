@@ -26,14 +26,13 @@ from modeling.experiment import experiment_of_run, total_epochs
 from modeling.features.joined import FeatureSource
 from modeling.prediction.out_of_fold import single_split
 from modeling.runs.files import check_replaceable
-from modeling.runs.folder import open_runs
 
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
     parser = cli.new_parser(__doc__)
     parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
-    parser.add_argument("--run", metavar="RUN", help="a path, or a name in --runs (default: the newest)")
+    parser.add_argument("--run", metavar="RUN", help=f"{cli.RUN_HELP} (default: newest)")
     parser.add_argument("--folds", type=positive, default=5, metavar="K", help="folds of the training rows")
     parser.add_argument(
         "--data", type=Path, metavar="DIR|FILE", help="the pairs, for their texts (default: where the caches say)"
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(args: Namespace) -> int:
     """Train on folds, rank the labels and write them; returns the exit status."""
-    [run] = open_runs(args.runs, [args.run] if args.run else None)
+    [run] = cli.chosen_runs(args)
     single_split(run)
     out = args.out or run.folder / "label_audit.csv"
     check_replaceable(out, suspects.HEADER)

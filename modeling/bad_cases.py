@@ -25,7 +25,7 @@ from modeling.evaluation.metrics import confusion_matrix, format_table
 from modeling.experiment import experiment_of_run, total_epochs
 from modeling.prediction.out_of_fold import labelled, out_of_fold, single_split, unseen_folds
 from modeling.runs.files import check_replaceable, user_file
-from modeling.runs.folder import PREDICTION_COLUMNS, open_runs, prediction_rows
+from modeling.runs.folder import PREDICTION_COLUMNS, prediction_rows
 from modeling.runs.run import Run
 
 
@@ -33,7 +33,7 @@ def build_parser() -> ArgumentParser:
     """The script's arguments."""
     parser = cli.new_parser(__doc__)
     parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
-    parser.add_argument("--run", metavar="RUN", help="a path, or a name in --runs (default: the newest)")
+    parser.add_argument("--run", metavar="RUN", help=f"{cli.RUN_HELP} (default: newest)")
     parser.add_argument("--folds", type=positive, default=5, metavar="K", help="folds of the training rows")
     parser.add_argument("--min-confidence", type=float, default=0.0, metavar="P", help="list rows as sure, 0 to 1")
     parser.add_argument("--out", type=Path, metavar="FILE", help="(default: bad_cases.csv in the run's folder)")
@@ -51,7 +51,7 @@ def export(args: Namespace) -> int:
     """Train on folds of the training rows and write those predicted wrong; returns the exit status."""
     if not 0 <= args.min_confidence <= 1:
         raise UsageError(f"--min-confidence {args.min_confidence:g}: expected a probability, 0 to 1")
-    [run] = open_runs(args.runs, [args.run] if args.run else None)
+    [run] = cli.chosen_runs(args)
     with deterministic(any(member.config.deterministic for member in run.members)):
         return export_of(run, args)
 

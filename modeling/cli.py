@@ -49,7 +49,8 @@ from modeling.heads.base import (
 )
 from modeling.heads.registry import HEADS
 from modeling.prediction.ablation import ABSENT, AbsentOf, absence
-from modeling.runs import folder as run_folder
+from modeling.runs import choosing, folder as run_folder
+from modeling.runs.run import Run
 from modeling.training.config import (
     CLASS_WEIGHTS,
     MONITORS,
@@ -79,6 +80,7 @@ HEAD_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {  # of single heads: help
     "image_pooling": ("coattention: image tokens to one vector", {"choices": IMAGE_POOLINGS}),
 }
 BY_METHODS = ("tune", "lora", "soup", "wise_ft")  # what methods decide there
+RUN_HELP = "a path, a name in --runs, newest, or best: by its validation figure, of those on the newest's rows"
 # Settings that the command line knows by another name.
 OPTION_OF = {"sides": "ablation", "image": "vtype", "text": "ttype"}
 
@@ -598,6 +600,21 @@ def print_unread(args: Namespace, heads: Sequence[str], besides: Sequence[str] =
 
 def _typed(name: str) -> str:
     return f"--{name.replace('_', '-')}"
+
+
+# -- runs -------------------------------------------------------------------------------------------------------
+
+
+def chosen_runs(args: Namespace, *, single_head: bool = False, told: bool = True) -> list[Run]:
+    """The runs of --run, as `choosing.open_runs`; which one newest or best is, and a better one, is said where
+    `told`."""
+
+    def say(line: str) -> None:
+        if told:
+            print(as_typed(line))
+
+    names = [args.run] if isinstance(args.run, str) else args.run
+    return choosing.open_runs(args.runs, names, single_head=single_head, say=say)
 
 
 # -- small parts ------------------------------------------------------------------------------------------------

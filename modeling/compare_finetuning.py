@@ -23,7 +23,7 @@ from modeling.experiment import Experiment, experiment_of_run
 from modeling.features.splits import SplitSettings
 from modeling.finetuning import comparison, past, verdict
 from modeling.finetuning.comparison import FROZEN, METHODS, Candidate, Cell
-from modeling.runs.folder import load_run, newest_run, open_runs, read_metrics
+from modeling.runs.folder import read_metrics
 from modeling.runs.run import Run
 from modeling.training.config import TrainConfig, settings_read
 
@@ -38,7 +38,7 @@ def build_parser() -> ArgumentParser:
     group.add_argument(
         "--run",
         metavar="RUN",
-        help="a path, or a name in --runs: its head is trained anew on each fold (default: the newest with one head)",
+        help=f"its head is trained anew on each fold: {cli.RUN_HELP} (default: newest; both with one head)",
     )
     group.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
     group.add_argument("--data", type=Path, metavar="DIR|FILE", help="the pairs (default: where the caches say)")
@@ -127,7 +127,7 @@ def history(runs: Path) -> int:
 
 def run_to_compare(args: Namespace) -> Run:
     """The run whose head is the frozen one. Raises `UsageError` for one of several heads, or with tuned encoders."""
-    [run] = open_runs(args.runs, [args.run]) if args.run else [load_run(newest_run(args.runs, single_head=True))]
+    [run] = cli.chosen_runs(args, single_head=True)
     if len(run.members) > 1 or run.finetuned is not None:
         what = "was finetuned" if run.finetuned is not None else f"has {len(run.members)} heads"
         raise UsageError(f"{run.named} {what}, expected one head on cached features; name such a run with `run`")

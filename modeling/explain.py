@@ -20,7 +20,6 @@ from feats.cli import EXIT_DONE, as_typed, positive
 from feats.errors import UsageError
 from modeling import cli
 from modeling.explanations.methods import METHODS
-from modeling.runs.folder import open_runs
 from modeling.runs.run import Run
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def build_parser() -> ArgumentParser:
     pair.add_argument("--seed", type=int, default=0, help="of random orders, and of the pairs of --check")
     pair.add_argument("--check", type=positive, metavar="N", help="score explanations of N validation pairs, too")
     which = parser.add_argument_group("the run and its data")
-    which.add_argument("--run", metavar="RUN", help="a path, or a name in --runs (default: the newest)")
+    which.add_argument("--run", metavar="RUN", help=f"{cli.RUN_HELP} (default: newest)")
     which.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
     which.add_argument("--data", type=Path, metavar="DIR|FILE", help="the pairs (default: where the caches say)")
     which.add_argument("--layout", help="how they lie on disk (default: detected)")
@@ -78,7 +77,7 @@ def work(args: Namespace) -> int:
     one_pair = args.image is not None or args.text is not None
     if not one_pair and not args.check:
         raise UsageError("nothing to explain: give `image`, `text` or both, or `check` and a number of pairs")
-    [run] = open_runs(args.runs, [args.run] if args.run else None)
+    [run] = cli.chosen_runs(args)
     if args.target is not None and args.target not in run.classes:
         raise UsageError(f"--target {args.target}: no class of {run.named}; there are {', '.join(run.classes)}")
     from modeling.explanations.explained import load_explained  # encoders, captum, matplotlib: slow to import

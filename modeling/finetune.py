@@ -21,7 +21,6 @@ from modeling import cli
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.studies import MODELS, EncoderChoice, tuning_recipe
 from modeling.heads.base import ABLATIONS, HeadConfig
-from modeling.runs.folder import load_run, newest_run, open_runs
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +54,7 @@ def build_parser() -> ArgumentParser:
 def add_start_options(parser: ScriptParser) -> None:
     """What a finetuning begins with."""
     group = parser.add_argument_group("what is tuned")
-    group.add_argument("--run", metavar="RUN", help="a path, or a name in --runs (default: the newest with one head)")
+    group.add_argument("--run", metavar="RUN", help=f"{cli.RUN_HELP} (default: newest; both with one head)")
     group.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
     group.add_argument(
         "--data", type=Path, metavar="DIR|FILE", help="the pairs (default: where the caches say, or data)"
@@ -102,7 +101,7 @@ def work(args: Namespace, command: str) -> int:
     from modeling.finetuning.finetune import finetune_model, no_bar
 
     with team(args.device) as (mates, device), TemporaryDirectory() as scratch:
-        start = begin(args, cli.tuning_settings(args), device, Path(scratch))
+        start = begin(args, cli.tuning_settings(args), device, Path(scratch), told=mates.leads)
         run = finetune_model(
             start,
             cli.tuning_settings(args, start.experiment.classes),
@@ -131,8 +130,10 @@ def say(line: str) -> None:
 # -- what is tuned ----------------------------------------------------------------------------------------------
 
 
-def begin(args: Namespace, settings: TuneSettings, device: "torch.device", scratch: Path) -> "Start":
-    """The model that the options ask for, before its first step."""
+def begin(
+    args: Namespace, settings: TuneSettings, device: "torch.device", scratch: Path, *, told: bool = True
+) -> "Start":
+    """The model that the options ask for, before its first step; which run it begins with is said where `told`."""
     from modeling.finetuning.pairs import DataPlace
     from modeling.finetuning.starts import start_from_encoders, start_from_run
 
@@ -148,7 +149,7 @@ def begin(args: Namespace, settings: TuneSettings, device: "torch.device", scrat
             ("corrections",),
             "a run keeps the labels its head was trained with; train the head anew with them, and name that run",
         )
-        [run] = open_runs(args.runs, [args.run]) if args.run else [load_run(newest_run(args.runs, single_head=True))]
+        [run] = cli.chosen_runs(args, single_head=True, told=told)
         return start_from_run(
             run,
             settings,

@@ -24,7 +24,6 @@ from modeling.prediction import cached as prediction
 from modeling.prediction.ablation import ablation_eval, ablation_of_rows
 from modeling.prediction.cached import Predictions, VoteSettings
 from modeling.runs.files import check_replaceable
-from modeling.runs.folder import open_runs
 from modeling.runs.run import Run
 from modeling.runs.tables import ablation_table
 
@@ -50,7 +49,7 @@ def build_parser() -> ArgumentParser:
         "--weights", nargs="+", default=[], metavar="CACHE=PATH", help="weights of an encoder, where they aren't found"
     )
     which = parser.add_argument_group("runs")
-    which.add_argument("--run", nargs="+", metavar="RUN", help="a path, or a name in --runs (default: the newest)")
+    which.add_argument("--run", nargs="+", metavar="RUN", help=f"{cli.RUN_HELP} (default: newest)")
     which.add_argument(
         "--vote",
         choices=prediction.VOTES,
@@ -90,7 +89,7 @@ def work(args: Namespace) -> int:
         return score_without_sides(args)
     if args.weights and not one_pair and not args.csv:
         raise UsageError("--weights is for raw pairs; cached rows are read as they are")
-    runs = open_runs(args.runs, args.run)
+    runs = cli.chosen_runs(args)
     device = resolve_device(args.device)
     voting = VoteSettings(args.vote, args.tie)
     out = output_file(args, runs)
@@ -125,7 +124,7 @@ def score_without_sides(args: Namespace) -> int:
             "writes no predictions; leave it out"
         )
     device = resolve_device(args.device)
-    for run in open_runs(args.runs, args.run):
+    for run in cli.chosen_runs(args):
         encode_own_caches(args, [run], device, ("train",))
         source = replace(run.source, folder=run.feature_folder(args.feats))
         print(f"run {run.path}\ncaches {source.folder}")

@@ -19,7 +19,6 @@ from modeling.evaluation.metrics import AVERAGES, format_table
 from modeling.experiment import experiment_of_run
 from modeling.prediction.out_of_fold import single_split
 from modeling.runs.files import check_replaceable
-from modeling.runs.folder import open_runs
 from modeling.runs.run import Run
 from modeling.search import learning_curve as curves
 
@@ -30,7 +29,7 @@ def build_parser() -> ArgumentParser:
     """The script's arguments."""
     parser = cli.new_parser(__doc__)
     parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
-    parser.add_argument("--run", metavar="RUN", help="a path, or a name in --runs (default: the newest)")
+    parser.add_argument("--run", metavar="RUN", help=f"{cli.RUN_HELP} (default: newest)")
     shares = " ".join(f"{share:g}" for share in curves.SHARES)
     parser.add_argument(
         "--shares",
@@ -56,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(args: Namespace) -> int:
     """Train, show and write the curve; returns the exit status."""
-    [run] = open_runs(args.runs, [args.run] if args.run else None)
+    [run] = cli.chosen_runs(args)
     single_split(run)
     with deterministic(any(member.config.deterministic for member in run.members)):
         return work_of(run, args)

@@ -13,15 +13,13 @@ import feats.threads  # noqa: F401
 from feats.cli import EXIT_DONE, positive
 from feats.errors import UsageError
 from modeling import cli
-from modeling.runs.folder import newest_run
-
-NEWEST = "newest"
+from modeling.runs.choosing import NEWEST
 
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
     parser = cli.new_parser(__doc__)
-    parser.add_argument("--run", default=NEWEST, metavar="RUN", help=f"a path, a name in --runs, or {NEWEST}")
+    parser.add_argument("--run", default=NEWEST, metavar="RUN", help=cli.RUN_HELP)
     parser.add_argument("--sweep", type=Path, metavar="DIR", help="also compare the heads of a sweep's folder")
     parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
     parser.add_argument(
@@ -52,7 +50,7 @@ def work(args: Namespace, command: str) -> int:
     from modeling.report.making import ReportSettings, make_report  # matplotlib, jinja2: slow to import
     from modeling.report.page import PAGE, check_page
 
-    path = chosen_run(args.runs, args.run)
+    path = cli.chosen_runs(args)[0].folder
     if args.out is not None and args.out.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"`out` {args.out}: expected a name that ends in .html")
     check_page(args.out or path / PAGE)
@@ -60,13 +58,6 @@ def work(args: Namespace, command: str) -> int:
     settings = ReportSettings(args.feats, args.data, args.sweep, args.learning_curve, args.explain or 0, args.device)
     print("\n".join(make_report(path, args.out, settings, command).lines()))
     return EXIT_DONE
-
-
-def chosen_run(runs: Path, name: str) -> Path:
-    """The run's folder. Raises `UsageError` when there is no run to be the newest."""
-    if name == NEWEST:
-        return newest_run(runs)
-    return Path(name) if Path(name).is_dir() else runs / name
 
 
 if __name__ == "__main__":

@@ -72,31 +72,39 @@ def compare_on(experiment: Experiment, args: Namespace, grid: cli.Grid, searched
     """As `compare`, on joined caches; `searched` are the settings to choose on one head."""
     print("\n".join(experiment.notes))
     folder = args.runs / (args.name or NAME)
+    data = sweep.data_digest(experiment)
+    earlier = sweep.read_earlier(folder, experiment, data)
     chosen, names, diverged = "", dict[TrainConfig, str](), dict[str, str]()
     if searched:
-        point, names, diverged = best_point(args, grid, experiment, folder, command)
+        point, names, diverged = best_point(args, grid, experiment, data, folder, command)
         others = [p for p in grid.points if p["head"] != args.search_on]
         grid = replace(grid, points=tuple(p for p in others if all(p[name] == point[name] for name in searched)))
         chosen = chosen_line(args.search_on, grid, {name: point[name] for name in searched})
-    more, failed = train(distinct(grid, experiment), args, experiment, folder, command)
+    more, failed = train(distinct(grid, experiment), args, experiment, data, folder, command)
     names, diverged = names | more, diverged | failed
+    kept = {config: name for config, name in earlier.names.items() if config not in names}
+    lost = {config: why for config, why in earlier.diverged.items() if config not in names}
+    names, own = {**names, **kept, **{config: sweep.name_of(config, data) for config in lost}}, len(names)
+    diverged |= {names[config]: why for config, why in lost.items()}
     tables = sweep.compare(folder, list(names), list(names.values()), experiment, grid.monitor, diverged)
-    tables = replace(tables, notes="\n".join(filter(None, [tables.notes, chosen])))
+    notes = dict.fromkeys(filter(None, [tables.notes, *earlier.notes, chosen]))
+    tables = replace(tables, notes="\n".join(notes))
     print(as_typed(tables.text, cli.OPTION_OF))
     tables.write(folder)
     best = folder / tables.best
-    print(f"{len(names)} runs, table.csv and table.md -> {folder}")
+    sweep.write_diverged(folder, {config: diverged[name] for config, name in names.items() if name in diverged})
+    before = f" ({len(names) - own} of earlier sweeps)" if len(names) > own else ""
+    print(f"{len(names)} runs{before}, table.csv and table.md -> {folder}")
     print(f"best by validation {tables.by}: python modeling/inference_head.py --run {best}")
     return EXIT_DONE
 
 
 def train(
-    points: Sequence[TrainConfig], args: Namespace, experiment: Experiment, folder: Path, command: str
+    points: Sequence[TrainConfig], args: Namespace, experiment: Experiment, data: str, folder: Path, command: str
 ) -> tuple[dict[TrainConfig, str], dict[str, str]]:
-    """Train what isn't finished of some configurations, with all seeds; returns the run of each training by name, and
-    why those diverged that did."""
+    """Train what isn't finished of some configurations, with all seeds, on data of the digest `data`; returns the run
+    of each training by name, and why those diverged that did."""
     configs = [c for config in points for c in with_seeds(config, args.seeds or 1)]
-    data = sweep.data_digest(experiment)
     names = [sweep.name_of(config, data) for config in configs]
     waiting = [i for i, name in enumerate(names) if not is_whole(folder / name)]
     print(f"{len(configs)} trainings, {len(configs) - len(waiting)} of them finished before")
@@ -139,12 +147,12 @@ def varied(grid: cli.Grid, searched_on: str) -> list[str]:
 
 
 def best_point(
-    args: Namespace, grid: cli.Grid, experiment: Experiment, folder: Path, command: str
+    args: Namespace, grid: cli.Grid, experiment: Experiment, data: str, folder: Path, command: str
 ) -> tuple[dict[str, Any], dict[TrainConfig, str], dict[str, str]]:
     """The point of the grid at which the searched head is best by its validation figures, and all of that head's
     trainings as `train` tells of them."""
     own = replace(grid, points=tuple(point for point in grid.points if point["head"] == args.search_on))
-    names, diverged = train(distinct(own, experiment), args, experiment, folder, command)
+    names, diverged = train(distinct(own, experiment), args, experiment, data, folder, command)
     best = sweep.compare(folder, list(names), list(names.values()), experiment, grid.monitor, diverged).best
     return (
         next(p for p, c in zip(own.points, fitted(own, experiment), strict=True) if names[c] == best),
@@ -157,7 +165,7 @@ def chosen_line(searched_on: str, others: cli.Grid, settings: Mapping[str, Any])
     """What was chosen on one head, and which others got it."""
     told = ", ".join(f"{name} {value}" for name, value in settings.items())
     heads = ", ".join(dict.fromkeys(head.head for head in others.heads))
-    return f"Searched on {searched_on} alone: {told}, its best by these rows, applied to {heads}."
+    return f"{sweep.SEARCHED}{searched_on} alone: {told}, its best by these rows, applied to {heads}."
 
 
 def fitted(grid: cli.Grid, experiment: Experiment) -> list[TrainConfig]:

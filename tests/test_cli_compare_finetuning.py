@@ -19,11 +19,12 @@ from pairs import CLASSES, cached_pairs
 
 from feats.errors import UsageError
 from modeling import cli, compare_finetuning, finetune, train_head
+from modeling.evaluation.metrics import holm
 from modeling.finetuning import comparison, past
 from modeling.finetuning.comparison import Candidate, Cell
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.studies import TUNING_RECIPES
-from modeling.finetuning.verdict import Scored, compare, holm, paired_tests
+from modeling.finetuning.verdict import Scored, compare, paired_tests
 
 METHODS = ["frozen", "lp_ft", "last-2", "lora-2", "full", "soup"]
 FOLDS = "--folds 3 --only 2 --val-ratio 0.25 --device cpu".split()

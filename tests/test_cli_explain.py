@@ -34,7 +34,7 @@ def test_a_pair_is_explained(course: Path, capsys: pytest.CaptureFixture):
     run = newest_run(course / "runs")
     assert explain.main(typed(course, *pair_options(course, 24), "--neighbours", "3")) == 0
     out, err = capsys.readouterr()
-    assert err == "" and out.splitlines()[0] == f"run {run}"
+    assert err == "" and out.splitlines()[0].startswith(f"newest run {run}: ") and out.splitlines()[1] == f"run {run}"
     assert inference_head.main([*typed(course)[:4], *pair_options(course, 24)]) == 0
     predicted = capsys.readouterr().out.splitlines()[-1].split()[0]
     assert f"target {predicted} (" in out

@@ -23,7 +23,8 @@ from modeling.evaluation import metrics
 from modeling.features.joined import load_features
 from modeling.prediction import cached as prediction
 from modeling.prediction.cached import VoteSettings
-from modeling.runs.folder import list_runs, load_run, newest_run, open_runs
+from modeling.runs.choosing import open_runs
+from modeling.runs.folder import list_runs, load_run, newest_run
 
 CLASSES = ["negative", "neutral", "positive"]
 WIDTHS = {"pix": ("image_feats", 6), "words": ("text_feats", 4)}
@@ -124,7 +125,9 @@ def test_as_typed_the_newest_run_predicts_the_test_split(home: Path):
     out = subprocess.run([sys.executable, script], cwd=home, env=ENVIRONMENT, capture_output=True, text=True)
     assert (out.returncode, out.stderr) == (0, "")
     path = home / "saved" / "runs" / "third" / "submission_test.csv"
-    assert out.stdout.startswith(f"run saved/runs/third\ncaches {home / 'saved' / 'feats'}\n")
+    assert out.stdout.startswith(
+        f"newest run saved/runs/third: accuracy 0.750 on 12 validation rows\nrun saved/runs/third\ncaches {home / 'saved' / 'feats'}\n"
+    )
     assert "23 predictions -> saved/runs/third/submission_test.csv" in out.stdout
     header, rows = submission(path)
     assert header == ["guid", "tag"] and [row[0] for row in rows] == TEST
@@ -193,7 +196,8 @@ def test_the_newest_whole_run_is_taken(home: Path, capsys: pytest.CaptureFixture
     config["created"] = "2999" + config["created"][4:]
     (home / "runs" / "second" / "config.json").write_text(json.dumps(config))
     assert infer(home) == 0
-    assert f"run {home / 'runs' / 'second'}\n" in capsys.readouterr().out
+    out = capsys.readouterr()
+    assert f"run {third}\n" in out.out and "second: it is dated 2999" in out.err and "in the future" in out.err
 
 
 def test_a_run_by_name_or_path(home: Path):
@@ -430,7 +434,7 @@ def test_a_foreign_label_costs_the_figures_not_the_predictions(home: Path, capsy
         make_cache(home / "feats", name, "test", TEST, ["mixed", *tags_of(TEST)[1:]])
     assert infer(home) == 0
     out = capsys.readouterr()
-    assert "no figures (labels mixed in the test data" in out.err and "accuracy" not in out.out
+    assert "no figures (labels mixed in the test data" in out.err and "weighted_f1" not in out.out
     assert len(submission(home / "runs" / "third" / "submission_test.csv")[1]) == len(TEST)
 
 
@@ -452,7 +456,7 @@ def test_labels_that_are_gone_are_unknown(home: Path, capsys: pytest.CaptureFixt
         blank_tags(home / "feats" / f"{name}_{split}.h5", *range(len(ids)))
     assert infer(home, "--split", split) == 0
     out = capsys.readouterr()
-    assert "accuracy" not in out.out and out.err == ""
+    assert "weighted_f1" not in out.out and out.err == ""
     assert len(submission(home / "runs" / "third" / f"submission_{split}.csv")[1]) == len(ids)
 
 
@@ -542,8 +546,13 @@ def test_a_damaged_run_is_refused(home: Path, capsys: pytest.CaptureFixture, dam
     tensors.write_bytes(content[:-5] if damage == "truncated" else content)
     if damage == "gone":
         tensors.unlink()
-    line = refused(capsys, infer(home))
+    line = refused(capsys, infer(home, "--run", "third"))
     assert "damaged" in line and "train again" in line
+    assert infer(home) == 0
+    out = capsys.readouterr()
+    (warning,) = out.err.splitlines()
+    assert warning.startswith("warning: ") and f"{home / 'runs' / 'third'}" in warning and "damaged" in warning
+    assert f"run {home / 'runs' / 'second'}\n" in out.out
 
 
 def test_a_missing_cache_names_the_command_that_makes_it(home: Path, capsys: pytest.CaptureFixture):

@@ -42,7 +42,12 @@ def test_the_newest_run_gets_its_page(tmp_path: Path, capsys: pytest.CaptureFixt
     capsys.readouterr()
     assert make_report.main(["--runs", str(tmp_path / "runs")]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"run {run}\n") and "report, " in out and out.endswith(f" -> {run / 'report.html'}\n")
+    assert (
+        out.startswith(f"newest run {run}: ")
+        and f"\nrun {run}\n" in out
+        and "report, " in out
+        and out.endswith(f" -> {run / 'report.html'}\n")
+    )
     page = (run / "report.html").read_text(encoding="utf-8")
     with (run / "predictions_val.csv").open() as file:
         wrong = [row for row in csv.DictReader(file) if row["tag"] != row["pred"]]

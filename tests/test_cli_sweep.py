@@ -160,19 +160,7 @@ def test_the_ids_are_hashed_once_for_all_configurations(feats: Path, tmp_path: P
     assert sum(b'"p17"' in data for data in hashed) == 1 and len(hashed) >= 5
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        ["--split-seed", "1"],
-        ["--norm", "l2"],
-        ["--scale", "clip=2"],
-        ["--vtype", "clip", "--ttype", "vader"],
-        ["--duplicates", "apart", "--split-seed", "2"],
-        ["--class-weights", "balanced"],
-        ["--dropout", "0.2"],
-    ],
-    ids=" ".join,
-)
+@pytest.mark.parametrize("other", [["--class-weights", "balanced"], ["--dropout", "0.2"]], ids=" ".join)
 def test_what_decides_a_training_is_in_its_name(
     other: list[str], feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
@@ -181,6 +169,35 @@ def test_what_decides_a_training_is_in_its_name(
     assert sweep(feats, tmp_path, *base, *other) == 0
     assert "1 trainings, 0 of them finished before" in capsys.readouterr().out
     assert len(runs_in(tmp_path / "sweep")) == 2
+
+
+def refused_as_another(capsys: pytest.CaptureFixture, status: int) -> None:
+    (line,) = capsys.readouterr().err.splitlines()
+    assert status == 2 and "holds a sweep on other features, normalisation, rows or labels (" in line
+    assert line.endswith("they don't belong into one table; give another --name")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ["--split-seed", "1"],
+        ["--norm", "l2"],
+        ["--scale", "clip=2"],
+        ["--vtype", "clip", "--ttype", "vader"],
+        ["--duplicates", "apart", "--split-seed", "2"],
+    ],
+    ids=" ".join,
+)
+def test_other_features_or_rows_begin_another_sweep(
+    other: list[str], feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    base = ["--head", "fusion", "--D", "4", *SHORT]
+    sweep(feats, tmp_path, *base), capsys.readouterr()
+    before = {path: path.read_bytes() for path in (tmp_path / "sweep").rglob("*") if path.is_file()}
+    refused_as_another(capsys, sweep(feats, tmp_path, *base, *other))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "sweep").rglob("*") if path.is_file()}
+    assert sweep(feats, tmp_path, *base, *other, "--name", "another") == 0
+    assert "1 trainings, 0 of them finished before" in capsys.readouterr().out
 
 
 def test_corrected_data_are_trained_on_anew(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -198,12 +215,67 @@ def test_corrected_data_are_trained_on_anew(tmp_path: Path, capsys: pytest.Captu
     tags[60] = "neutral"
     with FeatureStore.append(path) as store:
         assert store.update_tags(tags) == 1
-    sweep(tmp_path / "feats", tmp_path, *command)
-    assert "0 of them finished before" in capsys.readouterr().out
+    refused_as_another(capsys, sweep(tmp_path / "feats", tmp_path, *command))
+    assert sweep(tmp_path / "feats", tmp_path, *command, "--name", "corrected") == 0
     path.unlink()
     make_cache(tmp_path / "feats", "clip", tags=tags, seed=1, facts={"image_hash": np.arange(90) + 5000})
-    sweep(tmp_path / "feats", tmp_path, *command)
-    assert "0 of them finished before" in capsys.readouterr().out
+    capsys.readouterr()
+    refused_as_another(capsys, sweep(tmp_path / "feats", tmp_path, *command, "--name", "corrected"))
+
+
+def test_a_second_sweep_of_a_name_adds_to_its_table(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    first = ["--head", "fusion", "mlp", "--D", "4", *SHORT]
+    second = ["--head", "mlp", "late", "--D", "4", "8", *SHORT]
+    assert sweep(feats, tmp_path, *first) == 0
+    before = table(tmp_path / "sweep")
+    capsys.readouterr()
+    assert sweep(feats, tmp_path, *second) == 0
+    out = capsys.readouterr().out
+    merged = table(tmp_path / "sweep")
+    assert "3 trainings, 1 of them finished before" in out  # late reads no D
+    assert "4 runs (1 of earlier sweeps), table.csv" in out
+    assert sorted((row["head"], row["D"]) for row in merged[:-1]) == [
+        ("fusion", "4"),
+        ("late", ""),
+        ("mlp", "4"),
+        ("mlp", "8"),
+    ]
+    figures = {row["run"]: (row["accuracy"], row["macro_f1"], row["low"], row["high"]) for row in merged[:-1]}
+    for row in before[:-1]:
+        assert figures[row["run"]] == (row["accuracy"], row["macro_f1"], row["low"], row["high"])
+    accuracies = [float(row["accuracy"]) for row in merged[:-1]]
+    assert accuracies == sorted(accuracies, reverse=True) and best_run(tmp_path / "sweep").name == merged[0]["run"]
+    # The same is found in the other order, and after everything again.
+    assert sweep(feats, tmp_path / "turned", *second) == 0 and sweep(feats, tmp_path / "turned", *first) == 0
+    turned = table(tmp_path / "turned" / "sweep")
+    assert {(row["run"], row["accuracy"], row["seeds"]) for row in turned} == {
+        (row["run"], row["accuracy"], row["seeds"]) for row in merged
+    }
+
+
+def test_what_diverged_stays_left_out_of_a_merged_table(
+    feats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """One seed of two diverges: the other, saved, would flatter its configuration."""
+    real = ex.train_all
+
+    def failing(configs, experiment, progress, failed, *rest):
+        for k, outcomes in real(configs, experiment, progress, failed, *rest):
+            if configs[k].head.head == "mlp" and configs[k].seed == 43:
+                failed[k] = "the loss of mlp isn't finite"
+                continue
+            yield k, outcomes
+
+    monkeypatch.setattr(sweep_heads, "train_all", failing)
+    assert sweep(feats, tmp_path, "--head", "fusion", "mlp", "--D", "4", "--seeds", "2", *SHORT) == 0
+    assert {row["head"] for row in table(tmp_path / "sweep")[:-1]} == {"fusion"}
+    monkeypatch.undo()
+    assert sweep(feats, tmp_path, "--head", "late", *SHORT) == 0
+    assert {row["head"] for row in table(tmp_path / "sweep")[:-1]} == {"fusion", "late"}
+    assert "Left out for diverging (1 of 3)" in (tmp_path / "sweep" / "table.md").read_text()
+    assert sweep(feats, tmp_path, "--head", "mlp", "--D", "4", "--seeds", "2", *SHORT) == 0  # it doesn't any more
+    assert {row["head"] for row in table(tmp_path / "sweep")[:-1]} == {"fusion", "late", "mlp"}
+    assert json.loads((tmp_path / "sweep" / "diverged.json").read_text()) == []
 
 
 def test_a_run_of_a_sweep_is_that_of_train_head(feats: Path, swept: Path, tmp_path: Path):

@@ -374,7 +374,7 @@ def test_what_is_no_run_names_those_beside_it(saved: Path):
 
 def test_whole_or_not_without_a_look_at_the_neighbours(saved: Path, monkeypatch: pytest.MonkeyPatch):
     """A sweep asks for each of its runs, among thousands."""
-    monkeypatch.setattr(runs, "list_runs", lambda folder: pytest.fail("the whole folder was read"))
+    monkeypatch.setattr(runs, "_runs_in", lambda folder: pytest.fail("the whole folder was read"))
     assert is_whole(saved)
     assert not is_whole(saved.parent / "typo")
     for path in list(saved.iterdir()):

@@ -304,6 +304,17 @@ def two_sided_p(drawn: np.ndarray) -> float:
     return float(min(1.0, 2 * tail / (len(drawn) + 1)))
 
 
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values adjusted for how many there are: the i-th smallest times (m - i + 1), none below a smaller one's. Holm,
+    A Simple Sequentially Rejective Multiple Test Procedure, Scandinavian Journal of Statistics 6, 1979."""
+    order = sorted(range(len(p)), key=lambda k: p[k])
+    adjusted, largest = [0.0] * len(p), 0.0
+    for rank, k in enumerate(order):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[k]))
+        adjusted[k] = largest
+    return adjusted
+
+
 def mean_std(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | int | None]]:
     """Mean and sample standard deviation (n - 1) of each number that all results of several seeds or folds hold.
 

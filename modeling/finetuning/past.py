@@ -9,9 +9,8 @@ from feats.errors import UsageError
 from modeling.evaluation.metrics import collapsed_class, marked
 from modeling.finetuning.comparison import SETTINGS
 from modeling.finetuning.verdict import MARKDOWN
+from modeling.runs.entries import age
 from modeling.runs.folder import CONFIG, is_whole, read_config, read_metrics
-
-AGES = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 def finetunings(runs: Path, now: datetime | None = None) -> list[dict[str, Any]]:
@@ -37,12 +36,6 @@ def verdicts(runs: Path) -> dict[str, str]:
         if table.is_file():
             found[file.parent.name] = table.read_text(encoding="utf-8").rstrip().rpartition("\n")[2]
     return found
-
-
-def age(seconds: float) -> str:
-    """45 s, 12 min, 3 h, 2 d."""
-    unit, name = next(((unit, name) for unit, name in AGES if seconds >= unit), AGES[-1])
-    return f"{max(seconds, 0) // unit:.0f} {name}"
 
 
 def _finetuned(runs: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -211,7 +211,7 @@ def paired_tests(
     edges = np.quantile(differences, [0.025, 0.975], axis=0).T.tolist()
     tests = [
         Tested(value - found[0], low, high, p, adjusted)
-        for value, (low, high), p, adjusted in zip(found[1:], edges, alone, holm(alone), strict=True)
+        for value, (low, high), p, adjusted in zip(found[1:], edges, alone, metrics.holm(alone), strict=True)
     ]
     better = [k for k, tested in enumerate(tests) if tested.better]
     first = max(better, key=lambda k: tests[k].difference, default=None)
@@ -224,17 +224,6 @@ def paired_tests(
 def figure_of(predictions: np.ndarray, labels: np.ndarray, n_classes: int, figure: str) -> float:
     """One of `metrics.AVERAGES` of predictions (N,)."""
     return float(metrics.scores(metrics.confusion_matrix(labels, predictions, n_classes))[figure])
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """p-values adjusted for how many there are: the i-th smallest times (m - i + 1), none below a smaller one's. Holm,
-    A Simple Sequentially Rejective Multiple Test Procedure, Scandinavian Journal of Statistics 6, 1979."""
-    order = sorted(range(len(p)), key=lambda k: p[k])
-    adjusted, largest = [0.0] * len(p), 0.0
-    for rank, k in enumerate(order):
-        largest = max(largest, min(1.0, (len(p) - rank) * p[k]))
-        adjusted[k] = largest
-    return adjusted
 
 
 def verdict_line(

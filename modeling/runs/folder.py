@@ -7,15 +7,17 @@ where losses by batch were asked for, `history_batches.csv`; where labels were c
 finetuned run also its encoders, in `encoders`.
 """
 
+import csv
 import hashlib
 import json
 import os
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,9 @@ BATCHES = "history_batches.csv"  # where losses by batch were asked for
 ENCODERS = "encoders"
 CORRECTIONS = "corrections.csv"  # where labels were corrected
 PREDICTION_COLUMNS = ("id", "tag", "pred")
+FILES = (CONFIG, TENSORS, SPLIT, METRICS, HISTORY, PREDICTIONS)  # what every run has
+CLOCKS_DIFFER = timedelta(hours=1)  # a run made on another machine may seem to be of the future by less
+NAMED = 5  # folders that a warning names
 LONGEST_PART = 80  # bytes of the caches in a run's name; a file system takes 255 of the whole
 
 
@@ -259,7 +264,7 @@ def read_predictions(path: Path) -> tuple[list[str], list[str], np.ndarray]:
         header, *rows = read_csv(path)
         probabilities = np.array([r[3:] for r in rows], np.float64).reshape(len(rows), len(header) - 3)
         return [r[0] for r in rows], [r[1] for r in rows], probabilities
-    except (OSError, ValueError, IndexError) as error:
+    except (OSError, ValueError, IndexError, csv.Error) as error:
         raise UsageError(
             f"{path} can't be read as predictions ({first_line(error)}); remove its folder and train again"
         ) from None
@@ -274,10 +279,13 @@ def load_run(path: Path | str) -> Run:
     Raises `UsageError` when it is no run, is damaged, or of another format version.
     """
     path = Path(path)
-    if not (path / CONFIG).is_file():
-        near = ", ".join(p.name for p in list_runs(path.parent)[:5]) or "none"
+    if not (path / CONFIG).exists():
+        near = ", ".join(p.name for p in _runs_in(path.parent)[0][:5]) or "none"
         raise UsageError(f"{path} is no run: there is no {CONFIG} in it (runs beside it: {near})")
     config = read_config(path)
+    odd = [name for name in (TENSORS, SPLIT, CORRECTIONS) if (path / name).exists() and not (path / name).is_file()]
+    if odd:  # a pipe would be waited for
+        raise UsageError(f"{path} is damaged ({odd[0]} is no regular file); train again")
     try:
         if _sha256(path / TENSORS) != config["tensors_sha256"]:
             raise UsageError(f"{path / TENSORS} is damaged (its checksum isn't the one in {CONFIG}); train again")
@@ -320,10 +328,7 @@ def _source(saved: Mapping[str, Any]) -> FeatureSource:
 
 
 def _member(k: int, saved: dict[str, Any], tensors: dict[str, torch.Tensor], n_classes: int) -> Member:
-    train = dict(saved["train"])
-    if not isinstance(train["class_weights"], str):
-        train["class_weights"] = dict(train["class_weights"])
-    config = TrainConfig(**{**train, "head": HeadConfig(**train["head"])})
+    config = train_config(saved["train"])
     own = {
         part: {name: tensors.pop(name) for name in list(tensors) if name.startswith(f"{k}/{part}/")}
         for part in ("head", "norm")
@@ -341,12 +346,18 @@ def _member(k: int, saved: dict[str, Any], tensors: dict[str, torch.Tensor], n_c
     return Member(config, head.eval(), preprocessing, **plain, epochs=saved.get("epochs"))
 
 
+def train_config(saved: Mapping[str, Any]) -> TrainConfig:
+    """A member's settings as config.json holds them. Raises `KeyError`, `TypeError`, `ValueError` or `UsageError` for
+    anything else."""
+    train = dict(saved)
+    if not isinstance(train["class_weights"], str):
+        train["class_weights"] = dict(train["class_weights"])
+    return TrainConfig(**{**train, "head": HeadConfig(**train["head"])})
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """A run's config.json. Raises `UsageError` when it isn't there or isn't that."""
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path / CONFIG} can't be read ({first_line(error)}); train again") from None
+    config = _read_json(path / CONFIG)
     if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
         raise UsageError(f"{path / CONFIG} isn't of format version {FORMAT_VERSION}; train again with this version")
     return config
@@ -354,7 +365,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def is_whole(path: Path) -> bool:
     """Whether there is a run with all its files; they aren't checked beyond the config's format version."""
-    if not all((path / name).is_file() for name in (CONFIG, TENSORS, SPLIT, METRICS, HISTORY, PREDICTIONS)):
+    if not all((path / name).is_file() for name in FILES):
         return False
     try:
         read_config(path)
@@ -365,11 +376,19 @@ def is_whole(path: Path) -> bool:
 
 def read_metrics(path: Path) -> dict[str, Any]:
     """A run's metrics.json. Raises `UsageError` when it can't be read."""
+    figures = _read_json(path / METRICS)
+    if not isinstance(figures, dict):
+        raise UsageError(f"{path / METRICS} holds no figures; train again")
+    return figures
+
+
+def _read_json(path: Path) -> Any:
     try:
-        figures: dict[str, Any] = json.loads((path / METRICS).read_text(encoding="utf-8"))
-        return figures
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path / METRICS} can't be read ({first_line(error)}); train again") from None
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise UsageError(f"{path} is no regular file; train again")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} can't be read ({first_line(error)}); train again") from None
 
 
 def read_report(path: Path) -> Report:
@@ -387,48 +406,92 @@ def read_report(path: Path) -> Report:
 
 
 def list_runs(folder: Path | str) -> list[Path]:
-    """The complete runs in `folder`, newest first. (An unfinished one is a hidden folder.)"""
-    found = []
-    for path in Path(folder).glob("[!.]*/" + CONFIG):
+    """The complete runs in `folder`, newest first. (An unfinished one is a hidden folder.) A warning names what can't
+    be read as a run, and runs dated in the future, which count as the oldest: a wrong clock would make them the newest
+    for ever."""
+    runs, bad = _runs_in(folder)
+    warn_of(bad)
+    return runs
+
+
+def _runs_in(folder: Path | str) -> tuple[list[Path], dict[Path, str]]:
+    """The complete runs, newest first, and what is the matter with folders."""
+    found, bad = list[tuple[datetime, Path]](), dict[Path, str]()
+    for file in Path(folder).glob("[!.]*/" + CONFIG):
         try:
-            found.append((read_config(path.parent)["created"], path.parent))
-        except (UsageError, KeyError):
+            made = when_made(checked_config(file.parent))
+        except UsageError as error:
+            bad[file.parent] = str(error)
             continue
-    return [path for _, path in sorted(found, reverse=True)]
+        found.append((made, file.parent))
+        if made > latest():
+            bad[file.parent] = f"it is dated {made:%Y-%m-%d}, in the future, and counts as the oldest"
+    return newest_first(found), bad
+
+
+def latest() -> datetime:
+    """The latest time at which a run may have been made."""
+    return datetime.now(UTC) + CLOCKS_DIFFER
+
+
+def checked_config(path: Path) -> dict[str, Any]:
+    """As `read_config`, of a run with all its files, and of the shape that who lists runs goes by. Raises `UsageError`
+    for anything else."""
+    config = read_config(path)
+    lacking = [name for name in FILES if not (path / name).is_file()]
+    if lacking:
+        raise UsageError(f"{path} is damaged (there is no {lacking[0]}); train again")
+    try:
+        heads = [(member["train"]["head"]["head"], member["train"]["seed"]) for member in config["members"]]
+        names = [config["created"], *config["classes"], *(name for side in SIDES for name in config["features"][side])]
+        fit = heads and all(isinstance(name, str) for name in (*names, *(head for head, _ in heads)))
+        if not fit or not all(isinstance(of, int) for of in (config["stacked"], *(seed for _, seed in heads))):
+            raise TypeError("names or seeds are of other types")
+        when_made(config)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UsageError(f"{path / CONFIG} isn't a run's ({type(error).__name__}: {first_line(error)})") from None
+    return config
+
+
+def when_made(config: Mapping[str, Any]) -> datetime:
+    """When a run was saved. Raises `ValueError` or `OverflowError` for what is no date."""
+    made = datetime.fromisoformat(config["created"])
+    return made.replace(tzinfo=UTC) if made.tzinfo is None else made.astimezone(UTC)
+
+
+def newest_first(runs: Iterable[tuple[datetime, Path]]) -> list[Path]:
+    """Runs by when they were made. Those of the future come last: a wrong clock would make them the newest for ever."""
+    until = latest()
+    return [path for _, path in sorted(runs, key=lambda of: (of[0] <= until, *of), reverse=True)]
+
+
+def warn_of(bad: Mapping[Path, str]) -> None:
+    """One warning that names folders and says what is the matter with each."""
+    if bad:
+        told = [reason if str(path) in reason else f"{path}: {reason}" for path, reason in bad.items()]
+        more = f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+        warnings.warn(f"left out or last among the runs: {'; '.join(told[:NAMED])}{more}", stacklevel=3)
 
 
 def newest_run(folder: Path | str, single_head: bool = False) -> Path:
     """The newest run, or the newest of one head on cached features. Raises `UsageError` when there is none."""
-    runs = [path for path in list_runs(folder) if not single_head or _is_single_head(path)]
+    return newest_runs(folder, single_head)[0]
+
+
+def newest_runs(folder: Path | str, single_head: bool = False) -> list[Path]:
+    """As `list_runs`, or those of one head on cached features. Raises `UsageError` when there are none."""
+    runs = [path for path in list_runs(folder) if not single_head or is_single_head(read_config(path))]
     if not runs:
         raise UsageError(
             f"no complete run{' of one head' if single_head else ''} in {folder}; train one with: "
             "python modeling/train_head.py `vtype` clip `D` 256"
         )
-    return runs[0]
-
-
-def _is_single_head(path: Path) -> bool:
-    config = read_config(path)
-    return len(config["members"]) == 1 and not config["stacked"] and not config.get("finetuned")
-
-
-def open_runs(folder: Path, names: Sequence[str] | None) -> list[Run]:
-    """The runs `names` (paths, or names inside `folder`); the newest in `folder` without.
-
-    Raises `UsageError` for what is no run or is damaged, a run named twice, and runs of different classes.
-    """
-    if not names:
-        return [load_run(newest_run(folder))]
-    paths = [Path(name) if Path(name).is_dir() else folder / name for name in names]
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise UsageError(f"`run` {' '.join(names)} names a run twice; each has one vote")
-    runs = [load_run(path) for path in paths]
-    for run in runs[1:]:
-        if set(run.classes) != set(runs[0].classes):
-            both = "; ".join(f"{r.named}: {', '.join(r.classes)}" for r in (runs[0], run))
-            raise UsageError(f"runs of different classes can't vote together ({both}); name runs of the same data")
     return runs
+
+
+def is_single_head(config: Mapping[str, Any]) -> bool:
+    """Whether a run is one head on cached features, by its config."""
+    return len(config["members"]) == 1 and not config["stacked"] and not config.get("finetuned")
 
 
 def _sha256(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,13 +17,17 @@ from modeling.evaluation import metrics
 from modeling.experiment import Experiment
 from modeling.features.corrections import corrected_words
 from modeling.heads.base import ABLATIONS, ablation_number, ablation_words, head_class
-from modeling.runs.folder import METRICS, PREDICTIONS, read_config, read_predictions
+from modeling.runs.entries import read_entry
+from modeling.runs.folder import METRICS, PREDICTIONS, is_whole, read_config, read_predictions, train_config
 from modeling.runs.tables import spread
 from modeling.training.config import TrainConfig, flat, settings_read
 
+NAMED = re.compile(r"_[0-9a-f]{10}$")  # how `name_of` ends
 SHOWN = 20  # configurations of the whole table that a terminal shows
 TABLE = "table.csv"
 MARKDOWN = "table.md"
+DIVERGED = "diverged.json"
+SEARCHED = "Searched on "  # how the note on a search on one head begins
 
 
 def data_digest(experiment: Experiment) -> str:
@@ -62,6 +67,74 @@ def name_of(config: TrainConfig, data: str) -> str:
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# -- what a folder holds already --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What sweeps before found in a folder: the runs of trainings by name; why those diverged that did; notes."""
+
+    names: dict[TrainConfig, str]
+    diverged: dict[TrainConfig, str]
+    notes: list[str]
+
+
+def read_earlier(folder: Path, experiment: Experiment, data: str) -> Earlier:
+    """What a folder holds, for a sweep of `experiment`, whose `data_digest` is `data`, that goes on in it. Half runs
+    are left out.
+
+    Raises `UsageError` when it holds a sweep on other features, rows or labels than `experiment`'s, or one that another
+    version made: their figures don't belong into one table.
+    """
+    names = dict[TrainConfig, str]()
+    for path in sorted(path for path in folder.glob("[!.]*") if NAMED.search(path.name) and is_whole(path)):
+        try:
+            members = read_config(path)["members"]
+            config = train_config(members[0]["train"])
+        except (UsageError, KeyError, TypeError, ValueError, AttributeError, IndexError):
+            continue
+        if name_of(config, data) != path.name:
+            raise UsageError(_of_others(folder, path, experiment))
+        names[config] = path.name
+    try:
+        told = json.loads((folder / DIVERGED).read_text(encoding="utf-8")) if (folder / DIVERGED).is_file() else []
+        diverged = {train_config(of["train"]): str(of["reason"]) for of in told}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UsageError(f"{folder / DIVERGED} is damaged; remove it, or give another `name`") from None
+    known = {config: reason for config, reason in diverged.items() if config not in names}
+    try:
+        notes = [line for line in read_notes(folder).splitlines() if line.startswith(SEARCHED)]
+    except (OSError, ValueError):
+        notes = []
+    return Earlier(names, known, notes)
+
+
+def _of_others(folder: Path, path: Path, experiment: Experiment) -> str:
+    """Why a run in the folder isn't of this sweep."""
+    source, rows = experiment.features.source, len({i for split in experiment.splits for i in split.val})
+    here = f"{'+'.join(source.image) or 'none'}, {'+'.join(source.text) or 'none'}; {rows} validation rows"
+    try:
+        entry = read_entry(path)
+        sides = ["+".join(entry.config["features"][side]) or "none" for side in SIDES]
+        there = f"{', '.join(sides)}; {entry.n} validation rows"
+    except UsageError:
+        there = "unknown"
+    return (
+        f"{folder} holds a sweep on other features, normalisation, rows or labels ({there}; now: {here}), or of "
+        "another version: they don't belong into one table; give another `name`"
+    )
+
+
+def write_diverged(folder: Path, diverged: Mapping[TrainConfig, str]) -> None:
+    """Keep what diverged, of which there is no run, for sweeps that go on in the folder."""
+    told = [{"train": asdict(config), "reason": reason} for config, reason in diverged.items()]
+    if told or (folder / DIVERGED).exists():
+        (folder / DIVERGED).write_text(json.dumps(told, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+# -- tables -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
