@@ -42,7 +42,7 @@ def encode_blocks(
     preparation = Preparation(plan.encoder, plan.records, jobs, plan.text_clean, plan.settings)
     prepared = prepare(preparation, workers, pin_memory=plan.encoder.device.type == "cuda")
     for number in numbers:
-        yield _encode(plan, plan.blocks[number], prepared, told)
+        yield encode_prepared(plan, plan.blocks[number], prepared, told)
 
 
 def _jobs(plan: Plan, rows: np.ndarray) -> Iterator[Job]:
@@ -54,8 +54,11 @@ def _jobs(plan: Plan, rows: np.ndarray) -> Iterator[Job]:
 
 
 @torch.inference_mode()
-def _encode(plan: Plan, rows: np.ndarray, prepared: Iterator[Texts | Images], told: Callable[[int], None]) -> Block:
-    """A block of what was prepared for it: takes exactly that much of `prepared`."""
+def encode_prepared(
+    plan: Plan, rows: np.ndarray, prepared: Iterator[Texts | Images], told: Callable[[int], None] = lambda rows: None
+) -> Block:
+    """A block of the plan's `rows`, of what was prepared for it: takes exactly that much of `prepared`, first its texts
+    (where the encoder reads any and the plan has none), then its pictures in batches of the plan's size."""
     arrays: dict[str, np.ndarray] = {}
     reasons: dict[int, str] = {}
     if plan.encoder.text:

@@ -47,6 +47,14 @@ def encode(
     Raises `UsageError` when an encoder can't be loaded as the fingerprint says, or runs want different ones under one
     name.
     """
+    for name, run in wanted_caches(runs, weights).items():
+        encoder = encoder_for(name, run, runs, weights.get(name), device)
+        extract(encoder, records, folder / f"{name}_{SPLIT}.h5", as_trained(name, run, len(records)))
+
+
+def wanted_caches(runs: Sequence[Run], weights: Mapping[str, str]) -> dict[str, Run]:
+    """Each cache that any of `runs` reads, with the first run that does. Raises `UsageError` when runs want different
+    ones under one name, and for `weights` of others."""
     wanted: dict[str, Run] = {}
     for run in runs:
         for name, fingerprint in run.source.fingerprints.items():
@@ -58,9 +66,7 @@ def encode(
     unknown = sorted(weights.keys() - wanted.keys())
     if unknown:
         raise UsageError(f"`weights` names {', '.join(unknown)}; the caches in use are {', '.join(wanted)}")
-    for name, run in wanted.items():
-        encoder = _encoder(name, run, runs, weights.get(name), device)
-        extract(encoder, records, folder / f"{name}_{SPLIT}.h5", _as_trained(name, run, len(records)))
+    return wanted
 
 
 def encode_split(
@@ -81,15 +87,16 @@ def encode_split(
         return
     records = read_dataset(data or run.finetuned.data, None if data else run.finetuned.layout)[split]
     for name in run.source.names:
-        encoder = _encoder(name, run, [run], None, device)
+        encoder = encoder_for(name, run, [run], None, device)
         path = folder / f"{name}_{split}.h5"
         path.parent.mkdir(exist_ok=True)
         with bar(path.stem) as progress:
-            extract(encoder, records, path, _as_trained(name, run, len(records)), progress=progress)
+            extract(encoder, records, path, as_trained(name, run, len(records)), progress=progress)
 
 
-def _encoder(name: str, run: Run, runs: Sequence[Run], weights: str | None, device: torch.device) -> Encoder:
-    """The encoder of a cache, with the sides that any of `runs` reads."""
+def encoder_for(name: str, run: Run, runs: Sequence[Run], weights: str | None, device: torch.device) -> Encoder:
+    """The encoder of the cache `name` of `run`, with the sides that any of `runs` reads. Raises `UsageError` when it
+    can't be loaded as the cache's fingerprint says."""
     fingerprint = run.source.fingerprints[name]
     tokens = fingerprint["tokens"] and any(r.source.tokens for r in runs)
     chosen = weights or run.encoder_weights(name)
@@ -101,6 +108,7 @@ def _encoder(name: str, run: Run, runs: Sequence[Run], weights: str | None, devi
     return encoder
 
 
-def _as_trained(name: str, run: Run, rows: int) -> ExtractionSettings:
+def as_trained(name: str, run: Run, rows: int) -> ExtractionSettings:
+    """How the cache `name` of `run` was extracted, for so many rows."""
     text_clean = run.source.fingerprints[name]["text_clean"] or "none"
     return ExtractionSettings(workers=None if rows > 1 else 0, text_clean=text_clean)
