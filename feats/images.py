@@ -193,19 +193,32 @@ class ResizeCrop:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """The picture, (crop, crop)."""
-        from torchvision.transforms import InterpolationMode, functional
-
         width, height = image.size
         longest = LONGEST_RATIO * min(width, height)
         if max(width, height) > longest:
-            image = functional.center_crop(image, [min(height, longest), min(width, longest)])
-        image = functional.resize(image, [self.resize], InterpolationMode(self.interpolation), antialias=True)
-        cropped: Image.Image = functional.center_crop(image, [self.crop])
-        return cropped
+            image = _center_crop(image, min(width, longest), min(height, longest))
+            width, height = image.size
+        short, long = sorted(image.size)
+        resized = (self.resize, int(self.resize * long / short))
+        # What torchvision calls nearest-exact is PIL's nearest.
+        how = Image.Resampling[self.interpolation.removesuffix("-exact").upper()]
+        image = image.resize(resized if width <= height else resized[::-1], how)
+        return _center_crop(image, self.crop, self.crop)
 
     def as_json(self, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
         """This and the normalisation that follows it in JSON values, for the fingerprint."""
         return {**asdict(self), "mean": list(mean), "std": list(std)}
+
+
+def _center_crop(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The middle of a picture, with black around one that is smaller: as torchvision's center_crop, whose import takes
+    as long as that of torch."""
+
+    def begin(there: int, wanted: int) -> int:
+        return round((there - wanted) / 2) if there >= wanted else -((wanted - there) // 2)
+
+    left, top = begin(image.width, width), begin(image.height, height)
+    return image.crop((left, top, left + width, top + height))
 
 
 def augment(image: Image.Image, seed: int) -> Image.Image:
