@@ -281,6 +281,19 @@ def _read_manifest(path: Path) -> _Rows:
     return rows, []
 
 
+def manifest_records(content: bytes, folder: Path, name: str) -> list[Record]:
+    """The rows of a manifest that is no file, CSV or JSONL, in their order; its paths are relative to `folder`, and
+    messages call it `name`. Raises `UsageError` as `read_dataset`."""
+    is_csv = not content.lstrip().startswith(b"{")
+    called, text = Path(name), _decode(content, name)
+    cells = _csv_rows(called, text) if is_csv else _jsonl_rows(called, text)
+    rows = [_manifest_row(folder, values, f"{name} line {number}") for number, values in cells]
+    if not rows:
+        raise UsageError(f"{name} holds no pairs; expected at least one row of {', '.join(MANIFEST_COLUMNS)}")
+    _check_ids(rows)
+    return list(_records(rows))
+
+
 def _manifest_file(path: Path) -> Path:
     if path.is_file():
         return path

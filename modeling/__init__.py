@@ -17,6 +17,7 @@ _HOMES = {
     "TrainConfig": "modeling.training.config",
     "TuneSettings": "modeling.finetuning.settings",
     "UsageError": "feats.errors",
+    "WarmPredictor": "modeling.prediction.warm",
     "evaluate": "modeling.experiment",
     "finetune_model": "modeling.finetuning.finetune",
     "fit_head": "modeling.experiment",
