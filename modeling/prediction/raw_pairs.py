@@ -14,7 +14,6 @@ from feats.errors import UsageError
 from feats.extraction.local import extract
 from feats.extraction.settings import ExtractionSettings
 from feats.records import Record, TarSlice, read_dataset
-from feats.store import CacheError
 from modeling.features.joined import are_complete
 from modeling.runs.encoders import encoder_of, essence
 from modeling.runs.run import Run
@@ -84,7 +83,9 @@ def encode(
         with bar(name) as progress:
             try:
                 extract(encoder, records, path, settings, progress=progress)
-            except CacheError:
+            except UsageError:
+                if not path.exists():
+                    raise
                 extract(encoder, records, path, settings, overwrite=True, progress=progress)
 
 
