@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from feats.errors import UsageError, first_line
 
@@ -81,6 +80,8 @@ def compiling_pays(forward: Callable[[torch.Tensor], object], example: torch.Ten
     threshold = COMPILE_PAYS_FLOPS.get(example.device.type)
     if threshold is None or example.dtype is torch.float32:
         return False
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import: triton
+
     with FlopCounterMode(display=False) as counter:
         forward(example)
     return int(counter.get_total_flops()) * rows > threshold

@@ -15,6 +15,9 @@ EXTRA_OF = {  # top-level module -> extra in pyproject.toml
     "aiohttp": "remote",
     "pyarrow": "parquet",
     "ray": "ray",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "python_multipart": "serve",
 }
 
 

@@ -204,24 +204,26 @@ class ResizeCrop:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """The picture, (crop, crop)."""
-        from torchvision.transforms import InterpolationMode, functional
-
         width, height = image.size
         longest = LONGEST_RATIO * min(width, height)
         if max(width, height) > longest:
-            image = functional.center_crop(image, [min(height, longest), min(width, longest)])
-        mode = InterpolationMode(self.interpolation)
+            image = _center_crop(image, min(width, longest), min(height, longest))
+            width, height = image.size
         if self.resizer == "torch":
-            return self._as_tensor(image, mode)
-        image = functional.resize(image, [self.resize], mode, antialias=True)
-        cropped: Image.Image = functional.center_crop(image, [self.crop])
-        return cropped
+            return self._as_tensor(image)
+        short, long = sorted(image.size)
+        resized = (self.resize, int(self.resize * long / short))
+        # What torchvision calls nearest-exact is PIL's nearest.
+        how = Image.Resampling[self.interpolation.removesuffix("-exact").upper()]
+        image = image.resize(resized if width <= height else resized[::-1], how)
+        return _center_crop(image, self.crop, self.crop)
 
-    def _as_tensor(self, image: Image.Image, mode: Any) -> Image.Image:
+    def _as_tensor(self, image: Image.Image) -> Image.Image:
         import numpy as np
         import torch
-        from torchvision.transforms.v2 import functional
+        from torchvision.transforms.v2 import InterpolationMode, functional
 
+        mode = InterpolationMode(self.interpolation)
         # Channels stay last in memory, as torch's fastest kernel wants them.
         x = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         x = functional.center_crop(functional.resize(x, [self.resize], mode, antialias=True), [self.crop])
@@ -231,6 +233,17 @@ class ResizeCrop:
         """This, but for its resizer, and the normalisation that follows it in JSON values, for the fingerprint."""
         chosen = {"resize": self.resize, "crop": self.crop, "interpolation": self.interpolation}
         return {**chosen, "mean": list(mean), "std": list(std)}
+
+
+def _center_crop(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The middle of a picture, with black around one that is smaller: as torchvision's center_crop, whose import takes
+    as long as that of torch."""
+
+    def begin(there: int, wanted: int) -> int:
+        return round((there - wanted) / 2) if there >= wanted else -((wanted - there) // 2)
+
+    left, top = begin(image.width, width), begin(image.height, height)
+    return image.crop((left, top, left + width, top + height))
 
 
 def augment(image: Image.Image, seed: int) -> Image.Image:

@@ -9,7 +9,7 @@ from typing import SupportsIndex, overload
 
 from feats.errors import UsageError
 from feats.reading.folders import SENTIMENTS as SENTIMENTS, read_course, read_mvsa
-from feats.reading.manifests import read_manifest
+from feats.reading.manifests import manifest_rows, read_manifest
 from feats.reading.remote import Copy, is_url
 from feats.reading.rows import (
     EXPECTED,
@@ -182,6 +182,17 @@ def detect_layout(path: Path) -> str:
         f"{path} {problem}. Found: {listing or 'an empty folder'}. Expected one of: {expected}. "
         "Name the folder with `data` and the layout with `layout`"
     )
+
+
+def manifest_records(content: bytes, folder: Path, name: str) -> list[Record]:
+    """The rows of a manifest that is no file, CSV or JSONL, in their order; its paths are relative to `folder`, and
+    messages call it `name`. Raises `UsageError` as `read_dataset`."""
+    kind = ".jsonl" if content.lstrip().startswith(b"{") else ".csv"
+    rows = manifest_rows(content, folder, name, kind)
+    if not rows:
+        raise UsageError(f"{name} holds no pairs; expected at least one row of {', '.join(MANIFEST_COLUMNS)}")
+    check_ids(rows)
+    return [record for _, record in finished(rows)]
 
 
 def finished(rows: list[Row]) -> Iterator[tuple[str, Record]]:

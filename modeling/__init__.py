@@ -23,6 +23,7 @@ _HOMES = {
     "TrainConfig": "modeling.training.config",
     "TuneSettings": "modeling.finetuning.settings",
     "UsageError": "feats.errors",
+    "WarmPredictor": "modeling.prediction.warm",
     "compare_runs": "modeling.runs.leaderboard",
     "evaluate": "modeling.experiment",
     "finetune_model": "modeling.finetuning.finetune",

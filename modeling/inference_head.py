@@ -1,12 +1,16 @@
 """Predict with trained runs: the rows of a cached split, one raw pair (--image, --text), or a manifest of raw pairs
 (--csv). Writes CSV of guid and tag in the data set's order."""
 
+import shutil
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TextIO
 
 import feats.threads  # noqa: F401
 
@@ -17,16 +21,17 @@ import torch
 from feats.acceleration import resolve_device
 from feats.cli import EXIT_DONE, rows_bar
 from feats.errors import UsageError
+from feats.records import manifest_records
 from modeling import cli
 from modeling.experiment import experiment_of_run
 from modeling.features.joined import are_complete, load_features
 from modeling.prediction import cached as prediction
 from modeling.prediction.ablation import ablation_eval, ablation_of_rows
 from modeling.prediction.cached import Predictions, VoteSettings
-from modeling.runs.files import check_replaceable
 from modeling.runs.run import Run
 from modeling.runs.tables import ablation_table
 
+STREAM = Path("-")  # standard input, standard output
 SHOWN = 50  # left out rows named on stderr
 
 
@@ -44,7 +49,12 @@ def build_parser() -> ArgumentParser:
     raw = parser.add_argument_group("raw pairs, encoded as the run's caches were")
     raw.add_argument("--image", type=Path, metavar="FILE", help="one pair's picture")
     raw.add_argument("--text", help="one pair's text")
-    raw.add_argument("--csv", type=Path, metavar="FILE", help="a manifest: columns id and image, text or both")
+    raw.add_argument(
+        "--csv",
+        type=Path,
+        metavar="FILE",
+        help="a manifest, CSV or JSONL: id and image, text or both; - is standard input, with paths from here",
+    )
     raw.add_argument(
         "--weights", nargs="+", default=[], metavar="CACHE=PATH", help="weights of an encoder, where they aren't found"
     )
@@ -66,7 +76,13 @@ def build_parser() -> ArgumentParser:
     cli.add_run_options(parser)
     output = parser.add_argument_group("predictions")
     output.add_argument(
-        "--out", type=Path, metavar="FILE", help="(default: submission_<split>.csv in the run, of several in --runs)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="(default: submission_<split>.csv in the run, of several in --runs); - is standard output",
+    )
+    output.add_argument(
+        "--format", choices=tuple(prediction.FORMATS), help="(default: what the suffix of --out says, else csv)"
     )
     output.add_argument("--no-header", action="store_true", help="leave out the line of the columns' names")
     output.add_argument("--proba", action="store_true", help="add a column of probabilities for each class")
@@ -76,28 +92,42 @@ def build_parser() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
-    return cli.guarded(lambda: work(args), "nothing was written", named={})
+    said = "nothing was written"
+    if args.csv and args.out != STREAM:
+        said += "; the pairs that are encoded are kept, the same command goes on with them"
+    return cli.guarded(lambda: work(args), said, named={})
 
 
 def work(args: Namespace) -> int:
     """Predict cached rows or raw pairs, show how they are distributed, write them; returns the exit status."""
+    if args.out != STREAM:
+        return predict(args, None)
+    stream = sys.stdout
+    with redirect_stdout(sys.stderr):
+        return predict(args, stream)
+
+
+def predict(args: Namespace, stream: TextIO | None) -> int:
+    """As `work`; with `stream` the predictions go there."""
     one_pair = args.image is not None or args.text is not None
     if one_pair and args.csv:
         raise UsageError("--csv together with --image or --text; give a manifest or one pair")
     cli.refuse_absent(args)
     if args.ablation_eval:
         return score_without_sides(args)
+    form = format_of(args)
+    check_inputs(args)
     if args.weights and not one_pair and not args.csv:
         raise UsageError("--weights is for raw pairs; cached rows are read as they are")
     runs = cli.chosen_runs(args)
     device = resolve_device(args.device)
     voting = VoteSettings(args.vote, args.tie)
-    out = output_file(args, runs)
-    if out:
-        check_replaceable(out, prediction.SUBMISSION, own=args.out is None)
+    out = output_file(args, runs, form)
+    if out and stream is None:
+        prediction.check_submission(out, form, own=args.out is None)
     print("\n".join(f"run {run.path}" for run in runs))
     if one_pair or args.csv:
-        predictions = predict_raw(args, runs, voting, device)
+        predictions = predict_raw(args, runs, voting, device, None if stream else out)
     else:
         encode_own_caches(args, runs, device)
         predictions = prediction.predict_caches(runs, args.feats, args.split, voting, device)
@@ -108,8 +138,12 @@ def work(args: Namespace) -> int:
     else:
         print(prediction.distribution_table(predictions))
         print_figures(predictions, runs)
-    if out:
-        prediction.write_submission(out, predictions, args.proba, header=not args.no_header, own=args.out is None)
+    header = not args.no_header
+    if stream is not None:
+        prediction.write_predictions(stream, predictions, args.proba, header=header, form=form)
+        stream.flush()
+    elif out:
+        prediction.write_submission(out, predictions, args.proba, header=header, own=args.out is None, form=form)
         print(f"{len(predictions)} predictions -> {out}")
     return EXIT_DONE
 
@@ -117,7 +151,9 @@ def work(args: Namespace) -> int:
 def score_without_sides(args: Namespace) -> int:
     """Show each run's figures with one side absent: on its own validation rows, its test part, and the labelled rows of
     --split; returns the exit status."""
-    idle = [f"--{name}" for name in ("image", "text", "csv", "out", "proba", "no_header") if getattr(args, name)]
+    idle = [
+        f"--{name}" for name in ("image", "text", "csv", "out", "format", "proba", "no_header") if getattr(args, name)
+    ]
     if idle:
         raise UsageError(
             f"--ablation-eval with {', '.join(idle).replace('_', '-')}: it scores cached rows that have labels and "
@@ -144,25 +180,72 @@ def score_without_sides(args: Namespace) -> int:
     return EXIT_DONE
 
 
-def output_file(args: Namespace, runs: Sequence[Run]) -> Path | None:
+def format_of(args: Namespace) -> str:
+    """The format of the predictions. Raises `UsageError` for a suffix that tells none, and what the format hasn't."""
+    suffix = "" if args.out is None or args.out.exists() and not args.out.is_file() else args.out.suffix.lower()
+    if args.format is None and suffix and suffix[1:] not in prediction.FORMATS:
+        known = ", ".join(f".{form}" for form in prediction.FORMATS)
+        raise UsageError(
+            f"--out {args.out}: {suffix} tells no format, known are {known}; give another file with --out, or name "
+            "the format with --format"
+        )
+    form: str = args.format or suffix[1:] or "csv"
+    if args.no_header and form != "csv":
+        raise UsageError(f"--no-header with format {form}, which has no line of columns; leave it out")
+    return form
+
+
+def check_inputs(args: Namespace) -> None:
+    """Raise `UsageError` for typed files that aren't there, before anything is loaded."""
+    for option, path in (("--image", args.image), ("--csv", args.csv)):
+        if path is not None and path != STREAM and not path.exists():
+            raise UsageError(f"{option}: cannot read {path} (no such file); give the file's path")
+
+
+def output_file(args: Namespace, runs: Sequence[Run], form: str) -> Path | None:
     """Where the predictions go; one raw pair's to the screen only, unless --out says otherwise."""
     chosen: Path | None = args.out
     if chosen or args.image is not None or args.text is not None:
         return chosen
-    name = args.csv.stem if args.csv else args.split
+    name = args.split if args.csv is None else "stdin" if args.csv == STREAM else args.csv.stem
     folder: Path = runs[0].folder if len(runs) == 1 else args.runs
-    return folder / f"submission_{name}.csv"
+    return folder / f"submission_{name}.{form}"
 
 
-def predict_raw(args: Namespace, runs: Sequence[Run], voting: VoteSettings, device: torch.device) -> Predictions:
-    """Predictions of the pair or the manifest that was typed, encoded into caches that are gone afterwards."""
+def predict_raw(
+    args: Namespace, runs: Sequence[Run], voting: VoteSettings, device: torch.device, out: Path | None
+) -> Predictions:
+    """Predictions of the pair or the manifest that was typed, encoded into caches that are gone afterwards. Those of a
+    manifest lie beside `out`, where they outlast an interruption: the same command goes on with them."""
     from modeling.prediction import raw_pairs  # encoders and their libraries: slow to import, for raw pairs only
 
     weights = cli.named_texts(args.weights, "--weights")
-    records = raw_pairs.read_manifest(args.csv) if args.csv else raw_pairs.one_pair(args.image, args.text, runs)
-    with TemporaryDirectory() as folder:
-        raw_pairs.encode(runs, records, Path(folder), weights=weights, device=device)
-        return prediction.predict_caches(runs, Path(folder), raw_pairs.SPLIT, voting, device)
+    if args.csv is None:
+        records = raw_pairs.one_pair(args.image, args.text, runs)
+    elif args.csv == STREAM:
+        records = manifest_records(sys.stdin.buffer.read(), Path(), "standard input")
+    else:
+        records = raw_pairs.read_manifest(args.csv)
+    raw_pairs.check_pictures(runs, records)
+    kept = None if args.csv is None or out is None or not is_plain(out) else out.with_name(f".{out.name}.encoding")
+    with nullcontext(str(kept)) if kept else TemporaryDirectory() as folder:
+        if kept:
+            kept.mkdir(parents=True, exist_ok=True)
+        bar = partial(rows_bar, passing=True)
+        raw_pairs.encode(runs, records, Path(folder), weights=weights, device=device, bar=bar)
+        try:
+            predictions = prediction.predict_caches(runs, Path(folder), raw_pairs.SPLIT, voting, device)
+        except UsageError:  # nothing that a second time would go on with
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if kept:
+            shutil.rmtree(kept, ignore_errors=True)
+        return predictions
+
+
+def is_plain(path: Path) -> bool:
+    """Whether there is a regular file at `path`, or nothing yet."""
+    return path.is_file() or not path.exists()
 
 
 def encode_own_caches(

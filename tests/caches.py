@@ -119,6 +119,21 @@ def encoded_course(root: Path, device: str = "cpu", dtype: str = "fp32") -> Path
     return root
 
 
+def light_course(root: Path) -> Path:
+    """As `encoded_course`, by the two encoders that are quickest to load: pixels and vader."""
+    from feats import pixels_extract_feats, vader_extract_feats
+    from modeling import train_head
+
+    make_course(root / "set", 24, 6)
+    common = ["--data", str(root / "set"), "--out", str(root / "feats"), "--device", "cpu", "--workers", "0"]
+    assert vader_extract_feats.main(common) == 0
+    assert pixels_extract_feats.main([*common, "--size", "32"]) == 0
+    folders = ["--feats", str(root / "feats"), "--runs", str(root / "runs")]
+    settings = ["--norm", "standard", "--val-ratio", "0.25", "--D", "8", "--ep", "2", "--device", "cpu"]
+    assert train_head.main([*folders, "--vtype", "pixels", "--ttype", "vader", *settings]) == 0
+    return root
+
+
 def pair_options(root: Path, number: int) -> list[str]:
     """Options of inference_head.py for a raw pair of an `encoded_course`."""
     text = (root / "set" / "data" / f"{number}.txt").read_text(encoding="utf-8")

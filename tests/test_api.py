@@ -46,7 +46,7 @@ def caches(tmp_path: Path) -> Path:
 
 
 def test_the_readme_shows_both_stages():
-    assert [example.split()[1] for example in EXAMPLES] == ["feats", "modeling", "modeling"]
+    assert [example.split()[1] for example in EXAMPLES] == ["feats", "modeling", "modeling", "modeling"]
 
 
 def test_stage_2_as_written(caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
@@ -68,6 +68,9 @@ def test_finetuning_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     fit_head(data, make_split(data, val_ratio=0.2), "mlp", D=8, ep=1, bs=8, device="cpu").save("saved/runs/mine")
     capsys.readouterr()
     names: dict[str, object] = {}
+    exec(EXAMPLES[3], names)  # a warm predictor, of texts alone: the picture isn't asked for
+    assert names["future"].result() == names["answer"] and capsys.readouterr().out.startswith(names["answer"].label)
+    names = {}
     exec(EXAMPLES[2], names)
     assert float(capsys.readouterr().out) == names["tuned"].report.figures["val"]["macro_f1"]
     assert (tmp_path / "saved" / "runs" / "mine_tuned" / "encoders" / "minilm" / "model.safetensors").is_file()

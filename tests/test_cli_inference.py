@@ -14,7 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from caches import encoded_course, pair_options, submission
+from caches import encoded_course, light_course, pair_options, submission
 from conftest import ENVIRONMENT, ROOT
 
 from feats.store import DONE, QUARANTINED, FeatureStore
@@ -678,9 +678,10 @@ def test_a_manifest_is_predicted_as_when_cached(encoded: Path, tmp_path: Path, c
 
 
 def test_a_pair_that_cant_be_encoded(encoded: Path, capfd: pytest.CaptureFixture):
+    (encoded / "none.jpg").write_bytes(b"")
     assert infer(encoded, "--image", str(encoded / "none.jpg"), "--text", "a") == 2
     error = capfd.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: no row of the raw data") and "picture file is missing" in error
+    assert error.startswith("error: no row of the raw data") and "picture file is empty" in error
 
 
 def test_an_encoder_with_other_weights_is_refused(encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -696,3 +697,146 @@ def test_an_encoder_with_other_weights_is_refused(encoded: Path, tmp_path: Path,
     (run / "config.json").write_text(json.dumps(config))
     assert infer(home, *pair_options(home, 24)) == 2
     assert "unknown model 'other'" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_one_raw_pair_imports_only_what_its_encoders_need(tmp_path: Path):
+    home = light_course(tmp_path / "light")
+    code = (
+        "import sys; from modeling import inference_head as script; assert script.main(sys.argv[1:]) == 0; "
+        "heavy = 'transformers torchvision clip sklearn scipy torch._dynamo triton pandas matplotlib peft'.split(); "
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    arguments = ["--runs", str(home / "runs"), "--device", "cpu", *pair_options(home, 24)]
+    out = subprocess.run([sys.executable, "-c", code, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.splitlines()[-1] == "[]"
+
+
+# -- formats, streams, and manifests that take long ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def light(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return light_course(tmp_path_factory.mktemp("light"))
+
+
+def raw_manifest(home: Path, path: Path, rows: int = 6) -> Path:
+    """Pairs of the test part, with paths relative to the manifest."""
+    pairs = home / "set" / "data"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "image", "text"])
+        for n in range(24, 24 + rows):
+            text = (pairs / f"{n}.txt").read_text(encoding="utf-8")
+            writer.writerow([f"é,{n}", os.path.relpath(pairs / f"{n}.jpg", path.parent), text])
+    return path
+
+
+def test_formats_hold_the_same(light: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    found = {}
+    for name, *more in (("a.csv",), ("a.json",), ("a.JSONL",), ("other", "--format", "jsonl")):
+        for _ in range(2):  # what is there already is of the kind, and replaced
+            assert infer(light, "--proba", "--out", str(tmp_path / name), *more) == 0
+        found[name] = (tmp_path / name).read_text(encoding="utf-8")
+    _, rows = submission(tmp_path / "a.csv")
+    expected = [
+        {"guid": name, "tag": tag, "probabilities": dict(zip(CLASSES, map(float, p), strict=True))}
+        for name, tag, *p in rows
+    ]
+    assert json.loads(found["a.json"]) == expected
+    assert [json.loads(line) for line in found["a.JSONL"].splitlines()] == expected
+    assert found["other"] == found["a.JSONL"]
+    assert infer(light, "--out", str(tmp_path / "plain.json")) == 0
+    assert json.loads((tmp_path / "plain.json").read_text()) == [
+        {k: row[k] for k in ("guid", "tag")} for row in expected
+    ]
+    assert infer(light, "--format", "json") == 0
+    [run] = list_runs(light / "runs")
+    assert json.loads((run / "submission_test.json").read_text())[0]["guid"] == "24"
+
+
+def test_json_in_blocks(light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prediction, "WRITE_ROWS", 4)
+    assert infer(light, "--out", str(tmp_path / "a.json")) == 0
+    assert [row["guid"] for row in json.loads((tmp_path / "a.json").read_text())] == [str(n) for n in range(24, 30)]
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (["--out", "a.xlsx"], "--out a.xlsx: .xlsx tells no format, known are .csv, .json, .jsonl"),
+        (["--out", "a.json", "--no-header"], "--no-header with format json"),
+        (["--out", "data.json"], "JSON that begins with ["),
+        (["--out", "data.jsonl"], "isn't replaced"),
+        (["--image", "none.jpg", "--text", "a"], "--image: cannot read none.jpg (no such file)"),
+        (["--csv", "none.csv"], "--csv: cannot read none.csv"),
+        (["--csv", "lost.csv"], "reads pixels, and no picture is there of all 2 rows (lost/1.jpg: no such file)"),
+    ],
+)
+def test_what_cant_be_is_said_before_an_encoder_is_loaded(
+    light: Path, tmp_path: Path, options: list[str], reason: str, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    from modeling.prediction import raw_pairs
+
+    monkeypatch.setattr(raw_pairs, "encoder_for", lambda *given: pytest.fail("an encoder was loaded"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("data.json", "data.jsonl"):
+        Path(name).write_text('{"mine": 1}\n')
+    Path("lost.csv").write_text("id,image,text\n1,lost/1.jpg,a\n2,lost/2.jpg,b\n")
+    before = sorted(tmp_path.iterdir())
+    assert reason in refused(capsys, infer(light, *options))
+    assert sorted(tmp_path.iterdir()) == before and Path("data.json").read_text() == '{"mine": 1}\n'
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_pipe_in_and_out(light: Path, tmp_path: Path, kind: str):
+    """As typed: paths are relative to the working directory, and standard output holds nothing but predictions."""
+    manifest = raw_manifest(light, tmp_path / "pairs.csv")
+    assert infer(light, "--csv", str(manifest), "--out", str(tmp_path / "expected.csv")) == 0
+    content = manifest.read_text(encoding="utf-8")
+    if kind == "jsonl":
+        content = "\n".join(json.dumps(row) for row in csv.DictReader(content.splitlines(keepends=True)))
+    script = [sys.executable, str(ROOT / "modeling" / "inference_head.py"), "--runs", str(light / "runs")]
+    out = subprocess.run(
+        [*script, "--device", "cpu", "--csv", "-", "--out", "-"],
+        input=content.encode(),
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+    )
+    assert out.returncode == 0, out.stderr
+    assert out.stdout == (tmp_path / "expected.csv").read_bytes()
+    assert b"run " in out.stderr and b"predicted" in out.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected.csv", "pairs.csv"]
+
+
+def test_an_interrupted_manifest_goes_on_where_it_was(
+    light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    from feats.extraction import local
+
+    manifest, out = raw_manifest(light, tmp_path / "pairs.csv"), tmp_path / "out.csv"
+    command = ["--csv", str(manifest), "--proba", "--out", str(out)]
+    encoded: list[str] = []
+    encode_blocks = local.encode_blocks
+
+    def second_stops(plan, numbers, workers, told):
+        if len(numbers):
+            encoded.append(plan.encoder.identity["encoder"])
+            if len(encoded) == 2:
+                raise KeyboardInterrupt
+        return encode_blocks(plan, numbers, workers, told)
+
+    monkeypatch.setattr(local, "encode_blocks", second_stops)
+    assert infer(light, *command) == 130
+    assert "the same command goes on with them" in capsys.readouterr().err and not out.exists()
+    assert infer(light, *command) == 0
+    assert encoded == ["pixels", "vader", "vader"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "pairs.csv"]
+    expected = out.read_bytes()
+    # What another manifest left there isn't taken for this one's.
+    encoded.clear()
+    assert infer(light, "--csv", str(raw_manifest(light, tmp_path / "few.csv", 3)), "--out", str(out)) == 130
+    assert infer(light, *command) == 0
+    assert out.read_bytes() == expected
+    assert not list(tmp_path.glob(".*"))

@@ -80,6 +80,20 @@ def test_preprocessing_gives_the_presets_pixels(pictures, name: str):
         assert torch.equal(ours, preset(image))
 
 
+@pytest.mark.parametrize(
+    "interpolation", ["bilinear", "bicubic", "nearest", "nearest-exact", "lanczos", "box", "hamming"]
+)
+@pytest.mark.parametrize("resize, crop", [(32, 32), (37, 24), (24, 33), (1, 1)])
+def test_preprocessing_gives_torchvision_s_pixels(resize: int, crop: int, interpolation: str):
+    """Also where a side is odd, or the crop larger than the picture. (Longer ones than 16 to 1 lose their ends first.)"""
+    rng = np.random.default_rng(0)
+    for width, height in ((48, 64), (65, 47), (16, 1), (31, 31), (100, 7)):
+        image = Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8))
+        made = ResizeCrop(resize, crop, interpolation)(image)
+        expected = TF.center_crop(TF.resize(image, [resize], TF.InterpolationMode(interpolation)), [crop])
+        assert made.tobytes() == expected.tobytes() and made.size == expected.size == (crop, crop)
+
+
 def test_a_very_long_picture_is_resized_in_little_memory():
     strip = Image.new("RGB", (60_000, 3), "red")
     strip.paste("blue", (29_990, 0, 30_010, 3))

@@ -14,8 +14,8 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import nn
 
 from feats.encoders.base import Encoder, Features, ImageSide, Loading, count_parameters
+from feats.encoders.convolutional import fold_batch_norms, load_strictly, pool_map
 from feats.encoders.stack import map_tokens, stacked
-from feats.encoders.torchvision_image import fold_batch_norms, load_strictly, pool_map
 from feats.encoders.weights import save_weights, verified_sha256, weights_at
 from feats.errors import UsageError
 from feats.images import ResizeCrop

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from feats.encoders.base import Encoder, Features, ImageSide, Loading
+from feats.encoders.convolutional import pool_map
 from feats.encoders.stack import map_tokens
-from feats.encoders.torchvision_image import pool_map
 from feats.errors import UsageError
 from feats.images import ResizeCrop
 

@@ -43,12 +43,16 @@ _Values = dict[str, str | None]  # a row's cells by column
 def read_manifest(path: Path) -> Rows:
     """A CSV or JSONL with `id`, `image` and/or `text`, and perhaps `label` and `split`."""
     file = manifest_file(path)
-    raw = file.read_bytes()
-    encoding = decoded(raw, str(file))[1]
-    ends = _LINE_ENDS[_kind(file.name)]
+    return manifest_rows(file.read_bytes(), file.parent, file.name, _kind(file.name)), []
+
+
+def manifest_rows(raw: bytes, folder: Path, name: str, kind: str) -> list[Row]:
+    """The rows of a manifest's bytes, of `kind` ".csv" or ".jsonl"; messages call it `name`. Raises `UsageError`."""
+    encoding = decoded(raw, name)[1]
     # From here on line by line: the whole as a string may need four times as much memory.
-    with io.TextIOWrapper(io.BytesIO(raw), encoding, newline=ends) as lines:
-        return [_whole_row(file.parent, values, file.name, line) for line, values in _cells(file.name, lines)], []
+    with io.TextIOWrapper(io.BytesIO(raw), encoding, newline=_LINE_ENDS[kind]) as lines:
+        cells = _csv_cells(name, lines, None, 0) if kind == ".csv" else _jsonl_cells(name, lines, 0)
+        return [_whole_row(folder, values, name, line) for line, values in cells]
 
 
 def manifest_file(path: Path) -> Path:
@@ -72,9 +76,7 @@ def _kind(name: str) -> str:
 # -- cells -------------------------------------------------------------------------------------------------------
 
 
-def _cells(
-    name: str, lines: Iterable[str], header: list[str] | None = None, before: int = 0
-) -> Iterator[tuple[int, _Values]]:
+def _cells(name: str, lines: Iterable[str], header: list[str] | None, before: int) -> Iterator[tuple[int, _Values]]:
     """The number of the line that each row ends on, and its cells. `lines` come after `before` lines of the file, and
     in a CSV after its `header`, None: they begin with it."""
     return _csv_cells(name, lines, header, before) if _kind(name) == ".csv" else _jsonl_cells(name, lines, before)

@@ -1,8 +1,9 @@
 """Predictions of one run or several that vote, from cached features: block by block, so that caches may be larger than
 memory. And what comes of them: the submission file, the figures."""
 
+import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,16 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from feats.csv_files import write_rows
+from feats.csv_files import Writable, write_rows
 from feats.errors import UsageError
 from feats.source import SIDES
 from modeling.evaluation import metrics
 from modeling.features.joined import FeatureSet, FeatureSource, Rows, iter_features
-from modeling.runs.files import user_file
+from modeling.runs.files import check_replaceable, user_file
 from modeling.runs.run import Run
 
 VOTES = ("soft", "majority")
 SUBMISSION = ("guid", "tag")  # columns
+FORMATS = {"csv": None, "json": '[\n{"guid": ', "jsonl": '{"guid": '}  # and how their files begin, of CSV by the header
 TIE = "neutral"
 BLOCK_ROWS = 1 << 11  # temporaries of more than some ten megabytes get fresh pages each time, at several times the cost
 WRITE_ROWS = 1 << 16
@@ -236,24 +238,66 @@ def _read_ahead(blocks: Iterator[FeatureSet]) -> Iterator[FeatureSet]:
 # -- what comes of them -----------------------------------------------------------------------------------------
 
 
-def write_submission(
-    path: Path, predictions: Predictions, proba: bool = False, *, header: bool = True, own: bool = False
-) -> None:
-    """CSV of guid and tag in the data set's order; with `proba` also a column "p_<class>" for each class.
-    Without `header` its first line, the columns' names, is left out.
+def check_submission(path: Path, form: str = "csv", own: bool = False) -> None:
+    """Raise `UsageError` for what `write_submission` doesn't write over."""
+    check_replaceable(path, SUBMISSION, own=own, begins=FORMATS[form])
 
-    For what is there already see `user_file`. Raises `UsageError` when it can't be written.
+
+def write_submission(
+    path: Path,
+    predictions: Predictions,
+    proba: bool = False,
+    *,
+    header: bool = True,
+    own: bool = False,
+    form: str = "csv",
+) -> None:
+    """The file that `write_predictions` fills. For what is there already see `user_file`. Raises `UsageError` when it
+    can't be written."""
+    with user_file(path, SUBMISSION, own=own, begins=FORMATS[form]) as file:
+        write_predictions(file, predictions, proba, header=header, form=form)
+
+
+def write_predictions(
+    file: Writable, predictions: Predictions, proba: bool = False, *, header: bool = True, form: str = "csv"
+) -> None:
+    """Guid and tag of each row in the data set's order, in a format of `FORMATS`.
+
+    csv: with `proba` also a column "p_<class>" for each class; without `header` its first line, the columns' names, is
+    left out. json: a list of objects {"guid", "tag"}, with `proba` also "probabilities" {class: p}; jsonl: one a line.
     """
     names = np.array(predictions.classes, object)
-    with user_file(path, SUBMISSION, own=own) as file:
-        if header:
-            write_rows(file, [[*SUBMISSION, *(f"p_{name}" for name in names if proba)]])
-        for low in range(0, len(predictions), WRITE_ROWS):
-            rows = slice(low, low + WRITE_ROWS)
-            columns = [predictions.rows.ids[rows], names[predictions.predicted[rows]]]
-            if proba:
-                columns += [map("%.6f".__mod__, column) for column in predictions.probabilities[rows].T.tolist()]
-            write_rows(file, zip(*columns, strict=True))
+    if form == "csv" and header:
+        write_rows(file, [[*SUBMISSION, *(f"p_{name}" for name in names if proba)]])
+    for low in range(0, len(predictions), WRITE_ROWS):
+        rows = slice(low, low + WRITE_ROWS)
+        columns = [predictions.rows.ids[rows], names[predictions.predicted[rows]]]
+        probabilities = predictions.probabilities[rows]
+        if form != "csv":
+            _write_objects(file, predictions, zip(*columns, probabilities.tolist(), strict=True), proba, form, low)
+            continue
+        if proba:
+            columns += [map("%.6f".__mod__, column) for column in probabilities.T.tolist()]
+        write_rows(file, zip(*columns, strict=True))
+    if form == "json":
+        file.write("\n]\n" if len(predictions) else "[]\n")
+
+
+def _write_objects(
+    file: Writable,
+    predictions: Predictions,
+    rows: Iterable[tuple[str, str, list[float]]],
+    proba: bool,
+    form: str,
+    before: int,
+) -> None:
+    """Some rows as JSON, `before` so many of which others were written."""
+    for k, (name, tag, probabilities) in enumerate(rows, before):
+        row: dict[str, Any] = dict(zip(SUBMISSION, (name, tag), strict=True))
+        if proba:
+            row["probabilities"] = {of: round(p, 6) for of, p in zip(predictions.classes, probabilities, strict=True)}
+        line = json.dumps(row, ensure_ascii=False)
+        file.write(f"{line}\n" if form == "jsonl" else f"{',' if k else '['}\n{line}")
 
 
 def distribution_table(predictions: Predictions) -> str:

@@ -1,8 +1,9 @@
 """Raw image-text pairs as caches of the kinds that runs were trained on. The only part of prediction that loads
 encoders: each as its cache's fingerprint says, through the ordinary extraction loop."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,19 @@ from feats.encoders.base import Encoder
 from feats.errors import UsageError
 from feats.extraction.local import extract
 from feats.extraction.settings import ExtractionSettings
-from feats.records import Record, read_dataset
+from feats.records import Record, TarSlice, read_dataset
 from modeling.features.joined import are_complete
 from modeling.runs.encoders import encoder_of, essence
 from modeling.runs.run import Run
 
 SPLIT = "raw"  # caches are <name>_raw.h5
+
+Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # title -> rows done, rows to do
+
+
+def no_bar(title: str) -> AbstractContextManager[Callable[[int, int], None]]:
+    """Shows nothing."""
+    return nullcontext(lambda done, total: None)
 
 
 def one_pair(image: Path | None, text: str | None, runs: Sequence[Run]) -> list[Record]:
@@ -34,6 +42,25 @@ def read_manifest(path: Path) -> list[Record]:
     return [record for records in read_dataset(path, "manifest").splits.values() for record in records]
 
 
+def check_pictures(runs: Sequence[Run], records: Sequence[Record]) -> None:
+    """Raise `UsageError` when a run reads pictures and none of the rows has one: an encoder needn't be loaded to
+    tell."""
+    read = next((run for run in runs if run.source.image), None)
+    if read is None or any(isinstance(r.image_path, TarSlice) or _is_there(r.image_path) for r in records):
+        return
+    first = records[0].image_path
+    raise UsageError(
+        f"{read.named} reads {', '.join(read.source.image)}, and no picture is there of "
+        f"{'the one row' if len(records) == 1 else f'all {len(records)} rows'} "
+        f"({'none is named' if first is None else f'{first}: no such file'}); name their files in the column image, "
+        "relative to the manifest"
+    )
+
+
+def _is_there(path: Path | None) -> bool:
+    return path is not None and os.path.exists(path)
+
+
 def encode(
     runs: Sequence[Run],
     records: Sequence[Record],
@@ -41,12 +68,30 @@ def encode(
     *,
     weights: Mapping[str, str],
     device: torch.device,
+    bar: Bar = no_bar,
 ) -> None:
-    """Write the caches `runs` read as `<folder>/<name>_raw.h5`. `weights` gives a cache's encoder a file or folder.
+    """Write the caches `runs` read as `<folder>/<name>_raw.h5`, from wherever an interrupted call left them; those of
+    anything else are replaced. `weights` gives a cache's encoder a file or folder, `bar` (title) shows rows done of
+    rows to do.
 
     Raises `UsageError` when an encoder can't be loaded as the fingerprint says, or runs want different ones under one
     name.
     """
+    for name, run in wanted_caches(runs, weights).items():
+        encoder = encoder_for(name, run, runs, weights.get(name), device)
+        path, settings = folder / f"{name}_{SPLIT}.h5", as_trained(name, run, len(records))
+        with bar(name) as progress:
+            try:
+                extract(encoder, records, path, settings, progress=progress)
+            except UsageError:
+                if not path.exists():
+                    raise
+                extract(encoder, records, path, settings, overwrite=True, progress=progress)
+
+
+def wanted_caches(runs: Sequence[Run], weights: Mapping[str, str]) -> dict[str, Run]:
+    """Each cache that any of `runs` reads, with the first run that does. Raises `UsageError` when runs want different
+    ones under one name, and for `weights` of others."""
     wanted: dict[str, Run] = {}
     for run in runs:
         for name, fingerprint in run.source.fingerprints.items():
@@ -58,9 +103,7 @@ def encode(
     unknown = sorted(weights.keys() - wanted.keys())
     if unknown:
         raise UsageError(f"`weights` names {', '.join(unknown)}; the caches in use are {', '.join(wanted)}")
-    for name, run in wanted.items():
-        encoder = _encoder(name, run, runs, weights.get(name), device)
-        extract(encoder, records, folder / f"{name}_{SPLIT}.h5", _as_trained(name, run, len(records)))
+    return wanted
 
 
 def encode_split(
@@ -69,7 +112,7 @@ def encode_split(
     data: Path | None,
     *,
     device: torch.device,
-    bar: Callable[[str], AbstractContextManager[Callable[[int, int], None]]],
+    bar: Bar,
 ) -> None:
     """Bring a finetuned run's own caches of `split` up to date: its encoders made none while they were tuned. `data` is
     where its pairs lie, if not where they lay then; `bar` (title) shows rows done of rows to do.
@@ -81,15 +124,16 @@ def encode_split(
         return
     records = read_dataset(data or run.finetuned.data, None if data else run.finetuned.layout)[split]
     for name in run.source.names:
-        encoder = _encoder(name, run, [run], None, device)
+        encoder = encoder_for(name, run, [run], None, device)
         path = folder / f"{name}_{split}.h5"
         path.parent.mkdir(exist_ok=True)
         with bar(path.stem) as progress:
-            extract(encoder, records, path, _as_trained(name, run, len(records)), progress=progress)
+            extract(encoder, records, path, as_trained(name, run, len(records)), progress=progress)
 
 
-def _encoder(name: str, run: Run, runs: Sequence[Run], weights: str | None, device: torch.device) -> Encoder:
-    """The encoder of a cache, with the sides that any of `runs` reads."""
+def encoder_for(name: str, run: Run, runs: Sequence[Run], weights: str | None, device: torch.device) -> Encoder:
+    """The encoder of the cache `name` of `run`, with the sides that any of `runs` reads. Raises `UsageError` when it
+    can't be loaded as the cache's fingerprint says."""
     fingerprint = run.source.fingerprints[name]
     tokens = fingerprint["tokens"] and any(r.source.tokens for r in runs)
     chosen = weights or run.encoder_weights(name)
@@ -101,6 +145,7 @@ def _encoder(name: str, run: Run, runs: Sequence[Run], weights: str | None, devi
     return encoder
 
 
-def _as_trained(name: str, run: Run, rows: int) -> ExtractionSettings:
+def as_trained(name: str, run: Run, rows: int) -> ExtractionSettings:
+    """How the cache `name` of `run` was extracted, for so many rows."""
     text_clean = run.source.fingerprints[name]["text_clean"] or "none"
     return ExtractionSettings(workers=None if rows > 1 else 0, text_clean=text_clean)

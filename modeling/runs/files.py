@@ -18,15 +18,18 @@ DATA_SET_FILES = ("train.txt", "test_without_label.txt")
 
 
 @contextmanager
-def user_file(path: Path, header: Sequence[str], *, own: bool = False, what: str = "") -> Iterator[TextIO]:
+def user_file(
+    path: Path, header: Sequence[str], *, own: bool = False, what: str = "", begins: str | None = None
+) -> Iterator[TextIO]:
     """A text file to write CSV into, at a place the user chose; `header`: the first columns, which all files of the
-    kind have; `own`: the place is the program's own; `what` the kind is (default: predictions).
+    kind have; `own`: the place is the program's own; `what` the kind is (default: predictions); `begins`: how all
+    files of a kind that isn't CSV begin.
 
     A regular file appears, or is replaced, once it is whole; folders above it are made. A link stays a link: its target
     is written. What is no regular file (a device, a pipe, standard output) is written as it is.
     Raises `UsageError` as `check_replaceable` does, and when writing fails.
     """
-    check_replaceable(path, header, own=own, what=what)
+    check_replaceable(path, header, own=own, what=what, begins=begins)
     try:
         target = Path(os.path.realpath(path))  # only a name where there is a stream: a pipe has none
         with _stream(path) if _is_stream(path) else _replacement(target) as file:
@@ -35,20 +38,26 @@ def user_file(path: Path, header: Sequence[str], *, own: bool = False, what: str
         raise _cant_write(path, error) from None
 
 
-def check_replaceable(path: Path, header: Sequence[str], *, own: bool = False, what: str = "") -> None:
+def check_replaceable(
+    path: Path, header: Sequence[str], *, own: bool = False, what: str = "", begins: str | None = None
+) -> None:
     """Raise `UsageError` for what `user_file` doesn't write over: folders, and files that aren't empty and don't begin
-    with `header` (at a place of our `own`: without it, too). Scripts ask before the work whose result is to be
-    written."""
+    with `header`, or as `begins` (at a place of our `own`: without it, too). Scripts ask before the work whose result
+    is to be written."""
     try:
         if _is_stream(path) or not path.exists():
             return
         with path.open("r+b") as file:  # "+": what one may not write isn't to be replaced
-            wanted = ",".join(header).encode()
+            wanted = (",".join(header) if begins is None else begins).encode()
             found = file.read(len(wanted) + 1)
     except OSError as error:
         raise _cant_write(path, error) from None
-    same_kind = own or (found[: len(wanted)] == wanted and found[len(wanted) :] in (b"", b",", b"\n", b"\r"))
-    kind = f"a file that begins with {header[0][:40]}" if what else f"a CSV file of {','.join(header)}..."
+    ends = found[len(wanted) :] in (b"", b",", b"\n", b"\r")
+    same_kind = own or (found[: len(wanted)] == wanted and (ends or begins is not None))
+    if begins is not None:
+        kind = f"JSON that begins with {' '.join(begins.split())}"
+    else:
+        kind = f"a file that begins with {header[0][:40]}" if what else f"a CSV file of {','.join(header)}..."
     if found and (not same_kind or Path(os.path.realpath(path)).name in DATA_SET_FILES):
         raise UsageError(
             f"{path} exists and isn't known to hold {what or 'predictions'} ({kind}), so that it "

@@ -1,0 +1,1 @@
+"""A warm predictor for others: by lines of JSON, and over HTTP on this machine."""
