@@ -61,20 +61,23 @@ def train_stack(
     for epoch in range(1, first.ep + 1):
         head.train()
         rows, views = draws.epoch()
-        losses, outputs = [], []
-        for low in range(0, rows.shape[1], first.bs):
+        # Made at once: small tensors kept from every batch would sit in the gaps that its activations leave, and memory
+        # grow by those.
+        losses = torch.empty(steps, len(configs), device=device)
+        outputs = torch.empty(*rows.shape, n_classes, device=device)
+        for step, low in enumerate(range(0, rows.shape[1], first.bs)):
             threads.begin_step()
             batch_rows = rows[:, low : low + first.bs]
             logits = head(inputs.batch(batch_rows, views))
             loss = cross_entropy(logits, problem.labels[batch_rows], weights, smoothing)
             loss.sum().backward()
             optimizer.step()
-            losses.append(loss.detach() * batch_rows.shape[1])
-            outputs.append(logits.detach())
+            losses[step] = loss.detach() * batch_rows.shape[1]
+            outputs[:, low : low + first.bs] = logits.detach()
             threads.end_step()
         val_logits = predict_stack(head, inputs, problem.val)
-        figures = {"train_loss": torch.stack(losses).sum(0).cpu().numpy() / rows.shape[1]}
-        figures |= averages_of(confusions(torch.cat(outputs, 1), problem.labels[rows]), "train_")
+        figures = {"train_loss": losses.sum(0).cpu().numpy() / rows.shape[1]}
+        figures |= averages_of(confusions(outputs, problem.labels[rows]), "train_")
         figures |= validation_figures(val_logits, problem.labels[problem.val], problem.classes)
         figures |= {name: values.cpu().numpy() for name, values in head.scalars().items()}
         for m, config in enumerate(configs):
@@ -93,8 +96,9 @@ def train_stack(
         training = [m for m in range(len(configs)) if not best.stopped[m]]
         better = best.update(epoch, figures, head, val_logits)
         if told is not None:
-            sizes = torch.tensor([logits.shape[1] for logits in outputs])
-            of_batches = torch.stack(losses).cpu() / sizes[:, None]
+            sizes = torch.full((steps,), first.bs)
+            sizes[-1] = rows.shape[1] - (steps - 1) * first.bs
+            of_batches = losses.cpu() / sizes[:, None]
             for m in training:
                 told(Epoch(configs[m], history[m][-1], m in better, of_batches[:, m].tolist()))
         progress(len(configs))
