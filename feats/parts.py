@@ -26,6 +26,7 @@ from feats.store import (
     repeated,
     split_where,
 )
+from feats.strings import Labels, Strings
 
 FORMAT_VERSION = 1
 OPEN_PARTS = 16  # files a reader holds open at a time
@@ -198,7 +199,7 @@ class PartedStore(CacheReader):
             ids.append(part.ids)
             status.append(part.status)
             reasons |= part.reasons
-        found = _Rows(np.concatenate(ids), np.concatenate(status), reasons, np.cumsum([0, *map(len, ids)]))
+        found = _Rows(Strings.concatenate(ids), np.concatenate(status), reasons, np.cumsum([0, *map(len, ids)]))
         twice = repeated(found.ids)
         if twice:
             raise CacheError(
@@ -223,8 +224,8 @@ class PartedStore(CacheReader):
     # -- facts --------------------------------------------------------------------------------------------------
 
     @cached_property
-    def ids(self) -> np.ndarray:
-        """(N,) str."""
+    def ids(self) -> Strings:
+        """N of them."""
         return self._rows.ids
 
     @cached_property
@@ -241,7 +242,7 @@ class PartedStore(CacheReader):
     def fingerprint(self) -> dict[str, Any]:
         """As that of the joined cache."""
         ids = self.ids  # raises where the parts are no cache
-        return {**next(self._parts()).fingerprint, **self.shared.fingerprint, "data": data_identity(ids.tolist())}
+        return {**next(self._parts()).fingerprint, **self.shared.fingerprint, "data": data_identity(ids)}
 
     @property
     def complete(self) -> bool:
@@ -249,9 +250,9 @@ class PartedStore(CacheReader):
         return not self.missing
 
     @property
-    def tags(self) -> np.ndarray:
-        """Labels (N,), '' where unknown."""
-        return np.concatenate([part.tags for part in self._parts()])
+    def tags(self) -> Labels:
+        """N labels, '' where unknown."""
+        return Labels.concatenate([part.tags for part in self._parts()])
 
     @property
     def features(self) -> dict[str, tuple[int, ...]]:
@@ -300,8 +301,8 @@ class PartedStore(CacheReader):
         told = [source for source in sources if source is not None]
         if not told or len(told) < len(sources):
             return None
-        images = [path for source in told for path in source.images]
-        texts = [path for source in told for path in source.texts]
+        sides = [source.images for source in told], [source.texts for source in told]
+        images, texts = (Strings.concatenate([Strings.of(paths) for paths in of_side]) for of_side in sides)
         return Source(told[0].data, told[0].resolved, told[0].layout, told[0].split, images, texts)
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -368,7 +369,7 @@ class PartedStore(CacheReader):
 
 @dataclass(frozen=True)
 class _Rows:
-    ids: np.ndarray  # (N,) str
+    ids: Strings
     status: np.ndarray  # (N,) uint8
     reasons: dict[str, str]
     starts: np.ndarray  # (parts + 1,) int64, the first row of each part, then N

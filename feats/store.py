@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from feats.csv_files import parse_csv, write_csv
 from feats.errors import UsageError, first_line
 from feats.source import Source
+from feats.strings import Labels, Strings
 
 FORMAT_VERSION = 2
 PENDING, DONE, QUARANTINED = 0, 1, 2
@@ -38,6 +39,7 @@ _REMEDY = "the file is damaged or foreign: make it again with `overwrite`"
 _RESUME = "an interrupted run may have left it so: run the same extraction again to repair it, else use `overwrite`"
 
 CHUNK_BYTES = 1 << 20
+PIECE_ROWS = 1 << 16  # rows whose strings are worked on at a time
 LIBVER = ("v108", "v108")
 MIN_TAG_BYTES = 32  # room for labels corrected later
 PATH_ROOM, MAX_PATH_BYTES = 32, 1024  # room for data that move later; longer paths aren't kept
@@ -95,19 +97,18 @@ class Frame:
 class CacheReader:
     """What reading a cache is, whether it lies in one file (`FeatureStore`) or in parts (`feats.parts.PartedStore`).
 
-    Attributes: `path`, `ids` (N,) str, `status` (N,) uint8, `fingerprint` (dict), `plan` (dict: how the rows are cut
-    into blocks), `reasons` (id -> why it is in quarantine). A context manager; N is its length.
+    Attributes: `path`, `ids` (N str, `Strings`), `status` (N,) uint8, `fingerprint` (dict), `plan` (dict: how the rows
+    are cut into blocks), `reasons` (id -> why it is in quarantine). A context manager; N is its length.
     """
 
     path: Path
     plan: dict[str, Any]
-    _positions: dict[str, int] | None = None
 
     if TYPE_CHECKING:  # a file has them as attributes
 
         @property
-        def ids(self) -> np.ndarray:
-            """(N,) str."""
+        def ids(self) -> Strings:
+            """N of them."""
             raise NotImplementedError
 
         @property
@@ -146,8 +147,8 @@ class CacheReader:
         raise NotImplementedError
 
     @property
-    def tags(self) -> np.ndarray:
-        """Labels (N,), '' where unknown."""
+    def tags(self) -> Labels:
+        """N labels, '' where unknown."""
         raise NotImplementedError
 
     @property
@@ -177,7 +178,11 @@ class CacheReader:
     def content_digest(self) -> str:
         """Hex sha256 of which rows these are: ids, pictures and texts. Labels, features and the file's place don't
         count."""
-        digest = hashlib.sha256(json.dumps(self.ids.tolist()).encode())
+        digest = hashlib.sha256(b"[")
+        for low in range(0, len(self), PIECE_ROWS):  # as json.dumps of them all
+            block = json.dumps(self.ids[low : low + PIECE_ROWS].tolist())
+            digest.update(((", " if low else "") + block[1:-1]).encode())
+        digest.update(b"]")
         for name in ("image_hash", "text_hash"):
             digest.update(self.facts(name).tobytes())
         return digest.hexdigest()
@@ -204,22 +209,20 @@ class CacheReader:
         or array a row (all but `text_tokens`). Raises as `read`."""
         rows = np.flatnonzero(self.status == DONE)
         chosen = names or [name for name in self.features if name != "text_tokens"]
-        return Frame(self.ids[rows], self.tags[rows], {name: self.read_rows(name, rows) for name in chosen})
+        arrays = {name: self.read_rows(name, rows) for name in chosen}
+        return Frame(np.asarray(self.ids[rows]), np.asarray(self.tags[rows]), arrays)
 
-    def done_ids(self) -> np.ndarray:
+    def done_ids(self) -> Strings:
         """Ids of the rows that are done, in the cache's order."""
-        done: np.ndarray = self.ids[self.status == DONE]
-        return done
+        return self.ids[np.flatnonzero(self.status == DONE)]
 
     def positions(self, ids: Sequence[str]) -> np.ndarray:
         """Row numbers of `ids`. Raises `MissingRowsError` naming those that are absent, pending or quarantined."""
-        if self._positions is None:
-            self._positions = {name: row for row, name in enumerate(self.ids.tolist())}
-        rows = np.fromiter((self._positions.get(str(i), -1) for i in ids), np.int64, len(ids))
-        status = np.where(rows < 0, -1, self.status[rows].astype(np.int64))
+        rows = self.ids.positions(ids)
+        status = np.where(rows < 0, np.int8(-1), self.status[rows].astype(np.int8)) if len(self) else rows
         if (status != DONE).any():
-            names = np.asarray(ids, dtype=object)
-            raise MissingRowsError(self.path, *(list(map(str, names[status == s])) for s in (-1, PENDING, QUARANTINED)))
+            lacking = ([str(ids[k]) for k in np.flatnonzero(status == s).tolist()] for s in (-1, PENDING, QUARANTINED))
+            raise MissingRowsError(self.path, *lacking)
         return rows
 
     def read(self, name: str, ids: Sequence[str] | None = None) -> np.ndarray:
@@ -280,12 +283,12 @@ class CacheReader:
 class FeatureStore(CacheReader):
     """One cache file. Make one with `create`, `append` or `open`; use it as a context manager.
 
-    Attributes: `path`, `ids` (N,) str, `tags` (N,) str, `status` (N,) uint8, `fingerprint` (dict), `plan` (dict: how
-    the rows are cut into blocks), `reasons` (id -> why it is in quarantine), `repaired` (rows whose chunks a killed
-    writer had torn, pending again).
+    Attributes: `path`, `ids` and `tags`, sequences of N str (`Strings`, `Labels`), `status` (N,) uint8, `fingerprint`
+    (dict), `plan` (dict: how the rows are cut into blocks), `reasons` (id -> why it is in quarantine), `repaired` (rows
+    whose chunks a killed writer had torn, pending again).
     """
 
-    ids: np.ndarray
+    ids: Strings
     status: np.ndarray
     fingerprint: dict[str, Any]
     reasons: dict[str, str]
@@ -305,7 +308,7 @@ class FeatureStore(CacheReader):
                 self.plan = json.loads(file.attrs["plan"])
                 self._indices: dict[str, str] = json.loads(file.attrs["chunk_indices"])
             with _damage(path, "id"):
-                self.ids = _decode(self._dataset("id")[:])
+                self.ids = _strings(self._dataset("id")[:])
             if lock is not None:
                 self._heal()
             with _damage(path, "status", self._remedy):
@@ -417,10 +420,12 @@ class FeatureStore(CacheReader):
         return quarantine_path(self.path)
 
     @property
-    def tags(self) -> np.ndarray:
-        """Labels (N,), '' where unknown."""
+    def tags(self) -> Labels:
+        """The label of each row, '' where unknown."""
         with _damage(self.path, "tag"):
-            return _decode(self._dataset("tag")[:])
+            dataset = self._dataset("tag")
+            # In pieces: room for labels corrected later takes more than ids do.
+            return Labels.of_blocks(dataset[low : low + PIECE_ROWS] for low in range(0, len(self), PIECE_ROWS))
 
     @property
     def features(self) -> dict[str, tuple[int, ...]]:
@@ -462,7 +467,7 @@ class FeatureStore(CacheReader):
         if not told:
             return None
         with _damage(self.path, "its paths"):
-            images, texts = (_decode(self._dataset(name)[:]).tolist() for name in PATHS)
+            images, texts = (_strings(self._dataset(name)[:]) for name in PATHS)
         return Source(**told, images=images, texts=texts)
 
     # -- writing ------------------------------------------------------------------------------------------------
@@ -548,7 +553,7 @@ class FeatureStore(CacheReader):
         for name, paths in zip(PATHS, (source.images, source.texts), strict=True):
             dataset = self._file[name]
             room = dataset.dtype.itemsize
-            new = _encode([path if len(path.encode()) <= room else "" for path in paths], room)
+            new = _encode(_short_enough(paths, room), room)
             try:
                 same = (dataset[:] == new).all()
             except OSError:  # torn by a kill in the midst of an update
@@ -776,8 +781,12 @@ def _lay_out(
     token_counts: np.ndarray | None,
 ) -> None:
     n = len(ids)
-    for name, values in (("id", _encode(ids)), ("tag", _encode(tags, MIN_TAG_BYTES))):
-        _new(file, name, (n,), values.dtype, block_rows)[:] = values
+    for name, values, room in (("id", ids, 1), ("tag", tags, MIN_TAG_BYTES)):
+        width = _width(values, room)
+        dataset = _new(file, name, (n,), h5py.string_dtype("utf-8", width), block_rows)
+        step = -(-PIECE_ROWS // block_rows) * block_rows  # whole chunks
+        for low in range(0, n, step):
+            dataset[low : low + step] = _encode(values[low : low + step], width)
     _new(file, "status", (n,), np.uint8, block_rows)
     for side, facts in ROW_FACTS.items():
         if any(name.startswith(side) for name in features):
@@ -796,10 +805,17 @@ def _lay_out(
 
 def _lay_out_source(file: h5py.File, source: Source, block_rows: int) -> None:
     for name, paths in zip(PATHS, (source.images, source.texts), strict=True):
-        kept = [path if len(path.encode()) <= MAX_PATH_BYTES else "" for path in paths]
-        values = _encode(kept, max((len(path.encode()) for path in kept), default=0) + PATH_ROOM)
+        kept = _short_enough(paths, MAX_PATH_BYTES)
+        values = _encode(kept, _width(kept, 0) + PATH_ROOM)
         _new(file, name, (len(kept),), values.dtype, block_rows)[:] = values
     file.attrs["source"] = _source_bytes(source)
+
+
+def _short_enough(paths: Sequence[str], room: int) -> Sequence[str]:
+    """The paths, '' for one that takes more than `room` bytes."""
+    if isinstance(paths, Strings) and paths.width <= room:
+        return paths
+    return [path if len(path.encode()) <= room else "" for path in paths]
 
 
 def _source_bytes(source: Source) -> np.ndarray:
@@ -848,18 +864,30 @@ def _index_digest(dataset: h5py.Dataset) -> str:
 
 def _encode(values: Sequence[str], min_bytes: int = 1) -> np.ndarray:
     """Fixed-length UTF-8: variable-length strings lie in a heap that no checksum covers."""
+    if isinstance(values, Strings):
+        width = max(min_bytes, values.width)
+        return values.encoded.astype(h5py.string_dtype("utf-8", width))
     encoded = [value.encode() for value in values]
     width = max(min_bytes, max(map(len, encoded), default=0))
     return np.array(encoded, dtype=h5py.string_dtype("utf-8", width))
 
 
-def _decode(values: np.ndarray) -> np.ndarray:
-    """The strings (N,) of fixed-length UTF-8. ASCII, as ids and labels mostly are, takes no Python call for each."""
-    codes = values.view(np.uint8).reshape(len(values), values.itemsize)
-    if codes.max(initial=0) >= 128:
-        return np.char.decode(values, "utf-8")
-    width = 1 + int(np.flatnonzero(codes.any(0)).max(initial=0))
-    return codes[:, :width].astype(np.uint32).view(f"U{width}")[:, 0]
+def _width(values: Sequence[str], room: int) -> int:
+    """How many bytes the longest of `values` takes, at least `room`."""
+    if isinstance(values, Strings):
+        return max(room, values.width)
+    distinct = values.names if isinstance(values, Labels) else values
+    return max(room, max((len(value.encode()) for value in distinct), default=0))
+
+
+def _strings(values: np.ndarray) -> Strings:
+    """Strings of what a dataset of fixed-length UTF-8 holds. Raises `ValueError` for what isn't that: here, not when
+    one of them is asked for."""
+    for low in range(0, len(values), PIECE_ROWS):
+        block = values[low : low + PIECE_ROWS]
+        if block.view(np.uint8).max(initial=0) >= 128:
+            np.char.decode(block, "utf-8")
+    return Strings(values)
 
 
 def _open(path: Path, mode: str) -> h5py.File:
@@ -963,10 +991,12 @@ def split_where(items: np.ndarray, key: np.ndarray, step: int = 0) -> list[np.nd
     return np.split(items, np.flatnonzero(np.diff(key) != step) + 1) if len(items) else []
 
 
-def repeated(ids: np.ndarray) -> list[str]:
-    """Those of `ids` (N,) that stand there more than once, each once, sorted."""
-    ordered = np.sort(ids)
-    return list(map(str, np.unique(ordered[1:][ordered[1:] == ordered[:-1]])))
+def repeated(ids: Strings) -> list[str]:
+    """Those of `ids` that stand there more than once, each once, sorted."""
+    if ids.unique:
+        return []
+    ordered = ids.encoded[ids.order]
+    return Strings(np.unique(ordered[1:][ordered[1:] == ordered[:-1]])).tolist()
 
 
 def pieces(items: np.ndarray, size: int) -> Iterator[np.ndarray]:

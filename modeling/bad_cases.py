@@ -65,7 +65,7 @@ def export_of(run: Run, args: Namespace) -> int:
     print(f"caches {source.folder}")
     experiment = experiment_of_run(run, source, args.device)
     train_ids = labelled(split.train, experiment, source.folder)
-    folds = unseen_folds(train_ids, args.folds, experiment, len(split.val) / len(split.train + split.val))
+    folds = unseen_folds(train_ids, args.folds, experiment, len(split.val) / (len(split.train) + len(split.val)))
     experiment = replace(experiment, splits=folds)
     configs = list(dict.fromkeys(member.config for member in run.members))
     with cli.progress_bar("train", total_epochs(configs, experiment), "epoch") as progress:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,12 +15,23 @@ import torch
 from feats.acceleration import deterministic, peak_bytes, resolve_device
 from feats.errors import UsageError
 from feats.source import SIDES
+from feats.strings import Labels, Strings
 from modeling.evaluation import metrics
 from modeling.features.corrections import corrected_words, read_corrections
 from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSet, FeatureSource, load_features
 from modeling.features.leaks import Leaks, find_leaks
-from modeling.features.splits import Split, SplitSettings, check_split, deal_folds, duplicates_of, make_splits
+from modeling.features.splits import (
+    PARTS,
+    Duplicates,
+    Split,
+    SplitSettings,
+    check_split,
+    deal_folds,
+    duplicates_of,
+    fold_numbers,
+    make_splits,
+)
 from modeling.features.stream import Stream, StreamedInputs, streams
 from modeling.heads.base import HeadConfig, head_class
 from modeling.runs.run import FoldTest, Member, Report, Run
@@ -33,6 +44,7 @@ INNER_FOLDS = 5
 TEMPERATURES = (0.1, 10.0)  # a validation set of a few rows can be fitted perfectly, which asks for a temperature of 0
 
 Progress = Callable[[int], Any]  # is told epochs as they are done
+Dealt = TypeVar("Dealt")
 Told = Callable[[Epoch, int | None], Any]  # hears what each epoch came to, and of which fold it is, from 1
 
 
@@ -61,7 +73,7 @@ class Experiment:
     features: FeatureSet
     classes: list[str]  # of the rows in the splits; others may have others
     splits: list[Split]
-    group_of: dict[str, int] | None  # duplicate group of each labelled row; None when duplicates may part
+    group_of: Duplicates | None  # duplicate group of each labelled row; None when duplicates may part
     norms: dict[str, str]
     scales: dict[str, float]
     device: torch.device
@@ -124,7 +136,7 @@ class Experiment:
         for ids, rows in ((split.train, train), (split.val, val)):
             labels[rows] = torch.from_numpy(self.labels(ids)).to(self.device)
         closed_form = sorted(head for head in heads if head_class(head).closed_form())
-        if closed_form and (lacking := set(self.classes) - set(self.features.tags_of(split.train))):
+        if closed_form and (lacking := set(self.classes) - set(self.features.tags_of(split.train).counts())):
             raise UsageError(
                 f"class {min(lacking)!r} has no training row, and {', '.join(closed_form)} can't learn it; move some "
                 "there, extract again what is in quarantine, or leave that class out"
@@ -148,51 +160,60 @@ class Experiment:
     def inner_folds(self, ids: Sequence[str], seed: int = 0) -> torch.Tensor:
         """Fold number of each id, (len(ids),) int64: stratified, duplicates in one, as many as the rarest class allows
         up to five."""
-        splits = self.folds_of(ids, INNER_FOLDS, seed)
-        fold_of = {i: k for k, split in enumerate(splits) for i in split.val}
-        return torch.tensor([fold_of[i] for i in ids])
+        return torch.from_numpy(self._fewer_folds(fold_numbers, ids, INNER_FOLDS, seed).astype(np.int64))
 
     def folds_of(self, ids: Sequence[str], k: int, seed: int = 0) -> list[Split]:
         """`k` folds of training rows, or as many as the rarest class allows. Raises `UsageError` when that is none."""
+        return self._fewer_folds(deal_folds, ids, k, seed)
+
+    def _fewer_folds(self, deal: Callable[..., Dealt], ids: Sequence[str], k: int, seed: int) -> Dealt:
+        """What `deal` makes of `k` folds or of as many as it doesn't refuse."""
         tags, groups = self.features.tags_of(ids), self.groups(ids)
         for fewer in range(max(k, 2), 1, -1):
             try:
-                return deal_folds(ids, tags, fewer, seed, groups)
+                return deal(ids, tags, fewer, seed, groups)
             except UsageError as error:
                 refusal = error
         distinct: dict[str, set[Any]] = {name: set() for name in tags}
         for name, group in zip(tags, ids if groups is None else groups, strict=True):
             distinct[name].add(group)
-        name = min(distinct, key=lambda name: (len(distinct[name]), name))
+        name, counts = min(distinct, key=lambda name: (len(distinct[name]), name)), tags.counts()
         if len(distinct[name]) > 1:
             raise refusal
         raise UsageError(
-            f"class {name!r} has {tags.count(name)} training row{'s' if tags.count(name) > 1 else ''}, expected at "
+            f"class {name!r} has {counts[name]} training row{'s' if counts[name] > 1 else ''}, expected at "
             "least 2 that are no duplicates: folds of the training rows hold some out and learn from the others; add "
             "rows of it, leave it out, or do without such folds (of the heads only linear and kernel need them)"
         )
 
-    def groups(self, ids: Sequence[str]) -> list[int] | None:
-        """The duplicate group of each id; None when duplicates may part."""
-        return None if self.group_of is None else [self.group_of[i] for i in ids]
+    def groups(self, ids: Sequence[str]) -> np.ndarray | None:
+        """The duplicate group of each id, (len(ids),) int64; None when duplicates may part."""
+        return None if self.group_of is None else self.group_of.of(ids)
 
     def labels(self, ids: Sequence[str]) -> np.ndarray:
         """(len(ids),) int64, positions in `classes`. Raises `UsageError` for a label that is none of them: it must not
         become one of them."""
         return class_numbers(self.features.tags_of(ids), self.classes)
 
-    def class_counts(self, ids: Iterable[str]) -> dict[str, int]:
+    def class_counts(self, ids: Sequence[str]) -> dict[str, int]:
         """How many of the rows are of each class."""
-        counts = np.bincount(self.labels(list(ids)), minlength=len(self.classes))
+        counts = np.bincount(self.labels(ids), minlength=len(self.classes))
         return dict(zip(self.classes, counts.tolist(), strict=True))
 
     def training_rows(self) -> dict[str, int]:
         """How many training rows, of all folds, are of each class."""
-        return self.class_counts({i for split in self.splits for i in split.train})
+        return self._counts_of_all([split.train for split in self.splits])
 
     def validation_rows(self) -> dict[str, int]:
         """How many validation rows, of all folds, are of each class."""
-        return self.class_counts({i for split in self.splits for i in split.val})
+        return self._counts_of_all([split.val for split in self.splits])
+
+    def _counts_of_all(self, parts: Sequence[Sequence[str]]) -> dict[str, int]:
+        """`class_counts` of the rows that any of `parts` names, each counted once."""
+        named = np.zeros(len(self.features), bool)
+        for ids in parts:
+            named[self.features.positions(ids).numpy()] = True
+        return self.class_counts(self.features.ids[named])
 
     @cached_property
     def leaks(self) -> Leaks:
@@ -217,11 +238,11 @@ class Experiment:
 
 def class_numbers(tags: Sequence[str], classes: Sequence[str]) -> np.ndarray:
     """(len(tags),) int64, positions in `classes`. Raises `UsageError` for a label that is none of them."""
-    number = {name: k for k, name in enumerate(classes)}
-    foreign = sorted({tag or "(none)" for tag in tags if tag not in number})
+    labels = Labels.of(tags)
+    foreign = sorted(tag or "(none)" for tag in labels.counts() if tag not in classes)
     if foreign:
         raise UsageError(f"labels {', '.join(foreign)} in the data, expected {', '.join(classes)}; train again")
-    return np.array([number[tag] for tag in tags], np.int64)
+    return labels.numbers(classes)
 
 
 # -- from a notebook --------------------------------------------------------------------------------------------
@@ -346,15 +367,14 @@ def with_fitting_tokens(data: FeatureSet, heads: Sequence[HeadConfig]) -> tuple[
 
 def _known_classes(data: FeatureSet, splits: Sequence[Split]) -> tuple[list[str], list[Split]]:
     """The classes of the training and validation rows, and the splits less the test rows of others."""
-    tag_of = dict(zip(data.ids, data.tags, strict=True))
-    for split in splits:
-        data.positions([*split.train, *split.val, *split.test])  # names the ids that aren't there
-    classes = {tag_of[i] for split in splits for i in (*split.train, *split.val)} - {""}
-    foreign = [i for split in splits for i in split.test if tag_of[i] not in classes]
+    of_part = [{part: data.tags_of(getattr(split, part)) for part in PARTS} for split in splits]
+    classes = {name for tags in of_part for part in ("train", "val") for name in tags[part].counts()} - {""}
+    tested = [zip(split.test, tags["test"], strict=True) for split, tags in zip(splits, of_part, strict=True)]
+    foreign = {i: tag for pairs in tested for i, tag in pairs if tag not in classes}
     if foreign:
         warnings.warn(
             f"{len(foreign)} test rows are of classes that no training or validation row has "
-            f"({', '.join(sorted({tag_of[i] for i in foreign}))}): left out",
+            f"({', '.join(sorted(set(foreign.values())))}): left out",
             stacklevel=2,
         )
     return sorted(classes), [split.without(foreign) for split in splits]
@@ -554,7 +574,7 @@ def measure(outcomes: Sequence[Outcome], experiment: Experiment, run: Run) -> Re
 
 def report_of(experiment: Experiment, run: Run, calibrated: np.ndarray, raw: np.ndarray) -> Report:
     """Figures of probabilities (n, C) on the validation rows of all splits, and on the test part where there is one."""
-    ids = [i for split in experiment.splits for i in split.val]
+    ids = Strings.concatenate([Strings.of(split.val) for split in experiment.splits])
     majority = experiment.majority(experiment.splits[0])
     figures: dict[str, Any] = {"val": split_figures(experiment, ids, raw, calibrated, majority)}
     tested = None

@@ -32,7 +32,7 @@ def ragged(width: int = 4) -> Ragged:
 def features(**parts: Any) -> FeatureSet:
     """Two image caches, two text caches; clip is in both."""
     nothing = np.zeros(N, np.uint64)
-    rows = Rows([str(i) for i in range(N)], [""] * N, nothing, nothing)
+    rows = Rows.of([str(i) for i in range(N)], [""] * N, nothing, nothing)
     image = {"resnet": normal(N, 5), "clip": normal(N, 3, seed=1)}
     text = {"clip": normal(N, 3, seed=2), "vader": normal(N, 2, seed=3)}
     tables = {"image": image, "text": text, "views": {}, "image_tokens": {}, "text_tokens": {}} | parts

@@ -1,5 +1,6 @@
 """Splits: fair, repeatable, without leaks; and split files read as they are written."""
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -473,3 +474,49 @@ def test_unreadable_split_files(tmp_path: Path):
         read_split_file(tmp_path / "bad.csv", FILE_IDS, FILE_LABELS)
     with pytest.raises(UsageError, match="gone.csv: No such file"):
         read_split_file(str(tmp_path / "gone.csv"), FILE_IDS, FILE_LABELS)
+
+
+def digest_of_splits(seed: int, grouped: bool) -> str:
+    """Of random rows, some of them duplicates."""
+    rng = np.random.default_rng(seed)
+    ids = [f"{'é' if k % 7 == 0 else ''}{k}" for k in rng.permutation(900).tolist()]
+    labels = [("a", "b", "c")[k] for k in rng.choice(3, 900, p=[0.5, 0.3, 0.2]).tolist()]
+    pictures, texts = rng.integers(0, 800, 900).astype(np.uint64), rng.integers(0, 2000, 900).astype(np.uint64)
+    groups = duplicate_groups(pictures, texts) if grouped else None
+    splits = [deal_split(ids, labels, 0.15, seed, groups, 0.1), *deal_folds(ids, labels, 4, seed, groups)]
+    parts = [[list(split.train), list(split.val), list(split.test)] for split in splits]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+# As first published: runs are compared row by row over versions.
+GOLDEN = {
+    (0, False): "2d1caa4c930e0dd7",
+    (0, True): "f76b658d00b28ee8",
+    (42, False): "f528c90867b7453f",
+    (42, True): "b26bb5c2750acd63",
+}
+
+
+@pytest.mark.parametrize(("seed", "grouped"), GOLDEN)
+def test_splits_are_those_of_every_version(seed: int, grouped: bool):
+    assert digest_of_splits(seed, grouped) == GOLDEN[seed, grouped]
+
+
+def test_ids_of_large_splits_lie_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("modeling.features.splits.MAX_JSON_IDS", 3)
+    folds = [Split(["a", "é"], ["c"], ["d"], {"fold": 1}), Split(["c", "d"], ["a", "é"], [], {"fold": 2})]
+    for name, split in (("one", folds[0]), ("folds", folds)):
+        save_split(split, tmp_path / f"{name}.json")
+        assert (tmp_path / f"{name}.npz").is_file() and "é" not in (tmp_path / f"{name}.json").read_text("utf-8")
+        assert load_split(tmp_path / f"{name}.json") == split
+    ids, labels = ["a", "c", "d", "é"], ["x", "x", "y", "y"]
+    [read] = read_split_file(save_of(Split(["a", "d"], ["c", "é"]), tmp_path), ids, labels)
+    assert (read.train, read.val) == (["a", "d"], ["c", "é"])
+    (tmp_path / "s.npz").unlink()
+    with pytest.raises(UsageError, match=r"s\.json: the ids beside it can't be read .*copy both files"):
+        read_split_file(tmp_path / "s.json", ids, labels)
+
+
+def save_of(split: Split, folder: Path) -> Path:
+    save_split(split, folder / "s.json")
+    return folder / "s.json"

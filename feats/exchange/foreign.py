@@ -14,6 +14,7 @@ from feats.errors import UsageError
 from feats.extraction.summary import Progress, Summary
 from feats.source import SIDES, data_identity
 from feats.store import DONE, QUARANTINED, ROW_FACTS, CacheError, FeatureStore, quarantine_path, repeated
+from feats.strings import Strings
 
 ENCODER = "imported"  # what fingerprints name in place of an encoder
 ID_COLUMNS = ("id", "uid", "key", "image_path")  # of files that don't say which; the first that is there
@@ -156,7 +157,7 @@ def _checked(foreign: Foreign) -> list[str]:
     if none:
         raise UsageError(f"{place}: {len(none)} rows have no id (rows {few(none)}, counted from 0); give them one")
     ids = [str(name) for name in foreign.ids]
-    twice = repeated(np.array(ids))
+    twice = repeated(Strings.of(ids))
     if twice:
         raise UsageError(f"{place}: {len(twice)} ids are there more than once ({few(twice)}); each row needs its own")
     return ids

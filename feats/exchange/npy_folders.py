@@ -20,6 +20,7 @@ from feats.exchange.foreign import Batch, Columns, Foreign, dtype_of_files, stri
 from feats.exchange.parquet_files import facts_in, facts_of, maker_in, told_of
 from feats.extraction.summary import Progress
 from feats.store import DONE, CacheReader
+from feats.strings import Labels
 
 FOLDERS = {"image_feats": "img_emb", "text_feats": "text_emb"}
 METADATA = "metadata"
@@ -89,7 +90,7 @@ def _write_matrix(store: CacheReader, dataset: str, rows: np.ndarray, root: Path
 
 
 def _write_metadata(
-    store: CacheReader, tags: np.ndarray, images: Sequence[str], rows: np.ndarray, root: Path, number: str
+    store: CacheReader, tags: Labels, images: Sequence[str], rows: np.ndarray, root: Path, number: str
 ) -> None:
     facts = {name: store.facts(name)[rows] for name in facts_of(store)}
     ids = store.ids[rows].tolist()

@@ -73,8 +73,8 @@ def _joined(parts: PartedStore, path: Path, overwrite: bool) -> FeatureStore:
                 raise
     return FeatureStore.create(
         path,
-        parts.ids.tolist(),
-        parts.tags.tolist(),
+        parts.ids,
+        parts.tags,
         parts.fingerprint,
         {name: tuple(shape) for name, shape in parts.shared.features.items()},  # in the order of the plain cache
         block_rows=parts.block_rows,
@@ -121,7 +121,7 @@ def _difference(store: FeatureStore, parts: PartedStore) -> str:
 
 def _copy(parts: PartedStore, store: FeatureStore, progress: Progress) -> None:
     """Copy what is pending, and bring labels and paths up to date."""
-    store.update_tags(parts.tags.tolist())
+    store.update_tags(parts.tags)
     source = parts.source
     if source is not None:
         store.update_source(source)
@@ -129,7 +129,7 @@ def _copy(parts: PartedStore, store: FeatureStore, progress: Progress) -> None:
     total, done = sum(stop - first for first, stop in todo), 0
     for first, stop in todo:
         status = parts.status[first:stop]
-        quarantined = parts.ids[first:stop][status == QUARANTINED].tolist()
+        quarantined = parts.ids[first:stop][np.flatnonzero(status == QUARANTINED)].tolist()
         reasons = {name: parts.reasons[name] for name in quarantined if name in parts.reasons}
         store.write(np.arange(first, stop), status, parts.stored(first, stop), reasons)
         done += stop - first

@@ -56,7 +56,7 @@ def audit_experiment(run: Run, experiment: Experiment, folds: int) -> Experiment
     split = single_split(run)
     experiment = replace(experiment, group_of=duplicates_of(experiment.features))
     train = labelled(split.train, experiment, experiment.features.source.folder)
-    val_ratio = len(split.val) / len(split.train + split.val)
+    val_ratio = len(split.val) / (len(split.train) + len(split.val))
     return replace(experiment, splits=unseen_folds(train, folds, experiment, val_ratio))
 
 

@@ -27,7 +27,7 @@ from modeling.heads.base import head_class
 from modeling.runs.encoders import encoder_of
 from modeling.runs.run import Member, Run
 
-NOBODY = Rows([], [], np.zeros(0, np.uint64), np.zeros(0, np.uint64))
+NOBODY = Rows.of([], [], np.zeros(0, np.uint64), np.zeros(0, np.uint64))
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,10 @@
 """Feature caches joined by id into tensors. No encoder, no picture, no text."""
 
 import math
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +16,7 @@ from feats.errors import UsageError
 from feats.parts import cache_paths, is_cache, open_cache
 from feats.source import SIDES
 from feats.store import DONE, PENDING, CacheReader
+from feats.strings import Labels, Strings
 
 DEFAULT_FOLDER = Path("saved/feats")
 BLOCK_ROWS = 1 << 16
@@ -55,19 +54,23 @@ class Rows:
     """Rows without their features. `tags` are '' where unknown. `image_hash` and `text_key` (N,) uint64 are equal for
     rows with the same picture file and the same text; 0 where no joined cache knows."""
 
-    ids: list[str]
-    tags: list[str]
+    ids: Strings
+    tags: Labels
     image_hash: np.ndarray
     text_key: np.ndarray
 
+    @classmethod
+    def of(cls, ids: Iterable[str], tags: Iterable[str], image_hash: np.ndarray, text_key: np.ndarray) -> "Rows":
+        """Rows of any strings."""
+        return cls(Strings.of(ids), Labels.of(tags), image_hash, text_key)
+
     def take(self, rows: np.ndarray) -> "Rows":
         """Some of the rows, by ascending numbers."""
+        if len(rows) == len(self.ids):
+            return self
         first, stop = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
-
-        def of(items: list[str]) -> list[str]:
-            return items[first:stop] if stop - first == len(rows) else [items[row] for row in rows.tolist()]
-
-        return Rows(of(self.ids), of(self.tags), self.image_hash[rows], self.text_key[rows])
+        some = slice(first, stop) if stop - first == len(rows) else rows
+        return Rows(self.ids[some], self.tags[some], self.image_hash[some], self.text_key[some])
 
 
 @dataclass(frozen=True)
@@ -130,12 +133,12 @@ class FeatureSet:
         return len(self.rows.ids)
 
     @property
-    def ids(self) -> list[str]:
+    def ids(self) -> Strings:
         """Of the N rows, in their order."""
         return self.rows.ids
 
     @property
-    def tags(self) -> list[str]:
+    def tags(self) -> Labels:
         """The label of each row, '' where unknown."""
         return self.rows.tags
 
@@ -156,34 +159,34 @@ class FeatureSet:
 
     def positions(self, ids: Sequence[str]) -> torch.Tensor:
         """Row numbers of `ids`, (len(ids),) int64. Raises `UsageError` naming those that aren't here, and why."""
-        absent = [i for i in ids if i not in self._position]
-        if absent:
+        rows = self.ids.positions(ids)
+        if (rows < 0).any():
+            absent = [ids[k] for k in np.flatnonzero(rows < 0).tolist()]
             why = next((f"; {i} was left out ({self.left_out[i]})" for i in absent if i in self.left_out), "")
             raise UsageError(f"{_few(absent)} not among the {len(self)} {self.split} rows{why}")
-        return torch.tensor([self._position[i] for i in ids], dtype=torch.int64)
+        return torch.from_numpy(rows)
 
-    def tags_of(self, ids: Sequence[str]) -> list[str]:
+    def tags_of(self, ids: Sequence[str]) -> Labels:
         """The labels of `ids`, '' where unknown. Raises as `positions`."""
-        return [self.tags[row] for row in self.positions(ids).tolist()]
+        return self.tags[self.positions(ids).numpy()]
 
-    def labelled(self, ids: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
+    def labelled(self, ids: Sequence[str] | None = None) -> tuple[Strings, Labels]:
         """Those of `ids` (of all rows without) that have a label, and their labels. Raises `UsageError` if none has."""
-        asked = self.ids if ids is None else list(ids)
-        pairs = [(i, tag) for i, tag in zip(asked, self.tags_of(asked), strict=True) if tag]
-        if not pairs:
-            raise UsageError(f"none of the {len(asked)} rows has a label; there is nothing to compare with")
-        return [i for i, _ in pairs], [tag for _, tag in pairs]
+        rows = np.arange(len(self)) if ids is None else self.positions(ids).numpy()
+        kept = rows[self.tags.known[rows]]
+        if not len(kept):
+            raise UsageError(f"none of the {len(rows)} rows has a label; there is nothing to compare with")
+        return self.ids[kept], self.tags[kept]
 
     def corrected(self, labels: Mapping[str, str]) -> "FeatureSet":
         """The same rows with other `labels`, by id, beside those that were corrected before. `dataset` keeps the
         caches' labels, and with them every split stays as it was."""
         corrections = {**self.corrections, **labels}
-        tags = [corrections.get(name, tag) for name, tag in zip(self.ids, self.tags, strict=True)]
+        rows = self.ids.positions(list(corrections))
+        here = rows >= 0  # the others may be in quarantine
+        changed = [label for label, there in zip(corrections.values(), here, strict=True) if there]
+        tags = self.tags.with_changes(rows[here], changed)
         return replace(self, rows=replace(self.rows, tags=tags), corrections=corrections)
-
-    @cached_property
-    def _position(self) -> dict[str, int]:
-        return {name: row for row, name in enumerate(self.ids)}
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "FeatureSet":
         """The same rows with every tensor on `device`, the features in `dtype`."""
@@ -394,13 +397,14 @@ def _with_known_duplicates(features: FeatureSet) -> FeatureSet:
             break
         try:
             with open_cache(path) as store:
-                if not store.complete or store.ids.tolist() != features.dataset.ids:
+                if not store.complete or Strings.of(store.ids) != features.dataset.ids:
                     continue
-                tags, others = store.tags.tolist(), {fact: store.facts(fact) for fact in known}
+                tags, others = Labels.of(store.tags), {fact: store.facts(fact) for fact in known}
         except UsageError:  # a foreign or damaged file has nothing to tell
             continue
-        same_tags = all(a == b or not a or not b for a, b in zip(tags, features.dataset.tags, strict=True))
-        if not same_tags or any(((known[f] != others[f]) & (known[f] != 0) & (others[f] != 0)).any() for f in known):
+        if differing_labels(tags, features.dataset.tags).any() or any(
+            ((known[f] != others[f]) & (known[f] != 0) & (others[f] != 0)).any() for f in known
+        ):
             continue
         if any(((known[f] == 0) & (others[f] != 0)).any() for f in known):
             told_by.append(path.name)
@@ -500,7 +504,7 @@ def _join(source: FeatureSource, split: str) -> Iterator[_Join]:
         kept = np.flatnonzero(np.all([status == DONE for status in statuses.values()], axis=0))
         _check_same_content(caches, order, kept)
         first = next(iter(caches.values()))
-        ids = first.ids.tolist()
+        ids = Strings.of(first.ids)
         hashes = [_merge_facts(fact, caches, order) for fact in ("image_hash", "text_key")]
         dataset = Rows(ids, _merge_tags(caches, order, ids), *hashes)
         left_out = _reasons(caches, statuses, ids)
@@ -555,13 +559,15 @@ def _common_order(caches: Mapping[str, CacheReader]) -> dict[str, np.ndarray]:
     """Per cache, where the rows of the first one are. Every cache must have the same ids, quarantined ones included."""
     (first_name, first), *others = caches.items()
     order = {first_name: np.arange(len(first))}
+    ids = Strings.of(first.ids)
     for name, store in others:
-        if np.array_equal(first.ids, store.ids):
-            order[name] = np.arange(len(store))
+        own = Strings.of(store.ids)
+        if ids == own:
+            order[name] = order[first_name]
             continue
-        position = {i: row for row, i in enumerate(store.ids.tolist())}
-        ids = first.ids.tolist()
-        lacking, extra = [i for i in ids if i not in position], sorted(position.keys() - set(ids))
+        order[name] = own.positions(ids)
+        lacking = ids[order[name] < 0]
+        extra = [] if len(ids) - len(lacking) == len(own) else sorted(own[ids.positions(own) < 0])
         if lacking or extra:
             parts = [f"only in {cache}: {_few(some)}" for cache, some in ((first_name, lacking), (name, extra)) if some]
             raise UsageError(
@@ -569,7 +575,6 @@ def _common_order(caches: Mapping[str, CacheReader]) -> dict[str, np.ndarray]:
                 f"{len(first) - len(lacking)} in common ({'; '.join(parts)}). Extract both from the same `data`, with "
                 "the same `limit`"
             )
-        order[name] = np.fromiter((position[i] for i in ids), np.int64, len(ids))
     return order
 
 
@@ -587,20 +592,20 @@ def _check_same_content(caches: Mapping[str, CacheReader], order: Mapping[str, n
                 continue
             differ = np.flatnonzero((known != values) & (known != 0) & (values != 0))
             if len(differ):
-                ids = next(iter(caches.values())).ids[kept[differ]].tolist()
+                ids = Strings.of(next(iter(caches.values())).ids)[kept[differ]]
                 raise UsageError(
                     f"{caches[owner].path.name} and {store.path.name} were made from different {what}: {_few(ids)} "
                     "differ under the same id. Extract both from the same `data` with `overwrite`"
                 )
 
 
-def _merge_tags(caches: Mapping[str, CacheReader], order: Mapping[str, np.ndarray], ids: Sequence[str]) -> list[str]:
+def _merge_tags(caches: Mapping[str, CacheReader], order: Mapping[str, np.ndarray], ids: Sequence[str]) -> Labels:
     """The label of each row: the one any cache knows."""
     (owner, first), *others = caches.items()
-    merged = first.tags[order[owner]]
+    merged = Labels.of(first.tags)[order[owner]]
     for name, store in others:
-        tags = store.tags[order[name]]
-        differ = np.flatnonzero((merged != tags) & (merged != "") & (tags != ""))
+        tags = Labels.of(store.tags)[order[name]]
+        differ = np.flatnonzero(differing_labels(merged, tags))
         if len(differ):
             row = differ[0]
             raise UsageError(
@@ -608,8 +613,14 @@ def _merge_tags(caches: Mapping[str, CacheReader], order: Mapping[str, np.ndarra
                 f"{ids[row]}: {merged[row]} and {tags[row]}. Run the extraction of both again: it brings labels up to "
                 "date"
             )
-        merged = np.where(merged == "", tags, merged)
-    return list(map(sys.intern, merged.tolist()))  # one string per label, not per row
+        names = sorted({*merged.names, *tags.names})
+        merged = Labels(np.where(merged.known, merged.numbers_as(names), tags.numbers_as(names)), names)
+    return merged
+
+
+def differing_labels(tags: Labels, others: Labels) -> np.ndarray:
+    """(N,) bool: which rows have two labels, neither of them ''."""
+    return np.asarray((others.numbers(tags.names) != tags.codes) & tags.known & others.known)
 
 
 def _merge_facts(fact: str, caches: Mapping[str, CacheReader], order: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -1,14 +1,18 @@
 """Whether the rows that judge a training share pictures or texts with those it learns from, and how far the labels of
 such duplicates agree: two rows with one picture and two labels can't both be predicted right from that."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
+from feats.strings import Strings
 from modeling.features.joined import FeatureSet
-from modeling.features.splits import EMPTY_TEXT_KEY, PARTS, Split
+from modeling.features.splits import IMAGE_UNKNOWN, PARTS, TEXT_UNKNOWN, Split, shared_keys
 
 UNKNOWN = "unknown"
+TRAIN, VAL, TEST = range(len(PARTS))
 
 
 @dataclass(frozen=True)
@@ -59,43 +63,49 @@ class Leaks:
 def find_leaks(data: FeatureSet, splits: Sequence[Split]) -> Leaks:
     """What the parts of `splits` have in common, by all that the joined caches and those beside them know. Rows in
     quarantine count for `groups`, which are of the whole labelled data."""
-    rows = data.dataset
-    labelled = [k for k, tag in enumerate(rows.tags) if tag]
-    tag_of = {rows.ids[k]: rows.tags[k] for k in labelled}
+    rows = data.dataset.take(np.flatnonzero(data.dataset.tags.known))
+    parts = [_part_of(rows.ids, split) for split in splits]
     found = []
-    for keys, ignored in ((rows.image_hash, {0}), (rows.text_key, {0, EMPTY_TEXT_KEY})):
-        key_of = {rows.ids[k]: int(keys[k]) for k in labelled}
-        known = any(key_of.values())
-        shown = {i: key for i, key in key_of.items() if key not in ignored}
-        found.append(_twins(shown, tag_of, splits) if known else None)
+    for keys, ignored in ((rows.image_hash, IMAGE_UNKNOWN), (rows.text_key, TEXT_UNKNOWN)):
+        found.append(_twins(*shared_keys(keys, ignored), rows.tags.codes, parts) if keys.any() else None)
     return Leaks(*found)
 
 
-def _twins(key_of: Mapping[str, int], tag_of: Mapping[str, str], splits: Sequence[Split]) -> Twins:
-    members: dict[int, list[str]] = {}
-    for i, key in key_of.items():
-        members.setdefault(key, []).append(i)
-    groups = [ids for ids in members.values() if len(ids) > 1]
-    conflicting = sum(_disagree(ids, tag_of) for ids in groups)
-    across = across_conflicting = 0
-    leaking = dict.fromkeys(PARTS, 0)
-    for split in splits:
-        part_of = {i: part for part in PARTS for i in getattr(split, part)}
-        for ids in groups:
-            there = [i for i in ids if i in part_of]
-            parts = [part_of[i] for i in there]
-            if len(set(parts)) < 2:
-                continue
-            across += 1
-            across_conflicting += _disagree(there, tag_of)
-            if "train" in parts:
-                for part in parts:
-                    leaking[part] += 1
-    return Twins(len(groups), conflicting, across, across_conflicting, leaking["val"], leaking["test"])
+def _part_of(ids: Strings, split: Split) -> np.ndarray:
+    """(N,) int8: which of `PARTS` each row is in, -1 for none."""
+    part_of = np.full(len(ids), -1, np.int8)
+    for number, part in enumerate(PARTS):
+        rows = ids.positions(getattr(split, part))
+        part_of[rows[rows >= 0]] = number
+    return part_of
 
 
-def _disagree(ids: Sequence[str], tag_of: Mapping[str, str]) -> bool:
-    return len({tag_of[i] for i in ids}) > 1
+def _twins(rows: np.ndarray, keys: np.ndarray, codes: np.ndarray, parts: Sequence[np.ndarray]) -> Twins:
+    """Of `rows` (R,) whose keys others have, too: `keys` (R,); `codes` (N,) and `parts`, (N,) each, are of all rows."""
+    group_of = np.unique(keys, return_inverse=True)[1]
+    groups = int(group_of.max(initial=-1)) + 1
+    conflicting = int((_distinct(group_of, codes[rows], groups) > 1).sum())
+    across = across_conflicting = val_rows = test_rows = 0
+    for part_of in parts:
+        there = part_of[rows] >= 0
+        group, part, code = group_of[there], part_of[rows[there]], codes[rows[there]]
+        several = _distinct(group, part, groups) > 1
+        across += int(several.sum())
+        across_conflicting += int((_distinct(group, code, groups) > 1)[several].sum())
+        trained = several & (np.bincount(group[part == TRAIN], minlength=groups) > 0)
+        leaking = part[trained[group]]
+        val_rows += int((leaking == VAL).sum())
+        test_rows += int((leaking == TEST).sum())
+    return Twins(groups, conflicting, across, across_conflicting, val_rows, test_rows)
+
+
+def _distinct(group_of: np.ndarray, values: np.ndarray, groups: int) -> np.ndarray:
+    """How many different `values` (R,) each group has, (groups,)."""
+    order = np.lexsort((values, group_of))
+    group, value = group_of[order], values[order]
+    new = np.ones(len(order), bool)
+    new[1:] = (group[1:] != group[:-1]) | (value[1:] != value[:-1])
+    return np.bincount(group[new], minlength=groups)
 
 
 def _leaking(name: str, twins: Twins) -> str:

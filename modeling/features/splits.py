@@ -11,37 +11,51 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
 from feats.csv_files import numbered_csv, parse_csv
-from feats.errors import UsageError
-from modeling.features.joined import FeatureSet
+from feats.errors import UsageError, first_line
+from feats.strings import BLOCK, Labels, Strings
+from modeling.features.joined import FeatureSet, Rows
 
 PARTS = ("train", "val", "test")
+MAX_JSON_IDS = 1_000_000  # of a split's file; Python's objects of more would take gigabytes
 ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 # What feats.images.hash64 gives for no bytes: the `text_key` of texts of which cleaning left nothing.
 EMPTY_TEXT_KEY = int.from_bytes(hashlib.blake2b(b"", digest_size=8).digest(), "big")
+IMAGE_UNKNOWN, TEXT_UNKNOWN = (0,), (0, EMPTY_TEXT_KEY)  # keys that say nothing of which rows are the same
 
 
 @dataclass(frozen=True)
 class Split:
     """Disjoint ids of the parts, each sorted. `how` says how it was made: ratios and seed, fold number, or files."""
 
-    train: list[str]
-    val: list[str]
-    test: list[str] = field(default_factory=list)
+    train: Sequence[str]
+    val: Sequence[str]
+    test: Sequence[str] = field(default_factory=list)
     how: dict[str, Any] = field(default_factory=dict)
 
     def without(self, ids: Iterable[str]) -> "Split":
         """The same split less some ids, e.g. those a cache has in quarantine."""
         gone = set(ids)
-        train, val, test = ([i for i in getattr(self, part) if i not in gone] for part in PARTS)
+        if not gone:
+            return self
+        train, val, test = (_without(getattr(self, part), gone) for part in PARTS)
         return Split(train, val, test, self.how)
+
+
+def _without(ids: Sequence[str], gone: Collection[str]) -> Sequence[str]:
+    if not isinstance(ids, Strings):
+        return [i for i in ids if i not in gone]
+    rows = ids.positions(list(gone))
+    return ids[np.delete(np.arange(len(ids)), rows[rows >= 0])]
 
 
 def check_split(split: Split) -> None:
@@ -54,16 +68,43 @@ def check_split(split: Split) -> None:
 
 
 def save_split(split: Split | Sequence[Split], path: Path | str) -> None:
-    """Write a split, or several of the same rows, as JSON that `load_split` and `read_split_file` read."""
-    content = vars(split) if isinstance(split, Split) else {"folds": [vars(fold) for fold in split]}
+    """Write a split, or several of the same rows, as JSON that `load_split` and `read_split_file` read.
+
+    With more than `MAX_JSON_IDS` ids these lie beside it in `<path's stem>.npz`, fixed-width UTF-8 as "<number>/<part>"
+    for each split from 0, and the JSON has `{"ids": "<file>"}` in place of the parts."""
+    path = Path(path)
+    splits = [split] if isinstance(split, Split) else list(split)
+    if sum(len(getattr(one, part)) for one in splits for part in PARTS) > MAX_JSON_IDS:
+        beside = path.with_suffix(".npz")
+        parts = {f"{k}/{part}": getattr(one, part) for k, one in enumerate(splits) for part in PARTS}
+        arrays: dict[str, Any] = {name: Strings.of(ids).encoded for name, ids in parts.items()}
+        np.savez(beside, **arrays)
+        folds: list[dict[str, Any]] = [{"ids": beside.name, "how": one.how} for one in splits]
+    else:
+        folds = [{**{part: list(getattr(one, part)) for part in PARTS}, "how": one.how} for one in splits]
+    content = folds[0] if isinstance(split, Split) else {"folds": folds}
     # On one line: with an indent Python's encoder takes seven times as long, a second for a million ids.
-    Path(path).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_split(path: Path | str) -> Split | list[Split]:
     """What `save_split` wrote. Raises `OSError`, and `ValueError` or `TypeError` for anything else."""
     content = json.loads(Path(path).read_text(encoding="utf-8"))
-    return [Split(**fold) for fold in content["folds"]] if "folds" in content else Split(**content)
+    if "folds" in content:
+        return [Split(**fold) for fold in _with_ids(content["folds"], Path(path))]
+    return Split(**_with_ids([content], Path(path))[0])
+
+
+def _with_ids(folds: Sequence[Any], path: Path) -> list[Any]:
+    """Splits as the JSON file `path` holds them, with ids that lie beside it. Raises as `load_split`."""
+    found = []
+    for k, fold in enumerate(folds):
+        if isinstance(fold, dict) and isinstance(fold.get("ids"), str):
+            with np.load(path.with_name(Path(fold["ids"]).name), allow_pickle=False) as beside:
+                parts = {part: Strings(beside[f"{k}/{part}"]) for part in PARTS}
+            fold = {**parts, **{key: value for key, value in fold.items() if key != "ids"}}
+        found.append(fold)
+    return found
 
 
 # -- splits of features -----------------------------------------------------------------------------------------
@@ -108,38 +149,73 @@ def make_splits(data: FeatureSet, settings: SplitSettings) -> list[Split]:
     """One split of the labelled rows or several. Rows in quarantine are dealt out too and left out afterwards, so that
     every choice of caches gets the same split. Raises `UsageError` when there is nothing to split, or a part has no row
     left."""
-    tag_of = {i: tag for i, tag in zip(data.dataset.ids, data.dataset.tags, strict=True) if tag}
-    if not tag_of:
+    dataset = data.dataset
+    known = np.flatnonzero(dataset.tags.known)
+    if not len(known):
         raise UsageError("none of the rows has a label; there is nothing to train on")
-    ids, tags = list(tag_of), list(tag_of.values())
-    group_of = duplicates_of(data) if settings.duplicates_together else None
-    groups = None if group_of is None else [group_of[i] for i in ids]
+    rows = dataset.take(known)
+    groups = _duplicates(rows) if settings.duplicates_together else None
     if settings.files:
-        splits = read_split_file(settings.files, data.dataset.ids, data.dataset.tags)
+        splits = read_split_file(settings.files, dataset.ids, dataset.tags)
         # Without a label there is nothing to test.
-        splits = [replace(split, test=[i for i in split.test if i in tag_of]) for split in splits]
+        splits = [replace(split, test=_among(Strings.of(split.test), rows.ids)) for split in splits]
     elif settings.folds:
-        splits = deal_folds(ids, tags, settings.folds, settings.seed, groups)
+        splits = deal_folds(rows.ids, rows.tags, settings.folds, settings.seed, groups)
     else:
-        splits = [deal_split(ids, tags, settings.val_ratio, settings.seed, groups, settings.test_ratio)]
+        splits = [deal_split(rows.ids, rows.tags, settings.val_ratio, settings.seed, groups, settings.test_ratio)]
     splits = [split.without(data.left_out) for split in splits]
     for split in splits:
-        for part, rows in (("training", split.train), ("validation", split.val)):
-            if not rows:
+        for part, left in (("training", split.train), ("validation", split.val)):
+            if not left:
                 raise UsageError(
                     f"every {part} row was left out; extract again what is in quarantine, or split otherwise"
                 )
     return splits
 
 
-def duplicates_of(data: FeatureSet) -> dict[str, int] | None:
+def _among(ids: Strings, others: Strings) -> Strings:
+    return ids[others.positions(ids) >= 0]
+
+
+class Duplicates(Mapping[str, int]):
+    """The duplicate group of each of some rows, by id: `groups` (N,) int64 of `ids`. Asked for one by one it makes a
+    dictionary of them; `of` needs none."""
+
+    def __init__(self, ids: Strings, groups: np.ndarray):
+        self.ids, self.groups = ids, groups
+
+    @cached_property
+    def _by_id(self) -> dict[str, int]:
+        return dict(zip(self.ids, self.groups.tolist(), strict=True))
+
+    def __getitem__(self, name: str) -> int:
+        return self._by_id[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def of(self, ids: Sequence[str]) -> np.ndarray:
+        """(len(ids),) int64. Raises `KeyError` for an id that isn't there."""
+        rows = self.ids.positions(ids)
+        if (rows < 0).any():
+            raise KeyError(ids[int(np.flatnonzero(rows < 0)[0])])
+        found: np.ndarray = self.groups[rows]
+        return found
+
+
+def duplicates_of(data: FeatureSet) -> Duplicates | None:
     """The duplicate group of each labelled row, by id; None where no joined cache knows its contents."""
-    dataset = data.dataset
-    if not dataset.image_hash.any() and not dataset.text_key.any():
-        return None
-    labelled = [row for row, tag in enumerate(dataset.tags) if tag]
-    groups = duplicate_groups(dataset.image_hash[labelled], dataset.text_key[labelled])
-    return dict(zip([dataset.ids[row] for row in labelled], groups.tolist(), strict=True))
+    rows = data.dataset.take(np.flatnonzero(data.dataset.tags.known))
+    groups = _duplicates(rows)
+    return None if groups is None else Duplicates(rows.ids, groups)
+
+
+def _duplicates(rows: Rows) -> np.ndarray | None:
+    known = rows.image_hash.any() or rows.text_key.any()
+    return duplicate_groups(rows.image_hash, rows.text_key) if known else None
 
 
 # -- making splits ----------------------------------------------------------------------------------------------
@@ -174,9 +250,16 @@ def deal_split(
     part_of = _assign(ids, labels, groups, list(shares.values()), seed)
     names = list(shares)
     _check_every_class_in(labels, classes, part_of, groups, names)
-    parts = {name: [ids[i] for i in np.flatnonzero(part_of == p).tolist()] for p, name in enumerate(names)}
+    ids = Strings.of(ids)
+    parts = {name: ids[_sorted_rows(ids, part_of == p)] for p, name in enumerate(names)}
     how = {"val_ratio": val_ratio, "test_ratio": test_ratio, "seed": seed, "duplicates_together": groups is not None}
-    return _split_of(parts, how)
+    return Split(parts["train"], parts["val"], parts.get("test", Strings.of([])), how)
+
+
+def _sorted_rows(ids: Strings, chosen: np.ndarray) -> np.ndarray:
+    """The rows that are `chosen` (N,) bool, their ids sorted."""
+    found: np.ndarray = ids.order[chosen[ids.order]]
+    return found
 
 
 def deal_folds(
@@ -190,21 +273,34 @@ def deal_folds(
 
     Raises `UsageError` for fewer than two folds, and for a class that can't be in every fold.
     """
+    fold_of = fold_numbers(ids, labels, k, seed, groups)
+    ids = Strings.of(ids)
+    how = {"folds": k, "seed": seed, "duplicates_together": groups is not None}
+    return [
+        Split(
+            train=ids[_sorted_rows(ids, fold_of != fold)],
+            val=ids[_sorted_rows(ids, fold_of == fold)],
+            test=Strings.of([]),
+            how={**how, "fold": fold + 1},
+        )
+        for fold in range(k)
+    ]
+
+
+def fold_numbers(
+    ids: Sequence[str],
+    labels: Sequence[str],
+    k: int = 5,
+    seed: int = 42,
+    groups: Sequence[int] | np.ndarray | None = None,
+) -> np.ndarray:
+    """Of each row the fold, from 0, that validates it in `deal_folds`, (N,) int8. Raises as that."""
     if k < 2:
         raise UsageError(f"{k} folds: there must be at least 2")
     classes = _check_labels(labels)
     fold_of = _assign(ids, labels, groups, [1 / k] * k, seed)
     _check_every_class_in(labels, classes, fold_of, groups, [f"fold {fold + 1} of {k}" for fold in range(k)])
-    members = [sorted(ids[i] for i in np.flatnonzero(fold_of == fold).tolist()) for fold in range(k)]
-    how = {"folds": k, "seed": seed, "duplicates_together": groups is not None}
-    return [
-        Split(
-            train=sorted(i for other in range(k) if other != fold for i in members[other]),
-            val=members[fold],
-            how={**how, "fold": fold + 1},
-        )
-        for fold in range(k)
-    ]
+    return fold_of
 
 
 def duplicate_groups(image_hash: np.ndarray | None, text_key: np.ndarray | None) -> np.ndarray:
@@ -216,32 +312,52 @@ def duplicate_groups(image_hash: np.ndarray | None, text_key: np.ndarray | None)
     columns = [column for column in (image_hash, text_key) if column is not None]
     if not columns:
         raise ValueError("neither picture hashes nor text keys: there is nothing to find duplicates by")
-    parent = list(range(len(columns[0])))
+    parent: dict[int, int] = {}  # of the rows that share something: mostly few
 
     def root(row: int) -> int:
         while parent[row] != row:
             parent[row] = row = parent[parent[row]]  # halve the path on the way
         return row
 
-    for column, ignored in ((image_hash, {0}), (text_key, {0, EMPTY_TEXT_KEY})):
+    for column, ignored in ((image_hash, IMAGE_UNKNOWN), (text_key, TEXT_UNKNOWN)):
+        rows, keys = shared_keys(column, ignored) if column is not None else (np.zeros(0), np.zeros(0))
         first: dict[int, int] = {}
-        for row, key in enumerate([] if column is None else column.tolist()):
-            if key not in ignored:
-                a, b = sorted((root(first.setdefault(key, row)), root(row)))
-                parent[b] = a
-    return np.array([root(row) for row in range(len(parent))], np.int64)
+        for row, key in zip(rows.tolist(), keys.tolist(), strict=True):
+            parent.setdefault(row, row)
+            a, b = sorted((root(first.setdefault(key, row)), root(row)))
+            parent[b] = a
+    groups = np.arange(len(columns[0]))
+    groups[list(parent)] = [root(row) for row in parent]
+    return groups
 
 
-def _split_of(parts: Mapping[str, list[str]], how: dict[str, Any]) -> Split:
-    train, val, test = (sorted(parts.get(part, [])) for part in PARTS)
-    return Split(train, val, test, how)
+def shared_keys(column: np.ndarray, ignored: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The rows, ascending, whose key another row of `column` (N,) uint64 has, too, and their keys; without those of
+    `ignored` keys."""
+    ordered = np.sort(column)
+    shared = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    shared = shared[~np.isin(shared, np.array(ignored, np.uint64))]
+    if not len(shared):
+        return np.zeros(0, np.int64), np.zeros(0, np.uint64)
+    rows = [
+        low + np.flatnonzero(shared[np.searchsorted(shared, block).clip(max=len(shared) - 1)] == block)
+        for low, block in ((low, column[low : low + BLOCK]) for low in range(0, len(column), BLOCK))
+    ]
+    found = np.concatenate(rows)
+    return found, column[found]
+
+
+def _split_of(parts: Mapping[str, Sequence[str]], how: dict[str, Any]) -> Split:
+    train, val, test = (Strings.of(parts.get(part, [])) for part in PARTS)
+    return Split(train[train.order], val[val.order], test[test.order], how)
 
 
 def _check_labels(labels: Sequence[str]) -> list[str]:
-    unknown = sum(not label for label in labels)
+    counts = Labels.of(labels).counts()
+    unknown = counts.pop("", 0)
     if unknown:
         raise UsageError(f"{unknown} of {len(labels)} rows have no label; only labelled rows can be split")
-    classes = sorted(set(labels))
+    classes = sorted(counts)
     if len(classes) < 2:
         found = f"all {len(labels)} rows are {classes[0]!r}" if classes else "there are no rows"
         raise UsageError(f"{found}: a classifier needs two classes or more")
@@ -255,46 +371,77 @@ def _assign(
     shares: Sequence[float],
     seed: int,
 ) -> np.ndarray:
-    """The part of each row, (N,). Duplicate groups are dealt out first, the largest first; single rows then bring
-    each class to its quota."""
-    if not len(ids) == len(labels) == len(groups if groups is not None else ids) == len(set(ids)):
+    """The part of each row, (N,) int8 where that holds them. Duplicate groups are dealt out first, the largest first;
+    single rows then bring each class to its quota."""
+    ids, labels = Strings.of(ids), Labels.of(labels)
+    if not len(ids) == len(labels) == len(groups if groups is not None else ids) or not ids.unique:
         raise ValueError("ids must be unique, with one label and one group each")
-    names, label_of = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
-    units = _units(ids, groups, seed)
+    names = sorted(labels.counts())
+    label_of = labels.numbers_as(names)
+    units, single = _units(ids, groups, seed)
     share = np.asarray(shares)
     sizes = np.bincount(label_of, minlength=len(names))
     quota = share[:, None] * sizes
     held = np.zeros_like(quota)
-    part_of = np.empty(len(ids), np.int64)
-    for rows in sorted((unit for unit in units if len(unit) > 1), key=len, reverse=True):
+    part_of = np.empty(len(ids), np.min_scalar_type(-len(share)))
+    for rows in sorted(units, key=len, reverse=True):
         counts = np.bincount(label_of[rows], minlength=len(names))
         # To the part that is furthest behind its quota with half the group added (as Webster's method deals seats),
         # the rarer class counting more.
         part = int(np.argmin((held + counts / 2) / share[:, None] @ (counts / sizes**2)))
         part_of[rows] = part
         held[part] += counts
-    singles: list[list[int]] = [[] for _ in names]
-    for unit in units:
-        if len(unit) == 1:
-            singles[label_of[unit[0]]].append(unit[0])
     surplus = np.zeros(len(share))  # of each part over its quotas, in the classes done so far
     for c in sorted(range(len(names)), key=lambda c: (sizes[c], names[c])):
-        count = _deal(len(singles[c]), quota[:, c], held[:, c], share, surplus)
-        part_of[singles[c]] = np.repeat(np.arange(len(share)), count)
+        rows = single[label_of[single] == c]
+        count = _deal(len(rows), quota[:, c], held[:, c], share, surplus)
+        part_of[rows] = np.repeat(np.arange(len(share)), count)
         surplus += held[:, c] + count - quota[:, c]
     return part_of
 
 
-def _units(ids: Sequence[str], groups: Sequence[int] | np.ndarray | None, seed: int) -> list[list[int]]:
-    """Rows that stay together, in an order that only the seed and the ids decide."""
-    together: dict[Any, list[int]] = {}
-    for row in sorted(range(len(ids)), key=ids.__getitem__):
-        together.setdefault(row if groups is None else int(groups[row]), []).append(row)
+def _units(ids: Strings, groups: Sequence[int] | np.ndarray | None, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Rows that stay together, two or more each, and those that stand alone, (M,): both in an order that only the seed
+    and the ids decide."""
+    if groups is None:
+        return [], _dealt(ids, np.arange(len(ids)), seed)
+    together = ids.order[_is_shared(np.asarray(groups))[ids.order]]
+    alone = np.ones(len(ids), bool)
+    alone[together] = False
+    units: dict[Any, list[int]] = {}
+    for row, group in zip(together.tolist(), np.asarray(groups)[together].tolist(), strict=True):
+        units.setdefault(group, []).append(row)
+    by_first = {unit[0]: np.array(unit) for unit in units.values()}
+    dealt = _dealt(ids, np.array(list(by_first), np.int64), seed).tolist()
+    return [by_first[row] for row in dealt], _dealt(ids, np.flatnonzero(alone), seed)
 
-    def key(unit: list[int]) -> bytes:
-        return hashlib.blake2b(f"{seed}/{ids[unit[0]]}".encode(), digest_size=16).digest()
 
-    return sorted(together.values(), key=key)
+def _is_shared(groups: np.ndarray) -> np.ndarray:
+    """(N,) bool: whose number another row has, too."""
+    order = np.argsort(groups, kind="stable")
+    same = groups[order[1:]] == groups[order[:-1]]
+    shared = np.zeros(len(groups), bool)
+    shared[order[1:][same]] = True
+    shared[order[:-1][same]] = True
+    return shared
+
+
+def _dealt(ids: Strings, rows: np.ndarray, seed: int) -> np.ndarray:
+    """`rows` (M,) in the order of a hash of seed and id."""
+    keys = np.empty((len(rows), 2), np.uint64)
+    begin = hashlib.blake2b(f"{seed}/".encode(), digest_size=16)
+    for low in range(0, len(rows), BLOCK):
+        block = ids.encoded[rows[low : low + BLOCK]].tolist()
+        digests = b"".join(_digest(begin, name) for name in block)
+        keys[low : low + len(block)] = np.frombuffer(digests, ">u8").reshape(-1, 2)
+    dealt: np.ndarray = rows[np.lexsort((keys[:, 1], keys[:, 0]))]
+    return dealt
+
+
+def _digest(begin: "hashlib.blake2b", name: bytes) -> bytes:
+    whole = begin.copy()
+    whole.update(name)
+    return whole.digest()
 
 
 def _deal(n: int, quota: np.ndarray, held: np.ndarray, share: np.ndarray, surplus: np.ndarray) -> np.ndarray:
@@ -318,10 +465,10 @@ def _check_every_class_in(
     groups: Sequence[int] | np.ndarray | None,
     names: Sequence[str],
 ) -> None:
-    of_row = np.asarray(labels, dtype=str)
-    for name in classes:
-        rows = of_row == name
-        empty = set(range(len(names))) - set(part_of[rows].tolist())
+    of_row = Labels.of(labels).numbers(classes)
+    for number, name in enumerate(classes):
+        rows = of_row == number
+        empty = set(range(len(names))) - set(np.unique(part_of[rows]).tolist())
         if empty:
             n = int(rows.sum())
             found = f"{n} row{'s' if n > 1 else ''}"
@@ -352,33 +499,35 @@ def read_split_file(paths: Path | str | Sequence[Path | str], ids: Sequence[str]
     """
     files = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
     source = ", ".join(map(str, files))
-    label_of = dict(zip(ids, labels, strict=True))
-    folds: dict[str, dict[str, list[str]]] = {}  # of a pattern, by what is in the place of {fold}
+    ids, labels = Strings.of(ids), Labels.of(labels)
+    as_json = len(files) == 1 and files[0].suffix.lower() == ".json"
+    known = frozenset(() if as_json else ids)  # what a line means is told by whether it is an id, asked for each
+    folds: dict[str, dict[str, Sequence[str]]] = {}  # of a pattern, by what is in the place of {fold}
     if any(place in source for place in PLACES):
-        folds = _read_pattern(files, label_of)
+        folds = _read_pattern(files, known)
         found = list(folds.values())
     elif len(files) == 1:
-        found = _read_json(files[0]) if files[0].suffix.lower() == ".json" else [_read_csv(files[0], label_of)]
+        found = _read_json(files[0]) if as_json else [_read_csv(files[0], known)]
     elif len(files) in (2, 3):
-        found = [{part: _read_list(file, label_of) for part, file in zip(_parts_of_files(files), files, strict=True)}]
+        found = [{part: _read_list(file, known) for part, file in zip(_parts_of_files(files), files, strict=True)}]
     else:
         raise UsageError(f"{len(files)} split files; give one (JSON or CSV), or three lists of ids: train, val, test")
     called = list(folds) or [f"{k} of {len(found)}" for k in range(1, len(found) + 1)]
     names = [f"{source}, fold {fold}" for fold in called] if len(called) > 1 else [source]
     for parts, name in zip(found, names, strict=True):
-        _check_parts(parts, label_of, name)
+        _check_parts(parts, ids, labels, name)
     _check_folds(found, names, source)
     how: dict[str, Any] = {"files": [_from_first_place(file) for file in files]}
     hows = [{**how, "fold": fold} for fold in folds] or [how] * len(found)
     return [_split_of(parts, of_fold) for parts, of_fold in zip(found, hows, strict=True)]
 
 
-def _check_folds(found: Sequence[dict[str, list[str]]], names: Sequence[str], source: str) -> None:
+def _check_folds(found: Sequence[dict[str, Sequence[str]]], names: Sequence[str], source: str) -> None:
     tested = [bool(parts.get("test")) for parts in found]
     if any(tested) and not all(tested):
         without, having = names[tested.index(False)], names[tested.index(True)]
         raise UsageError(f"{without} has no test part, and {having} has one; give one to every fold or to none")
-    twice = [i for i, n in Counter(i for parts in found for i in parts["val"]).items() if n > 1]
+    twice = _twice([parts["val"] for parts in found])
     if twice and not any(tested):
         raise UsageError(
             f"{source}: {_few(twice, 'id')} in the val part of several folds; keep one, or give every fold a test part"
@@ -388,7 +537,7 @@ def _check_folds(found: Sequence[dict[str, list[str]]], names: Sequence[str], so
 PLACES = ("{fold}", "{part}")  # in a pattern of file names
 
 
-def _read_pattern(files: Sequence[Path], known: Collection[str]) -> dict[str, dict[str, list[str]]]:
+def _read_pattern(files: Sequence[Path], known: Collection[str]) -> dict[str, dict[str, Sequence[str]]]:
     """The parts of each fold."""
     pattern = files[0].as_posix()
     if len(files) > 1 or not all(place in pattern for place in PLACES):
@@ -439,19 +588,20 @@ def _from_first_place(file: Path) -> str:
     return "/".join(file.parts[first:])
 
 
-def _check_parts(parts: dict[str, list[str]], label_of: dict[str, str], source: str) -> None:
+def _check_parts(parts: dict[str, Sequence[str]], ids: Strings, labels: Labels, source: str) -> None:
     _check_disjoint(parts, source)
-    unknown = [i for members in parts.values() for i in members if i not in label_of]
+    rows = {part: ids.positions(members) for part, members in parts.items()}
+    unknown = [members[k] for part, members in parts.items() for k in np.flatnonzero(rows[part] < 0).tolist()]
     if unknown:
-        raise UsageError(f"{source}: {_few(unknown, 'id')} not among the {len(label_of)} rows of the data set")
+        raise UsageError(f"{source}: {_few(unknown, 'id')} not among the {len(ids)} rows of the data set")
     for part in ("train", "val"):
-        if not parts.get(part):
+        if not len(parts.get(part, ())):
             raise UsageError(f"{source}: no ids for {part}; name some")
-        bare = [i for i in parts[part] if not label_of[i]]
+        bare = [parts[part][k] for k in np.flatnonzero(~labels.known[rows[part]]).tolist()]
         if bare:
             raise UsageError(f"{source}: {_few(bare, f'{part} id')} without a label in the data set")
-    have = {part: {label_of[i] for i in parts[part]} for part in ("train", "val")}
-    _check_labels([label_of[i] for part in ("train", "val") for i in parts[part]])
+    have = {part: set(labels[rows[part]].counts()) for part in ("train", "val")}
+    _check_labels(labels[np.concatenate([rows["train"], rows["val"]])])
     for part, other in (("val", "train"), ("train", "val")):
         missing = sorted(have[other] - have[part])
         if missing:
@@ -474,7 +624,7 @@ def _parts_of_files(paths: Sequence[Path]) -> list[str]:
     return [parts.pop() for parts in told]
 
 
-def _read_json(path: Path) -> list[dict[str, list[str]]]:
+def _read_json(path: Path) -> list[dict[str, Sequence[str]]]:
     """The parts of one split, or of each fold."""
     try:
         content = json.loads(_read(path))
@@ -483,24 +633,30 @@ def _read_json(path: Path) -> list[dict[str, list[str]]]:
     folds = content["folds"] if isinstance(content, dict) and set(content) == {"folds"} else [content]
     if not isinstance(folds, list) or not folds:
         raise UsageError(f'{path} names no folds; expected {_FORM}, or {{"folds": [...]}} of such')
+    try:
+        folds = _with_ids(folds, path)
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        raise UsageError(f"{path}: the ids beside it can't be read ({first_line(error)}); copy both files") from None
     return [_parts_of(fold, path) for fold in folds]
 
 
-def _parts_of(content: Any, path: Path) -> dict[str, list[str]]:
+def _parts_of(content: Any, path: Path) -> dict[str, Sequence[str]]:
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}, expected {_FORM}")
     named: dict[str, Any] = content
     parts = {ALIASES.get(part, part): members for part, members in named.items() if part != "how"}
     foreign = sorted(parts.keys() - set(PARTS))
-    if foreign or not all(isinstance(members, list) for members in parts.values()):
+    if foreign or not all(isinstance(members, list | Strings) for members in parts.values()):
         raise UsageError(f"{path} holds {', '.join(map(str, foreign)) or 'parts that are no lists'}, expected {_FORM}")
-    return {part: [str(i) for i in members] for part, members in parts.items()}
+    return {
+        part: members if isinstance(members, Strings) else [str(i) for i in members] for part, members in parts.items()
+    }
 
 
 _FORM = '{"train": [ids], "val": [ids], "test": [ids]}'
 
 
-def _read_csv(path: Path, known: Collection[str]) -> dict[str, list[str]]:
+def _read_csv(path: Path, known: Collection[str]) -> dict[str, Sequence[str]]:
     (_, columns), *rows = [(line, row) for line, row in numbered_csv(_read(path)) if row] or [(1, [])]
     key = next((name for name in ("id", "guid") if name in columns), None)
     if key is None or "split" not in columns:
@@ -513,7 +669,7 @@ def _read_csv(path: Path, known: Collection[str]) -> dict[str, list[str]]:
         if part not in PARTS:
             raise UsageError(f"{path}, line {line}: split {part!r}; expected train, val or test")
         parts.setdefault(part, []).append(_known([cells[key]], known))
-    return parts
+    return dict(parts)
 
 
 def _read_list(path: Path, known: Collection[str]) -> list[str]:
@@ -546,11 +702,19 @@ def _read(path: Path) -> str:
         raise UsageError(f"can't read the split file {path}: {reason}") from None
 
 
-def _check_disjoint(parts: dict[str, list[str]], source: str) -> None:
-    twice = [i for i, n in Counter(i for members in parts.values() for i in members).items() if n > 1]
+def _check_disjoint(parts: dict[str, Sequence[str]], source: str) -> None:
+    twice = _twice(list(parts.values()))
     if twice:
         where = ", ".join(part for part, members in parts.items() if twice[0] in members)
         raise UsageError(f"{source}: {_few(twice, 'id')} named more than once ({twice[0]} in {where}); keep one")
+
+
+def _twice(parts: Sequence[Sequence[str]]) -> list[str]:
+    """The ids that are named more than once, in the order in which they first are."""
+    compact = [ids for ids in parts if isinstance(ids, Strings)]
+    if len(compact) == len(parts) and Strings.concatenate(compact).unique:
+        return []
+    return [i for i, n in Counter(i for ids in parts for i in ids).items() if n > 1]
 
 
 def _few(ids: Sequence[str], what: str) -> str:

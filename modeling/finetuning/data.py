@@ -222,7 +222,7 @@ def rows_as_features(records: Sequence[Record], source: FeatureSource, split: st
             reasons[record.id] = record.text_error
     keys = np.array([hash64(clean_with_key(record.text or "", "none")[1].encode()) for record in records], np.uint64)
     tags = [record.label or "" for record in records]
-    dataset = Rows([record.id for record in records], tags, hashes, keys)
+    dataset = Rows.of([record.id for record in records], tags, hashes, keys)
     kept = np.array([k for k, record in enumerate(records) if record.id not in reasons], np.int64)
     return FeatureSet(split, dataset.take(kept), {}, {}, {}, {}, {}, source, reasons, dataset)
 

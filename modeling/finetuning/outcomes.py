@@ -157,7 +157,7 @@ def predicted_of(start: Start, data: TuneData, team: Team, ablated: bool) -> Pre
 
 def what_is_tuned(start: Start, settings: TuneSettings, hard: Sequence[str] = ()) -> dict[str, Any]:
     """All that decides what a finetuning comes to, as JSON values: another one mustn't go on from its checkpoints."""
-    ids = json.dumps([start.split.train, start.split.val, start.split.test])
+    ids = json.dumps([start.split.train, start.split.val, start.split.test], default=list)
     head = b"".join(tensor.cpu().numpy().tobytes() for tensor in start.model.head.state_dict().values())
     free = ("micro_bs", "checkpoint_steps")  # how it fits into memory, and how it is kept
     preprocessing = start.model.preprocessing

@@ -61,7 +61,7 @@ class Start:
 def contents_of(start: Start) -> str:
     """A digest of the labelled rows: ids, labels, pictures and texts, as far as caches know them."""
     rows, corrections = start.experiment.features.dataset, start.experiment.features.corrections
-    of = hashlib.sha256(json.dumps([rows.ids, rows.tags]).encode())
+    of = hashlib.sha256(json.dumps([rows.ids, rows.tags], default=list).encode())
     if corrections:
         of.update(json.dumps(corrections, sort_keys=True).encode())
     for values in (rows.image_hash, rows.text_key):

@@ -162,4 +162,4 @@ def _rows(features: FeatureSet, ids: Sequence[str]) -> FeatureSet:
     at = features.positions(ids)
     taken = features.only({"views": ()}).with_tensors(lambda x: x[at.to(x.device)], lambda x: x.take(at))
     hashes = (values[at.numpy()] for values in (features.image_hash, features.text_key))
-    return replace(taken, rows=Rows(list(ids), features.tags_of(ids), *hashes))
+    return replace(taken, rows=Rows.of(ids, features.tags_of(ids), *hashes))

@@ -15,8 +15,9 @@ import torch
 from feats.csv_files import Writable, write_rows
 from feats.errors import UsageError
 from feats.source import SIDES
+from feats.strings import BLOCK
 from modeling.evaluation import metrics
-from modeling.features.joined import FeatureSet, FeatureSource, Rows, iter_features
+from modeling.features.joined import FeatureSet, FeatureSource, Rows, differing_labels, iter_features
 from modeling.runs.files import check_replaceable, user_file
 from modeling.runs.run import Run
 
@@ -91,15 +92,18 @@ def predict_caches(
     common = _joined_rows(split, list(by_source)) if len(by_source) > 1 else None
     judged = [_judge([runs[k] for k in ks], source, split, device) for source, ks in by_source.items()]
     rows = common or judged[0].rows
-    votes = np.zeros((len(runs), len(rows.ids), len(classes)))
+    votes = np.zeros((len(runs), len(rows.ids), len(classes)), np.float64)
     seen = np.zeros((len(runs), len(rows.ids)), bool)
     reasons: dict[str, str] = {}
-    for ks, part in zip(by_source.values(), judged, strict=True):
-        at = _positions([i for i in part.rows.ids if i not in part.left_out], rows.ids)
+    own_labels = [own for part in judged for own in part.own_labels]
+    for ks in by_source.values():
+        part = judged.pop(0)  # its probabilities are as large as what becomes of them
+        at = part.kept if part.rows.ids == rows.ids else rows.ids.positions(part.rows.ids[part.kept])
         for k, probabilities in zip(ks, part.probabilities, strict=True):
             votes[k, at] = probabilities[:, [runs[k].classes.index(name) for name in classes]]
             seen[k, at] = True
         reasons = part.left_out | reasons
+        del part, probabilities
     probabilities, predicted = combine(votes, seen, voting.vote, None if tie is None else classes.index(tie))
     fallback = ""
     nobody = np.flatnonzero(~seen.any(0))
@@ -110,8 +114,11 @@ def predict_caches(
         predicted[nobody] = classes.index(fallback)
     folders = list(dict.fromkeys(source.folder for source in by_source))
     left_out = {rows.ids[row]: reasons.pop(rows.ids[row]) for row in nobody.tolist()}
-    labels = _own_labels(judged)
-    rows = replace(rows, tags=[labels.get(name, tag) for name, tag in zip(rows.ids, rows.tags, strict=True)])
+    labels = _own_labels(own_labels)
+    if labels:
+        at = rows.ids.positions(list(labels))
+        changed = [label for label, row in zip(labels.values(), at, strict=True) if row >= 0]
+        rows = replace(rows, tags=rows.tags.with_changes(at[at >= 0], changed))
     return Predictions(
         split, classes, voting.vote, rows, probabilities, predicted, left_out, reasons, fallback, folders, len(labels)
     )
@@ -124,6 +131,14 @@ def combine(votes: np.ndarray, seen: np.ndarray, vote: str, tie: int | None) -> 
     and the class of most votes. A tie goes to the class `tie` if it is among the tied, else to that of them with the
     highest mean probability: no row gets a class for which no run voted. Rows that no run has seen are 0.
     """
+    shares, predicted = np.empty(votes.shape[1:]), np.empty(votes.shape[1], np.int64)
+    for low in range(0, votes.shape[1], BLOCK):  # what is computed on the way is several times as large as the votes
+        block = slice(low, low + BLOCK)
+        shares[block], predicted[block] = _combined(votes[:, block], seen[:, block], vote, tie)
+    return shares, predicted
+
+
+def _combined(votes: np.ndarray, seen: np.ndarray, vote: str, tie: int | None) -> tuple[np.ndarray, np.ndarray]:
     count = np.maximum(seen.sum(0), 1)[:, None]
     mean = (votes * seen[..., None]).sum(0) / count
     shares = mean
@@ -138,19 +153,20 @@ def combine(votes: np.ndarray, seen: np.ndarray, vote: str, tie: int | None) -> 
 
 @dataclass(frozen=True)
 class _Judged:
-    """What runs that read the same caches say: (runs, n, C) of the n rows of `rows` that aren't left out."""
+    """What runs that read the same caches say: (runs, n, C) of the n rows of `rows` that aren't left out, `kept`."""
 
     rows: Rows
+    kept: np.ndarray
     left_out: dict[str, str]
     probabilities: np.ndarray
     own_labels: list[Mapping[str, str]]  # of each run
 
 
-def _own_labels(judged: Sequence[_Judged]) -> dict[str, str]:
+def _own_labels(of_runs: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """The labels that runs were trained with in place of the caches', by id; a warning where runs differ."""
     labels: dict[str, str] = {}
     differing = set()
-    for own in (own for part in judged for own in part.own_labels):
+    for own in of_runs:
         differing |= {name for name, label in own.items() if labels.setdefault(name, label) != label}
     if differing:
         warnings.warn(
@@ -180,7 +196,9 @@ def _judge(runs: Sequence[Run], source: FeatureSource, split: str, device: torch
     for run, own in zip(runs, probabilities, strict=True):
         if not np.isfinite(own).all():
             raise UsageError(f"{run.path} gives probabilities that aren't finite; train again")
-    return _Judged(rows, left_out, probabilities, own_labels)
+    kept = np.ones(len(rows.ids), bool)
+    kept[rows.ids.positions(list(left_out))] = False
+    return _Judged(rows, np.flatnonzero(kept), left_out, probabilities, own_labels)
 
 
 def _caches_of(run: Run, folder: Path | None) -> FeatureSource:
@@ -202,13 +220,13 @@ def _same_rows(split: str, of_folder: Mapping[Path, Rows]) -> Rows:
     """The rows that every folder holds, in the first one's order. Raises `UsageError` for folders of different data."""
     (first, rows), *others = of_folder.items()
     for folder, other in others:
-        common = len(set(rows.ids) & set(other.ids))
+        at = other.ids.positions(rows.ids)
+        common = int((at >= 0).sum())
         found = f"{len(rows.ids)} and {len(other.ids)} rows, {common} in common"
         if common == len(rows.ids) == len(other.ids):
-            at = _positions(rows.ids, other.ids)
-            pairs: list[tuple[np.ndarray, np.ndarray, int | str]] = [(rows.image_hash, other.image_hash[at], 0)]
-            pairs += [(np.array(rows.tags, object), np.array(other.tags, object)[at], "")]
-            pictures, labels = (int(((a != b) & (a != no) & (b != no)).sum()) for a, b, no in pairs)
+            own, theirs = rows.image_hash, other.image_hash[at]
+            pictures = int(((own != theirs) & (own != 0) & (theirs != 0)).sum())
+            labels = int(differing_labels(rows.tags, other.tags[at]).sum())
             if not pictures and not labels:
                 continue
             found = f"the same ids, but {pictures} other pictures and {labels} other labels"
@@ -217,13 +235,6 @@ def _same_rows(split: str, of_folder: Mapping[Path, Rows]) -> Rows:
             "rows; name one folder that has the caches of all runs with `feats`"
         )
     return rows
-
-
-def _positions(ids: list[str], of: list[str]) -> np.ndarray | slice:
-    if ids == of:
-        return slice(None)
-    position = {name: row for row, name in enumerate(of)}
-    return np.fromiter((position[i] for i in ids), np.int64, len(ids))
 
 
 def _read_ahead(blocks: Iterator[FeatureSet]) -> Iterator[FeatureSet]:
@@ -322,11 +333,10 @@ def figures_of(predictions: Predictions, majority: str) -> dict[str, Any]:
 
     Raises `UsageError` for labels that are no class of the runs."""
     classes = predictions.classes
-    number = {"": -1} | {name: k for k, name in enumerate(classes)}
-    foreign = sorted(set(predictions.rows.tags) - number.keys())
+    foreign = sorted(set(predictions.rows.tags.counts()) - {"", *classes})
     if foreign:
         raise UsageError(f"labels {', '.join(foreign)} in the {predictions.split} data; expected {', '.join(classes)}")
-    labels = np.array([number[tag] for tag in predictions.rows.tags], np.int64)
+    labels = predictions.rows.tags.numbers(classes)
     known = labels >= 0
     probabilities, predicted = predictions.probabilities[known], predictions.predicted[known]
     other = np.flatnonzero(probabilities.argmax(1) != predicted)  # ties of votes; metrics.figures takes the first
@@ -344,5 +354,8 @@ def figures_table(figures: dict[str, Any], predictions: Predictions) -> str:
 
 def known_rows(runs: Sequence[Run], predictions: Predictions) -> int:
     """How many labelled rows a run was trained on, or chosen by, judging by their ids."""
-    known = {i for run in runs for split in run.splits for i in (*split.train, *split.val)}
-    return sum(i in known for i, tag in zip(predictions.rows.ids, predictions.rows.tags, strict=True) if tag)
+    known = np.zeros(len(predictions), bool)
+    for ids in (ids for run in runs for split in run.splits for ids in (split.train, split.val)):
+        rows = predictions.rows.ids.positions(ids)
+        known[rows[rows >= 0]] = True
+    return int((known & predictions.rows.tags.known).sum())

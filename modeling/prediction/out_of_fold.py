@@ -3,7 +3,7 @@ spoiling the figures on validation and test rows."""
 
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,19 +58,20 @@ def unseen_folds(ids: Sequence[str], k: int, experiment: Experiment, val_ratio: 
             for fold in experiment.folds_of(ids, k)
         ]
     except UsageError:
-        tags = experiment.features.tags_of(ids)
-        if len(set(tags)) < 2:
+        counts = experiment.features.tags_of(ids).counts()
+        if len(counts) < 2:
             raise
         raise UsageError(
             f"with `folds` {k} some class isn't left both to learn from and to validate by, a fold's own rows "
-            f"aside; give more `folds`, or leave the rarest class, {min(tags, key=tags.count)!r}, out and train again"
+            f"aside; give more `folds`, or leave the rarest class, {min(counts, key=counts.__getitem__)!r}, out and "
+            "train again"
         ) from None
 
 
 def inner_split(ids: Sequence[str], experiment: Experiment, val_ratio: float) -> Split:
     """A training and a validation part of `ids`: `val_ratio` of them, or more where that can't hold every class."""
     tags = experiment.features.tags_of(ids)
-    ratio = max(val_ratio, len(set(tags)) / len(tags))
+    ratio = max(val_ratio, len(tags.counts()) / len(tags))
     try:
         return deal_split(ids, tags, ratio, seed=0, groups=experiment.groups(ids))
     except UsageError:  # duplicates may all fall into the larger part; folds are of one size
@@ -123,7 +124,8 @@ def of_folds(runs: Sequence[Run], experiment: Experiment, ids: Sequence[str]) ->
 def of_held_out(runs: Sequence[Run], experiment: Experiment, ids: Sequence[str]) -> np.ndarray:
     """Probabilities (len(ids), C) of rows in no part of the splits of `runs`: their mean. A row with a duplicate among
     the rows of these splits is predicted by those only that have it in their test part."""
-    groups, features = experiment.group_of or {}, experiment.features
+    groups: Mapping[str, int] = experiment.group_of or {}
+    features = experiment.features
     mean = np.mean([run.probabilities(features, features.positions(ids)) for run in runs], axis=0)
     for run in runs:
         tested = {groups[name] for split in run.splits for name in split.test if name in groups}

@@ -26,6 +26,7 @@ from feats.extraction.preparation import Images, Texts, prepare_texts
 from feats.images import as_rgb, decode_image, read_image
 from feats.records import Record
 from feats.source import SIDES
+from feats.strings import Labels, Strings
 from modeling.features.joined import FeatureSet, Ragged, Rows
 from modeling.prediction.cached import TIE, VoteSettings, combine
 from modeling.prediction.raw_pairs import SPLIT, as_trained, encoder_for, wanted_caches
@@ -298,7 +299,8 @@ def _features(run: Run, arrays: Mapping[str, Arrays], count: int) -> FeatureSet:
     def of(dataset: str, names: Sequence[str]) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(arrays[name][dataset]) for name in names if dataset in arrays[name]}
 
-    rows = Rows([str(k) for k in range(count)], [""] * count, np.zeros(count, np.uint64), np.zeros(count, np.uint64))
+    unknown = np.zeros(count, np.uint64)
+    rows = Rows(Strings.of(map(str, range(count))), Labels.of([""] * count), unknown, unknown)
     image, text = (run.source.of(side) if run.source.tokens else () for side in SIDES)
     return FeatureSet(
         split=SPLIT,

@@ -31,6 +31,7 @@ from feats.config_file import OPTIONS
 from feats.csv_files import read_csv, read_table, write_csv, write_table
 from feats.errors import UsageError, first_line
 from feats.source import SIDES
+from feats.strings import BLOCK
 from modeling.features.corrections import corrections_digest, load_corrections, save_corrections
 from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSource
@@ -254,8 +255,16 @@ def prediction_rows(
 ) -> Iterator[list[str]]:
     """The lines of `write_predictions`, the header first."""
     yield [*PREDICTION_COLUMNS, *(f"p_{name}" for name in classes)]
-    for name, tag, row in zip(ids, tags, probabilities, strict=True):
-        yield [name, tag, classes[int(row.argmax())], *(f"{p:.6f}" for p in row)]
+    shown = zip(ids, tags, _predicted(probabilities, classes), strict=True)
+    for name, tag, predicted in shown:
+        yield [name, tag, *predicted]
+
+
+def _predicted(probabilities: np.ndarray, classes: Sequence[str]) -> Iterator[list[str]]:
+    for low in range(0, len(probabilities), BLOCK):
+        block = probabilities[low : low + BLOCK]
+        for best, row in zip(block.argmax(1).tolist(), block.tolist(), strict=True):
+            yield [classes[best], *map("%.6f".__mod__, row)]
 
 
 def read_predictions(path: Path) -> tuple[list[str], list[str], np.ndarray]:

@@ -99,8 +99,8 @@ class FoldTest:
     """What the members of one fold (from 1) said of its own test part."""
 
     fold: int
-    ids: list[str]
-    tags: list[str]
+    ids: Sequence[str]
+    tags: Sequence[str]
     probabilities: np.ndarray  # (N, C), calibrated
 
 
@@ -110,12 +110,12 @@ class Report:
     test part, where the split has one, in `test`: ids, tags and probabilities; where several splits have one, of each
     in `test_folds`. `batches` has a row for each training batch, where these were asked for."""
 
-    ids: list[str]
-    tags: list[str]
+    ids: Sequence[str]
+    tags: Sequence[str]
     probabilities: np.ndarray  # (N, C), calibrated
     figures: dict[str, Any]  # what goes into metrics.json
     history: list[dict[str, Any]]
-    test: tuple[list[str], list[str], np.ndarray] | None = None
+    test: tuple[Sequence[str], Sequence[str], np.ndarray] | None = None
     test_folds: list[FoldTest] = field(default_factory=list)
     batches: list[dict[str, Any]] = field(default_factory=list)
 

@@ -49,7 +49,7 @@ class Candidate:
         return self.config.head.head, " + ".join(named)
 
 
-def searches(experiment: Experiment) -> list[list[str]]:
+def searches(experiment: Experiment) -> list[Sequence[str]]:
     """The training ids of each search: of every split, and after folds of all of them together, with what they
     validate."""
     splits = experiment.splits

@@ -121,10 +121,9 @@ def curve_splits(
     [whole] = experiment.splits
     tags = experiment.features.tags_of(whole.train)
     wanted = sorted({*shares, 1.0})
-    parts = [
-        nested_parts(whole.train, tags, experiment.groups(whole.train), wanted, f"{seed}/{draw}")
-        for draw in range(draws)
-    ]
+    groups = experiment.groups(whole.train)
+    numbers = None if groups is None else groups.tolist()
+    parts = [nested_parts(whole.train, tags, numbers, wanted, f"{seed}/{draw}") for draw in range(draws)]
     fits = [s for s in range(len(wanted)) if wanted[s] == 1 or all(_enough(of[s], tags, experiment) for of in parts)]
     splits = [[Split(of[s], whole.val, how={**whole.how, "share": wanted[s]}) for s in fits] for of in parts]
     return [wanted[s] for s in fits], splits

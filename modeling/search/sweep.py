@@ -66,7 +66,7 @@ def name_of(config: TrainConfig, data: str) -> str:
 
 
 def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=list).encode()).hexdigest()
 
 
 # -- what a folder holds already --------------------------------------------------------------------------------

@@ -76,19 +76,23 @@ def train_stack(
     history: list[list[dict[str, Any]]] = [[] for _ in configs]
     for epoch in range(1, first.ep + 1):
         head.train()
-        losses, outputs, targets = [], [], []
+        # Made at once: small tensors kept from every batch would sit in the gaps that its activations leave, and memory
+        # grow by those.
+        losses = torch.empty(batches.steps, len(configs), device=device)
+        outputs = torch.empty(len(configs), batches.n_rows, n_classes, device=device)
+        targets = torch.empty(len(configs), batches.n_rows, dtype=torch.int64, device=device)
         with closing(batches.epoch()) as epoch_batches:
-            for drawn in epoch_batches:
+            for number, drawn in enumerate(epoch_batches):
                 threads.begin_step()
                 optimizer.begin_step()
                 loss, logits, labels = step(*drawn)
-                losses.append(loss * labels.shape[1])
-                outputs.append(logits)
-                targets.append(labels)
+                place = slice(number * first.bs, number * first.bs + labels.shape[1])
+                losses[number] = loss * labels.shape[1]
+                outputs[:, place], targets[:, place] = logits, labels
                 threads.end_step()
         val_logits = batches.validate(head)
-        figures = {"train_loss": torch.stack(losses).sum(0).cpu().numpy() / batches.n_rows}
-        figures |= averages_of(confusions(torch.cat(outputs, 1), torch.cat(targets, 1)), "train_")
+        figures = {"train_loss": losses.sum(0).cpu().numpy() / batches.n_rows}
+        figures |= averages_of(confusions(outputs, targets), "train_")
         figures |= validation_figures(val_logits, problem.labels[problem.val], problem.classes)
         figures |= {name: values.cpu().numpy() for name, values in head.scalars().items()}
         for m, config in enumerate(configs):
@@ -107,8 +111,9 @@ def train_stack(
         training = [m for m in range(len(configs)) if not best.stopped[m]]
         better = best.update(epoch, figures, head, val_logits)
         if told is not None:
-            sizes = torch.tensor([logits.shape[1] for logits in outputs])
-            of_batches = torch.stack(losses).cpu() / sizes[:, None]
+            sizes = torch.full((batches.steps,), first.bs)
+            sizes[-1] = batches.n_rows - (batches.steps - 1) * first.bs
+            of_batches = losses.cpu() / sizes[:, None]
             for m in training:
                 told(Epoch(configs[m], history[m][-1], m in better, of_batches[:, m].tolist()))
         progress(len(configs))
