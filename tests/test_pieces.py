@@ -643,15 +643,3 @@ def arguments(*words):
 def test_urls_stay_whole_and_paths_stay_paths(tmp_path):
     assert arguments("--data", "s3://bucket/a//b").data == "s3://bucket/a//b"
     assert arguments("--data", tmp_path).data == tmp_path and arguments().data == Path("data")
-    streams = {"s3://b": True, str(tmp_path): False, str(tmp_path / "a-{0..1}.tar"): True}
-    assert {data: cli._streams(arguments("--data", data)) for data in streams} == streams
-    assert cli._streams(arguments("--data", tmp_path, "--stream"))
-
-
-def test_the_chosen_splits_and_rows_of_a_stream(tmp_path):
-    shards(tmp_path)
-    pieces = cli._pieces(arguments("--data", tmp_path, "--stream", "--splits", "train", "--limit", 3), 10)
-    assert {split: [r.id for r in joined(p)] for split, p in pieces.items()} == {"train": ["1a", "1b", "2a"]}
-    assert list(cli._pieces(arguments("--data", tmp_path, "--stream"), 10)) == ["test", "train"]
-    with pytest.raises(UsageError, match="no split val in the data; it has test, train"):
-        cli._pieces(arguments("--data", tmp_path, "--stream", "--splits", "val"), 10)
