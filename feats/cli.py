@@ -335,9 +335,9 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
     ray.add_argument(
         "--ray-workers", type=positive, metavar="N", help="(default: as many as the cluster has room for now)"
     )
-    ray.add_argument("--gpus-per-worker", type=amount, default=0, metavar="G", help="0.5: two share one")
+    ray.add_argument("--gpus-per-worker", type=amount, default=0.0, metavar="G", help="0.5: two share one")
     ray.add_argument(
-        "--cpus-per-worker", type=amount, default=1, metavar="C", help="the thread of the encoder included"
+        "--cpus-per-worker", type=amount, default=1.0, metavar="C", help="the thread of the encoder included"
     )
     shared.add_argument("--no-join", action="store_true", help="leave the parts as they are: merge_feats.py joins them")
     parser.fill_in(partial(_of_encoder, name))

@@ -531,7 +531,8 @@ def test_an_archive_s_code_never_runs_in_inference(hostile, tmp_path: Path, caps
     folders = ["--feats", str(tmp_path / "feats"), "--runs", str(tmp_path / "runs"), "--device", "cpu"]
     assert train_head.main(["--vtype", "clip", "--ep", "1", "--D", "4", *folders]) == 0
     capsys.readouterr()
-    pair = ["--text", "a", "--image", str(tmp_path / "none.jpg"), "--weights", f"clip={archive}"]
+    (tmp_path / "some.jpg").write_bytes(b"")
+    pair = ["--text", "a", "--image", str(tmp_path / "some.jpg"), "--weights", f"clip={archive}"]
     assert inference_head.main([*pair, *folders]) == 2
     assert f"{archive} isn't the file asked for (weights_sha256" in capsys.readouterr().err
     assert not written.exists()

@@ -15,7 +15,7 @@ from conftest import ENVIRONMENT, ROOT, content, trained_with
 from test_house import SCRIPTS, dotted
 
 from feats import minilm_extract_feats, vader_extract_feats
-from feats.cli import ScriptParser
+from feats.cli import ScriptParser, data_place
 from modeling import finetune, inference_head, sweep_heads, train_head
 from modeling.experiment import fit_head
 from modeling.features.joined import load_features
@@ -40,9 +40,11 @@ def example(action: Any) -> Any:
         return "true", True
     choices = list(action.choices or ())
     kind = action.type or str
-    value = choices[-1] if choices else {int: 7, float: 0.25, Path: "some/where", str: "a b=\"ü'"}.get(kind, 3)
+    paths = (Path, data_place)
+    value = choices[-1] if choices else {int: 7, float: 0.25, str: "a b=\"ü'"}.get(kind, 3)
+    value = "some/where" if kind in paths else value
     text = json.dumps(value, ensure_ascii=False)
-    value = Path(value) if kind is Path else value
+    value = Path(value) if kind in paths else value
     return (f"[{text}, {text}]", [value, value]) if action.nargs in ("+", "*") else (text, value)
 
 

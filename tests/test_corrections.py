@@ -166,10 +166,14 @@ def test_folds_and_the_search_keep_them(root: Path):
 def test_a_sweep_tells_runs_with_corrections_from_others(root: Path, capsys: pytest.CaptureFixture):
     grid = [*folders(root), "--head", "kernel", "--gamma", "1", "--ridge", "1"]
     assert sweep_heads.main(grid) == 0
+    capsys.readouterr()
+    assert sweep_heads.main([*grid, *given(root)]) == 2
+    assert "belong into one table; give another --name" in capsys.readouterr().err
+    grid += ["--name", "corrected"]
     assert sweep_heads.main([*grid, *given(root)]) == 0
     out = capsys.readouterr().out
     assert "1 trainings, 1 of them finished before" not in out and "Of the labels, 5 labels corrected" in out
-    assert "5 labels corrected" in (root / "runs" / "sweep" / "table.md").read_text()
+    assert "5 labels corrected" in (root / "runs" / "corrected" / "table.md").read_text()
     assert sweep_heads.main([*grid, *given(root)]) == 0
     assert "1 trainings, 1 of them finished before" in capsys.readouterr().out
 

@@ -136,7 +136,7 @@ class Preprocessing:
         caches, scales, kinds = _checked(features, norms, scales)
         normalizers = {}
         for key, kind in kinds.items():
-            of, name = key.split("/")
+            of, name = key.split("/", 1)
             x = getattr(features, of)[name]
             if of in SIDES:
                 normalizers[key] = Normalizer.fit(kind, x, rows)
@@ -159,7 +159,7 @@ class Preprocessing:
         moments = {key: Moments() for key, kind in kinds.items() if Normalizer.has_statistics(kind)}
         for block in blocks() if moments else ():
             for key, of_key in moments.items():
-                kind, name = key.split("/")
+                kind, name = key.split("/", 1)
                 x = getattr(block, kind)[name]
                 of_key.add(x.values if isinstance(x, Ragged) else x.reshape(-1, x.shape[-1]))
         return cls(
