@@ -159,7 +159,7 @@ class Tables:
         seeds = sorted({row["seeds"] for row in self.rows if "run" in row})
         own = ["seeds"] if len(seeds) > 1 else []
         rows = [{"#": f"{rank:>2}" if "run" in row else "", **row} for rank, row in enumerate(self.rows[:SHOWN], 1)]
-        columns = ["#", *self.columns[:k], *own, self.by, *self.columns[tests:]]
+        columns = ["#", *self.columns[:k], *own, self.by, *(name for name in self.columns[tests:] if name != "gain")]
         each = "" if own else f", {seeds[0]} seeds each" if seeds[0] > 1 else ", one seed each"
         title = f"validation rows, best {self.by} first{each}; all figures in table.csv"
         parts = [f"{title}\n\n{metrics.format_table(rows, columns)}"]
