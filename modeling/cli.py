@@ -212,6 +212,7 @@ def add_training_options(parser: ScriptParser, grid: bool = False) -> None:
     add("D", "width of the common space or hidden layer", type=int, **several)
     add("dropout", "(default: the head's own)", type=float, **several)
     words = ", ".join(f"{number} {ablation_words(sides)}" for number, sides in enumerate(ABLATIONS))
+    words += f"; or {', '.join(MODALITIES)}"
     add("ablation", words, type=modality, choices=range(len(ABLATIONS)), **several)
     for name, (text, keywords) in HEAD_OPTIONS.items():
         add(name, text, **keywords, **several)
@@ -415,21 +416,16 @@ def print_recipe(args: Namespace, heads: Sequence[str]) -> None:
     trained = [head for head in heads if not head_class(head).closed_form()]
     typed = vars(args)
     if trained and args.recipe in END_TO_END and not {"lr", "ep"} <= typed.keys():
-        print(
-            f"note: rate and epochs of --recipe {args.recipe} belong to end-to-end tuning: heads on cached features "
-            f"hardly leave the majority class with them; --recipe {cached_recipe(args.recipe)} has those for such heads",
-            file=sys.stderr,
+        print_note(
+            f"rate and epochs of --recipe {args.recipe} belong to end-to-end tuning: heads on cached features "
+            f"hardly leave the majority class with them; --recipe {cached_recipe(args.recipe)} has those for such heads"
         )
     if args.recipe in OF_FIXED_FOLDS and not args.split_file:
-        print(
-            f"note: --recipe {args.recipe} belongs to fixed folds, with --split-file; this is another split",
-            file=sys.stderr,
-        )
+        print_note(f"--recipe {args.recipe} belongs to fixed folds, with --split-file; this is another split")
     used = {own_recipe(head) if args.recipe == OWN else args.recipe or "" for head in trained}
     low = {RECIPES[name]["precision"] for name in used if "precision" in RECIPES.get(name, {})}
     if low and "precision" not in typed and resolve_device(args.device).type == "cpu":
-        line = f"note: {', '.join(low)} of --recipe {args.recipe} is for a GPU, here it is {TrainConfig.precision}"
-        print(line, file=sys.stderr)
+        print_note(f"{', '.join(low)} of --recipe {args.recipe} is for a GPU, here it is {TrainConfig.precision}")
 
 
 def _training_settings(args: Namespace) -> dict[str, Any]:
@@ -616,7 +612,7 @@ def print_unread(args: Namespace, heads: Sequence[str], besides: Sequence[str] =
     idle = [option for option in unread(args, heads) if option not in besides]
     if idle:
         do = "does" if len(idle) == 1 else "do"
-        print(f"note: {', '.join(idle)} {do} nothing for {', '.join(dict.fromkeys(heads))}", file=sys.stderr)
+        print_note(f"{', '.join(idle)} {do} nothing for {', '.join(dict.fromkeys(heads))}")
 
 
 def _typed(name: str) -> str:
@@ -699,10 +695,16 @@ def say(line: str) -> None:
     tqdm.write(line)
 
 
-def print_lines(lines: Iterable[str]) -> None:
-    """Print what libraries have to say, notes to stderr."""
+def print_note(text: str) -> None:
+    """Say something that is no result, and no warning."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def print_lines(lines: Iterable[str], quiet: bool = False) -> None:
+    """Print what libraries have to say, notes to stderr; nothing if `quiet`."""
     for line in lines:
-        print(as_typed(line, OPTION_OF), file=sys.stderr if line.startswith("note:") else sys.stdout)
+        if not quiet:
+            print(as_typed(line, OPTION_OF), file=sys.stderr if line.startswith("note:") else sys.stdout)
 
 
 @interruptible(signal.SIGINT)

@@ -70,7 +70,7 @@ def compare(args: Namespace, command: str) -> int:
 
 def compare_on(experiment: Experiment, args: Namespace, grid: cli.Grid, searched: Sequence[str], command: str) -> int:
     """As `compare`, on joined caches; `searched` are the settings to choose on one head."""
-    cli.print_lines(experiment.notes)
+    cli.print_lines(experiment.notes, args.quiet)
     folder = args.runs / (args.name or NAME)
     data = sweep.data_digest(experiment)
     earlier = sweep.read_earlier(folder, experiment, data)
@@ -107,7 +107,7 @@ def train(
     configs = [c for config in points for c in with_seeds(config, args.seeds or 1)]
     names = [sweep.name_of(config, data) for config in configs]
     waiting = [i for i, name in enumerate(names) if not is_whole(folder / name)]
-    print(f"{len(configs)} trainings, {len(configs) - len(waiting)} of them finished before")
+    cli.print_lines([f"{len(configs)} trainings, {len(configs) - len(waiting)} of them finished before"], args.quiet)
     failed: dict[int, str] = {}
     missing = [configs[i] for i in waiting]
     bar = cli.training_bar(missing, experiment)
@@ -199,7 +199,7 @@ def search(args: Namespace, command: str) -> int:
 def search_on(experiment: Experiment, args: Namespace, grid: cli.Grid, command: str) -> int:
     """As `search`, on joined caches."""
     named = "head" in vars(args)
-    cli.print_lines(experiment.notes)
+    cli.print_lines(experiment.notes, args.quiet)
     if len(experiment.splits) > 1 and any(split.test for split in experiment.splits):
         raise UsageError(
             "--auto with folds that have test parts: it searches all rows in the end, those among them; leave the test "

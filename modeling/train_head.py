@@ -70,7 +70,7 @@ def work(args: Namespace, command: str) -> int:
 
 def train(args: Namespace, command: str, grid: cli.Grid, experiment: Experiment) -> int:
     """Train the one configuration of the grid, show its figures, save it; returns the exit status."""
-    cli.print_lines(experiment.notes)
+    cli.print_lines(experiment.notes, args.quiet)
     [config] = grid.configs(experiment.classes)
     configs = with_seeds(on_features(config, experiment.features), args.seeds or 1)
     absent_of = None
@@ -87,7 +87,7 @@ def train(args: Namespace, command: str, grid: cli.Grid, experiment: Experiment)
     cost = cost_line(trained.cost)
     trained = replace(trained, report=replace(trained.report, batches=in_order(batches)))
     if not args.verbose:
-        print("".join(f"{line}\n" for line in epochs_shown(trained)), end="")
+        cli.print_lines(epochs_shown(trained), args.quiet)
     print(f"{head_line(trained)}\n{cost}")
     print(report_tables(trained))
     if absent_of is not None:
