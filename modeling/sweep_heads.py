@@ -11,7 +11,7 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.cli import EXIT_DONE, as_typed
+from feats.cli import EXIT_DONE
 from feats.errors import UsageError
 from modeling import cli
 from modeling.evaluation.metrics import format_table
@@ -89,7 +89,7 @@ def compare_on(experiment: Experiment, args: Namespace, grid: cli.Grid, searched
     tables = sweep.compare(folder, list(names), list(names.values()), experiment, grid.monitor, diverged)
     notes = dict.fromkeys(filter(None, [tables.notes, *earlier.notes, chosen]))
     tables = replace(tables, notes="\n".join(notes))
-    print(as_typed(tables.text, cli.OPTION_OF))
+    cli.print_lines(tables.text.splitlines())
     tables.write(folder)
     best = folder / tables.best
     sweep.write_diverged(folder, {config: diverged[name] for config, name in names.items() if name in diverged})

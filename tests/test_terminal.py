@@ -16,10 +16,8 @@ from feats import inspect_feats, terminal
 from modeling import (
     audit_labels,
     bad_cases,
-    compare_runs,
     inference_head,
     learning_curve,
-    list_runs,
     reproduce,
     sweep_heads,
     train_head,
@@ -27,6 +25,8 @@ from modeling import (
 from modeling.evaluation.metrics import confusion_text, format_table
 from modeling.runs.folder import newest_run
 
+# Beside these scripts the package has functions of their names.
+compare_runs, list_runs = map(importlib.import_module, ("modeling.compare_runs", "modeling.list_runs"))
 RULE = re.compile(r"^---+(  ---+)*$", re.M)
 SIDES = ["--vtype", "pixels", "--ttype", "vader"]
 SHORT = [*SIDES, "--val-ratio", "0.25", "--ep", "2", "--D", "8", "--device", "cpu"]
@@ -135,7 +135,7 @@ SHOWN = {
     "list_runs": (list_runs, ["--runs", "runs"]),
     "reproduce": (
         reproduce,
-        [*FOLDERS[:-2], *SIDES, "--device", "cpu", "--seeds", "1", "--runs", "other", "A", "--rows", "text"],
+        [*FOLDERS[:-2], *SIDES, "--device", "cpu", "--seeds", "1", "--runs", "other", "E-ablation"],
     ),
     "inspect_feats": (inspect_feats, ["feats/vader_train.h5"]),
 }
@@ -220,7 +220,7 @@ def test_quiet_leaves_results_and_errors(at_course: Path, capsys: pytest.Capture
     noted = [*FOLDERS, *SHORT, "--head", "linear", "--runs", "other"]
     assert train_head.main(noted) == 0
     usual = capsys.readouterr()
-    assert "note: --D, --ep do nothing for linear" in usual.err and "\nleaks:" in usual.out
+    assert "note: --ep, --D do nothing for linear" in usual.err and "\nleaks:" in usual.out
     assert train_head.main([*noted, "--quiet"]) == 0
     quiet = capsys.readouterr()
     assert not quiet.err and "leaks:" not in quiet.out and "macro_f1" in quiet.out and " -> other/" in quiet.out

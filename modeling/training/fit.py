@@ -30,9 +30,9 @@ def fit(
     """Train every configuration on one problem; results in the order of `configs`.
 
     `progress` is told epochs as they are done (as `Epochs`, which say whose), `n_epochs(configs)` in all, `told` what
-    each came to, as it ends (None: that saves the trouble); heads in closed form have none. A diverging training ends alone: see
-    `Trained.failure`. Raises `UsageError` for features that lack what a head needs and unknown classes in class
-    weights.
+    each came to, as it ends (None: that saves the trouble); heads in closed form have none. A diverging training ends
+    alone: see `Trained.failure`. Raises `UsageError` for features that lack what a head needs and unknown classes in
+    class weights.
     """
     results: dict[int, Trained] = {}
     for members in stacks(configs, problem):
