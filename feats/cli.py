@@ -394,11 +394,24 @@ def run(name: str, parser: ArgumentParser, argv: Sequence[str] | None = None) ->
 def guarded(work: Callable[[], int], interrupted: str) -> int:
     """Run a script's work and show what libraries say. Unusable input, and a machine too small, end with one line and
     status 2, an interruption with `interrupted` and 130."""
+    return shown(partial(_guarded, work, interrupted))
+
+
+def shown(work: Callable[[], int]) -> int:
+    """Run it while stdout and stderr show what the options of messages say."""
+    try:
+        with showing():
+            return work()
+    except UsageError as error:  # of the log file
+        print(f"error: {as_typed(error)}", file=sys.stderr)
+        return EXIT_UNUSABLE
+
+
+def _guarded(work: Callable[[], int], interrupted: str) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = show_warning()
         try:
-            with showing():
-                return work()
+            return work()
         except UsageError as error:
             print(f"error: {as_typed(error)}", file=sys.stderr)
             return EXIT_UNUSABLE

@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
+from feats.errors import UsageError
+
 PROJECT = "multimodal-feature-probe"
 LIBRARIES = ("torch", "torchvision", "transformers", "numpy", "h5py", "scikit-learn")
 PERIOD = 30.0  # seconds between two lines of progress where there is no terminal
@@ -39,13 +41,13 @@ def ask(asked: Asked) -> None:
 
 @contextmanager
 def showing() -> Iterator[None]:
-    """While the block runs, stdout and stderr show what `ask` was told. Raises `OSError` for a log file that can't be
+    """While the block runs, stdout and stderr show what `ask` was told. Raises `UsageError` for a log file that can't be
     written."""
     if _asked == Asked():
         yield
         return
     with ExitStack() as stack:
-        log = stack.enter_context(_asked.log.open("a", encoding="utf-8")) if _asked.log else None
+        log = stack.enter_context(_opened(_asked.log)) if _asked.log else None
         streams = _Stream(sys.stdout, log), _Stream(sys.stderr, log, errors_only=_asked.quiet)
         stack.enter_context(redirect_stdout(streams[0]))  # type: ignore[type-var]
         stack.enter_context(redirect_stderr(streams[1]))  # type: ignore[type-var]
@@ -54,6 +56,13 @@ def showing() -> Iterator[None]:
         finally:
             for stream in streams:
                 stream.end()
+
+
+def _opened(path: Path) -> TextIO:
+    try:
+        return path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"`log_file` {path} can't be written ({error.strerror}); give another file") from None
 
 
 class _Stream:

@@ -26,10 +26,11 @@ from feats.cli import (
     positive,
     refuse_without_extra,
     show_warning,
+    shown,
 )
 from feats.errors import UsageError
 from feats.interrupts import interruptible
-from feats.terminal import progress, showing
+from feats.terminal import progress
 from modeling.experiment import Experiment, ExperimentSettings, epoch_weights, total_epochs
 from modeling.features.joined import DEFAULT_FOLDER, FeatureSource, cached_widths, caches_with
 from modeling.features.normalizer import NORMS
@@ -714,10 +715,14 @@ def guarded(
     """Run a script's work and show what libraries say. Unusable input ends with one line and status 2, an interruption
     with `interrupted` and 130. `named`: settings that the script knows by another name.
     `same_bits`: from the beginning as `feats.acceleration.deterministic`."""
+    return shown(partial(_guarded, work, interrupted, named, same_bits))
+
+
+def _guarded(work: Callable[[], int], interrupted: str, named: Mapping[str, str], same_bits: bool) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = show_warning(named)
         try:
-            with showing(), deterministic(same_bits):
+            with deterministic(same_bits):
                 return work()
         except (UsageError, OSError) as error:  # what can't be read or written names its file
             print(f"error: {as_typed(error, named)}", file=sys.stderr)
