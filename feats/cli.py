@@ -394,10 +394,10 @@ def run(name: str, parser: ArgumentParser, argv: Sequence[str] | None = None) ->
 def guarded(work: Callable[[], int], interrupted: str) -> int:
     """Run a script's work and show what libraries say. Unusable input, and a machine too small, end with one line and
     status 2, an interruption with `interrupted` and 130."""
-    return shown(partial(_guarded, work, interrupted))
+    return with_messages(partial(_guarded, work, interrupted))
 
 
-def shown(work: Callable[[], int]) -> int:
+def with_messages(work: Callable[[], int]) -> int:
     """Run it while stdout and stderr show what the options of messages say."""
     try:
         with showing():

@@ -41,8 +41,8 @@ def ask(asked: Asked) -> None:
 
 @contextmanager
 def showing() -> Iterator[None]:
-    """While the block runs, stdout and stderr show what `ask` was told. Raises `UsageError` for a log file that can't be
-    written."""
+    """While the block runs, stdout and stderr show what `ask` was told. Raises `UsageError` for a log file that can't
+    be written."""
     if _asked == Asked():
         yield
         return

@@ -26,7 +26,7 @@ from feats.cli import (
     positive,
     refuse_without_extra,
     show_warning,
-    shown,
+    with_messages,
 )
 from feats.errors import UsageError
 from feats.interrupts import interruptible
@@ -715,7 +715,7 @@ def guarded(
     """Run a script's work and show what libraries say. Unusable input ends with one line and status 2, an interruption
     with `interrupted` and 130. `named`: settings that the script knows by another name.
     `same_bits`: from the beginning as `feats.acceleration.deterministic`."""
-    return shown(partial(_guarded, work, interrupted, named, same_bits))
+    return with_messages(partial(_guarded, work, interrupted, named, same_bits))
 
 
 def _guarded(work: Callable[[], int], interrupted: str, named: Mapping[str, str], same_bits: bool) -> int:
