@@ -88,8 +88,8 @@ def test_caches_and_data_that_are_gone(course: Path, capsys: pytest.CaptureFixtu
         assert explain.main(typed(course, *options)) == 0
         assert "note: no sides and no neighbours without the training rows' caches" in capsys.readouterr().err
         assert explain.main(typed(course, *options, "--feats", str(moved / "feats"))) == 0
-        out = capsys.readouterr().out
-        assert "note: neighbours without their texts" in out and "nearest training rows" in out
+        out, err = capsys.readouterr()
+        assert "note: neighbours without their texts" in err and "nearest training rows" in out
     finally:
         for folder in ("set", "feats"):
             (moved / folder).rename(course / folder)
