@@ -93,7 +93,8 @@ def show_warning(named: Mapping[str, str] = {}) -> Callable[..., None]:
 
 # -- options from a file -----------------------------------------------------------------------------------------
 
-ABOUT_THE_FILE = ("help", "config", "show-config", "quiet", "log-file", "version")  # options that no file holds
+ABOUT_THE_FILE = ("help", "config", "show-config", "version")  # options that no file holds
+NOT_KEPT = (*ABOUT_THE_FILE, "quiet", "log-file")  # and those that no run records
 
 
 class ScriptParser(ArgumentParser):
@@ -222,7 +223,7 @@ class ScriptParser(ArgumentParser):
                 action.default = default
         # A positional one has no mark of being left out but that it holds nothing.
         named = [a for a in self._actions if a.dest in found and (a.option_strings or found[a.dest])]
-        return {_name(action): as_plain(found[action.dest]) for action in named if _name(action) not in ABOUT_THE_FILE}
+        return {_name(action): as_plain(found[action.dest]) for action in named if _name(action) not in NOT_KEPT}
 
     def _config_lines(self, found: Namespace) -> list[str]:
         values = dict(vars(found))
