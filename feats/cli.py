@@ -10,8 +10,8 @@ import signal
 import sys
 import warnings
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from feats.errors import UsageError
 from feats.extraction.settings import ExtractionSettings
 from feats.extras import remedy
 from feats.interrupts import interruptible
+from feats.terminal import Asked, ask, rows_progress, showing, version_line
 
 if TYPE_CHECKING:
     from feats.extraction.job import Job
@@ -92,7 +93,8 @@ def show_warning(named: Mapping[str, str] = {}) -> Callable[..., None]:
 
 # -- options from a file -----------------------------------------------------------------------------------------
 
-ABOUT_THE_FILE = ("help", "config", "show-config")  # options that no file holds
+ABOUT_THE_FILE = ("help", "config", "show-config", "version")  # options that no file holds
+NOT_KEPT = (*ABOUT_THE_FILE, "quiet", "log-file")  # and those that no run records
 
 
 class ScriptParser(ArgumentParser):
@@ -106,6 +108,10 @@ class ScriptParser(ArgumentParser):
         super().__init__(description=description, epilog=epilog, formatter_class=HelpFormatter, allow_abbrev=False)
         self.file: Path | None = None
         self.fillers: list[Callable[[Namespace], Mapping[str, Any]]] = []
+        group = self.add_argument_group("messages")
+        group.add_argument("--quiet", action="store_true", help="show results and errors only")
+        group.add_argument("--log-file", type=Path, metavar="FILE", help="also append what is shown to it, with times")
+        group.add_argument("--version", action=_ShowVersion, nargs=0, help="print versions, and end")
         group = self.add_argument_group("options from a file")
         group.add_argument(
             "--config", type=Path, metavar="FILE", help="a TOML file of options, or a run's config.json; typed ones win"
@@ -128,6 +134,8 @@ class ScriptParser(ArgumentParser):
             words = self._with_file(typed)
             found = super().parse_args(words, namespace)
             found.given = self._given(words)
+            self._refuse_two_names(typed)
+            ask(Asked(found.quiet, found.log_file))
             if found.show_config:
                 print("\n".join(self._config_lines(found)))
                 self.exit()
@@ -140,6 +148,19 @@ class ScriptParser(ArgumentParser):
         if self.file is None:
             super().error(message)
         self.exit(EXIT_UNUSABLE, f"error: {message} (options of {self.file}, and typed ones)\n")
+
+    def _refuse_two_names(self, typed: Sequence[str]) -> None:
+        """Raise `UsageError` for an option that is typed by two of its names with different values."""
+        finder = ArgumentParser(add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
+        several = [action for action in self._actions if len(_long(action)) > 1 and action.nargs != 0]
+        for action in several:
+            for name in _long(action):
+                finder.add_argument(name, dest=name, nargs=action.nargs, type=action.type or str)
+        found = vars(finder.parse_known_args(typed)[0])
+        for action in several:
+            named = {name: found[name] for name in _long(action) if name in found}
+            if any(value != next(iter(named.values())) for value in named.values()):
+                raise UsageError(f"{' and '.join(named)} are one option, given two values; give one of them")
 
     def _with_file(self, typed: list[str]) -> list[str]:
         """The words of the file's options, then the typed ones."""
@@ -178,7 +199,7 @@ class ScriptParser(ArgumentParser):
         action.nargs, action.required = "?" if action.nargs == "?" else "*", False
 
     def _words(self, action: Action, key: str, value: Any) -> list[str]:
-        option = action.option_strings[0]
+        option = f"--{_name(action)}"
         if (action.nargs == 0) != isinstance(value, bool):
             expected = "true or false" if action.nargs == 0 else "a value, not true or false"
             raise UsageError(f"{self.file}: {key} = {as_plain(value)}: expected {expected}")
@@ -202,7 +223,7 @@ class ScriptParser(ArgumentParser):
                 action.default = default
         # A positional one has no mark of being left out but that it holds nothing.
         named = [a for a in self._actions if a.dest in found and (a.option_strings or found[a.dest])]
-        return {_name(action): as_plain(found[action.dest]) for action in named if _name(action) not in ABOUT_THE_FILE}
+        return {_name(action): as_plain(found[action.dest]) for action in named if _name(action) not in NOT_KEPT}
 
     def _config_lines(self, found: Namespace) -> list[str]:
         values = dict(vars(found))
@@ -220,7 +241,18 @@ class ScriptParser(ArgumentParser):
 
 def _name(action: Action) -> str:
     """An option as a file names it."""
-    return action.option_strings[-1].lstrip("-") if action.option_strings else action.dest
+    return (_long(action) or action.option_strings)[0].lstrip("-") if action.option_strings else action.dest
+
+
+def _long(action: Action) -> list[str]:
+    """An option's names but for those of one letter, the one that records hold first."""
+    return [name for name in action.option_strings if name.startswith("--")]
+
+
+class _ShowVersion(Action):
+    def __call__(self, parser: ArgumentParser, *given: Any) -> None:
+        print(version_line())
+        parser.exit()
 
 
 def _texts(value: Any) -> list[str]:
@@ -363,6 +395,20 @@ def run(name: str, parser: ArgumentParser, argv: Sequence[str] | None = None) ->
 def guarded(work: Callable[[], int], interrupted: str) -> int:
     """Run a script's work and show what libraries say. Unusable input, and a machine too small, end with one line and
     status 2, an interruption with `interrupted` and 130."""
+    return with_messages(partial(_guarded, work, interrupted))
+
+
+def with_messages(work: Callable[[], int]) -> int:
+    """Run it while stdout and stderr show what the options of messages say."""
+    try:
+        with showing():
+            return work()
+    except UsageError as error:  # of the log file
+        print(f"error: {as_typed(error)}", file=sys.stderr)
+        return EXIT_UNUSABLE
+
+
+def _guarded(work: Callable[[], int], interrupted: str) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = show_warning()
         try:
@@ -474,25 +520,10 @@ def chosen_splits(splits: Collection[str], wanted: Sequence[str] | None) -> list
     return [split for split in splits if not wanted or split in wanted]
 
 
-@contextmanager
-def rows_bar(title: str, *, passing: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A callback that shows rows done of rows to do as a bar, from when it is first called. A `passing` bar is for
-    terminals only, and leaves nothing there."""
-    from tqdm import tqdm
-
-    bar: Any = None
-
-    def progress(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = tqdm(total=total, desc=title, unit="row", leave=not passing, disable=None if passing else False)
-        bar.update(min(done, total) - bar.n)
-
-    try:
-        yield progress
-    finally:
-        if bar is not None:
-            bar.close()
+def rows_bar(title: str, *, passing: bool = False) -> AbstractContextManager[Callable[[int, int], None]]:
+    """A callback that shows rows done of rows to do, from when it is first called. A `passing` bar leaves nothing on a
+    terminal."""
+    return rows_progress(title, stay=not passing)
 
 
 def _resources_spent(error: RuntimeError) -> str | None:

@@ -3,12 +3,12 @@ parts are missing; --verify reads all."""
 
 import signal
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from feats.cli import EXIT_DONE, EXIT_UNUSABLE, ScriptParser, as_typed
+from feats.cli import EXIT_DONE, EXIT_UNUSABLE, ScriptParser, as_typed, guarded
 from feats.errors import UsageError
 from feats.parts import PartedStore, open_cache, part_path
 from feats.store import QUARANTINED, STATUS_NAMES, CacheReader
@@ -34,6 +34,11 @@ def build_parser() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
+    return guarded(lambda: inspect_all(args), "nothing was changed")
+
+
+def inspect_all(args: Namespace) -> int:
+    """Print what is in each cache; returns the exit status."""
     sound = True
     for path in args.files:
         try:

@@ -21,7 +21,7 @@ from feats.cli import EXIT_DONE, positive
 from feats.csv_files import write_rows
 from feats.errors import UsageError
 from modeling import cli
-from modeling.evaluation.metrics import confusion_matrix, format_table
+from modeling.evaluation.metrics import confusion_matrix, confusion_text
 from modeling.experiment import experiment_of_run, total_epochs
 from modeling.prediction.out_of_fold import labelled, out_of_fold, single_split, unseen_folds
 from modeling.runs.files import check_replaceable, user_file
@@ -80,11 +80,8 @@ def export_of(run: Run, args: Namespace) -> int:
     with user_file(out, PREDICTION_COLUMNS) as file:
         write_rows(file, prediction_rows(ids, tags, probabilities[listed], run.classes))
     confusion = confusion_matrix(labels, predicted, len(run.classes))
-    rows = [
-        {"true \\ predicted": name, **dict(zip(run.classes, counts, strict=True))}
-        for name, counts in zip(run.classes, confusion.tolist(), strict=True)
-    ]
-    print(format_table(rows, ["true \\ predicted", *run.classes]))
+    print(f"confusion, {len(train_ids)} training rows, each by a head that hasn't seen it")
+    print(confusion_text(confusion.tolist(), run.classes))
     as_sure = f", {len(listed)} of them with confidence {args.min_confidence:g} or more" if args.min_confidence else ""
     print(
         f"{len(wrong)} of {len(train_ids)} training rows wrong in {len(folds)}-fold out-of-fold predictions{as_sure}, "

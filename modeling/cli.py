@@ -7,7 +7,7 @@ import signal
 import sys
 import warnings
 from argparse import SUPPRESS, Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from feats.acceleration import deterministic, resolve_device
 from feats.cli import (
@@ -27,10 +26,12 @@ from feats.cli import (
     positive,
     refuse_without_extra,
     show_warning,
+    with_messages,
 )
 from feats.errors import UsageError
 from feats.interrupts import interruptible
-from modeling.experiment import Experiment, ExperimentSettings
+from feats.terminal import progress
+from modeling.experiment import Experiment, ExperimentSettings, epoch_weights, total_epochs
 from modeling.features.joined import DEFAULT_FOLDER, FeatureSource, cached_widths, caches_with
 from modeling.features.normalizer import NORMS
 from modeling.features.splits import SplitSettings
@@ -62,6 +63,7 @@ from modeling.training.config import (
     from_flat,
     settings_read,
 )
+from modeling.training.problem import Epochs
 from modeling.training.recipes import (
     END_TO_END,
     OF_FIXED_FOLDS,
@@ -79,6 +81,8 @@ HEAD_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {  # of single heads: help
     "image_positions": ("coattention: positions added to image tokens", {"choices": IMAGE_POSITIONS}),
     "image_pooling": ("coattention: image tokens to one vector", {"choices": IMAGE_POOLINGS}),
 }
+ALIASES = {"ep": "--epochs", "bs": "--batch-size", "D": "--hidden", "ablation": "--modality"}
+MODALITIES = ("both", "text", "image")  # as ABLATIONS
 BY_METHODS = ("tune", "lora", "soup", "wise_ft")  # what methods decide there
 RUN_HELP = "a path, a name in --runs, newest, or best: by its validation figure, of those on the newest's rows"
 # Settings that the command line knows by another name.
@@ -203,13 +207,14 @@ def add_training_options(parser: ScriptParser, grid: bool = False) -> None:
     def add(name: str, text: str, **keywords: Any) -> None:
         default = defaults[name]
         shown = "" if default is None or default is False else f" (default: {default})"
-        group.add_argument(_typed(name), default=SUPPRESS, help=text + shown, **keywords)
+        group.add_argument(*option_names(name), default=SUPPRESS, help=text + shown, **keywords)
 
     add("head", f"{'all, or some' if grid else 'one'} of {', '.join(HEADS)}", **several)
     add("D", "width of the common space or hidden layer", type=int, **several)
     add("dropout", "(default: the head's own)", type=float, **several)
     words = ", ".join(f"{number} {ablation_words(sides)}" for number, sides in enumerate(ABLATIONS))
-    add("ablation", words, type=int, choices=range(len(ABLATIONS)), **several)
+    words += f"; or {', '.join(MODALITIES)}"
+    add("ablation", words, type=modality, choices=range(len(ABLATIONS)), **several)
     for name, (text, keywords) in HEAD_OPTIONS.items():
         add(name, text, **keywords, **several)
     add("optimizer", ", ".join(OPTIMIZERS), **several)
@@ -236,6 +241,19 @@ def add_training_options(parser: ScriptParser, grid: bool = False) -> None:
     parser.fill_in(training_in_use)
 
 
+def option_names(name: str) -> list[str]:
+    """A setting's option, and another name of it where there is one."""
+    return [_typed(name), *([ALIASES[name]] if name in ALIASES else [])]
+
+
+def modality(text: str) -> int:
+    """The number of an ablation, also from what it leaves: both, text, image."""
+    return MODALITIES.index(text) if text in MODALITIES else int(text)
+
+
+modality.__name__ = "modality"  # as argparse shows it
+
+
 def add_tuning_options(parser: ScriptParser, grid: bool = False) -> None:
     """Options for every field of `TuneSettings`. With `grid` those of `TUNING_GRID` take several values. Those that
     weren't typed are absent from the namespace, so that a recipe can tell them from typed ones."""
@@ -251,7 +269,7 @@ def add_tuning_options(parser: ScriptParser, grid: bool = False) -> None:
         default = defaults[name]
         shown = "" if default in (None, False, ()) else f" (default: {default})"
         several: dict[str, Any] = {"nargs": "+"} if grid and name in TUNING_GRID else {}
-        group.add_argument(_typed(name), default=SUPPRESS, help=text + shown, **several, **keywords)
+        group.add_argument(*option_names(name), default=SUPPRESS, help=text + shown, **several, **keywords)
 
     add("tune", "which weights: all, head, or last-N, the last N blocks of every encoder and the head")
     add("lora", "adapters of this rank on attention projections, in place of the encoders' weights", type=int)
@@ -399,16 +417,16 @@ def print_recipe(args: Namespace, heads: Sequence[str]) -> None:
     trained = [head for head in heads if not head_class(head).closed_form()]
     typed = vars(args)
     if trained and args.recipe in END_TO_END and not {"lr", "ep"} <= typed.keys():
-        print(
-            f"note: rate and epochs of --recipe {args.recipe} belong to end-to-end tuning: heads on cached features "
+        print_note(
+            f"rate and epochs of --recipe {args.recipe} belong to end-to-end tuning: heads on cached features "
             f"hardly leave the majority class with them; --recipe {cached_recipe(args.recipe)} has those for such heads"
         )
     if args.recipe in OF_FIXED_FOLDS and not args.split_file:
-        print(f"note: --recipe {args.recipe} belongs to fixed folds, with --split-file; this is another split")
+        print_note(f"--recipe {args.recipe} belongs to fixed folds, with --split-file; this is another split")
     used = {own_recipe(head) if args.recipe == OWN else args.recipe or "" for head in trained}
     low = {RECIPES[name]["precision"] for name in used if "precision" in RECIPES.get(name, {})}
     if low and "precision" not in typed and resolve_device(args.device).type == "cpu":
-        print(f"note: {', '.join(low)} of --recipe {args.recipe} is for a GPU, here it is {TrainConfig.precision}")
+        print_note(f"{', '.join(low)} of --recipe {args.recipe} is for a GPU, here it is {TrainConfig.precision}")
 
 
 def _training_settings(args: Namespace) -> dict[str, Any]:
@@ -595,7 +613,7 @@ def print_unread(args: Namespace, heads: Sequence[str], besides: Sequence[str] =
     idle = [option for option in unread(args, heads) if option not in besides]
     if idle:
         do = "does" if len(idle) == 1 else "do"
-        print(f"note: {', '.join(idle)} {do} nothing for {', '.join(dict.fromkeys(heads))}")
+        print_note(f"{', '.join(idle)} {do} nothing for {', '.join(dict.fromkeys(heads))}")
 
 
 def _typed(name: str) -> str:
@@ -651,14 +669,43 @@ def command_line(argv: Sequence[str] | None) -> str:
 
 @contextmanager
 def progress_bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], Any]]:
-    """A bar on stderr while the block runs, and the function that moves it on by some steps."""
-    with tqdm(total=total, desc=what, unit=unit, leave=False, disable=None) as bar:
-        yield bar.update
+    """Progress on stderr while the block runs, and the function that moves it on by some steps; of epochs with the
+    head whose they are."""
+    with progress(what, total, unit) as shown:
+        yield lambda steps: shown.add(steps, now=steps.config.head.head if isinstance(steps, Epochs) else "")
+
+
+@contextmanager
+def training_bar(configs: Sequence[TrainConfig], experiment: Experiment) -> Iterator[Callable[[int], Any]]:
+    """As `progress_bar`, of the epochs of `train_all`: the time left goes by what an epoch of each head takes."""
+    takes = epoch_weights(configs, experiment)
+    weight = sum(takes[config] * total_epochs([config], experiment) for config in configs)
+
+    def add(epochs: int) -> None:
+        assert isinstance(epochs, Epochs)
+        shown.add(epochs, takes[epochs.config] * epochs, epochs.config.head.head)
+
+    with progress("train", total_epochs(configs, experiment), "epoch", weight) as shown:
+        yield add
 
 
 def say(line: str) -> None:
     """Print a line while a bar is shown, which stays whole below it."""
+    from tqdm import tqdm
+
     tqdm.write(line)
+
+
+def print_note(text: str) -> None:
+    """Say something that is no result, and no warning."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def print_lines(lines: Iterable[str], quiet: bool = False) -> None:
+    """Print what libraries have to say, notes to stderr; nothing if `quiet`."""
+    for line in lines:
+        if not quiet:
+            print(as_typed(line, OPTION_OF), file=sys.stderr if line.startswith("note:") else sys.stdout)
 
 
 @interruptible(signal.SIGINT)
@@ -668,6 +715,10 @@ def guarded(
     """Run a script's work and show what libraries say. Unusable input ends with one line and status 2, an interruption
     with `interrupted` and 130. `named`: settings that the script knows by another name.
     `same_bits`: from the beginning as `feats.acceleration.deterministic`."""
+    return with_messages(partial(_guarded, work, interrupted, named, same_bits))
+
+
+def _guarded(work: Callable[[], int], interrupted: str, named: Mapping[str, str], same_bits: bool) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = show_warning(named)
         try:

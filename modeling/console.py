@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 
+from feats.terminal import version_line
+
 NAME = "mmprobe"
 COMMANDS = {
     "quickstart": "modeling.quickstart",
@@ -40,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
+        return 0
+    if words[0] == "--version":
+        print(version_line())
         return 0
     command, *rest = words
     module = COMMANDS.get(command)

@@ -19,7 +19,7 @@ from feats.strings import Labels, Strings
 from modeling.evaluation import metrics
 from modeling.features.corrections import corrected_words, read_corrections
 from modeling.features.inputs import Preprocessing
-from modeling.features.joined import FeatureSet, FeatureSource, load_features
+from modeling.features.joined import FeatureSet, FeatureSource, cached_widths, load_features
 from modeling.features.leaks import Leaks, find_leaks
 from modeling.features.splits import (
     PARTS,
@@ -36,7 +36,7 @@ from modeling.features.stream import Stream, StreamedInputs, streams
 from modeling.heads.base import HeadConfig, head_class
 from modeling.runs.run import FoldTest, Member, Report, Run
 from modeling.training.config import TrainConfig, changed, settings_read, with_seeds
-from modeling.training.fit import n_epochs, stacks
+from modeling.training.fit import epoch_seconds, n_epochs, stacks
 from modeling.training.problem import Epoch, Problem, Trained
 from modeling.training.workers import LARGEST_COPY, run_jobs
 
@@ -442,6 +442,13 @@ def measured(device: torch.device, stream: Stream | None = None) -> Iterator[dic
 def total_epochs(configs: Sequence[TrainConfig], experiment: Experiment) -> int:
     """What `train_all` and `train_run` report in all."""
     return n_epochs(configs) * len(experiment.splits)
+
+
+def epoch_weights(configs: Sequence[TrainConfig], experiment: Experiment) -> dict[TrainConfig, float]:
+    """About how long an epoch of each takes in `train_all`, in seconds of one core: by which time left is told."""
+    widths = cached_widths(experiment.features.source, "train")
+    n_classes, rows = len(experiment.classes), len(experiment.splits[0].train)
+    return {config: epoch_seconds(config, widths, n_classes, rows) for config in configs}
 
 
 def train_all(

@@ -104,7 +104,7 @@ def check_pair(args: Namespace, run: Run) -> None:
     check_png(args.out or run.folder / OUT)
     for side, given in (("image", args.image), ("text", args.text)):
         if given is not None and not run.source.of(side):
-            print(f"note: --{side} does nothing: the run reads no {side}")
+            cli.print_note(f"--{side} does nothing: the run reads no {side}")
 
 
 def explain(args: Namespace, model: "ExplainedModel", methods: Mapping[str, str]) -> None:
@@ -143,7 +143,7 @@ def training_rows(args: Namespace, run: Run) -> "TrainingRows | None":
     except UsageError as error:
         if args.feats is not None:
             raise
-        print(f"note: no sides and no neighbours without the training rows' caches ({as_typed(error)})")
+        cli.print_note(f"no sides and no neighbours without the training rows' caches ({as_typed(error)})")
         return None
 
 
@@ -152,7 +152,7 @@ def neighbour_texts(args: Namespace, run: Run) -> dict[str, str]:
     try:
         return {record.id: record.text or "" for record in records(args, run)}
     except (UsageError, OSError) as error:
-        print(f"note: neighbours without their texts ({as_typed(error)})")
+        cli.print_note(f"neighbours without their texts ({as_typed(error)})")
         return {}
 
 

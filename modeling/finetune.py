@@ -70,12 +70,17 @@ def add_start_options(parser: ScriptParser) -> None:
     )
 
     def add(name: str, text: str, **keywords: Any) -> None:
-        new.add_argument(f"--{name.replace('_', '-')}", default=SUPPRESS, help=text, **keywords)
+        new.add_argument(*cli.option_names(name), default=SUPPRESS, help=text, **keywords)
 
     add("head", "a head of stage 2 (default: the model's, else fusion)")
     add("D", f"width of the common space or hidden layer (default: {HeadConfig.D})", type=int)
     add("dropout", "of the head, a run's too (default: its own)", type=float)
-    add("ablation", "0 both sides, 1 text only, 2 image only", type=int, choices=range(len(ABLATIONS)))
+    add(
+        "ablation",
+        "0 both sides, 1 text only, 2 image only; or both, text, image",
+        type=cli.modality,
+        choices=range(len(ABLATIONS)),
+    )
     for name in OF_HEADS:
         text, keywords = cli.HEAD_OPTIONS[name]
         add(name, text, **keywords)

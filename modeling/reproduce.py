@@ -90,9 +90,8 @@ def reproduce(
     table: Table, rows: Sequence[Row], settings: Settings, weights: dict[str, str], args: Namespace, command: str
 ) -> bool:
     """Train what isn't finished of a table, show and write it; returns whether any of its rows has figures."""
-    bar = partial(cli.progress_bar, "train", unit="epoch")
     made_by = {"command": command, "options": args.given}
-    frozen = frozen_results(table, rows, settings, made_by=made_by, say=print, bar=bar)
+    frozen = frozen_results(table, rows, settings, made_by=made_by, say=print, bar=cli.training_bar)
     tuned = tuned_results(
         table,
         rows,

@@ -11,11 +11,11 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.cli import EXIT_DONE, as_typed
+from feats.cli import EXIT_DONE
 from feats.errors import UsageError
 from modeling import cli
 from modeling.evaluation.metrics import format_table
-from modeling.experiment import Experiment, load_experiment, measured, on_features, run_of, total_epochs, train_all
+from modeling.experiment import Experiment, load_experiment, measured, on_features, run_of, train_all
 from modeling.runs.folder import is_whole, run_name, save_run
 from modeling.runs.tables import collapse_notes, cost_line, report_tables
 from modeling.search import auto, sweep
@@ -70,7 +70,7 @@ def compare(args: Namespace, command: str) -> int:
 
 def compare_on(experiment: Experiment, args: Namespace, grid: cli.Grid, searched: Sequence[str], command: str) -> int:
     """As `compare`, on joined caches; `searched` are the settings to choose on one head."""
-    print("\n".join(experiment.notes))
+    cli.print_lines(experiment.notes, args.quiet)
     folder = args.runs / (args.name or NAME)
     data = sweep.data_digest(experiment)
     earlier = sweep.read_earlier(folder, experiment, data)
@@ -89,7 +89,7 @@ def compare_on(experiment: Experiment, args: Namespace, grid: cli.Grid, searched
     tables = sweep.compare(folder, list(names), list(names.values()), experiment, grid.monitor, diverged)
     notes = dict.fromkeys(filter(None, [tables.notes, *earlier.notes, chosen]))
     tables = replace(tables, notes="\n".join(notes))
-    print(as_typed(tables.text, cli.OPTION_OF))
+    cli.print_lines(tables.text.splitlines())
     tables.write(folder)
     best = folder / tables.best
     sweep.write_diverged(folder, {config: diverged[name] for config, name in names.items() if name in diverged})
@@ -107,10 +107,10 @@ def train(
     configs = [c for config in points for c in with_seeds(config, args.seeds or 1)]
     names = [sweep.name_of(config, data) for config in configs]
     waiting = [i for i, name in enumerate(names) if not is_whole(folder / name)]
-    print(f"{len(configs)} trainings, {len(configs) - len(waiting)} of them finished before")
+    cli.print_lines([f"{len(configs)} trainings, {len(configs) - len(waiting)} of them finished before"], args.quiet)
     failed: dict[int, str] = {}
     missing = [configs[i] for i in waiting]
-    bar = cli.progress_bar("train", total_epochs(missing, experiment), "epoch")
+    bar = cli.training_bar(missing, experiment)
     with measured(experiment.device, experiment.stream) as cost, bar as progress:
         for k, outcomes in train_all(missing, experiment, progress, failed):
             run = run_of(outcomes, experiment)
@@ -199,7 +199,7 @@ def search(args: Namespace, command: str) -> int:
 def search_on(experiment: Experiment, args: Namespace, grid: cli.Grid, command: str) -> int:
     """As `search`, on joined caches."""
     named = "head" in vars(args)
-    print("\n".join(experiment.notes))
+    cli.print_lines(experiment.notes, args.quiet)
     if len(experiment.splits) > 1 and any(split.test for split in experiment.splits):
         raise UsageError(
             "--auto with folds that have test parts: it searches all rows in the end, those among them; leave the test "
@@ -222,8 +222,7 @@ def search_on(experiment: Experiment, args: Namespace, grid: cli.Grid, command: 
     print(format_table(candidates, list(dict.fromkeys(name for row in candidates for name in row))))
     print("log-loss and figures of each candidate on training rows it hadn't seen\n")
     print(report_tables(found))
-    for note in collapse_notes(found):
-        print(as_typed(note, cli.OPTION_OF))
+    cli.print_lines(collapse_notes(found))
     path = args.runs / run_name(found, label="auto")
     run = save_run(found, path, numbered=True, command=command, options=args.given)
     print(f"ensemble of {len(run.members)} heads -> {run.path}")

@@ -10,7 +10,7 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.cli import EXIT_DONE, as_typed
+from feats.cli import EXIT_DONE
 from feats.errors import UsageError
 from feats.source import SIDES
 from modeling import cli
@@ -70,7 +70,7 @@ def work(args: Namespace, command: str) -> int:
 
 def train(args: Namespace, command: str, grid: cli.Grid, experiment: Experiment) -> int:
     """Train the one configuration of the grid, show its figures, save it; returns the exit status."""
-    print("\n".join(experiment.notes))
+    cli.print_lines(experiment.notes, args.quiet)
     [config] = grid.configs(experiment.classes)
     configs = with_seeds(on_features(config, experiment.features), args.seeds or 1)
     absent_of = None
@@ -87,14 +87,13 @@ def train(args: Namespace, command: str, grid: cli.Grid, experiment: Experiment)
     cost = cost_line(trained.cost)
     trained = replace(trained, report=replace(trained.report, batches=in_order(batches)))
     if not args.verbose:
-        print("".join(f"{line}\n" for line in epochs_shown(trained)), end="")
+        cli.print_lines(epochs_shown(trained), args.quiet)
     print(f"{head_line(trained)}\n{cost}")
     print(report_tables(trained))
     if absent_of is not None:
         trained = with_ablation_eval(trained, experiment, absent_of)
         print(f"\n{ablation_tables(trained)}")
-    for note in collapse_notes(trained):
-        print(as_typed(note, cli.OPTION_OF))
+    cli.print_lines(collapse_notes(trained))
     run = save_run(trained, args.runs / run_name(trained), numbered=True, command=command, options=args.given)
     if args.tensorboard:
         write_tensorboard(run)

@@ -260,7 +260,7 @@ def test_a_new_head_is_a_class_and_a_line(
     runs = ["--runs", str(tmp_path / "runs")]
     argv = ["--vtype", "clip", "--feats", str(caches), "--head", "difference", "--ep", "2", "--D", "8", "--seeds", "2"]
     assert train_head.main([*argv, *runs]) == 0
-    assert "note: --D does nothing for difference" in capsys.readouterr().out
+    assert "note: --D does nothing for difference" in capsys.readouterr().err
     run = load_run(newest_run(tmp_path / "runs"))
     assert [type(member.head) for member in run.members] == [Difference, Difference]
     assert inference_head.main(runs) == 0

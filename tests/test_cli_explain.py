@@ -66,8 +66,8 @@ def test_a_run_of_one_side(course: Path, capsys: pytest.CaptureFixture, tmp_path
     assert train_head.main([*folders, "--ttype", "minilm", "--head", "linear", "--val-ratio", "0.25"]) == 0
     capsys.readouterr()
     assert explain.main(typed(tmp_path, *pair_options(course, 25), "--feats", str(course / "feats"))) == 0
-    out = capsys.readouterr().out
-    assert "note: --image does nothing: the run reads no image" in out and "image/" not in out
+    out, err = capsys.readouterr()
+    assert "note: --image does nothing: the run reads no image" in err and "image/" not in out
     assert explain.main(typed(tmp_path, "--text", "")) == 0
     assert "the text has no words" in capsys.readouterr().out
     assert explain.main(typed(tmp_path, "--image", "x.jpg")) == 2
@@ -86,10 +86,10 @@ def test_caches_and_data_that_are_gone(course: Path, capsys: pytest.CaptureFixtu
             *("--out", str(tmp_path / "x.png")),
         ]
         assert explain.main(typed(course, *options)) == 0
-        assert "note: no sides and no neighbours without the training rows' caches" in capsys.readouterr().out
+        assert "note: no sides and no neighbours without the training rows' caches" in capsys.readouterr().err
         assert explain.main(typed(course, *options, "--feats", str(moved / "feats"))) == 0
-        out = capsys.readouterr().out
-        assert "note: neighbours without their texts" in out and "nearest training rows" in out
+        out, err = capsys.readouterr()
+        assert "note: neighbours without their texts" in err and "nearest training rows" in out
     finally:
         for folder in ("set", "feats"):
             (moved / folder).rename(course / folder)

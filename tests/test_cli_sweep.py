@@ -100,7 +100,7 @@ def test_class_weights_stand_in_the_tables_as_they_are_typed(
     chosen = ["none", "neutral=2,positive=0.5"]
     assert sweep(feats, tmp_path, "--D", "4", "--class-weights", *chosen, *SHORT) == 0
     assert {row["class_weights"] for row in table(tmp_path / "sweep")[:-1]} == set(chosen)
-    assert " neutral=2,positive=0.5 " in capsys.readouterr().out
+    assert " neutral=2,positive=0.5 " in (tmp_path / "sweep" / "table.md").read_text(encoding="utf-8")
 
 
 def test_a_larger_grid_trains_what_is_new(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -123,8 +123,8 @@ def test_a_head_is_trained_once_whatever_varies_that_it_does_not_read(
     grid = ["--head", "linear", "fusion", "late_512", "kernel", "--D", "4", "8", "--lr", "1e-3", "1e-2"]
     grid += ["--C", "0.1", "--ridge", "0.1", "--gamma", "1", "--seeds", "2", *SHORT]
     assert sweep(feats, tmp_path, *grid, "--monitor", "macro_f1") == 0
-    out = capsys.readouterr().out
-    assert "14 trainings, 0 of them" in out and "note:" not in out  # fusion 8, late_512 4, linear and kernel 1 each
+    out, err = capsys.readouterr()
+    assert "14 trainings, 0 of them" in out and "note:" not in err  # fusion 8, late_512 4, linear and kernel 1 each
     assert len(runs_in(tmp_path / "sweep")) == 14
     rows = table(tmp_path / "sweep")[:-1]
     assert [float(r["macro_f1"]) for r in rows] == sorted((float(r["macro_f1"]) for r in rows), reverse=True)
@@ -141,8 +141,8 @@ def test_a_head_is_trained_once_whatever_varies_that_it_does_not_read(
     assert not any("_D" in r["run"] or "_lr" in r["run"] for r in rows if r["head"] in ("linear", "kernel"))
     # Another value of what isn't read is no new training; the other way round it is.
     assert sweep(feats, tmp_path, "--head", "linear", "--D", "16", "--C", "0.1", *SHORT) == 0
-    out = capsys.readouterr().out
-    assert "1 trainings, 1 of them finished before" in out and "note: --D, --ep, --bs do nothing for linear" in out
+    out, err = capsys.readouterr()
+    assert "1 trainings, 1 of them finished before" in out and "note: --D, --ep, --bs do nothing for linear" in err
     assert sweep(feats, tmp_path, "--head", "linear", "--D", "16", "--C", "0.2", *SHORT) == 0
     assert "1 trainings, 0 of them finished before" in capsys.readouterr().out
 
@@ -537,8 +537,8 @@ def test_the_markdown_holds_the_same_tables(swept: Path):
 def test_a_gain_needs_both_single_sides(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert sweep(feats, tmp_path, "--head", "linear", "--C", "0.1", "1", "--ablation", "0", "1", *SHORT) == 0
     assert {row["gain"] for row in table(tmp_path / "sweep")} == {""}
-    headers = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("head ")]
-    assert len(headers) == 3 and not any("gain" in header for header in headers)
+    headers = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("#  ", "head "))]
+    assert len(headers) == 2 and not any("gain" in header for header in headers)
 
 
 def test_heads_that_predict_one_class_are_marked_wherever_they_stand(
@@ -547,12 +547,12 @@ def test_heads_that_predict_one_class_are_marked_wherever_they_stand(
     """A logistic regression that its penalty keeps at the class shares, beside one that learns."""
     command = ["--head", "linear", "--C", "1e-9", "1", "--ablation", "0", "1", "2", *SHORT]
     assert sweep(feats, tmp_path, *command) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     *rows, _ = table(tmp_path / "sweep")
     assert {(row["C"], row["collapsed"]) for row in rows} == {("1e-09", "always positive"), ("1.0", "")}
-    headers = [line.split() for line in out.splitlines() if line.startswith("head ")]
-    assert [header[:3] for header in headers[:2]] == [["head", "collapsed", "ablation"]] * 2
-    assert "note: 3 of 6 configurations have heads that predict one class for every validation row: no result" in out
+    headers = [line.split() for line in out.splitlines() if line.startswith("#  ")]
+    assert headers[0][:4] == ["#", "head", "collapsed", "ablation"]
+    assert "note: 3 of 6 configurations have heads that predict one class for every validation row: no result" in err
     capsys.readouterr()
     assert sweep(feats, tmp_path, "--name", "lost", "--head", "linear", *command[2:], "--C", "1e-9") == 0
     pivot = capsys.readouterr().out.split("by ablation, accuracy\n")[1].split("\n\n")[0]
@@ -720,7 +720,7 @@ def test_optional_tokens_of_several_caches_are_left_aside(tmp_path: Path, capsys
         make_cache(tmp_path / "feats", name, tokens=True)
     argv = ["--vtype", "clip", "resnet", "--ttype", "clip", "--D", "4", "--ep", "1", "--val-ratio", "0.3"]
     assert sweep(tmp_path / "feats", tmp_path / "runs", "--head", "query_attention", "mlp", *argv) == 0
-    assert "note: clip, resnet all hold image tokens, none are used" in capsys.readouterr().out
+    assert "note: clip, resnet all hold image tokens, none are used" in capsys.readouterr().err
     for path in runs_in(tmp_path / "runs" / "sweep"):
         config = content(path, "config")
         assert not config["features"]["tokens"] and "image_tokens" not in config["members"][0]["widths"]

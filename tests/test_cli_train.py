@@ -353,19 +353,19 @@ def test_a_head_that_predicts_one_class_is_no_result(
     make_cache(tmp_path / "feats", "clip", changed={"image_feats": nothing, "text_feats": nothing})
     given = ["--ridge", "1", "--gamma", "1"] if head == "kernel" else ["--C", "1"] if head == "linear" else []
     path = train(tmp_path / "feats", tmp_path / "runs", "--head", head, "--val-ratio", "0.3", *given)
-    out, figures = capsys.readouterr().out, content(path, "metrics")
+    (out, err), figures = capsys.readouterr(), content(path, "metrics")
     _, _, probabilities = read_predictions(path / "predictions_val.csv")
     [only] = {CLASSES[k] for k in probabilities.argmax(1)}
     assert figures["val"]["collapsed"] == only
     assert figures["members"]["collapsed"] == [{"fold": None, "seed": 42, "class": only}]
     assert f"\nval (always {only}) " in out
     note = f"note: this head predicts {only} for every validation row: no result; {remedy}, or give --class-weights"
-    assert note in out.splitlines()[-2]
+    assert note in err.splitlines()[-1]
 
 
 def test_one_collapsed_seed_of_several_is_seen(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     path = train(feats, tmp_path, "--head", "mlp", "--D", "4", "--lr", "1e-7", "--seeds", "8", "--val-ratio", "0.3")
-    out, run = capsys.readouterr().out, load_run(path)
+    (out, err), run = capsys.readouterr(), load_run(path)
     features = load_features(feats, "train", ["clip"], ["clip"])
     rows = features.positions(run.split.val)
     expected = []
@@ -377,7 +377,7 @@ def test_one_collapsed_seed_of_several_is_seen(feats: Path, tmp_path: Path, caps
     assert 0 < len(expected) < 8 and figures["members"]["collapsed"] == expected
     assert figures["val"]["collapsed"] is None and f"  each of 8 ({len(expected)} of one class)" in out
     named = "; ".join(f"seed {of['seed']}: {of['class']}" for of in expected)
-    assert f"note: {len(expected)} of 8 heads predict one class for every validation row ({named}): no result" in out
+    assert f"note: {len(expected)} of 8 heads predict one class for every validation row ({named}): no result" in err
 
 
 def test_rows_leaks_and_cost_are_told(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -762,7 +762,7 @@ def test_what_a_head_reads_decides_what_becomes_of_it(
     ]
     base = train(feats, tmp_path, *common)
     idle = [option for option in ("D", "dropout", "C", "ridge", "gamma") if option not in settings_read(name)]
-    note = next((line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")), "")
+    note = next((line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")), "")
     assert set(re.findall("--([a-z]+)", note, re.IGNORECASE)) >= set(idle) and note.endswith(name if idle else "")
     options = [
         ["--D", "16"],

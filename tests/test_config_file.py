@@ -30,7 +30,7 @@ def parser_of(name: str) -> ScriptParser:
 
 
 def options_of(parser: ArgumentParser) -> list[Any]:
-    own = ("-h", "--config", "--show-config")
+    own = ("-h", "--config", "--show-config", "--version", "--quiet", "--log-file")
     return [a for a in parser._actions if not set(own) & set(a.option_strings)]
 
 
@@ -61,7 +61,7 @@ def test_a_file_may_hold_every_option(name: str, tmp_path: Path):
     found = parser.parse_args(["--config", str(tmp_path / "all.toml")])
     assert len(expected) > 1 and {dest: getattr(found, dest) for dest in expected} == expected
     assert json.loads(json.dumps(found.given)).keys() == {
-        a.option_strings[-1].lstrip("-") if a.option_strings else a.dest for a in actions
+        a.option_strings[0].lstrip("-") if a.option_strings else a.dest for a in actions
     }
 
 

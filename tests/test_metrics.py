@@ -350,8 +350,8 @@ ROWS = [{"head": "fusion", "accuracy": 0.71234, "D": 256}, {"head": "a|b", "accu
 
 def test_terminal_table():
     assert format_table(ROWS, ["head", "D", "accuracy", "note"]).split("\n") == [
-        "head      D  accuracy  note",
-        "------  ---  --------  ----",
+        "head      D  accuracy",
+        "------  ---  --------",
         "fusion  256     0.712",
         "a|b       8",
     ]
@@ -370,7 +370,7 @@ def test_markdown_table():
 
 def test_columns_that_are_not_all_numbers_stand_to_the_left():
     rows = [{"a": 1, "b": None, "c": 0.5}, {"a": "two", "b": None, "c": np.float32(2)}]
-    assert format_table(rows, ["a", "b", "c"]).split("\n")[0] == "a    b        c"
+    assert format_table(rows, ["a", "b", "c"]).split("\n")[0] == "a        c"
 
 
 def test_the_rows_of_a_set_of_figures():

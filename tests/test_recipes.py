@@ -260,7 +260,7 @@ def test_patterns_that_find_nothing(name: str, told: str, feats: Path, tmp_path:
 
 
 def notes(capsys: pytest.CaptureFixture) -> list[str]:
-    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
 
 
 @pytest.mark.parametrize("script", [train_head, sweep_heads])

@@ -18,7 +18,6 @@ from modeling.experiment import (
     load_experiment,
     on_features,
     run_of,
-    total_epochs,
     train_all as train,
 )
 from modeling.features.joined import DEFAULT_FOLDER, FeatureSource
@@ -46,10 +45,10 @@ NOT_TUNED = "not run (`finetune`)"
 SEEDS = 3  # one alone may be a lucky one
 
 Progress = Callable[[int], Any]  # is told epochs as they are done
-Bar = Callable[[int], AbstractContextManager[Progress]]  # of so many epochs
+Bar = Callable[[Sequence[TrainConfig], Experiment], AbstractContextManager[Progress]]  # of so many epochs
 
 
-def no_bar(total: int) -> AbstractContextManager[Progress]:
+def no_bar(configs: Sequence[TrainConfig], experiment: Experiment) -> AbstractContextManager[Progress]:
     """A `bar` that shows nothing."""
     return nullcontext(lambda epochs: None)
 
@@ -190,7 +189,7 @@ def _trained(
     names = {config: name_of(config, data) for configs in of_row for config in configs}
     waiting = [config for config, name in names.items() if not is_whole(folder / name)]
     failed: dict[int, str] = {}
-    with bar(total_epochs(waiting, experiment)) as progress:
+    with bar(waiting, experiment) as progress:
         for k, outcomes in train(waiting, experiment, progress, failed):
             save_run(run_of(outcomes, experiment), folder / names[waiting[k]], overwrite=True, **made_by)
     diverged = {names[waiting[k]]: reason for k, reason in failed.items()}

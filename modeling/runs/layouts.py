@@ -9,12 +9,11 @@ from typing import Any
 
 from feats.csv_files import write_rows
 from feats.errors import UsageError
-from modeling.evaluation.metrics import AVERAGES, format_table
+from modeling.evaluation.metrics import AVERAGES, WIDTH, format_table
 from modeling.runs.entries import Entry, age_of, figure_words
 from modeling.runs.leaderboard import Group, Leaderboard, Place
 
-WIDTH = 80
-HEAD, CACHES = 13, 13  # widths of the terminal's columns that are wrapped
+HEAD, CACHES = 13, 12  # widths of the terminal's columns that are wrapped
 # First lines, by which files are known that may be replaced.
 FIRST = {"terminal": "leaderboard", "markdown": "<!-- leaderboard -->", "latex": "% leaderboard"}
 CSV_COLUMNS = (
@@ -96,7 +95,7 @@ def _terminal_group(group: Group) -> str:
     folders = [f"{rank:>3}  {shown(place.name)}" for rank, place in enumerate(group.places, 1)]
     notes = [line for note in group.notes for line in wrap(shown(note), WIDTH, break_on_hyphens=False)]
     title = wrap(shown(group.rows), WIDTH, break_on_hyphens=False)
-    return "\n".join([*title, "", format_table(rows, columns), "", *folders, "", *notes])
+    return "\n".join([*title, "", format_table(rows, columns, width=None), "", *folders, "", *notes])
 
 
 def _lines(cells: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
@@ -232,7 +231,7 @@ def runs_table(entries: Sequence[Entry], names: Sequence[str]) -> str:
         score = f"{figure_words(entry.monitor)} {entry.score(entry.monitor):.3f} of {entry.n}"
         cells = {"age": [age_of(entry)], "kind": [entry.kind], "head": _wrapped(entry.head, 16)}
         rows.append(_lines({**cells, "caches": _wrapped(entry.caches, 16), "validation": _wrapped(score, 25)}))
-    lines = format_table([row for of_run in rows for row in of_run], columns).splitlines()
+    lines = format_table([row for of_run in rows for row in of_run], columns, width=None).splitlines()
     table, place = lines[:2], 2
     for of_run, name in zip(rows, names, strict=True):
         table += [*lines[place : place + len(of_run)], f"  {shown(name)}"]

@@ -4,10 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from feats.source import SIDES
-from modeling.evaluation.metrics import AVERAGES, SHOWN_AVERAGES, figure_rows, format_table
+from modeling.evaluation.metrics import AVERAGES, SHOWN_AVERAGES, confusion_text, figure_rows, format_table
 from modeling.heads.base import ablation_number, ablation_words, n_parameters
 from modeling.runs.run import Run
 from modeling.training.config import settings_read
+
+PARTS = {"val": "validation", "test": "test"}
+MORE_FIGURES = (*(name for name in SHOWN_AVERAGES if name not in AVERAGES), "log_loss", "ece", "ece_calibrated")
 
 
 def head_line(run: Run) -> str:
@@ -120,7 +123,6 @@ def report_tables(run: Run) -> str:
     """The figures of a run's report: of the validation rows and the test part, by class, and the protocol."""
     assert run.report is not None
     figures = run.report.figures
-    columns = ["rows", "n", *SHOWN_AVERAGES, "log_loss", "ece", "ece_calibrated"]
     rows = [row for part in ("val", "test") if part in figures for row in figure_rows(figures[part], part)]
     members = figures.get("members", {"count": 1})
     if members["count"] > 1:
@@ -129,14 +131,18 @@ def report_tables(run: Run) -> str:
         rows.insert(1, {"rows": count, **_spread(members)})
     if "test_folds" in figures:
         rows.append({"rows": f"test, each of {figures['test_folds']['count']}", **_spread(figures["test_folds"])})
-    last = figures["test" if "test" in figures else "val"]
-    per_class = [
-        {"class": name, **of_class, **dict(zip(run.classes, confused, strict=True)), "predicted:": ""}
-        for (name, of_class), confused in zip(last["per_class"].items(), last["confusion"], strict=True)
-    ]
-    class_columns = ["class", "precision", "recall", "f1", "support", "predicted:", *run.classes]
+    more = [row for row in rows if "log_loss" in row]
+    part = "test" if "test" in figures else "val"
+    last, whose = figures[part], f"the {figures[part]['n']} {PARTS[part]} rows"
+    per_class = [{"class": name, **of_class} for name, of_class in last["per_class"].items()]
     return "\n\n".join(
-        [format_table(rows, columns), format_table(per_class, class_columns), f"protocol: {figures['protocol']}"]
+        [
+            format_table(rows, ["rows", "n", *AVERAGES]),
+            format_table(more, ["rows", *MORE_FIGURES]),
+            f"by class, {whose}\n{format_table(per_class, ['class', 'precision', 'recall', 'f1', 'support'])}",
+            f"confusion, {whose}\n{confusion_text(last['confusion'], run.classes)}",
+            f"protocol: {figures['protocol']}",
+        ]
     )
 
 

@@ -152,9 +152,17 @@ class Tables:
 
     @property
     def text(self) -> str:
-        """What a terminal shows: the best configurations, the studies' tables and the notes."""
+        """What a terminal shows: the best configurations by the figure that ranks them, the studies' tables and the
+        notes."""
         more = len(self.rows) - SHOWN
-        parts = [metrics.format_table(rows[:SHOWN], columns) for rows, columns in self._of_rows()]
+        k, tests = self.columns.index("seeds"), self.columns.index(metrics.AVERAGES[-1]) + 1
+        seeds = sorted({row["seeds"] for row in self.rows if "run" in row})
+        own = ["seeds"] if len(seeds) > 1 else []
+        rows = [{"#": f"{rank:>2}" if "run" in row else "", **row} for rank, row in enumerate(self.rows[:SHOWN], 1)]
+        columns = ["#", *self.columns[:k], *own, self.by, *(name for name in self.columns[tests:] if name != "gain")]
+        each = "" if own else f", {seeds[0]} seeds each" if seeds[0] > 1 else ", one seed each"
+        title = f"validation rows, best {self.by} first{each}; all figures in table.csv"
+        parts = [f"{title}\n\n{metrics.format_table(rows, columns)}"]
         parts[0] += f"\n... and {more} more in table.csv" if more > 0 else ""
         parts += [f"{title}\n{metrics.format_table(*pivot)}" for title, pivot in self.pivots.items()]
         return "\n\n".join([*parts, self.notes])

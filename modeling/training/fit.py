@@ -1,7 +1,8 @@
 """Training many configurations on one problem: those of equal shape together, each by what its head is solved with."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -12,7 +13,7 @@ from modeling.heads.base import head_class
 from modeling.training.config import TrainConfig, hyperparameters
 from modeling.training.exact import solve_kernel, solve_linear
 from modeling.training.gradient import train_stack
-from modeling.training.problem import Problem, Told, Trained
+from modeling.training.problem import Epochs, Problem, Told, Trained
 
 # Parameters of one stack. A CPU's last-level cache should hold them with Adam's moments and the gradient; a GPU wants
 # as much work per kernel launch as it can get.
@@ -28,18 +29,23 @@ def fit(
 ) -> list[Trained]:
     """Train every configuration on one problem; results in the order of `configs`.
 
-    `progress` is told epochs as they are done, `n_epochs(configs)` in all, `told` what each came to, as it ends (None:
-    that saves the trouble); heads in closed form have none. A diverging training ends alone: see
-    `Trained.failure`. Raises `UsageError` for features that lack what a head needs and unknown classes in class
-    weights.
+    `progress` is told epochs as they are done (as `Epochs`, which say whose), `n_epochs(configs)` in all, `told` what
+    each came to, as it ends (None: that saves the trouble); heads in closed form have none. A diverging training ends
+    alone: see `Trained.failure`. Raises `UsageError` for features that lack what a head needs and unknown classes in
+    class weights.
     """
     results: dict[int, Trained] = {}
     for members in stacks(configs, problem):
         solve = SOLVERS[head_class(configs[members[0]].head.head).solver]
-        with deterministic(configs[members[0]].deterministic):
-            solved = solve([configs[i] for i in members], problem, progress, told)
+        first = configs[members[0]]
+        with deterministic(first.deterministic):
+            solved = solve([configs[i] for i in members], problem, partial(_tell, progress, first), told)
         results |= zip(members, solved, strict=True)
     return [results[i] for i in range(len(configs))]
+
+
+def _tell(progress: Callable[[int], Any], config: TrainConfig, epochs: int) -> None:
+    progress(Epochs.of(epochs, config))
 
 
 def n_epochs(configs: Sequence[TrainConfig]) -> int:
@@ -50,6 +56,18 @@ def n_epochs(configs: Sequence[TrainConfig]) -> int:
 def work(configs: Sequence[TrainConfig], problem: Problem) -> float:
     """About how many floating-point operations `fit` takes: three products of two for each weight and row."""
     return sum(6.0 * _parameters(c, problem) * len(problem.train) * c.ep for c in configs)
+
+
+def epoch_seconds(config: TrainConfig, widths: Mapping[str, int], n_classes: int, rows: int) -> float:
+    """About how long one of `n_epochs` takes on one core, for telling how much is left: products at some 10 GFLOP/s, a
+    fixed cost of each step, and in closed form the many solutions that its choices by inner folds take."""
+    cls = head_class(config.head.head)
+    if not cls.closed_form():
+        steps = math.ceil(rows / min(config.bs, max(rows, 1)))
+        return steps * 1e-3 + 6.0 * _weights(config, widths, n_classes) * rows * 1e-10
+    columns = sum(widths.get(side, 0) for side in config.head.sides)
+    products = 500.0 * rows * columns * n_classes if cls.solver == "logistic" else 20.0 * rows**2 * (columns + rows / 3)
+    return 1e-2 + products * 1e-10
 
 
 def stacks(configs: Sequence[TrainConfig], problem: Problem) -> Iterator[list[int]]:
@@ -70,9 +88,13 @@ def stacks(configs: Sequence[TrainConfig], problem: Problem) -> Iterator[list[in
 
 
 def _parameters(config: TrainConfig, problem: Problem) -> int:
+    return _weights(config, problem.inputs.widths, len(problem.classes))
+
+
+def _weights(config: TrainConfig, widths: Mapping[str, int], n_classes: int) -> int:
     cls = head_class(config.head.head)
     if cls.closed_form():
         return 0
     with torch.device("meta"):
-        head = cls(config.head, problem.inputs.widths, len(problem.classes), 1)
+        head = cls(config.head, widths, n_classes, 1)
     return sum(p.numel() for p in head.parameters())
