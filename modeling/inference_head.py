@@ -174,6 +174,7 @@ def score_without_sides(args: Namespace) -> int:
             features = load_features(
                 source.folder, args.split, source.image, source.text, tokens=source.tokens, views=False
             )
+            features = run.with_own_labels(features)
             if any(features.tags):
                 absent = absent_of(sorted({i for split in run.splits for i in split.train}))
                 tables[f"{args.split} caches"] = ablation_of_rows(run, features, absent)

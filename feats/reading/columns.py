@@ -81,7 +81,8 @@ class Columns:
         first = not self._checked
         self._checked.add(key)
         self.seen |= dict.fromkeys(columns)
-        found = {role: column for role in MANIFEST_COLUMNS if (column := self._column_of(role, where)) is not None}
+        roles = [role for role in MANIFEST_COLUMNS if not self.labels_only or role not in SIDES]
+        found = {role: column for role in roles if (column := self._column_of(role, where)) is not None}
         late = {role: column for role, column in found.items() if self.found.get(role, column) != column}
         if not first and self.numbered and "id" in found:
             late["id"] = found["id"]
@@ -104,7 +105,7 @@ class Columns:
     def check_asked(self) -> None:
         """Raise `UsageError` for a column that was asked for and that no row has."""
         for role, column in self.asked.items():
-            if column and role not in self.found:
+            if column and role not in self.found and not (self.labels_only and role in SIDES):
                 raise UsageError(
                     f"{self.name} has no column {column!r} (`columns` {role}={column}); it has {_few(list(self.seen))}"
                 )

@@ -15,10 +15,11 @@ from feats.extraction.local import extract
 from feats.extraction.settings import ExtractionSettings
 from feats.records import Record, TarSlice, read_dataset
 from modeling.features.joined import are_complete
+from modeling.features.target import RAW
 from modeling.runs.encoders import encoder_of, essence
 from modeling.runs.run import Run
 
-SPLIT = "raw"  # caches are <name>_raw.h5
+SPLIT = RAW  # caches are <name>_raw.h5
 
 Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # title -> rows done, rows to do
 
