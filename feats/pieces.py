@@ -23,7 +23,7 @@ from feats.records import (
     readable,
     with_label,
 )
-from feats.source import data_identity
+from feats.source import SIDES, data_identity
 
 URL_TABLES = (".csv", ".tsv", ".jsonl")  # Parquet begins at its end, and would be asked for in many small ranges
 
@@ -179,6 +179,12 @@ class FirstPieces:
         """The pairs of a piece."""
         pairs = self.pieces.read(number)
         return pairs[: self.rows] if number == self.count - 1 else pairs
+
+
+def absent_sides(pieces: Pieces) -> list[str]:
+    """The sides that no row has, as far as the columns of a table tell."""
+    whole = pieces.pieces if isinstance(pieces, FirstPieces) else pieces
+    return [s for s in SIDES if s not in whole.manifest.columns.found] if isinstance(whole, ManifestPieces) else []
 
 
 def first_rows(pieces: Pieces, limit: int) -> Pieces:

@@ -1,6 +1,7 @@
 """Own tables and folders, and another target, as they are typed."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from feats import export_texts, ngrams_extract_feats, pixels_extract_feats
+from feats.errors import UsageError
 from feats.store import FeatureStore
 from modeling import audit_labels, bad_cases, inference_head, sweep_heads, train_head
 from modeling.runs.folder import load_run
@@ -92,10 +94,29 @@ def test_pictures_only(tmp_path, capsys):
     capsys.readouterr()
     assert encode(tmp_path, data="set") == 2
     said = (
-        "error: this encoder reads texts, and none of the 3 rows of train has a text; take an encoder of the other side"
+        "error: this encoder reads texts, and none of the rows of train has a text; take an encoder of the other side"
     )
     assert capsys.readouterr().err.startswith(said)
     assert not list((tmp_path).glob("feats/*"))
+
+
+def test_an_encoder_of_both_sides_on_one(tmp_path, capsys):
+    """Of a table without pictures, whole and in pieces."""
+    from feats.encoders.registry import load_encoder
+    from feats.extraction.job import with_sides_of
+    from feats.pieces import open_pieces
+    from feats.records import read_dataset
+
+    (tmp_path / "m.csv").write_text("id,text\n1,a\n2,b\n")
+    texts, pictures = load_encoder("ngrams", columns=8), load_encoder("pixels")
+    both = replace(texts, image=pictures.image)
+    for data in (read_dataset(tmp_path)["train"], open_pieces(tmp_path, rows=1)["train"]):
+        with pytest.warns(UserWarning, match="none of the rows of train has an image: only the other side"):
+            one = with_sides_of(both, data)
+        assert one.image is None and one.text is texts.text
+        assert with_sides_of(texts, data) is texts
+        with pytest.raises(UsageError, match="this encoder reads images, and none of the rows"):
+            with_sides_of(pictures, data)
 
 
 # -- another target

@@ -192,6 +192,12 @@ def test_json_labels(tmp_path):
     assert [record.label for record in read_dataset(tmp_path)["train"]] == ["1", "1", None, "true"]
 
 
+def test_labels_none_are_told_of(tmp_path):
+    path = table(tmp_path / "m.csv", [{"id": str(i), "text": "a", "label": ["None", "null", "b"][i]} for i in range(3)])
+    told = ["note: m.csv: rows labelled none count as unlabelled (1): rename them if it is a class"]
+    assert read_dataset(path).warnings == told and pieces(path, 1)[1] == told
+
+
 def test_labels_of_another_column(tmp_path):
     rows = [{"id": str(i), "title": "a", "text": "b", "x": [1, None, "c"][i], "fold": "ab"[i % 2]} for i in range(3)]
     path = table(tmp_path / "m.jsonl", rows)

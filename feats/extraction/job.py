@@ -16,7 +16,7 @@ from feats.extraction.settings import ExtractionSettings
 from feats.extraction.shared import MOST_ROWS, Share, Worker, row_pieces, whole_blocks, work
 from feats.extraction.summary import Progress, Summary
 from feats.parts import parts_folder
-from feats.pieces import Pieces, first_rows, open_pieces
+from feats.pieces import Pieces, absent_sides, first_rows, open_pieces
 from feats.records import Pairs, Record, read_dataset
 from feats.source import SIDES
 
@@ -81,8 +81,8 @@ class Job:
     ) -> Summary:
         """Make the cache of a split, or help to. Raises as `extract`, `work` and `with_sides_of`."""
         path = self.path(data.split)
+        encoder = with_sides_of(encoder, data)
         if isinstance(data, Pairs):
-            encoder = with_sides_of(encoder, data)
             if not self.by_parts and not parts_folder(path).exists():
                 return extract(encoder, data, path, self.settings, overwrite=self.overwrite, progress=progress)
             data = row_pieces(
@@ -115,25 +115,25 @@ class Job:
         return share
 
 
-def with_sides_of(encoder: Encoder, pairs: Pairs) -> Encoder:
-    """The encoder without a side that none of the pairs has; a warning says so. Raises `UsageError` where no side is
-    left."""
-    absent = [s for s in SIDES if getattr(encoder, s) is not None and not any(_has(record, s) for record in pairs)]
-    if not absent or not pairs:
+def with_sides_of(encoder: Encoder, data: Pairs | Pieces) -> Encoder:
+    """The encoder without a side that none of the pairs has (of pieces as far as the columns of a table tell); a
+    warning says so. Raises `UsageError` where no side is left."""
+    if isinstance(data, Pairs):
+        lacking = [side for side in SIDES if not any(_has(record, side) for record in data)]
+    else:
+        lacking = absent_sides(data)
+    absent = [side for side in lacking if getattr(encoder, side) is not None]
+    if not absent:
         return encoder
-    left = replace(
-        encoder,
-        image=None if "image" in absent else encoder.image,
-        text=None if "text" in absent else encoder.text,
-    )
-    missing = f"none of the {len(pairs)} rows of {pairs.split} has {' or '.join(_A[side] for side in absent)}"
-    if left.image is None and left.text is None:
+    image, text = (None if side in absent else getattr(encoder, side) for side in SIDES)
+    missing = f"none of the rows of {data.split} has {' or '.join(_A[side] for side in absent)}"
+    if image is None and text is None:
         raise UsageError(
             f"this encoder reads {' and '.join(f'{side}s' for side in absent)}, and {missing}; take an encoder of the "
             "other side, or name the column with `columns`"
         )
     warnings.warn(f"note: {missing}: only the other side is encoded", stacklevel=1)
-    return left
+    return replace(encoder, image=image, text=text)
 
 
 def _has(record: Record, side: str) -> bool:

@@ -66,6 +66,7 @@ class Columns:
     labels_only: bool = False
     seen: dict[str, None] = field(default_factory=dict)  # all columns so far, in their order
     found: dict[str, str] = field(default_factory=dict)  # ours -> the table's
+    nones: int = 0  # rows whose label is the word none, which may be meant for a class
     _checked: set[tuple[str, ...]] = field(default_factory=set, repr=False)
 
     @property
@@ -130,6 +131,7 @@ class Columns:
         cells = {}
         for role, column in self.found.items():
             value, place = values.get(column), f"{where}: {column}"
+            self.nones += role == "label" and isinstance(value, str) and value.strip().lower() == "none"
             cells[role] = label_of(value, place) if role == "label" else scalar(value, place)
         return cells
 
@@ -141,6 +143,11 @@ class Columns:
         parts = [f"read as {', '.join(renamed)}"] if renamed else []
         parts += ["no column of ids: rows are known by their number"] if self.numbered else []
         parts += [f"other columns ignored: {_few(ignored)}"] if ignored else []
+        parts += (
+            [f"rows labelled none count as unlabelled ({self.nones}): rename them if it is a class"]
+            if self.nones
+            else []
+        )
         return f"note: {self.name}: {'; '.join(parts)}" if parts else None
 
 
