@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import warnings
-from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from difflib import get_close_matches
@@ -45,6 +45,31 @@ def data_place(text: str) -> Path | str:
     from feats.reading.remote import is_url
 
     return text if is_url(text) else Path(text)
+
+
+def add_columns_option(group: ArgumentParser | _ArgumentGroup) -> None:
+    """Which columns of a table are ours; `columns_from` reads it."""
+    group.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        dest="table_columns",  # an encoder has a setting of that name
+        metavar="OURS=YOURS",
+        help="which columns of a table are image, text, label, id and split, e.g. text=title label=category; "
+        "label= for none (default: by usual names)",
+    )
+
+
+def columns_from(args: Namespace) -> dict[str, str]:
+    """What was typed for `add_columns_option`. Raises `UsageError`."""
+    from feats.reading.columns import parse_columns
+
+    return parse_columns(args.table_columns)
+
+
+def remark(text: object) -> str:
+    """A library's remark as a line of stderr: a warning, or the note it calls itself."""
+    return str(text) if str(text).startswith("note: ") else f"warning: {text}"
 
 
 def positive(text: str) -> int:
@@ -84,7 +109,7 @@ def show_warning(named: Mapping[str, str] = {}) -> Callable[..., None]:
 
     def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
         if category is UserWarning and Path(filename).parent.is_relative_to(home):
-            print(f"warning: {as_typed(message, named)}", file=sys.stderr)
+            print(remark(as_typed(message, named)), file=sys.stderr)
         else:
             usual(message, category, filename, lineno, *rest)
 
@@ -290,6 +315,7 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
         "--data", type=data_place, default=Path("data"), metavar="DIR|FILE|URL", help="the image-text pairs"
     )
     data.add_argument("--layout", choices=tuple(LAYOUTS), help="how they lie on disk (default: detected)")
+    add_columns_option(data)
     data.add_argument("--splits", nargs="+", metavar="SPLIT", help="only these splits (default: all there are)")
     data.add_argument("--limit", type=positive, metavar="N", help="only the first N rows of each split")
     data.add_argument(
@@ -320,7 +346,8 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
     )
     for key, option in spec.options.items():
         encoder.add_argument(
-            f"--{key.replace('_', '-')}",
+            f"--{option.flag or key.replace('_', '-')}",
+            dest=key,
             type=type(option.default),
             default=SUPPRESS,  # one that wasn't typed: a saved encoder has its own
             choices=option.choices or None,
@@ -486,6 +513,7 @@ def _job(name: str, args: Namespace, worker: "Worker") -> "Job":
         folder=args.out,
         name=args.name,
         layout=args.layout,
+        columns=columns_from(args),
         limit=args.limit,
         stream=stream,
         device=args.device,

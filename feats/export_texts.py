@@ -7,7 +7,17 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
-from feats.cli import EXIT_DONE, EXIT_QUARANTINE, ScriptParser, chosen_splits, guarded, rows_bar
+from feats.cli import (
+    EXIT_DONE,
+    EXIT_QUARANTINE,
+    ScriptParser,
+    add_columns_option,
+    chosen_splits,
+    columns_from,
+    guarded,
+    remark,
+    rows_bar,
+)
 from feats.errors import UsageError
 from feats.records import LAYOUTS, Record, read_dataset
 from feats.text import CLEAN_LEVELS, clean
@@ -24,6 +34,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR|FILE", help="the image-text pairs")
     parser.add_argument("--layout", choices=tuple(LAYOUTS), help="how they lie on disk (default: detected)")
+    add_columns_option(parser)
     parser.add_argument(
         "--split", "--splits", nargs="+", dest="splits", metavar="SPLIT", help="only these (default: all there are)"
     )
@@ -44,9 +55,9 @@ def export(args: Namespace) -> int:
     """Write the texts, name the rows that have none; returns the exit status."""
     if args.out is None:
         raise UsageError("no folder for the texts; name one with `out`")
-    data = read_dataset(args.data, args.layout)
+    data = read_dataset(args.data, args.layout, columns=columns_from(args))
     for warning in data.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(remark(warning), file=sys.stderr)
     splits = chosen_splits(data.splits, args.splits)
     records = [record for split in splits for record in data[split]]
     check_not_the_data(args.out, args.data, records)

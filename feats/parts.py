@@ -8,7 +8,7 @@ appears under its name only when it is whole.
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -303,7 +303,7 @@ class PartedStore(CacheReader):
             return None
         sides = [source.images for source in told], [source.texts for source in told]
         images, texts = (Strings.concatenate([Strings.of(paths) for paths in of_side]) for of_side in sides)
-        return Source(told[0].data, told[0].resolved, told[0].layout, told[0].split, images, texts)
+        return replace(told[0], images=images, texts=texts)
 
     # -- reading ------------------------------------------------------------------------------------------------
 

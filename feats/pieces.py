@@ -8,12 +8,24 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from feats.errors import UsageError
-from feats.reading.manifests import Manifest, SplitIndex, manifest_file
-from feats.reading.remote import Copy, LocalFile, RemoteFile, base_name, fetched, is_url, listing, public_url
+from feats.reading.columns import Columns
+from feats.reading.manifests import Manifest, SplitIndex, manifest_in
+from feats.reading.remote import Copy, RemoteFile, base_name, fetched, is_url, listing, public_url
 from feats.reading.rows import EXPECTED, Row, check_ids
 from feats.reading.shards import is_list, is_pattern, shard_places, shard_rows, split_of
-from feats.records import Pairs, check_layout, detect_layout, finished, read_dataset, readable
-from feats.source import data_identity
+from feats.records import (
+    Pairs,
+    check_layout,
+    check_takes_columns,
+    detect_layout,
+    finished,
+    read_dataset,
+    readable,
+    with_label,
+)
+from feats.source import SIDES, data_identity
+
+URL_TABLES = (".csv", ".tsv", ".jsonl")  # Parquet begins at its end, and would be asked for in many small ranges
 
 
 class Pieces(Protocol):
@@ -169,6 +181,12 @@ class FirstPieces:
         return pairs[: self.rows] if number == self.count - 1 else pairs
 
 
+def absent_sides(pieces: Pieces) -> list[str]:
+    """The sides that no row has, as far as the columns of a table tell."""
+    whole = pieces.pieces if isinstance(pieces, FirstPieces) else pieces
+    return [s for s in SIDES if s not in whole.manifest.columns.found] if isinstance(whole, ManifestPieces) else []
+
+
 def first_rows(pieces: Pieces, limit: int) -> Pieces:
     """The pieces with the first `limit` rows of a split. Those that don't tell how many rows they have are read."""
     for number in range(len(pieces)):
@@ -180,23 +198,27 @@ def first_rows(pieces: Pieces, limit: int) -> Pieces:
     return pieces
 
 
-def open_pieces(data: str | Path, layout: str | None = None, *, rows: int) -> dict[str, Pieces]:
+def open_pieces(
+    data: str | Path, layout: str | None = None, *, rows: int, columns: Mapping[str, str] | None = None
+) -> dict[str, Pieces]:
     """The splits of the data set at `data`, each in pieces that are read one at a time, in the order they appear.
 
     `data` is what `feats.records.read_dataset` reads; a URL (string) of a folder of shards, a shard or a manifest; a
     pattern of shards, "train-{000..099}.tar"; or a text file that lists shards, line by line. A manifest is read in
-    pieces of `rows` pairs after a first pass that checks and counts, shards one by one; the layouts course and mvsa
-    are read whole, then cut. Remarks are warnings. Raises as `read_dataset`, and `UsageError` for a manifest that isn't
-    UTF-8 and for a URL that can't be read.
+    pieces of `rows` pairs after a first pass that checks and counts, shards one by one; the layouts of
+    folders are read whole, then cut. `columns` as for `read_dataset`. Remarks are warnings. Raises as `read_dataset`,
+    and `UsageError` for a manifest that isn't UTF-8 and for a URL that can't be read.
     """
     check_layout(layout)
     data = data if isinstance(data, str) and is_url(data) else Path(data)
     with readable(data):
         layout = layout or _layout_of(data)
+        columns = with_label(columns, None)
+        check_takes_columns(layout, columns)
         if layout == "shards":
             return _shard_pieces(data)
         if layout == "manifest":
-            return _manifest_pieces(data, rows)
+            return _manifest_pieces(data, rows, columns)
     if isinstance(data, str):
         raise UsageError(f"layout {layout} can't be read from a URL; pack the pairs into tar shards, or copy them here")
     dataset = read_dataset(data, layout)
@@ -212,12 +234,12 @@ def _layout_of(data: Path | str) -> str:
     name = base_name(data)
     if ".tar" in name:
         return "shards"
-    if name.lower().endswith((".csv", ".jsonl")):
+    if name.lower().endswith(URL_TABLES):
         return "manifest"
     names = listing(data)
     if any(name.endswith(".tar") for name in names):
         return "shards"
-    if any(name.lower().endswith((".csv", ".jsonl")) for name in names):
+    if any(name.lower().endswith(URL_TABLES) for name in names):
         return "manifest"
     raise UsageError(
         f"{public_url(data)} holds neither shards nor a manifest; expected {EXPECTED['shards']}, or "
@@ -235,8 +257,8 @@ def _shard_pieces(data: Path | str) -> dict[str, Pieces]:
     return {split: ShardPieces(shown, split, tuple(places)) for split, places in shards.items()}
 
 
-def _manifest_pieces(data: Path | str, rows: int) -> dict[str, Pieces]:
-    manifest = _manifest_at(data) if isinstance(data, str) else _manifest_in(data)
+def _manifest_pieces(data: Path | str, rows: int, columns: Mapping[str, str]) -> dict[str, Pieces]:
+    manifest = _manifest_at(data, columns) if isinstance(data, str) else manifest_in(data, columns)
     splits, remarks = manifest.index(rows)
     shown = public_url(data) if isinstance(data, str) else data
     if not splits:
@@ -245,27 +267,23 @@ def _manifest_pieces(data: Path | str, rows: int) -> dict[str, Pieces]:
     return {split: ManifestPieces(shown, split, manifest, index, rows) for split, index in splits.items()}
 
 
-def _manifest_in(path: Path) -> Manifest:
-    file = manifest_file(path)
-    return Manifest(file.name, file.parent, LocalFile(file))
-
-
-def _manifest_at(url: str) -> Manifest:
-    if not base_name(url).lower().endswith((".csv", ".jsonl")):
-        names = [name for name in listing(url) if name.lower().endswith((".csv", ".jsonl"))]
+def _manifest_at(url: str, columns: Mapping[str, str]) -> Manifest:
+    if not base_name(url).lower().endswith(URL_TABLES):
+        names = [name for name in listing(url) if name.lower().endswith(URL_TABLES)]
         if len(names) != 1:
             raise UsageError(
-                f"{public_url(url)} must hold one manifest (.csv or .jsonl); found {', '.join(names) or 'none'}. Name "
-                "the file with `data`"
+                f"{public_url(url)} must hold one manifest ({', '.join(URL_TABLES)}); found "
+                f"{', '.join(names) or 'none'}. Name the file with `data`"
             )
         url = f"{url.rstrip('/')}/{names[0]}"
-    return Manifest(base_name(url), None, RemoteFile(url))
+    return Manifest(Columns(base_name(url), columns), None, RemoteFile(url))
 
 
 def _pairs(rows: list[Row], pieces: ManifestPieces | ShardPieces, copy: Copy | None = None) -> Pairs:
     check_ids(rows)
     records = (record for _, record in finished(rows))
-    return Pairs(records, pieces.data, pieces.layout, pieces.split, copy)
+    columns = pieces.manifest.columns.asked if isinstance(pieces, ManifestPieces) else {}
+    return Pairs(records, pieces.data, pieces.layout, pieces.split, copy, columns)
 
 
 def _warn(remarks: list[str]) -> None:

@@ -1,15 +1,22 @@
 """Reading every data layout into records. What is behind it (`feats.reading`) alone knows how data lie on disk."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import SupportsIndex, overload
 
 from feats.errors import UsageError
-from feats.reading.folders import SENTIMENTS as SENTIMENTS, read_course, read_mvsa
-from feats.reading.manifests import manifest_rows, read_manifest
+from feats.reading.columns import Columns, check_columns
+from feats.reading.folders import (
+    SENTIMENTS as SENTIMENTS,
+    looks_like_class_folders,
+    read_class_folders,
+    read_course,
+    read_mvsa,
+)
+from feats.reading.manifests import is_table, manifest_labels, manifest_rows, read_manifest
 from feats.reading.remote import Copy, is_url
 from feats.reading.rows import (
     EXPECTED,
@@ -22,6 +29,7 @@ from feats.reading.rows import (
     check_ids,
     has_surrogates,
     label_warnings,
+    outside_note,
 )
 from feats.reading.shards import read_shards
 from feats.source import Source
@@ -32,6 +40,7 @@ LAYOUTS: dict[str, Callable[[Path], Rows]] = {
     "mvsa": read_mvsa,
     "manifest": read_manifest,
     "shards": read_shards,
+    "folders": read_class_folders,
 }
 
 
@@ -49,12 +58,21 @@ class Record:
 
 
 class Pairs(list[Record]):
-    """The records of one split, and where they lie: `data` as it was given (a string: a URL), of which layout.
-    Slices know it, too. A `copy` of a shard, which records point into, lives as long as any of them."""
+    """The records of one split, and where they lie: `data` as it was given (a string: a URL), of which layout, in which
+    `columns` where these were named. Slices know it, too. A `copy` of a shard, which records point into, lives as long
+    as any of them."""
 
-    def __init__(self, records: Iterable[Record], data: Path | str, layout: str, split: str, copy: Copy | None = None):
+    def __init__(
+        self,
+        records: Iterable[Record],
+        data: Path | str,
+        layout: str,
+        split: str,
+        copy: Copy | None = None,
+        columns: Mapping[str, str] = {},
+    ):
         super().__init__(records)
-        self.data, self.layout, self.split, self.copied = data, layout, split, copy
+        self.data, self.layout, self.split, self.copied, self.columns = data, layout, split, copy, dict(columns)
 
     @overload
     def __getitem__(self, index: SupportsIndex) -> Record: ...
@@ -64,7 +82,7 @@ class Pairs(list[Record]):
 
     def __getitem__(self, index: SupportsIndex | slice) -> "Record | Pairs":
         if isinstance(index, slice):
-            return Pairs(super().__getitem__(index), self.data, self.layout, self.split, self.copied)
+            return Pairs(super().__getitem__(index), self.data, self.layout, self.split, self.copied, self.columns)
         return super().__getitem__(index)
 
     @property
@@ -77,7 +95,7 @@ class Pairs(list[Record]):
             folder = self.data if self.data.is_dir() else self.data.parent
         images = [self._named(record.image_path, folder) for record in self]
         texts = [self._named(record.text_path, folder) for record in self]
-        return Source(str(self.data), resolved, self.layout, self.split, images, texts)
+        return Source(str(self.data), resolved, self.layout, self.split, images, texts, self.columns)
 
     def _named(self, place: Path | TarSlice | None, folder: Path | None) -> str:
         """A file as `Source` names it."""
@@ -113,30 +131,68 @@ class DataSet:
         return self.splits[split]
 
 
-def read_dataset(path: Path | str, layout: str | None = None) -> DataSet:
+def read_dataset(
+    path: Path | str,
+    layout: str | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    label: str | None = None,
+) -> DataSet:
     """Read the data set at `path` (a folder, a manifest or a tar); `layout` is one of `LAYOUTS`, None: detected.
 
-    A pair whose picture or text is missing or unreadable is still a record. Raises `UsageError` for an unknown or
-    undetectable layout, an unreadable or malformed file, an empty set, and empty or repeated ids.
+    `columns` says which columns of a manifest are ours, {"text": "title", "id": "sku"} ("": none is); those it doesn't
+    name are guessed from usual names. `label` is short for that of the label. A pair whose picture or text is missing
+    or unreadable is still a record. Raises `UsageError` for an unknown or undetectable layout, an unreadable or
+    malformed file, an empty set, and empty or repeated ids.
     """
     if is_url(path):
         raise UsageError(f"{path} is a URL, whose data are read piece by piece only (`stream`)")
     path = Path(path)
     check_layout(layout)
+    columns = with_label(columns, label)
     with readable(path):
         path.stat()
         layout = layout or detect_layout(path)
-        rows, warnings = LAYOUTS[layout](path)
+        check_takes_columns(layout, columns)
+        rows, warnings = read_manifest(path, columns) if layout == "manifest" else LAYOUTS[layout](path)
     if not rows:
         raise UsageError(f"{path} (layout {layout}) holds no pairs; expected at least one row")
     check_ids(rows)
+    outside = outside_note(rows, path if path.is_dir() else path.parent)
+    warnings += [outside] if outside else []
     warnings += label_warnings(rows)
     splits: dict[str, Pairs] = {}
     for split, record in finished(rows):
         if split not in splits:
-            splits[split] = Pairs([], path, layout, split)
+            splits[split] = Pairs([], path, layout, split, columns=columns)
         splits[split].append(record)
     return DataSet(layout, splits, warnings)
+
+
+def with_label(columns: Mapping[str, str] | None, label: str | None) -> dict[str, str]:
+    """`columns`, checked, with the column of labels. Raises `UsageError`."""
+    check_columns(columns or {})
+    return {**(columns or {}), **({} if label is None else {"label": label})}
+
+
+def check_takes_columns(layout: str, columns: Mapping[str, str]) -> None:
+    """Raise `UsageError` for columns of a layout that is no table."""
+    if columns and layout != "manifest":
+        raise UsageError(f"`columns` is for tables, and the data are of layout {layout}; leave it out")
+
+
+def read_labels(path: Path | str, label: str, *, columns: Mapping[str, str] | None = None) -> dict[str, dict[str, str]]:
+    """The labels in the column `label` of the manifest at `path`, '' where unknown: by split, by id. `columns` as for
+    `read_dataset`; neither picture nor text need be there. Raises as `read_dataset`, and for data of other layouts,
+    which have one label."""
+    if is_url(path):
+        raise UsageError(f"{path} is a URL; copy the table here, and name it with `data`")
+    path = Path(path)
+    with readable(path):
+        path.stat()
+        if (layout := detect_layout(path)) != "manifest":
+            raise UsageError(f"{path} is of layout {layout}, without other columns; name a table with `data`")
+        return manifest_labels(path, with_label(columns, label))
 
 
 def check_layout(layout: str | None) -> None:
@@ -161,18 +217,19 @@ def detect_layout(path: Path) -> str:
     """The one layout whose mark is at `path`. Raises `UsageError` for none and for several."""
     names = [path.name] if path.is_file() else sorted(entry.name for entry in os.scandir(path))
     if path.is_file():
-        marks = {"manifest": path.suffix.lower() in (".csv", ".jsonl"), "shards": ".tar" in path.name.lower()}
+        marks = {"manifest": is_table(path.name), "shards": ".tar" in path.name.lower()}
     else:
         marks = {
             "course": "train.txt" in names or "test_without_label.txt" in names,
             "mvsa": "labelResultAll.txt" in names,
-            "manifest": "manifest.csv" in names or "manifest.jsonl" in names,
+            "manifest": any(is_table(name) and name.startswith("manifest.") for name in names),
             "shards": any(name.endswith(".tar") for name in names),
         }
     found = [layout for layout, is_there in marks.items() if is_there]
-    # A .csv beside the marks of another layout may be anything; alone it is the manifest.
-    if not found and len([name for name in names if name.endswith((".csv", ".jsonl"))]) == 1:
-        found = ["manifest"]
+    # A .csv beside the marks of another layout may be anything; alone it is the manifest, whatever lies beside it.
+    if not found and path.is_dir():
+        tables = sum(map(is_table, names))
+        found = ["manifest"] if tables == 1 else ["folders"] if not tables and looks_like_class_folders(path) else []
     if len(found) == 1:
         return found[0]
     problem = f"looks like {' and '.join(found)}" if found else "is none of the known layouts"
@@ -184,15 +241,19 @@ def detect_layout(path: Path) -> str:
     )
 
 
-def manifest_records(content: bytes, folder: Path, name: str) -> list[Record]:
-    """The rows of a manifest that is no file, CSV or JSONL, in their order; its paths are relative to `folder`, and
-    messages call it `name`. Raises `UsageError` as `read_dataset`."""
+def manifest_records(
+    content: bytes, folder: Path, name: str, columns: Mapping[str, str] | None = None
+) -> tuple[list[Record], list[str]]:
+    """The rows of a manifest that is no file, CSV or JSONL, in their order, and remarks; its paths are relative to
+    `folder`, and messages call it `name`. Raises `UsageError` as `read_dataset`."""
     kind = ".jsonl" if content.lstrip().startswith(b"{") else ".csv"
-    rows = manifest_rows(content, folder, name, kind)
+    found = Columns(name, with_label(columns, None))
+    rows = manifest_rows(content, folder, found, kind)
     if not rows:
         raise UsageError(f"{name} holds no pairs; expected at least one row of {', '.join(MANIFEST_COLUMNS)}")
     check_ids(rows)
-    return [record for _, record in finished(rows)]
+    note = found.note()
+    return [record for _, record in finished(rows)], [note] if note else []
 
 
 def finished(rows: list[Row]) -> Iterator[tuple[str, Record]]:

@@ -1,8 +1,8 @@
 """Raw pairs: their sides, and where they lay when a cache was made of them."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ class Source:
     `images` and `texts` (N,) are relative to `folder`, separated by "/"; a member of a tar is
     "<archive>::<member>", the archive's whole URL where it has one. Empty: there is no such file (a text that stands in
     the manifest), or its name couldn't be written down. Of data at a URL both `data` and `resolved` are it.
+    `columns` are those of a table that were named, see `feats.records.read_dataset`.
     """
 
     data: str
@@ -25,6 +26,7 @@ class Source:
     split: str
     images: Sequence[str]
     texts: Sequence[str]
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:

@@ -821,7 +821,8 @@ def _short_enough(paths: Sequence[str], room: int) -> Sequence[str]:
 def _source_bytes(source: Source) -> np.ndarray:
     """What is told once for all rows, always of the same size, so that bringing it up to date changes no structure.
     Empty if it needs more."""
-    told = json.dumps({key: getattr(source, key) for key in ("data", "resolved", "layout", "split")}).encode()
+    keys = ("data", "resolved", "layout", "split", *(["columns"] if source.columns else []))
+    told = json.dumps({key: getattr(source, key) for key in keys}).encode()
     return np.array(told if len(told) <= SOURCE_BYTES else b"", f"S{SOURCE_BYTES}")
 
 

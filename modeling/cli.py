@@ -152,6 +152,19 @@ def add_corrections_option(parser: ScriptParser) -> None:
     )
 
 
+def add_label_column_options(parser: ScriptParser) -> None:
+    """Another target than the caches' labels."""
+    group = parser.add_argument_group("another target")
+    group.add_argument(
+        "--label-column",
+        metavar="COLUMN",
+        help="the labels in this column of the table the caches came from, in place of the caches'",
+    )
+    group.add_argument(
+        "--data", type=Path, metavar="DIR|FILE", help="the table of --label-column (default: where the caches say)"
+    )
+
+
 def add_stream_option(parser: ScriptParser) -> None:
     """Features in memory or streamed."""
     parser.add_argument(
@@ -448,7 +461,11 @@ def experiment_settings(args: Namespace) -> ExperimentSettings:
     split = split_settings(args, recipe)
     scales = named_values(args.scale or [], "--scale")
     stream = getattr(args, "stream", ExperimentSettings.stream)
-    return ExperimentSettings(source, split, norms, scales, args.device, args.corrections, stream)
+    column, table = getattr(args, "label_column", None), getattr(args, "data", None)
+    if hasattr(args, "label_column") and table is not None and column is None:
+        raise UsageError("--data is the table of --label-column: name the column, or leave it out")
+    labels = (column, table) if column is not None else (None, None)
+    return ExperimentSettings(source, split, norms, scales, args.device, args.corrections, stream, *labels)
 
 
 def split_settings(args: Namespace, recipe: Mapping[str, Any] = {}) -> SplitSettings:

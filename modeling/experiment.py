@@ -33,6 +33,7 @@ from modeling.features.splits import (
     make_splits,
 )
 from modeling.features.stream import Stream, StreamedInputs, streams
+from modeling.features.target import read_target
 from modeling.heads.base import HeadConfig, head_class
 from modeling.runs.run import FoldTest, Member, Report, Run
 from modeling.training.config import TrainConfig, changed, settings_read, with_seeds
@@ -52,7 +53,8 @@ Told = Callable[[Epoch, int | None], Any]  # hears what each epoch came to, and 
 class ExperimentSettings:
     """Which features, how they are split and normalised, and where training takes place. `norms` and `scales` are by
     cache, "none" and 1 where not named; `corrections` is a file of other labels, see `read_corrections`; `stream` says
-    whether features are read block by block as needed, see `modeling.features.stream.streams`."""
+    whether features are read block by block as needed, see `modeling.features.stream.streams`. `label_column`
+    is another target than the caches' labels, in the table `label_data`, see `read_target`."""
 
     source: FeatureSource
     split: SplitSettings = SplitSettings()
@@ -61,6 +63,8 @@ class ExperimentSettings:
     device: str = "auto"
     corrections: Path | None = None
     stream: str = "never"
+    label_column: str | None = None
+    label_data: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -311,6 +315,11 @@ def load_experiment(settings: ExperimentSettings, heads: Sequence[HeadConfig]) -
     together = settings.split.duplicates_together
     if together and data.told_by:
         notes.append(f"duplicates are also told by {', '.join(data.told_by)}")
+    if settings.label_column is not None:
+        cache = source.folder / f"{source.names[0]}_train.h5"
+        target = read_target(settings.label_column, settings.label_data, cache, data.dataset.ids)
+        data = data.with_target(target)
+        notes.append(f"{target.words()} of {target.data} in place of the caches'")
     splits = make_splits(data, settings.split)  # of the caches' labels: corrections move no row
     if settings.corrections is not None:
         data = data.corrected(read_corrections(settings.corrections, data.dataset))
@@ -528,7 +537,9 @@ def run_of(outcomes: Sequence[Outcome], experiment: Experiment) -> Run:
     source = needed_source(members, experiment.features.source)
     counts = experiment.training_rows()
     split = splits if len(splits) > 1 else splits[0]
-    run = Run(experiment.classes, members, source, split, counts, corrections=dict(experiment.features.corrections))
+    features = experiment.features
+    corrections = dict(features.corrections)
+    run = Run(experiment.classes, members, source, split, counts, corrections=corrections, target=features.target)
     return replace(run, report=measure(outcomes, experiment, run))
 
 
@@ -642,7 +653,9 @@ def protocol(experiment: Experiment) -> str:
         "" if not how or "files" in how else ", duplicates together" if experiment.group_of else ", duplicates anywhere"
     )
     corrected = corrected_words(experiment.features, experiment.splits)
-    return f"{split}{together}{f'; {corrected}' if corrected else ''}"
+    target = experiment.features.target
+    told = [target.words()] if target else []
+    return "; ".join([f"{split}{together}", *told, *([corrected] if corrected else [])])
 
 
 def _chosen(members: Sequence[Member]) -> str:

@@ -19,7 +19,7 @@ import feats.threads  # noqa: F401
 import torch
 
 from feats.acceleration import resolve_device
-from feats.cli import EXIT_DONE, rows_bar
+from feats.cli import EXIT_DONE, add_columns_option, as_typed, columns_from, remark, rows_bar
 from feats.errors import UsageError
 from feats.records import manifest_records
 from modeling import cli
@@ -53,8 +53,10 @@ def build_parser() -> ArgumentParser:
         "--csv",
         type=Path,
         metavar="FILE",
-        help="a manifest, CSV or JSONL: id and image, text or both; - is standard input, with paths from here",
+        help="a table, CSV, TSV, JSONL or Parquet: image, text or both, perhaps id; - is standard input, CSV or JSONL, "
+        "with paths from here",
     )
+    add_columns_option(raw)
     raw.add_argument(
         "--weights", nargs="+", default=[], metavar="CACHE=PATH", help="weights of an encoder, where they aren't found"
     )
@@ -172,6 +174,7 @@ def score_without_sides(args: Namespace) -> int:
             features = load_features(
                 source.folder, args.split, source.image, source.text, tokens=source.tokens, views=False
             )
+            features = run.with_own_labels(features)
             if any(features.tags):
                 absent = absent_of(sorted({i for split in run.splits for i in split.train}))
                 tables[f"{args.split} caches"] = ablation_of_rows(run, features, absent)
@@ -220,12 +223,15 @@ def predict_raw(
     from modeling.prediction import raw_pairs  # encoders and their libraries: slow to import, for raw pairs only
 
     weights = cli.named_texts(args.weights, "--weights")
+    remarks: list[str] = []
     if args.csv is None:
         records = raw_pairs.one_pair(args.image, args.text, runs)
     elif args.csv == STREAM:
-        records = manifest_records(sys.stdin.buffer.read(), Path(), "standard input")
+        records, remarks = manifest_records(sys.stdin.buffer.read(), Path(), "standard input", columns_from(args))
     else:
-        records = raw_pairs.read_manifest(args.csv)
+        records, remarks = raw_pairs.read_manifest(args.csv, columns_from(args))
+    for told in remarks:
+        print(remark(as_typed(told)), file=sys.stderr)
     raw_pairs.check_pictures(runs, records)
     kept = None if args.csv is None or out is None or not is_plain(out) else out.with_name(f".{out.name}.encoding")
     with nullcontext(str(kept)) if kept else TemporaryDirectory() as folder:

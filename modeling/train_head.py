@@ -38,6 +38,7 @@ def build_parser() -> ArgumentParser:
     cli.add_feature_options(parser)
     cli.add_split_options(parser)
     cli.add_corrections_option(parser)
+    cli.add_label_column_options(parser)
     cli.add_stream_option(parser)
     cli.add_training_options(parser)
     cli.add_run_options(parser)

@@ -47,7 +47,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def extract(root: Path, *more: str, columns: int = COLUMNS) -> None:
     common = ["--data", str(root / "set.csv"), "--out", str(root / "feats"), "--device", "cpu", "--workers", "0", *more]
     assert pixels_extract_feats.main([*common, "--size", "8"]) == 0
-    assert ngrams_extract_feats.main([*common, "--columns", str(columns)]) == 0
+    assert ngrams_extract_feats.main([*common, "--hash-columns", str(columns)]) == 0
 
 
 def folders(home: Path, runs: Path) -> list[str]:

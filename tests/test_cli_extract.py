@@ -158,7 +158,7 @@ def test_corrected_labels_need_no_encoding(course: Path, tmp_path: Path, capsys:
 def test_ngrams_columns_and_texts_without_words(course: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     """Cleaning may leave nothing of a text: that is a row like others, not one for the quarantine."""
     (course / "data" / "3.txt").write_text("@somebody http://t.co/abc")
-    assert ngrams(course, tmp_path / "out", "--splits", "train", "--columns", "64", "--strict") == 0
+    assert ngrams(course, tmp_path / "out", "--splits", "train", "--hash-columns", "64", "--strict") == 0
     with FeatureStore.open(tmp_path / "out" / "ngrams_train.h5") as store:
         assert store.complete and (store.status == DONE).all()
         assert (store.fingerprint["columns"], store.fingerprint["text_clean"]) == (64, "tweet")
@@ -169,7 +169,7 @@ def test_ngrams_columns_and_texts_without_words(course: Path, tmp_path: Path, ca
     assert ngrams(course, tmp_path / "out", "--splits", "train") == 2
     assert "columns: the cache has 64, this run 4096" in capsys.readouterr().err
     for arguments, message in (
-        (["--columns", "0"], "--columns 0: expected"),
+        (["--hash-columns", "0"], "--hash-columns 0: expected"),
         (["--weights", "x"], "leave out --weights"),
         (["--tokens"], "leave out --tokens"),
         (["--model", "bytes"], "unknown model 'bytes'; there is ngrams"),

@@ -32,7 +32,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ngrams(data: Path, out: Path, *more: str) -> int:
-    command = ["--data", str(data), "--out", str(out), "--columns", "64", *SMALL, *more]
+    command = ["--data", str(data), "--out", str(out), "--hash-columns", "64", *SMALL, *more]
     return ngrams_extract_feats.main(command)
 
 
@@ -93,11 +93,11 @@ def test_a_folder_of_parts_is_gone_on_with_by_the_plain_command(data: Path, tmp_
 def test_other_settings_are_refused_in_one_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert ngrams(data, tmp_path / "out", "--no-join") == 0
     capsys.readouterr()
-    assert ngrams(data, tmp_path / "out", "--columns", "32") == 2
+    assert ngrams(data, tmp_path / "out", "--hash-columns", "32") == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert "64" in line and "32" in line and "--name" in line and "--overwrite" in line
-    assert ngrams(data, tmp_path / "out", "--columns", "32", "--overwrite") == 0
-    assert ngrams(data, tmp_path / "plain", "--columns", "32") == 0
+    assert ngrams(data, tmp_path / "out", "--hash-columns", "32", "--overwrite") == 0
+    assert ngrams(data, tmp_path / "plain", "--hash-columns", "32") == 0
     assert digests(tmp_path / "out") == digests(tmp_path / "plain")
 
 
@@ -120,7 +120,16 @@ def test_a_launcher_that_tells_nonsense(data: Path, tmp_path: Path, monkeypatch,
 def test_torchrun_with_two_processes(data: Path, tmp_path: Path):
     ngrams(data, tmp_path / "plain")
     script = [str(ROOT / "feats" / "ngrams_extract_feats.py"), "--data", str(data), "--out", str(tmp_path / "out")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *script, "--columns", "64", *SMALL]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        *script,
+        "--hash-columns",
+        "64",
+        *SMALL,
+    ]
     out = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert digests(tmp_path / "out") == digests(tmp_path / "plain")
@@ -135,7 +144,7 @@ def test_two_tasks_of_a_step_at_once(data: Path, tmp_path: Path):
     script = [str(ROOT / "feats" / "ngrams_extract_feats.py"), "--data", str(data), "--out", str(tmp_path / "out")]
     processes = [
         subprocess.Popen(
-            [sys.executable, *script, "--columns", "64", *SMALL],
+            [sys.executable, *script, "--hash-columns", "64", *SMALL],
             env={**ENVIRONMENT, "SLURM_PROCID": str(rank), "SLURM_NTASKS": "2", "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

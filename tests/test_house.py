@@ -146,7 +146,9 @@ def test_type_checkers_see_the_public_names():
     assert shown == set(feats.__all__)
 
 
-LIBRARIES = [path for path in MODULES if path not in SCRIPTS and path.name not in ("cli.py", "console.py", "terminal.py")]
+LIBRARIES = [
+    path for path in MODULES if path not in SCRIPTS and path.name not in ("cli.py", "console.py", "terminal.py")
+]
 
 
 @pytest.mark.parametrize("path", LIBRARIES, ids=dotted)

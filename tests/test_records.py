@@ -351,11 +351,9 @@ BAD = {
     "empty id": ({"m.csv": "id,text\n1,a\n ,b\n"}, "m.csv line 3: empty id"),
     "NUL in an id": ({"m.jsonl": '{"id": "a\\u0000", "text": "x"}'}, r"m.jsonl line 1: id 'a\\x00'.*NUL"),
     "lone surrogate": ({"m.jsonl": '{"id": "a", "text": "x", "label": "\\ud800"}'}, "lone surrogate"),
-    "unknown column": ({"m.csv": "id,text,colour\n1,a,red\n"}, "unknown column 'colour'; known are id, image, text"),
-    "unknown key": ({"m.jsonl": '{"id": 1, "txt": "a"}'}, "m.jsonl line 1: unknown column 'txt'"),
+    "unknown key": ({"m.jsonl": '{"id": 1, "txt": "a"}'}, "m.jsonl line 1: columns id, txt; expected image or text .*`columns`, e.g. text=id"),
     "column twice": ({"m.csv": "id,text,text\n1,a,b\n"}, "named twice"),
-    "no id column": ({"m.csv": "image,text\na.jpg,a\n"}, "expected id and at least one of image, text"),
-    "no side": ({"m.csv": "id,label\n1,a\n"}, "expected id and at least one of image, text"),
+    "no side": ({"m.csv": "id,label\n1,a\n"}, "m.csv: columns id, label; expected image or text among them"),
     "too many cells": ({"m.csv": "id,text\n1,a,b\n"}, "m.csv line 2: 3 cells, expected 2"),
     "open quote": ({"m.csv": 'id,text\n1,"a\n2,b\n'}, "not valid CSV"),
     "split name": ({"m.csv": "id,text,split\n1,a,../x\n"}, "m.csv line 2: split '../x'; expected letters"),
@@ -363,7 +361,7 @@ BAD = {
     "JSON list": ({"m.jsonl": "[1]\n"}, "m.jsonl line 1: a JSON list; expected one object"),
     "nested JSON": ({"m.jsonl": '{"id": 1, "text": ["a"]}\n'}, "m.jsonl line 1: text is a JSON list"),
     "binary manifest": ({"m.csv": b"id,text\n\0"}, "m.csv cannot be decoded: NUL"),
-    "empty manifest": ({"m.csv": ""}, "columns none; expected id"),
+    "empty manifest": ({"m.csv": ""}, "columns none; expected image or text"),
     "manifest without rows": ({"m.csv": "id,text\n\n"}, "holds no pairs"),
     "course columns": ({"train.txt": "guid,tag,age\n1,a,3\n"}, "train.txt line 1: columns guid,tag,age; expected guid,tag"),
     "course label column": ({"train.txt": "guid,label\n1,a\n"}, "columns guid,label; expected guid,tag"),
@@ -373,7 +371,7 @@ BAD = {
     "mvsa without rows": ({"labelResultAll.txt": "ID\ttext,image\n1\tpositive,negative\n"}, "holds no pairs"),
     "empty folder": ({"data/x": ""}, "none of the known layouts. Found: data. Expected one of: course: .*mvsa: .*shards"),
     "two layouts": ({"train.txt": "1,a\n", "manifest.csv": "id,text\n"}, "looks like course and manifest.*`layout`"),
-    "unknown file": ({"x.parquet": ""}, "none of the known layouts. Found: x.parquet"),
+    "unknown file": ({"x.xlsx": ""}, "none of the known layouts. Found: x.xlsx"),
 }  # fmt: skip
 
 
@@ -382,7 +380,7 @@ def test_refused(tmp_path, case):
     files, message = BAD[case]
     write(tmp_path, files)
     (name,) = list(files)[:1]
-    is_file = name.endswith((".csv", ".jsonl", ".parquet"))
+    is_file = name.endswith((".csv", ".jsonl", ".xlsx"))
     with pytest.raises(UsageError, match=message) as caught:
         read_dataset(tmp_path / name if is_file else tmp_path)
     assert "\n" not in str(caught.value)
@@ -404,7 +402,7 @@ PLACES = {
     "csv invalid": ("m.csv", 'id,text\n\n1,a\n2,"b"c\n', "m.csv line 4: not valid CSV"),
     "jsonl invalid": ("m.jsonl", '\n{"id": 1, "text": "a"}\n\n{"id": 2,\n', "m.jsonl line 4: not valid JSON"),
     "jsonl list": ("m.jsonl", '{"id": 1, "text": "a"}\n\n[]\n', "m.jsonl line 3: a JSON list"),
-    "jsonl key": ("m.jsonl", '{"id": 1, "text": "a"}\n\n{"id": 1, "txt": ""}\n', "m.jsonl line 3: unknown column"),
+    "jsonl key": ("m.jsonl", '{"id": 1, "text": "a"}\n\n{"id": 1, "txt": ""}\n', "m.jsonl line 3: columns id, txt; expected image or text"),
     "jsonl nested": ("m.jsonl", '\n{"id": 1, "text": ["a"]}\n', "m.jsonl line 2: text is a JSON list"),
     "jsonl repeated": ("m.jsonl", '{"id": 1, "text": "a"}\n\n{"id": 1, "text": "b"}\n', "m.jsonl line 1 and m.jsonl line 3"),
 }  # fmt: skip

@@ -228,7 +228,7 @@ def test_a_side_is_removed_from_heads_on_caches(
     make_course(tmp_path / "set", 45)
     common = ["--data", str(tmp_path / "set"), "--out", str(tmp_path / "feats"), "--device", "cpu", "--workers", "0"]
     assert pixels_extract_feats.main([*common, "--size", "8"]) == 0
-    assert ngrams_extract_feats.main([*common, "--columns", "32"]) == 0
+    assert ngrams_extract_feats.main([*common, "--hash-columns", "32"]) == 0
     folders = ["--feats", str(tmp_path / "feats"), "--runs", str(tmp_path), "--device", "cpu", "--seeds", "2"]
     argv = ["B-heads", "--rows", "attention", "removed", "--vtype", "pixels", "--ttype", "ngrams", *folders]
     assert reproduce.main(argv) == 0

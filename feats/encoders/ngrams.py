@@ -42,7 +42,7 @@ def load(model: str, weights: str | None, how: Loading, *, columns: int) -> Enco
     if how.tokens:
         raise UsageError("hashed n-grams have no token features; leave out `tokens`")
     if not 1 <= columns <= MAX_COLUMNS:
-        raise UsageError(f"`columns` {columns}: expected a number from 1 to {MAX_COLUMNS}")
+        raise UsageError(f"`hash_columns` {columns}: expected a number from 1 to {MAX_COLUMNS}")
     vectorizer = HashingVectorizer(
         analyzer="char_wb", ngram_range=LENGTHS, n_features=columns, lowercase=True, alternate_sign=True, norm=None
     )

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Option:
-    """A setting that one encoder has and others haven't: its default, whose type it takes, and what there is to it."""
+    """A setting that one encoder has and others haven't: its default, whose type it takes, and what there is to it.
+    `flag` is its name on a command line, where that isn't the setting's own."""
 
     default: str | int
     help: str
     choices: tuple[str, ...] = ()
     metavar: str | None = None
+    flag: str | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,11 @@ ENCODERS: dict[str, EncoderSpec] = {
         "feats.encoders.ngrams",
         "hashed character n-grams (offline), text",
         "ngrams",
-        options={"columns": Option(4096, "the features' width, into which the n-grams are hashed", metavar="D")},
+        options={
+            "columns": Option(
+                4096, "the features' width, into which the n-grams are hashed", metavar="D", flag="hash-columns"
+            )
+        },
         auto_dtype="fp32",
         trainable=False,
     ),

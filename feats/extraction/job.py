@@ -2,27 +2,32 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from feats.acceleration import resolve_device
 from feats.encoders.base import Encoder
 from feats.encoders.registry import load_encoder
+from feats.errors import UsageError
 from feats.extraction.leases import LEASE_SECONDS
 from feats.extraction.local import extract
 from feats.extraction.settings import ExtractionSettings
 from feats.extraction.shared import MOST_ROWS, Share, Worker, row_pieces, whole_blocks, work
 from feats.extraction.summary import Progress, Summary
 from feats.parts import parts_folder
-from feats.pieces import Pieces, first_rows, open_pieces
-from feats.records import Pairs, read_dataset
+from feats.pieces import Pieces, absent_sides, first_rows, open_pieces
+from feats.records import Pairs, Record, read_dataset
+from feats.source import SIDES
+
+_A = {"image": "an image", "text": "a text"}
 
 
 @dataclass(frozen=True)
 class Job:
-    """Caches `<folder>/<name>_<split>.h5` of `data`, read as `layout`, `limit` rows of each split; what `encoder` holds
-    goes to `load_encoder`. With `stream` the data are read piece by piece (`feats.pieces.open_pieces`).
+    """Caches `<folder>/<name>_<split>.h5` of `data`, read as `layout` (a table by its `columns`), `limit` rows of each
+    split; what `encoder` holds goes to `load_encoder`. With `stream` the data are read piece by
+    piece (`feats.pieces.open_pieces`).
 
     `by_parts`: others may do the same at the same time. `piece_rows`, `lease_seconds`, `since` and `join` are as for
     `feats.extraction.shared.work` and `row_pieces`.
@@ -43,6 +48,7 @@ class Job:
     lease_seconds: float = LEASE_SECONDS
     since: float | None = None
     join: bool = True
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     def path(self, split: str) -> Path:
         """Where the cache of a split lies."""
@@ -56,14 +62,14 @@ class Job:
         """The splits of the data; those that are streamed are cut to suit the encoder's blocks (without one, anyhow).
         Remarks are warnings. Raises as `read_dataset` and `open_pieces`."""
         if not self.stream:
-            data = read_dataset(self.data, self.layout)
+            data = read_dataset(self.data, self.layout, columns=self.columns)
             for remark in data.warnings:
                 warnings.warn(remark, stacklevel=1)
             return {split: pairs[: self.limit] for split, pairs in data.splits.items()}
         rows = self.piece_rows or MOST_ROWS
         if encoder is not None:
             rows = whole_blocks(encoder, self.settings, rows)
-        pieces = open_pieces(self.data, self.layout, rows=rows)
+        pieces = open_pieces(self.data, self.layout, rows=rows, columns=self.columns)
         return {split: first_rows(p, self.limit) if self.limit else p for split, p in pieces.items()}
 
     def run(
@@ -73,8 +79,9 @@ class Job:
         worker: Worker,
         progress: Progress = lambda done, total: None,
     ) -> Summary:
-        """Make the cache of a split, or help to. Raises as `extract` and `work`."""
+        """Make the cache of a split, or help to. Raises as `extract`, `work` and `with_sides_of`."""
         path = self.path(data.split)
+        encoder = with_sides_of(encoder, data)
         if isinstance(data, Pairs):
             if not self.by_parts and not parts_folder(path).exists():
                 return extract(encoder, data, path, self.settings, overwrite=self.overwrite, progress=progress)
@@ -106,3 +113,30 @@ class Job:
         share = self.run(encoder, self.open(encoder)[split], worker)
         assert isinstance(share, Share)  # `by_parts`
         return share
+
+
+def with_sides_of(encoder: Encoder, data: Pairs | Pieces) -> Encoder:
+    """The encoder without a side that none of the pairs has (of pieces as far as the columns of a table tell); a
+    warning says so. Raises `UsageError` where no side is left."""
+    if isinstance(data, Pairs):
+        lacking = [side for side in SIDES if not any(_has(record, side) for record in data)]
+    else:
+        lacking = absent_sides(data)
+    absent = [side for side in lacking if getattr(encoder, side) is not None]
+    if not absent:
+        return encoder
+    image, text = (None if side in absent else getattr(encoder, side) for side in SIDES)
+    missing = f"none of the rows of {data.split} has {' or '.join(_A[side] for side in absent)}"
+    if image is None and text is None:
+        raise UsageError(
+            f"this encoder reads {' and '.join(f'{side}s' for side in absent)}, and {missing}; take an encoder of the "
+            "other side, or name the column with `columns`"
+        )
+    warnings.warn(f"note: {missing}: only the other side is encoded", stacklevel=1)
+    return replace(encoder, image=image, text=text)
+
+
+def _has(record: Record, side: str) -> bool:
+    if side == "image":
+        return record.image_path is not None
+    return record.text is not None or record.text_path is not None

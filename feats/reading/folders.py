@@ -1,4 +1,5 @@
-"""Layouts of a folder: lists of ids with labels, and the pairs as files `<id>.jpg` and `<id>.txt`."""
+"""Layouts of a folder: the pairs as files `<id>.jpg` and `<id>.txt`, with lists of ids and labels or with a folder for
+each class."""
 
 import io
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 from feats.errors import UsageError
 from feats.reading.rows import EXPECTED, PICTURES, Row, Rows, decode_file, label_of, read_text_file
 
+SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "dev", "test")
 SENTIMENTS = ("negative", "neutral", "positive")
 
 
@@ -40,7 +42,7 @@ def _course_lines(file: Path) -> Iterator[tuple[str, str | None, int]]:
                 continue
         # From the right: a comma can be part of an id, never of a tag.
         guid, _, tag = line.rpartition(",") if "," in line else (line, "", "")
-        yield guid.strip(), None if tag.strip().lower() == "null" else label_of(tag), number
+        yield guid.strip(), label_of(tag), number
 
 
 def read_mvsa(path: Path) -> Rows:
@@ -119,3 +121,87 @@ def _list_pairs(root: Path) -> tuple[Path, dict[str, Path], dict[str, Path]]:
 
 def _numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
     return enumerate(io.StringIO(decode_file(file), newline=None), 1)
+
+
+# -- a folder for each class -------------------------------------------------------------------------------------
+
+
+def read_class_folders(path: Path) -> Rows:
+    """Files `<name>.jpg` and/or `<name>.txt` in a folder for each class, with all that is below it; without such
+    folders beside each other, unlabelled. All that perhaps under `train/`, `val/`, `test/`. An id is the file's path
+    without its extension."""
+    if not path.is_dir():
+        raise UsageError(f"{path} is not of layout folders; expected {EXPECTED['folders']}")
+    rows: list[Row] = []
+    warnings: list[str] = []
+    for split, folder in _split_folders(path).items():
+        classes = _class_folders(folder)
+        if classes and (beside := [name for name in _own_files(folder) if _is_picture(name)]):
+            raise UsageError(
+                f"{folder} holds pictures both in folders ({classes[0].name}, ...) and beside them ({beside[0]}, ...); "
+                "put each into the folder of its class, or all into one"
+            )
+        for place in classes or [folder]:
+            label = label_of(place.name) if classes else None
+            found = _files_of(place, path, deep=bool(classes), warnings=warnings)
+            rows += [_row_of(split, name, label, place.name, files) for name, files in found.items()]
+    if len(warnings) > 1:
+        warnings = [f"{warnings[0]} ({len(warnings)} such files)"]
+    return rows, warnings
+
+
+def looks_like_class_folders(path: Path) -> bool:
+    """Whether a folder holds at least two folders of pairs, or pairs themselves, perhaps in folders of splits."""
+    folders = _split_folders(path).values()
+    return any(len(_class_folders(folder)) > 1 or _own_files(folder) for folder in folders)
+
+
+def _split_folders(path: Path) -> dict[str, Path]:
+    """The folders of the splits by name; the folder itself, as train, where there are none."""
+    named = {entry.name: entry for entry in _folders_in(path) if entry.name.lower() in SPLIT_FOLDERS}
+    return named if named and not _own_files(path) and len(named) == len(_folders_in(path)) else {"train": path}
+
+
+def _folders_in(path: Path) -> list[Path]:
+    return sorted(path / entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _class_folders(path: Path) -> list[Path]:
+    """Folders with pairs right in them."""
+    return [folder for folder in _folders_in(path) if _own_files(folder)]
+
+
+def _own_files(path: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(path) if _is_pair_file(entry.name) and not entry.is_dir())
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(PICTURES)
+
+
+def _is_pair_file(name: str) -> bool:
+    return not name.startswith(".") and (_is_picture(name) or name.lower().endswith(".txt"))
+
+
+def _files_of(folder: Path, root: Path, deep: bool, warnings: list[str]) -> dict[str, dict[str, Path]]:
+    """Pictures and texts of a folder ("image", "text"), by their path below `root` without the extension."""
+    found: dict[str, dict[str, Path]] = {}
+    for place, below, names in os.walk(folder):
+        below[:] = sorted(name for name in below if not name.startswith(".")) if deep else []
+        for name in sorted(filter(_is_pair_file, names)):
+            file = Path(place, name)
+            files = found.setdefault(file.relative_to(root).with_suffix("").as_posix(), {})
+            side = "image" if _is_picture(name) else "text"
+            if side in files:
+                warnings.append(f"{file} is left out: {files[side].name} beside it has the same name")
+            files.setdefault(side, file)
+    return found
+
+
+def _row_of(split: str, name: str, label: str | None, folder: str, files: dict[str, Path]) -> Row:
+    row = Row(split, name, folder, name, label=label, image=files.get("image"), text_path=files.get("text"))
+    if isinstance(row.text_path, Path):
+        row.raw, row.error = read_text_file(row.text_path, row.text_path.name)
+    else:
+        row.error = f"no text file {Path(name).name}.txt in {folder}"
+    return row

@@ -1,6 +1,9 @@
 """Rows of a data set in the making, and what all layouts share: texts from files, checks of ids and labels."""
 
 import difflib
+import math
+import os
+import re
 import stat
 import sys
 from collections import Counter
@@ -16,14 +19,19 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # where an id has
 MAX_TEXT_BYTES = 16 << 20
 MANIFEST_COLUMNS = ("id", "image", "text", "label", "split")
 
+# What stands for no label, in any case; a class of such a name needs another one.
+UNKNOWN_LABELS = ("", "null", "none", "nan")
+_WHOLE = re.compile(r"-?(?:0|[1-9][0-9]*)\.0+")  # 1.0, which is 1
+
 _TYPO_MIN_ROWS = 100  # a label seen once among fewer rows is no sign of a typo
 _TYPO_MAX_WARNINGS = 10
 
 EXPECTED = {
     "course": "train.txt or test_without_label.txt (guid,tag) in a folder, pairs in data/, pics_texts_pair/ or beside",
     "mvsa": "labelResultAll.txt in a folder, pairs in data/",
-    "manifest": f"one .csv or .jsonl with the columns {', '.join(MANIFEST_COLUMNS)}",
+    "manifest": f"one .csv, .tsv, .jsonl or .parquet with some of the columns {', '.join(MANIFEST_COLUMNS)}",
     "shards": "*.tar files, uncompressed, named <split>-<number>.tar",
+    "folders": "pictures and/or .txt files in a folder for each class, or just in one, perhaps in train/, val/, test/",
 }
 
 
@@ -107,15 +115,55 @@ def decoded(raw: bytes, source: str) -> tuple[str, str]:
 
 
 def scalar(value: Any, where: str) -> str | None:
-    """A JSON value as a cell. Raises `UsageError`, which names `where`, for lists and objects."""
+    """A value of JSON or Parquet as a cell; None for null and NaN. Raises `UsageError`, which names `where`, for lists,
+    objects and bytes."""
     if isinstance(value, (dict, list)):
         raise UsageError(f"{where} is a JSON {type(value).__name__}; expected a string, a number or null")
-    return None if value is None else str(value)
+    if isinstance(value, bytes):
+        raise UsageError(f"{where} holds bytes; expected a string, a number or null")
+    return None if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
 
 
-def label_of(value: str | None) -> str | None:
-    """A cell as a label; None for an empty one. Equal labels are one object."""
-    return sys.intern((value or "").strip()) or None
+def label_of(value: Any, where: str = "a label") -> str | None:
+    """A cell or value as a label: the same class in every layout and format. None for an unknown one: null, NaN, and
+    the words of `UNKNOWN_LABELS`. 1, 1.0 and "1.0" are "1", JSON's true and false are "true" and "false"; other words
+    stay as they are, without blanks around. Equal labels are one object. Raises `UsageError` as `scalar`."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    text = (scalar(value, where) or "").strip()
+    if text.lower() in UNKNOWN_LABELS:
+        return None
+    if isinstance(value, (str, float)) and _WHOLE.fullmatch(text):
+        text = "0" if float(text) == 0 else text.partition(".")[0]
+    return sys.intern(text)
+
+
+def outside_note(rows: Iterable[Row], root: Path) -> str | None:
+    """One line on how many files of the rows lie outside the folder `root`, or are links to such; None for none."""
+    home, inside = os.path.realpath(root), dict[str, bool]()
+    count, first = 0, ""
+    for row in rows:
+        for path in (row.image, row.text_path):
+            if isinstance(path, Path) and _is_outside(path, home, inside):
+                count, first = count + 1, first or f"{path} ({row.source})"
+    return outside_words(count, first, root) if count else None
+
+
+def outside_words(count: int, first: str, root: Path) -> str:
+    """What a user hears of files outside."""
+    return f"note: {count} file{'s' if count > 1 else ''} outside the data folder {root}, e.g. {first}"
+
+
+def _is_outside(path: Path, home: str, inside: dict[str, bool]) -> bool:
+    """Whether a file is outside `home`; `inside` remembers folders."""
+    try:
+        place = os.path.realpath(path) if path.is_symlink() else str(path)
+        folder = os.path.dirname(place)
+        if folder not in inside:
+            inside[folder] = Path(os.path.realpath(folder)).is_relative_to(home)
+        return not inside[folder]
+    except (OSError, ValueError):  # no file name: reading it says so
+        return False
 
 
 def check_ids(rows: list[Row]) -> None:

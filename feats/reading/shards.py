@@ -190,9 +190,7 @@ def _shard_key(name: str) -> tuple[str, str]:
 def _shard_row(shard: Path, split: str, key: str, files: dict[str, tuple[TarSlice, bytes]]) -> Row:
     source = f"{shard.name} {key}"
     facts = _shard_json(files["json"][1], source) if "json" in files else {}
-    row = Row(
-        split, facts.get("id") or key, shard.name, key, label=label_of(facts.get("label")), text=facts.get("text")
-    )
+    row = Row(split, facts.get("id") or key, shard.name, key, label=facts.get("label"), text=facts.get("text"))
     if "cls" in files:
         row.label = label_of(decode(files["cls"][1], f"{source}.cls"))
     row.image = next((files[ext[1:]][0] for ext in PICTURES if ext[1:] in files), None)
@@ -212,4 +210,5 @@ def _shard_json(raw: bytes, source: str) -> dict[str, str | None]:
     if not isinstance(values, dict):
         raise UsageError(f"{source}.json: a JSON {type(values).__name__}; expected an object")
     # Others' keys (captioning tools write many) are theirs.
-    return {name: scalar(values.get(name), f"{source}.json: {name}") for name in ("id", "label", "text")}
+    facts = {name: scalar(values.get(name), f"{source}.json: {name}") for name in ("id", "text")}
+    return {**facts, "label": label_of(values.get("label"), f"{source}.json: label")}

@@ -17,6 +17,7 @@ from feats.parts import cache_paths, is_cache, open_cache
 from feats.source import SIDES
 from feats.store import DONE, PENDING, CacheReader
 from feats.strings import Labels, Strings
+from modeling.features.target import Target
 
 DEFAULT_FOLDER = Path("saved/feats")
 BLOCK_ROWS = 1 << 16
@@ -127,6 +128,7 @@ class FeatureSet:
     left_out: dict[str, str]
     dataset: Rows = field(repr=False)
     told_by: tuple[str, ...] = ()  # other caches that told which pictures and texts are the same
+    target: Target | None = field(default=None, repr=False)  # whose labels these are, None: the caches'
     corrections: Mapping[str, str] = field(default_factory=dict, repr=False)  # labels that `corrected` changed, by id
 
     def __len__(self) -> int:
@@ -187,6 +189,13 @@ class FeatureSet:
         changed = [label for label, there in zip(corrections.values(), here, strict=True) if there]
         tags = self.tags.with_changes(rows[here], changed)
         return replace(self, rows=replace(self.rows, tags=tags), corrections=corrections)
+
+    def with_target(self, target: Target) -> "FeatureSet":
+        """The same rows with the labels of another target, '' where it has none; in `dataset`, too: what is split is
+        split by these."""
+        rows = replace(self.rows, tags=target.tags(self.split, self.ids))
+        dataset = replace(self.dataset, tags=target.tags(self.split, self.dataset.ids))
+        return replace(self, rows=rows, dataset=dataset, target=target)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "FeatureSet":
         """The same rows with every tensor on `device`, the features in `dtype`."""

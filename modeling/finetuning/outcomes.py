@@ -91,6 +91,7 @@ def save_tuned(
     corrections = dict(start.experiment.features.corrections)
     classes = start.experiment.classes
     run = Run(classes, [member], source, start.split, counts, finetuned=finetuned, corrections=corrections)
+    run = replace(run, target=start.experiment.features.target)
     cost = {name: facts[name] for name in ("seconds", "peak_bytes") if name in facts}
     cost["device"] = str(start.model.device)
     run = replace(run, report=_report(start, tuned, predicted, temperature, settings), cost=cost)

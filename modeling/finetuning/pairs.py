@@ -27,7 +27,8 @@ def records_of(source: FeatureSource, place: DataPlace) -> Pairs:
         raise UsageError(f"{stores[0]} doesn't say where its pairs lie; name their folder with `data`")
     path = place.path or Path(kept.resolved if kept else "")
     split = kept.split if kept else "train"
-    records = read_dataset(path, place.layout or (kept.layout if kept and place.path is None else None))[split]
+    layout, columns = (kept.layout, kept.columns) if kept and place.path is None else (None, {})
+    records = read_dataset(path, place.layout or layout, columns=columns)[split]
     for file in stores:
         with open_cache(file) as store:
             if store.ids.tolist() != [record.id for record in records]:

@@ -18,6 +18,7 @@ from feats.source import SIDES
 from feats.strings import BLOCK
 from modeling.evaluation import metrics
 from modeling.features.joined import FeatureSet, FeatureSource, Rows, differing_labels, iter_features
+from modeling.features.target import RAW
 from modeling.runs.files import check_replaceable, user_file
 from modeling.runs.run import Run
 
@@ -85,6 +86,11 @@ def predict_caches(
     classes = runs[0].classes
     if voting.tie is not None and voting.tie not in classes:
         raise UsageError(f"`tie` {voting.tie}: no such class; there are {', '.join(classes)}")
+    targets = {run.target.column if run.target else None for run in runs}
+    if len(targets) > 1:
+        names = ", ".join(sorted(name or "those of the caches" for name in targets))
+        raise UsageError(f"the runs were trained on different labels ({names}); predict with one at a time")
+    target = runs[0].target
     tie = voting.tie or (TIE if TIE in classes else None)
     by_source: dict[FeatureSource, list[int]] = {}
     for k, run in enumerate(runs):
@@ -92,6 +98,8 @@ def predict_caches(
     common = _joined_rows(split, list(by_source)) if len(by_source) > 1 else None
     judged = [_judge([runs[k] for k in ks], source, split, device) for source, ks in by_source.items()]
     rows = common or judged[0].rows
+    if target is not None and split != RAW:
+        rows = replace(rows, tags=target.tags(split, rows.ids))
     votes = np.zeros((len(runs), len(rows.ids), len(classes)), np.float64)
     seen = np.zeros((len(runs), len(rows.ids)), bool)
     reasons: dict[str, str] = {}

@@ -15,10 +15,11 @@ from feats.extraction.local import extract
 from feats.extraction.settings import ExtractionSettings
 from feats.records import Record, TarSlice, read_dataset
 from modeling.features.joined import are_complete
+from modeling.features.target import RAW
 from modeling.runs.encoders import encoder_of, essence
 from modeling.runs.run import Run
 
-SPLIT = "raw"  # caches are <name>_raw.h5
+SPLIT = RAW  # caches are <name>_raw.h5
 
 Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # title -> rows done, rows to do
 
@@ -37,9 +38,11 @@ def one_pair(image: Path | None, text: str | None, runs: Sequence[Run]) -> list[
     return [Record("pair", image, text)]
 
 
-def read_manifest(path: Path) -> list[Record]:
-    """Every row of a manifest (CSV or JSONL), split after split where it names any. Raises `UsageError`."""
-    return [record for records in read_dataset(path, "manifest").splits.values() for record in records]
+def read_manifest(path: Path, columns: Mapping[str, str] = {}) -> tuple[list[Record], list[str]]:
+    """Every row of a manifest (a table as `feats.records.read_dataset` takes it, with `columns`), split after split
+    where it names any, and remarks. Raises `UsageError`."""
+    data = read_dataset(path, "manifest", columns=columns)
+    return [record for records in data.splits.values() for record in records], data.warnings
 
 
 def check_pictures(runs: Sequence[Run], records: Sequence[Record]) -> None:

@@ -3,8 +3,8 @@
 `config.json` (everything needed to repeat it), `head.safetensors` (weights and normalisation of every member),
 `split.json` (ids), `metrics.json`, `history.csv`, `predictions_val.csv`; where the split has a test part
 `predictions_test.csv`, where several folds have `predictions_test_1.csv` and so on, each by its fold's own members;
-where losses by batch were asked for, `history_batches.csv`; where labels were corrected `corrections.csv`; of a
-finetuned run also its encoders, in `encoders`.
+where losses by batch were asked for, `history_batches.csv`; where labels were corrected `corrections.csv`, where they
+are of another column than the caches' `labels.csv`; of a finetuned run also its encoders, in `encoders`.
 """
 
 import csv
@@ -36,6 +36,7 @@ from modeling.features.corrections import corrections_digest, load_corrections, 
 from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSource
 from modeling.features.splits import load_split, save_split
+from modeling.features.target import load_target
 from modeling.heads.base import HeadConfig, ablation_number, n_parameters
 from modeling.heads.registry import build_head
 from modeling.runs.run import Finetuned, FoldTest, Member, Report, Run, Stacking
@@ -57,6 +58,7 @@ FOLD_PREDICTIONS = "predictions_test_{}.csv"  # where several splits have, by fo
 BATCHES = "history_batches.csv"  # where losses by batch were asked for
 ENCODERS = "encoders"
 CORRECTIONS = "corrections.csv"  # where labels were corrected
+TARGET = "labels.csv"  # where they are of another column than the caches'
 PREDICTION_COLUMNS = ("id", "tag", "pred")
 FILES = (CONFIG, TENSORS, SPLIT, METRICS, HISTORY, PREDICTIONS)  # what every run has
 CLOCKS_DIFFER = timedelta(hours=1)  # a run made on another machine may seem to be of the future by less
@@ -109,6 +111,8 @@ def save_run(
             for part in report.test_folds:
                 path_of_fold = unfinished / FOLD_PREDICTIONS.format(part.fold)
                 write_predictions(path_of_fold, part.ids, part.tags, part.probabilities, run.classes)
+            if run.target is not None:
+                run.target.save(unfinished / TARGET)
             if run.corrections:
                 save_corrections(run.corrections, unfinished / CORRECTIONS)
             if encoders is not None:
@@ -205,6 +209,7 @@ def _config(run: Run, path: Path, made_by: Mapping[str, Any], sha256: str) -> di
         "finetuned": None if run.finetuned is None else asdict(run.finetuned),
         "cost": run.cost,
         "corrections": _corrections(run.corrections),
+        "target": None if run.target is None else run.target.as_json(),
         "members": members,
         "tensors_sha256": sha256,
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
@@ -292,7 +297,9 @@ def load_run(path: Path | str) -> Run:
         near = ", ".join(p.name for p in _runs_in(path.parent)[0][:5]) or "none"
         raise UsageError(f"{path} is no run: there is no {CONFIG} in it (runs beside it: {near})")
     config = read_config(path)
-    odd = [name for name in (TENSORS, SPLIT, CORRECTIONS) if (path / name).exists() and not (path / name).is_file()]
+    odd = [
+        name for name in (TENSORS, SPLIT, CORRECTIONS, TARGET) if (path / name).exists() and not (path / name).is_file()
+    ]
     if odd:  # a pipe would be waited for
         raise UsageError(f"{path} is damaged ({odd[0]} is no regular file); train again")
     try:
@@ -308,6 +315,7 @@ def load_run(path: Path | str) -> Run:
         tuned = config.get("finetuned")
         finetuned = None if tuned is None else Finetuned(**tuned)
         corrections = load_corrections(path / CORRECTIONS, config["corrections"]) if config.get("corrections") else {}
+        target = load_target(path / TARGET, config["target"]) if config.get("target") else None
         run = Run(
             config["classes"],
             members,
@@ -320,6 +328,7 @@ def load_run(path: Path | str) -> Run:
             nearby,
             cost=config.get("cost"),
             corrections=corrections,
+            target=target,
         )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]  # torch says which tensors don't fit below its first line

@@ -19,6 +19,7 @@ from modeling.evaluation.metrics import softmax
 from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSet, FeatureSource, content_digests
 from modeling.features.splits import Split
+from modeling.features.target import RAW, Target
 from modeling.heads.base import Head, n_parameters
 from modeling.training.config import TrainConfig
 from modeling.training.problem import predict_stack
@@ -139,7 +140,7 @@ class Run:
 
     One that was `finetuned` reads what its own encoders make of pairs: its caches lie in its own folder, and are made
     when they are first asked for. `corrections` are labels, by id, that it was trained and measured with in place of
-    its caches'."""
+    its caches', `target` those of another column than these."""
 
     classes: list[str]
     members: list[Member]
@@ -153,6 +154,7 @@ class Run:
     report: Report | None = field(default=None, repr=False, compare=False)
     cost: dict[str, Any] | None = field(default=None, compare=False)
     corrections: Mapping[str, str] = field(default_factory=dict, repr=False)
+    target: Target | None = field(default=None, repr=False)
 
     @property
     def splits(self) -> list[Split]:
@@ -254,7 +256,10 @@ class Run:
         return self.corrections
 
     def with_own_labels(self, data: FeatureSet) -> FeatureSet:
-        """`data` with the labels of `own_labels`, but for those that were corrected in `data` before."""
+        """`data` with the labels of its target and of `own_labels`, but for those that were corrected in `data`
+        before. Raw pairs keep the labels they were given with."""
+        if self.target is not None and data.target is None and data.split != RAW:
+            data = data.with_target(self.target)
         return data.corrected({**own, **data.corrections}) if (own := self.own_labels(data)) else data
 
     def check(self, data: FeatureSet, *, same_rows: bool = False) -> None:

@@ -239,6 +239,7 @@ def auto(
             experiment.training_rows(),
             found.stacking,
             corrections=dict(experiment.features.corrections),
+            target=experiment.features.target,
         )
         if number < len(splits):
             probabilities.append(run.probabilities(at_home, experiment.features.positions(splits[number].val)))
