@@ -101,6 +101,17 @@ def test_other_settings_are_refused_in_one_line(data: Path, tmp_path: Path, caps
     assert digests(tmp_path / "out") == digests(tmp_path / "plain")
 
 
+def test_overwriting_where_there_is_nothing_yet(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    ngrams(data, tmp_path / "plain")
+    assert ngrams(data, tmp_path / "new" / "out", "--parts", "--overwrite") == 0
+    assert digests(tmp_path / "new" / "out") == digests(tmp_path / "plain")
+    (tmp_path / "file").touch()
+    capsys.readouterr()
+    assert ngrams(data, tmp_path / "file", "--parts", "--overwrite") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "file can't be written" in line and "--out" in line
+
+
 def test_quarantine_of_the_whole_counts(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (data / "data" / "50.jpg").write_bytes(b"no picture")
     assert pixels(data, tmp_path / "out", "--no-join", "--strict", "--splits", "train") == 3

@@ -232,16 +232,15 @@ def work(
     for `lease_seconds` counts as dead, and so does, at once, one of this machine whose process is gone. Rows in
     quarantine of finished parts aren't tried again.
     Where a cache is already, and no parts are, there is nothing to share: one worker after another goes on with it as
-    `extract` does. With `overwrite`, what was there before `since` (`feats.extraction.leases.folder_time` of the
-    cache's folder; default: now) is replaced, by whoever comes first.
+    `extract` does. With `overwrite`, what was there before `since` (`time_in` its folder; default: now) is replaced,
+    by whoever comes first.
     Raises `UsageError` as `agree` and `extract` do.
     """
     start = time.perf_counter()
     path = Path(path)
     share = Share(path, worker=worker, of=len(pieces))
-    with _written(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        since = folder_time(path.parent) if since is None else since
+    now = time_in(path.parent)
+    since = now if since is None else since
     if not is_free(path, overwrite, since) and not _in_parts(path):
         return _by_one(encoder, pieces, path, settings, share, lease_seconds, progress)
     wanted, chosen = make_plan_of_parts(encoder, pieces, settings)
@@ -270,6 +269,14 @@ def work(
     share.done, share.quarantined, share.truncated = map(sum, zip(*map(count_rows, places), strict=True))
     share.seconds = time.perf_counter() - start
     return share
+
+
+def time_in(folder: Path) -> float:
+    """`feats.extraction.leases.folder_time` of a folder of caches, which is made if it isn't there. Raises `UsageError`
+    for one that can't be written."""
+    with _written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder_time(folder)
 
 
 def _in_parts(path: Path) -> bool:
