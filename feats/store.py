@@ -285,7 +285,7 @@ class FeatureStore(CacheReader):
 
     Attributes: `path`, `ids` and `tags`, sequences of N str (`Strings`, `Labels`), `status` (N,) uint8, `fingerprint`
     (dict), `plan` (dict: how the rows are cut into blocks), `reasons` (id -> why it is in quarantine), `repaired` (rows
-    whose chunks a killed writer had torn, pending again).
+    whose chunks a killed writer had torn, pending again), `trusted` (datasets whose chunks' places were checked).
     """
 
     ids: Strings
@@ -297,7 +297,7 @@ class FeatureStore(CacheReader):
         self.path = path
         self._file = file
         self._lock = lock
-        self._trusted: set[str] = set()
+        self.trusted: set[str] = set()
         self.repaired = 0
         try:
             with _damage(path, "its structure"):
@@ -741,9 +741,9 @@ class FeatureStore(CacheReader):
             if name not in self._file:
                 raise CacheError(f"{self.path} holds no {name}; it has {', '.join(self._file)}")
             dataset = self._file[name]
-        if name not in self._trusted:
+        if name not in self.trusted:
             self._check_chunks(name, dataset)
-            self._trusted.add(name)
+            self.trusted.add(name)
         return dataset
 
     def _check_written(self, name: str, values: np.ndarray) -> None:

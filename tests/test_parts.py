@@ -17,6 +17,7 @@ import pytest
 from conftest import ENVIRONMENT, make_course, one_line
 from test_extraction import both_sides
 
+from feats import parts
 from feats.encoders.base import Encoder
 from feats.errors import UsageError
 from feats.extraction import agreement, leases
@@ -416,11 +417,29 @@ def test_a_part_of_a_replaced_plan_isn_t_published(tmp_path: Path, pairs: Pairs)
     other = make_plan_of_parts(both_sides(), pieces, ALONE)[0]
 
     def replaced(done: int, total: int) -> None:
-        plan_path(folder).write_text(other.to_json())
+        plan_path(folder).write_text(other.text)
 
     with pytest.raises(UsageError, match="was taken over by an extraction with other settings"):
         make_part(both_sides(tokens=False), pieces, 0, folder, plan, ALONE, replaced)
     assert [p.name for p in folder.iterdir()] == ["plan.json"]
+
+
+def test_no_part_takes_as_long_as_all_pieces_of_the_plan(tmp_path: Path, pairs: Pairs, monkeypatch: pytest.MonkeyPatch):
+    """A plan of 10^5 pieces takes a second and a half to write and to understand: too long for each of as many parts."""
+    path, folder = tmp_path / "x_train.h5", tmp_path / "x_train.parts"
+    pieces, plan = agreed(both_sides(), pairs, path)
+    make_part(both_sides(), pieces, 0, folder, plan, ALONE)
+    monkeypatch.setattr(parts.PartsPlan, "from_json", lambda text: pytest.fail("it was read in full"))
+    monkeypatch.setattr(parts, "asdict", lambda plan: pytest.fail("it was written in full"))
+    make_part(both_sides(), pieces, 1, folder, plan, ALONE)
+    assert part_path(folder, 1).exists()
+
+
+def test_a_plan_of_other_spelling_is_the_same(tmp_path: Path, pairs: Pairs):
+    path, folder = tmp_path / "x_train.h5", tmp_path / "x_train.parts"
+    pieces, plan = agreed(both_sides(), pairs, path)
+    plan_path(folder).write_text(json.dumps(json.loads(plan.text), sort_keys=True))
+    assert make_part(both_sides(), pieces, 0, folder, plan, ALONE) is not None
 
 
 def test_two_who_make_the_same_part_leave_the_same(tmp_path: Path, pairs: Pairs):

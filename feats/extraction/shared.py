@@ -20,7 +20,6 @@ from feats.extraction.agreement import (
     is_free,
     is_joined,
     join_lease,
-    plan_as_read,
     remove_part,
     sweep,
     unfinished_path,
@@ -44,7 +43,7 @@ from feats.extraction.plan import (
 )
 from feats.extraction.settings import ExtractionSettings
 from feats.extraction.summary import Progress, Summary
-from feats.parts import PartsPlan, part_path, parts_folder, read_plan
+from feats.parts import PartsPlan, is_plan_of, part_path, parts_folder, read_plan
 from feats.pieces import Pieces, RowPieces
 from feats.records import Pairs
 
@@ -189,7 +188,7 @@ def make_part(
             rows = replace(rows, fingerprint={**rows.fingerprint, "versions": plan.fingerprint["versions"]})
             make_cache(rows, unfinished, progress)
             counts = count_rows(unfinished)
-        if read_plan(folder) != plan_as_read(plan):
+        if not is_plan_of(plan, folder):
             raise UsageError(f"{folder} was taken over by an extraction with other settings; nothing of it was changed")
         _publish(unfinished, place)
     finally:
