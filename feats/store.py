@@ -581,12 +581,18 @@ class FeatureStore(CacheReader):
 
     def _neighbours(self, rows: np.ndarray) -> np.ndarray:
         """Done rows that share a chunk with `rows` without being among them: writing one endangers the other."""
-        shared = np.zeros(len(self), bool)
-        for name in self.features:
-            for first, last in _runs(rows):
-                shared[slice(*self._rows_sharing_chunks(name, first, last + 1))] = True
-        shared[rows] = False
-        return np.flatnonzero(shared & (self.status == DONE))
+        if not len(rows):
+            return rows
+        ranges = [
+            self._rows_sharing_chunks(name, first, last + 1) for name in self.features for first, last in _runs(rows)
+        ]
+        ranges = [(int(rows[0]), int(rows[-1]) + 1), *((first, stop) for first, stop in ranges if first < stop)]
+        low, high = min(first for first, _ in ranges), max(stop for _, stop in ranges)
+        shared = np.zeros(high - low, bool)  # of all rows it would take as long as they are many, for every block
+        for first, stop in ranges[1:]:
+            shared[first - low : stop - low] = True
+        shared[rows - low] = False
+        return low + np.flatnonzero(shared & (self.status[low:high] == DONE))
 
     def _rows_sharing_chunks(self, name: str, first: int, stop: int) -> tuple[int, int]:
         """The range of rows in the chunks of `name` that hold the rows first..stop."""
