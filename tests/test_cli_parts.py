@@ -13,8 +13,6 @@ from conftest import ENVIRONMENT, ROOT, make_course
 from feats import ngrams_extract_feats, pixels_extract_feats
 from feats.store import FeatureStore, quarantine_path
 
-pytest.importorskip("feats.extraction.merging")
-
 ROWS = 60
 SMALL = ["--device", "cpu", "--workers", "0", "--batch-size", "2"]  # blocks of 16 rows
 

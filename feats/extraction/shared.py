@@ -33,6 +33,7 @@ from feats.extraction.local import (
     make_cache,
     reasons_path,
 )
+from feats.extraction.merging import merge
 from feats.extraction.plan import (
     as_begun,
     block_rows_of,
@@ -418,8 +419,6 @@ class _Work:
 
     def try_to_join(self) -> bool:
         """Join the parts, unless another does; finish that of one who died after all was joined."""
-        from feats.extraction.merging import merge
-
         with leased(join_lease(self.path), self.lease_seconds) as mine:
             if mine:
                 before = is_joined(self.path)  # else its parts are still to be removed
