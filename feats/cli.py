@@ -492,7 +492,7 @@ def _extract(name: str, args: Namespace) -> int:
 def _job(name: str, args: Namespace, worker: "Worker") -> "Job":
     from feats.encoders.registry import ENCODERS
     from feats.extraction.job import Job
-    from feats.extraction.leases import folder_time
+    from feats.extraction.shared import time_in
     from feats.reading.shards import is_pattern
 
     if not args.name or Path(args.name).name != args.name:
@@ -528,7 +528,7 @@ def _job(name: str, args: Namespace, worker: "Worker") -> "Job":
         by_parts=by_parts,
         piece_rows=args.piece_rows,
         lease_seconds=args.lease_seconds,
-        since=folder_time(args.out) if by_parts and args.overwrite else None,
+        since=time_in(args.out) if by_parts and args.overwrite else None,
         join=not args.no_join,
     )
 

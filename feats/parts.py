@@ -8,6 +8,7 @@ appears under its name only when it is whole.
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -58,7 +59,8 @@ class PartsPlan:
     split: str
     pieces: Sequence[Mapping[str, Any]]
 
-    def to_json(self) -> str:
+    @cached_property
+    def text(self) -> str:
         """As `plan.json` holds it."""
         return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1)
 
@@ -101,6 +103,14 @@ def read_plan(folder: Path) -> PartsPlan | None:
         return None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} can't be read ({first_line(error)}); remove {folder} and make it again") from None
+
+
+def is_plan_of(plan: PartsPlan, folder: Path) -> bool:
+    """Whether a folder of parts holds this very plan. Raises `UsageError` as `read_plan`."""
+    with suppress(OSError, ValueError):
+        if plan_path(folder).read_text(encoding="utf-8") == plan.text:
+            return True  # asked for every part, and to understand a plan of as many pieces takes long
+    return read_plan(folder) == PartsPlan.from_json(plan.text)
 
 
 # -- caches, whole or in parts -----------------------------------------------------------------------------------
@@ -165,6 +175,7 @@ class PartedStore(CacheReader):
         self.plan = dict(shared.kept)
         self.missing = [n for n in range(len(shared.pieces)) if not part_path(self.path, n).is_file()]
         self._open: OrderedDict[int, FeatureStore] = OrderedDict()
+        self._trusted: dict[int, set[str]] = {}
 
     def close(self) -> None:
         """Close all files."""
@@ -176,7 +187,9 @@ class PartedStore(CacheReader):
         if number not in self._open:
             if len(self._open) >= OPEN_PARTS:
                 self._open.popitem(last=False)[1].close()
-            self._open[number] = FeatureStore.open(part_path(self.path, number))
+            part = self._open[number] = FeatureStore.open(part_path(self.path, number))
+            # Checking takes as long as reading all of a part: once is enough, however often it is opened again.
+            part.trusted = self._trusted.setdefault(number, part.trusted)
         self._open.move_to_end(number)
         return self._open[number]
 

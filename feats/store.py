@@ -285,7 +285,7 @@ class FeatureStore(CacheReader):
 
     Attributes: `path`, `ids` and `tags`, sequences of N str (`Strings`, `Labels`), `status` (N,) uint8, `fingerprint`
     (dict), `plan` (dict: how the rows are cut into blocks), `reasons` (id -> why it is in quarantine), `repaired` (rows
-    whose chunks a killed writer had torn, pending again).
+    whose chunks a killed writer had torn, pending again), `trusted` (datasets whose chunks' places were checked).
     """
 
     ids: Strings
@@ -297,7 +297,7 @@ class FeatureStore(CacheReader):
         self.path = path
         self._file = file
         self._lock = lock
-        self._trusted: set[str] = set()
+        self.trusted: set[str] = set()
         self.repaired = 0
         try:
             with _damage(path, "its structure"):
@@ -581,12 +581,18 @@ class FeatureStore(CacheReader):
 
     def _neighbours(self, rows: np.ndarray) -> np.ndarray:
         """Done rows that share a chunk with `rows` without being among them: writing one endangers the other."""
-        shared = np.zeros(len(self), bool)
-        for name in self.features:
-            for first, last in _runs(rows):
-                shared[slice(*self._rows_sharing_chunks(name, first, last + 1))] = True
-        shared[rows] = False
-        return np.flatnonzero(shared & (self.status == DONE))
+        if not len(rows):
+            return rows
+        ranges = [
+            self._rows_sharing_chunks(name, first, last + 1) for name in self.features for first, last in _runs(rows)
+        ]
+        ranges = [(int(rows[0]), int(rows[-1]) + 1), *((first, stop) for first, stop in ranges if first < stop)]
+        low, high = min(first for first, _ in ranges), max(stop for _, stop in ranges)
+        shared = np.zeros(high - low, bool)  # of all rows it would take as long as they are many, for every block
+        for first, stop in ranges[1:]:
+            shared[first - low : stop - low] = True
+        shared[rows - low] = False
+        return low + np.flatnonzero(shared & (self.status[low:high] == DONE))
 
     def _rows_sharing_chunks(self, name: str, first: int, stop: int) -> tuple[int, int]:
         """The range of rows in the chunks of `name` that hold the rows first..stop."""
@@ -741,9 +747,9 @@ class FeatureStore(CacheReader):
             if name not in self._file:
                 raise CacheError(f"{self.path} holds no {name}; it has {', '.join(self._file)}")
             dataset = self._file[name]
-        if name not in self._trusted:
+        if name not in self.trusted:
             self._check_chunks(name, dataset)
-            self._trusted.add(name)
+            self.trusted.add(name)
         return dataset
 
     def _check_written(self, name: str, values: np.ndarray) -> None:

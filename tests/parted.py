@@ -69,7 +69,7 @@ def make_parts(
     assert sum(sizes) == len(records)
     folder = parts_folder(path)
     folder.mkdir(parents=True)
-    plan_path(folder).write_text(shared.to_json(), encoding="utf-8")
+    plan_path(folder).write_text(shared.text, encoding="utf-8")
     for number, (first, rows) in enumerate(zip(firsts, sizes, strict=True)):
         extract(encoder, records[first : first + rows], part_path(folder, number), settings)
     return shared

@@ -205,6 +205,9 @@ def test_nothing_is_replaced_unless_asked(both: Path, tmp_path: Path, capsys: py
         "such features (nothing else) with --overwrite" in error_line(capsys)
         and (tmp_path / "mine" / "both_train").is_dir()
     )
+    (tmp_path / "both_train" / "notes.txt").write_text("mine, beside what was exported")
+    assert run(export_feats, both / "both_train.h5", "--out", tmp_path, *arguments[2:]) == 2
+    assert (tmp_path / "both_train" / "notes.txt").exists()
 
 
 def test_an_incomplete_cache_isn_t_exported(both: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

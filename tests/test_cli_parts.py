@@ -13,8 +13,6 @@ from conftest import ENVIRONMENT, ROOT, make_course
 from feats import ngrams_extract_feats, pixels_extract_feats
 from feats.store import FeatureStore, quarantine_path
 
-pytest.importorskip("feats.extraction.merging")
-
 ROWS = 60
 SMALL = ["--device", "cpu", "--workers", "0", "--batch-size", "2"]  # blocks of 16 rows
 
@@ -77,9 +75,8 @@ def test_a_job_array_one_task_after_another(
     assert not (tmp_path / "out" / "ngrams_train.h5").exists()
     in_slurm(monkeypatch, ARRAY_TASK_ID=3)
     assert ngrams(data, tmp_path / "out") == 0
-    said = capsys.readouterr()
-    assert "ngrams_train: 60 rows done; 0 quarantined; 0 texts truncated; " in said.out
-    assert "0 encoded now" in said.out and "ngrams_test (2 of 3)" in said.err
+    said = capsys.readouterr().out
+    assert "ngrams_train: 60 rows done; 0 quarantined; 0 texts truncated; " in said and "0 encoded now" in said
     assert digests(tmp_path / "out") == digests(tmp_path / "plain")
 
 
@@ -99,6 +96,17 @@ def test_other_settings_are_refused_in_one_line(data: Path, tmp_path: Path, caps
     assert ngrams(data, tmp_path / "out", "--hash-columns", "32", "--overwrite") == 0
     assert ngrams(data, tmp_path / "plain", "--hash-columns", "32") == 0
     assert digests(tmp_path / "out") == digests(tmp_path / "plain")
+
+
+def test_overwriting_where_there_is_nothing_yet(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    ngrams(data, tmp_path / "plain")
+    assert ngrams(data, tmp_path / "new" / "out", "--parts", "--overwrite") == 0
+    assert digests(tmp_path / "new" / "out") == digests(tmp_path / "plain")
+    (tmp_path / "file").touch()
+    capsys.readouterr()
+    assert ngrams(data, tmp_path / "file", "--parts", "--overwrite") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "file can't be written" in line and "--out" in line
 
 
 def test_quarantine_of_the_whole_counts(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -164,6 +164,25 @@ def test_few_files_are_open_at_a_time(made: Path, monkeypatch: pytest.MonkeyPatc
     assert opened() == before
 
 
+def test_a_part_is_checked_once_however_often_it_is_opened(made: Path, monkeypatch: pytest.MonkeyPatch):
+    """Checking a dataset takes as long as reading all of it, and rows of many parts are read in turn."""
+    checked: list[tuple[Path, str]] = []
+    check = FeatureStore._check_chunks
+
+    def told(store: FeatureStore, name: str, dataset: h5py.Dataset) -> None:
+        checked.append((store.path, name))
+        check(store, name, dataset)
+
+    monkeypatch.setattr(FeatureStore, "_check_chunks", told)
+    monkeypatch.setattr(parts, "OPEN_PARTS", 1)
+    with PartedStore(made / "parted" / "both_train.h5") as store:
+        rows = np.flatnonzero(store.status == 1)
+        for row in (rows[0], rows[-1], rows[0], rows[-1]):
+            store.read_rows("text_feats", np.array([row]))
+        of_feats = [path for path, name in checked if name == "text_feats"]
+        assert len(of_feats) == len(set(of_feats)) == 2
+
+
 @pytest.mark.parametrize("rows", [[-1], [ROWS]])
 def test_rows_that_don_t_exist_are_refused(made: Path, rows: list[int]):
     with (
@@ -317,7 +336,7 @@ def test_a_damaged_plan_is_one_line(tmp_path: Path, text: str, what: str):
 def test_a_plan_survives_its_file(tmp_path: Path):
     assert read_plan(tmp_path) is None
     plan = PartsPlan.from_json(json.dumps(PLAN))
-    plan_path(tmp_path).write_text(plan.to_json())
+    plan_path(tmp_path).write_text(plan.text)
     assert read_plan(tmp_path) == plan and plan.features == {"image_feats": [3]}
 
 

@@ -17,9 +17,10 @@ import pytest
 from conftest import ENVIRONMENT, make_course, one_line
 from test_extraction import both_sides
 
+from feats import parts
 from feats.encoders.base import Encoder
 from feats.errors import UsageError
-from feats.extraction import agreement, leases
+from feats.extraction import agreement, leases, shared
 from feats.extraction.agreement import agree, sweep
 from feats.extraction.leases import Owner, folder_time, leased
 from feats.extraction.local import extract
@@ -416,11 +417,29 @@ def test_a_part_of_a_replaced_plan_isn_t_published(tmp_path: Path, pairs: Pairs)
     other = make_plan_of_parts(both_sides(), pieces, ALONE)[0]
 
     def replaced(done: int, total: int) -> None:
-        plan_path(folder).write_text(other.to_json())
+        plan_path(folder).write_text(other.text)
 
     with pytest.raises(UsageError, match="was taken over by an extraction with other settings"):
         make_part(both_sides(tokens=False), pieces, 0, folder, plan, ALONE, replaced)
     assert [p.name for p in folder.iterdir()] == ["plan.json"]
+
+
+def test_no_part_takes_as_long_as_all_pieces_of_the_plan(tmp_path: Path, pairs: Pairs, monkeypatch: pytest.MonkeyPatch):
+    """A plan of 10^5 pieces takes a second and a half to write and to understand: too long for each of as many parts."""
+    path, folder = tmp_path / "x_train.h5", tmp_path / "x_train.parts"
+    pieces, plan = agreed(both_sides(), pairs, path)
+    make_part(both_sides(), pieces, 0, folder, plan, ALONE)
+    monkeypatch.setattr(parts.PartsPlan, "from_json", lambda text: pytest.fail("it was read in full"))
+    monkeypatch.setattr(parts, "asdict", lambda plan: pytest.fail("it was written in full"))
+    make_part(both_sides(), pieces, 1, folder, plan, ALONE)
+    assert part_path(folder, 1).exists()
+
+
+def test_a_plan_of_other_spelling_is_the_same(tmp_path: Path, pairs: Pairs):
+    path, folder = tmp_path / "x_train.h5", tmp_path / "x_train.parts"
+    pieces, plan = agreed(both_sides(), pairs, path)
+    plan_path(folder).write_text(json.dumps(json.loads(plan.text), sort_keys=True))
+    assert make_part(both_sides(), pieces, 0, folder, plan, ALONE) is not None
 
 
 def test_two_who_make_the_same_part_leave_the_same(tmp_path: Path, pairs: Pairs):
@@ -595,7 +614,6 @@ def test_rows_in_quarantine_are_tried_again_once_the_parts_are_joined(tmp_path: 
 
 
 def test_a_joining_that_was_interrupted_is_gone_on_with(tmp_path: Path, pairs: Pairs, monkeypatch: pytest.MonkeyPatch):
-    merging = pytest.importorskip("feats.extraction.merging")
     expected = plain(both_sides(), pairs, tmp_path / "plain" / "x_train.h5")
     path, pieces = tmp_path / "x_train.h5", RowPieces(pairs, 16)
     write = FeatureStore.write
@@ -613,14 +631,12 @@ def test_a_joining_that_was_interrupted_is_gone_on_with(tmp_path: Path, pairs: P
     monkeypatch.undo()
     share = work(both_sides(), pieces, path, ALONE)
     assert share.whole and share.parts == 0 and sha256(path) == expected and not parts_folder(path).exists()
-    assert merging.merge is not None
 
 
 def test_parts_that_were_joined_but_not_removed(tmp_path: Path, pairs: Pairs, monkeypatch: pytest.MonkeyPatch):
     """Their joiner died after all was done: the next one removes them, and makes none again."""
-    merging = pytest.importorskip("feats.extraction.merging")
-    path, pieces, merge = tmp_path / "x_train.h5", RowPieces(pairs, 16), merging.merge
-    monkeypatch.setattr(merging, "merge", lambda path, overwrite: merge(path, overwrite=overwrite, keep_parts=True))
+    path, pieces, merge = tmp_path / "x_train.h5", RowPieces(pairs, 16), shared.merge
+    monkeypatch.setattr(shared, "merge", lambda path, overwrite: merge(path, overwrite=overwrite, keep_parts=True))
     work(both_sides(), pieces, path, ALONE)
     monkeypatch.undo()
     before = sha256(path)
@@ -660,7 +676,6 @@ def start_worker(root: Path, who: str, pause: float) -> subprocess.Popen[str]:
 
 def test_a_killed_worker_s_parts_are_taken_over(tmp_path: Path, pairs: Pairs):
     """By another number of workers, at once: on its machine a dead process is known to be dead."""
-    pytest.importorskip("feats.extraction.merging")
     expected = plain(both_sides(), pairs, tmp_path / "plain" / "x_train.h5")
     folder = tmp_path / "x_train.parts"
     killed = start_worker(tmp_path, "1/2", 0.05)

@@ -21,6 +21,7 @@ from feats.encoders.registry import load_encoder
 from feats.errors import UsageError
 from feats.extraction.local import extract
 from feats.extraction.settings import ExtractionSettings
+from feats.extraction.shared import Worker
 from feats.pieces import first_rows, open_pieces
 from feats.reading import manifests, remote
 from feats.reading.shards import expanded
@@ -640,6 +641,22 @@ def arguments(*words):
     return cli.extraction_parser("minilm", None).parse_args([str(word) for word in words])
 
 
+def job(*words):
+    return cli._job("minilm", arguments(*words), Worker())
+
+
 def test_urls_stay_whole_and_paths_stay_paths(tmp_path):
     assert arguments("--data", "s3://bucket/a//b").data == "s3://bucket/a//b"
     assert arguments("--data", tmp_path).data == tmp_path and arguments().data == Path("data")
+    streams = {"s3://b": True, str(tmp_path): False, str(tmp_path / "a-{0..1}.tar"): True}
+    assert {data: job("--data", data).stream for data in streams} == streams
+    assert job("--data", tmp_path, "--stream").stream
+
+
+def test_the_chosen_rows_of_a_stream(tmp_path):
+    shards(tmp_path)
+    pieces = job("--data", tmp_path, "--stream", "--limit", 3).open(None)
+    ids = {split: [r.id for r in joined(p)] for split, p in pieces.items()}
+    every = {split: [r.id for r in joined(p)] for split, p in job("--data", tmp_path, "--stream").open(None).items()}
+    assert ids == {split: of_split[:3] for split, of_split in every.items()} and ids["train"] == ["1a", "1b", "2a"]
+    assert len(every["train"]) > 3

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from conftest import ENVIRONMENT
 
 from feats import inspect_feats
 from feats.store import DONE, PENDING, QUARANTINED, CacheError, FeatureStore, MissingRowsError, fingerprint_difference
+from feats.strings import Labels, Strings
 
 N, BLOCK = 200, 32
 RNG = np.random.default_rng(0)
@@ -655,6 +657,20 @@ def test_memory_stays_flat_over_a_million_rows(tmp_path: Path):
     assert (
         int(out.stdout) < 64 * 1024
     )  # KiB; the features are 488 MiB, what is held are an index of the ids and a few blocks
+
+
+def test_writing_a_block_takes_nothing_of_all_rows(tmp_path: Path):
+    n, block = 300_000, 512
+    ids = Strings(np.arange(n).astype("S6"))
+    with FeatureStore.create(tmp_path / "x_train.h5", ids, Labels.of([""] * n), {}, {"text_feats": (1,)}) as store:
+        rows = np.arange(block)
+        arrays = {"text_feats": np.ones((block, 1), np.float16)}
+        store.write(rows, np.full(block, DONE, np.uint8), arrays)
+        tracemalloc.start()
+        store.write(rows + block, np.full(block, DONE, np.uint8), arrays)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < n / 2
 
 
 def test_fingerprints_differ_only_where_it_matters():

@@ -33,6 +33,10 @@ def is_npy_folder(path: Path) -> bool:
     return any((path / folder).is_dir() for folder in FOLDERS.values())
 
 
+def _holds_nothing_else(path: Path) -> bool:
+    return is_npy_folder(path) and {entry.name for entry in path.iterdir()} <= {METADATA, *FOLDERS.values()}
+
+
 def write_npy(
     store: CacheReader,
     path: Path,
@@ -46,7 +50,7 @@ def write_npy(
     The metadata have `id`, `image_path` (where the cache knows it, else the id), `label` and the row facts. Views and
     tokens have no place there. Memory: some thousand rows. Raises as `write_parquet`.
     """
-    if path.exists() and not (overwrite and is_npy_folder(path)):
+    if path.exists() and not (overwrite and _holds_nothing_else(path)):
         raise UsageError(
             f"{path} exists; name another folder with `out`, or replace such features (nothing else) with `overwrite`"
         )

@@ -129,7 +129,7 @@ def _difference(known: PartsPlan, wanted: PartsPlan, batch_size: int | None) -> 
 
 def plan_as_read(plan: PartsPlan) -> PartsPlan:
     """A plan as others read it: lists for tuples."""
-    return PartsPlan.from_json(plan.to_json())
+    return PartsPlan.from_json(plan.text)
 
 
 def _plain(value: Any) -> Any:
@@ -142,7 +142,7 @@ def _publish(plan: PartsPlan, folder: Path) -> bool:
     unfinished = folder / f".plan.{Owner.here().name}"
     try:
         with unfinished.open("w", encoding="utf-8") as file:
-            file.write(plan.to_json())
+            file.write(plan.text)
             file.flush()
             os.fsync(file.fileno())
         try:

@@ -20,7 +20,6 @@ from feats.extraction.agreement import (
     is_free,
     is_joined,
     join_lease,
-    plan_as_read,
     remove_part,
     sweep,
     unfinished_path,
@@ -34,6 +33,7 @@ from feats.extraction.local import (
     make_cache,
     reasons_path,
 )
+from feats.extraction.merging import merge
 from feats.extraction.plan import (
     as_begun,
     block_rows_of,
@@ -44,7 +44,7 @@ from feats.extraction.plan import (
 )
 from feats.extraction.settings import ExtractionSettings
 from feats.extraction.summary import Progress, Summary
-from feats.parts import PartsPlan, part_path, parts_folder, read_plan
+from feats.parts import PartsPlan, is_plan_of, part_path, parts_folder, read_plan
 from feats.pieces import Pieces, RowPieces
 from feats.records import Pairs
 
@@ -189,7 +189,7 @@ def make_part(
             rows = replace(rows, fingerprint={**rows.fingerprint, "versions": plan.fingerprint["versions"]})
             make_cache(rows, unfinished, progress)
             counts = count_rows(unfinished)
-        if read_plan(folder) != plan_as_read(plan):
+        if not is_plan_of(plan, folder):
             raise UsageError(f"{folder} was taken over by an extraction with other settings; nothing of it was changed")
         _publish(unfinished, place)
     finally:
@@ -232,16 +232,15 @@ def work(
     for `lease_seconds` counts as dead, and so does, at once, one of this machine whose process is gone. Rows in
     quarantine of finished parts aren't tried again.
     Where a cache is already, and no parts are, there is nothing to share: one worker after another goes on with it as
-    `extract` does. With `overwrite`, what was there before `since` (`feats.extraction.leases.folder_time` of the
-    cache's folder; default: now) is replaced, by whoever comes first.
+    `extract` does. With `overwrite`, what was there before `since` (`time_in` its folder; default: now) is replaced,
+    by whoever comes first.
     Raises `UsageError` as `agree` and `extract` do.
     """
     start = time.perf_counter()
     path = Path(path)
     share = Share(path, worker=worker, of=len(pieces))
-    with _written(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        since = folder_time(path.parent) if since is None else since
+    now = time_in(path.parent)
+    since = now if since is None else since
     if not is_free(path, overwrite, since) and not _in_parts(path):
         return _by_one(encoder, pieces, path, settings, share, lease_seconds, progress)
     wanted, chosen = make_plan_of_parts(encoder, pieces, settings)
@@ -270,6 +269,14 @@ def work(
     share.done, share.quarantined, share.truncated = map(sum, zip(*map(count_rows, places), strict=True))
     share.seconds = time.perf_counter() - start
     return share
+
+
+def time_in(folder: Path) -> float:
+    """`feats.extraction.leases.folder_time` of a folder of caches, which is made if it isn't there. Raises `UsageError`
+    for one that can't be written."""
+    with _written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder_time(folder)
 
 
 def _in_parts(path: Path) -> bool:
@@ -412,8 +419,6 @@ class _Work:
 
     def try_to_join(self) -> bool:
         """Join the parts, unless another does; finish that of one who died after all was joined."""
-        from feats.extraction.merging import merge
-
         with leased(join_lease(self.path), self.lease_seconds) as mine:
             if mine:
                 before = is_joined(self.path)  # else its parts are still to be removed
