@@ -122,7 +122,7 @@ def _records(features: FeatureSet, data: Path | None) -> tuple[Mapping[str, Reco
 def _token_counts(features: FeatureSet) -> tuple[dict[str, int], int]:
     """Tokens of each text by id and how many texts were cut, by the first text cache that counts any."""
     for name in features.source.text:
-        with open_cache(features.source.folder / f"{name}_{features.split}.h5") as store:
+        with open_cache(features.source.path(name, features.split)) as store:
             counts, cut = store.facts("n_tokens"), store.facts("truncated")
             if counts.any():
                 return dict(zip(store.ids.tolist(), counts.tolist(), strict=True)), int((cut > 0).sum())
