@@ -22,6 +22,7 @@ from feats.errors import UsageError
 from feats.extraction.settings import ExtractionSettings
 from feats.extras import remedy
 from feats.interrupts import interruptible
+from feats.names import checked_name
 from feats.terminal import Asked, ask, rows_progress, showing, version_line
 
 if TYPE_CHECKING:
@@ -495,8 +496,6 @@ def _job(name: str, args: Namespace, worker: "Worker") -> "Job":
     from feats.extraction.shared import time_in
     from feats.reading.shards import is_pattern
 
-    if not args.name or Path(args.name).name != args.name:
-        raise UsageError(f"`name` {args.name!r} can't be a file's name; give letters, digits, - and _")
     options = {option: getattr(args, option) for option in ENCODERS[name].options if hasattr(args, option)}
     stream = args.stream or isinstance(args.data, str) or is_pattern(args.data)
     by_parts = bool(worker.world > 1 or args.parts or args.piece_rows or args.no_join or args.engine or stream)
@@ -511,7 +510,7 @@ def _job(name: str, args: Namespace, worker: "Worker") -> "Job":
         },
         data=args.data,
         folder=args.out,
-        name=args.name,
+        name=checked_name(args.name, "name"),
         layout=args.layout,
         columns=columns_from(args),
         limit=args.limit,

@@ -6,7 +6,8 @@ import os
 import stat
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -18,9 +19,13 @@ from PIL import Image, UnidentifiedImageError
 from feats.errors import RowError, UsageError
 from feats.records import TarSlice
 
-MAX_FILE_BYTES = 256 << 20
-# What PIL may try. Left out are, above all, formats that start other programs (EPS: Ghostscript).
-_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "JPEG2000")
+MAX_FILE_BYTES = 128 << 20  # the one budget of every way in, checked before a byte is read ...
+_TOO_LARGE = f"picture file is larger than {MAX_FILE_BYTES >> 20} MB"
+MAX_PIXELS = 89_478_485  # ... and before a pixel is decoded: PIL's own limit, fixed here whatever others set there
+# What PIL may try. Left out are, above all, formats that start other programs (EPS: Ghostscript), and those that PIL
+# decodes in Python, byte by byte, for minutes (plain PPM).
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
+_BAND_PIXELS = 1 << 20  # converted at a time: what stands beside the picture and its RGB copy stays small
 
 _ORIENTATION_TAG = 0x0112
 _ORIENTATIONS = {
@@ -53,9 +58,7 @@ def read_image(source: Path | TarSlice | None) -> tuple[Image.Image, int]:
     EXIF orientation is applied, transparency composited on white, of an animation the first frame taken, 16-bit and
     float values scaled to 8 bits. Raises `RowError` with the reason when there is no picture to be had.
     """
-    if source is None:
-        raise RowError("no picture file")
-    data = _read_bytes(source)
+    data = _bytes_of(source)
     return decode_image(data), hash64(data)
 
 
@@ -66,15 +69,41 @@ def hash64(data: bytes) -> int:
 
 def decode_image(data: bytes) -> Image.Image:
     """A picture file's bytes as an RGB image, see `read_image`. Raises `RowError`."""
+    with _opened(data) as image:
+        image.load()
+        return as_rgb(image)
+
+
+def read_reduced(source: Path | TarSlice | None, side: int) -> Image.Image:
+    """As the picture of `read_image`, for a thumbnail: a JPEG may come at a fraction of its size, sides of 2 `side` or
+    more, which is several times as fast. Raises `RowError`."""
+    with _opened(_bytes_of(source)) as image:
+        if image.format == "JPEG":
+            image.draft("RGB", (2 * side, 2 * side))
+        image.load()
+        return as_rgb(image)
+
+
+def picture_size(source: Path | TarSlice | None) -> tuple[int, int]:
+    """Width and height of a picture by its header alone, before it is turned upright. Raises `RowError`."""
+    with _opened(_bytes_of(source)) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """A picture of which no pixel is decoded yet, within the budgets; whatever fails becomes `RowError`."""
+    if len(data) > MAX_FILE_BYTES:
+        raise RowError(_TOO_LARGE)
     # Filters are global to the process: call this from one thread of it (extraction decodes in processes).
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PIL's remarks on metadata: not for a progress bar's terminal
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore")  # PIL's remarks on metadata and size: not for a progress bar's terminal
         try:
-            with Image.open(BytesIO(data), formats=_FORMATS) as image:
-                image.load()
-                return as_rgb(image)
-        except MemoryError:
+            with Image.open(BytesIO(data), formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError
+                yield image
+        except (MemoryError, RowError):
             raise
         except Exception as error:  # noqa: BLE001 - PIL's decoders raise anything on bad bytes
             raise RowError(_reason(error)) from None
@@ -85,9 +114,13 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return _upright(_to_rgb(image), _orientation(image))
 
 
-def _read_bytes(source: Path | TarSlice) -> bytes:
+def _bytes_of(source: Path | TarSlice | None) -> bytes:
+    if source is None:
+        raise RowError("no picture file")
     try:
         if isinstance(source, TarSlice):
+            if source.size > MAX_FILE_BYTES:
+                raise RowError(_TOO_LARGE)
             data = source.read()
             if len(data) < source.size:
                 raise RowError("picture is truncated")
@@ -109,8 +142,9 @@ def _read_file(path: Path) -> bytes:
     if not stat.S_ISREG(status.st_mode):
         raise RowError("picture is not a regular file")
     if status.st_size > MAX_FILE_BYTES:
-        raise RowError(f"picture file is larger than {MAX_FILE_BYTES >> 20} MB")
-    return path.read_bytes()
+        raise RowError(_TOO_LARGE)
+    with path.open("rb") as file:
+        return file.read(MAX_FILE_BYTES + 1)  # it may grow meanwhile
 
 
 def _file_reason(error: OSError) -> str:
@@ -128,8 +162,8 @@ def _file_reason(error: OSError) -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not a picture PIL can read"
-    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
-        return f"decompression bomb: more than {Image.MAX_IMAGE_PIXELS} pixels"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"decompression bomb: more than {MAX_PIXELS} pixels"
     if isinstance(error, (EOFError, struct.error)) or "truncated" in str(error).lower():
         return "picture is truncated"
     return f"picture cannot be decoded: {type(error).__name__}: {error}"[:200]
@@ -154,26 +188,50 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return _from_wide(image)
     if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
-        return _on_white(image.convert("RGBA"))
+        return _by_bands(image, _on_white)
     return image.convert("RGB")
+
+
+def _by_bands(image: Image.Image, to_rgb: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """What `to_rgb` makes of a picture, pixel by pixel, some rows of them at a time."""
+    if image.width * image.height <= _BAND_PIXELS:
+        return to_rgb(image)
+    made = Image.new("RGB", image.size)
+    for top, band in _bands(image):
+        made.paste(to_rgb(band), (0, top))
+    return made
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Each band of rows and where it begins."""
+    rows = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def _on_white(image: Image.Image) -> Image.Image:
     white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def _from_wide(image: Image.Image) -> Image.Image:
     """16-bit, 32-bit and float greys, scaled: PIL's own conversion cuts off what is over 255."""
     import numpy as np
 
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
-    low, high = float(values.min()), float(values.max())
+    def values_of(part: Image.Image) -> np.ndarray:
+        return np.nan_to_num(np.asarray(part, dtype=np.float64), posinf=0.0, neginf=0.0)
+
+    extremes = [(values.min(), values.max()) for values in (values_of(band) for _, band in _bands(image))]
+    low, high = float(min(least for least, _ in extremes)), float(max(most for _, most in extremes))
     # A float's range is not in the file: taken for the least usual one that holds all values.
     white = next((top for top in ((1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)) if high <= top), high)
     black = 0.0 if low >= 0 else low
-    scaled = (values - black) * (255.0 / ((white - black) or 1.0))
-    return Image.fromarray(np.rint(scaled).astype(np.uint8)).convert("RGB")
+    scale = 255.0 / ((white - black) or 1.0)
+
+    def scaled(part: Image.Image) -> Image.Image:
+        return Image.fromarray(np.rint((values_of(part) - black) * scale).astype(np.uint8)).convert("RGB")
+
+    return _by_bands(image, scaled)
 
 
 _OF_TENSORS = ("bilinear", "bicubic")  # what torch resizes uint8 tensors by, with antialiasing

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from feats.cli import EXIT_DONE, EXIT_QUARANTINE, ScriptParser, guarded, rows_bar
 from feats.errors import UsageError
+from feats.names import cache_path, checked_name
 
 if TYPE_CHECKING:
     from feats.exchange.foreign import Columns, Foreign
@@ -48,14 +49,10 @@ def bring_in_all(args: Namespace) -> int:
     """Make the cache; returns the exit status."""
     from feats.exchange.foreign import Columns, bring_in
 
-    stem = f"{args.name}_{args.split}"
-    if not args.name or Path(stem).name != stem:
-        raise UsageError(f"`name` {args.name!r} and `split` {args.split!r} can't be a file's name; give letters and _")
+    path = cache_path(args.out, checked_name(args.name, "name"), args.split)
     foreign = opened(args.paths, Columns(args.id, args.label, args.image, args.text))
-    with rows_bar(stem) as progress:
-        summary = bring_in(
-            foreign, args.out / f"{stem}.h5", model=args.model, overwrite=args.overwrite, progress=progress
-        )
+    with rows_bar(path.stem) as progress:
+        summary = bring_in(foreign, path, model=args.model, overwrite=args.overwrite, progress=progress)
     print(summary)
     return EXIT_QUARANTINE if args.strict and summary.quarantined else EXIT_DONE
 

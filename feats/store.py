@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 
 from feats.csv_files import parse_csv, write_csv
 from feats.errors import UsageError, first_line
+from feats.plain_hdf5 import attribute_problem, dataset_problem
 from feats.source import Source
 from feats.strings import Labels, Strings
 
@@ -59,6 +60,16 @@ ROW_FACTS: dict[str, dict[str, Any]] = {
         "text_key": np.uint64,  # of the text as compared for duplicates: cleaned, case folded
     },
 }
+
+
+# What a cache's file may hold beside features, see `feats.plain_hdf5.dataset_problem`.
+_KNOWN: dict[str, Any] = {
+    **dict.fromkeys(("id", "tag", *PATHS), "S"),
+    "status": np.uint8,
+    "text_offsets": np.int64,
+    **{name: dtype for facts in ROW_FACTS.values() for name, dtype in facts.items()},
+}
+_LENGTHS = {"text_offsets": 1, "text_tokens": None}
 
 
 class CacheError(UsageError):
@@ -301,12 +312,16 @@ class FeatureStore(CacheReader):
         self.repaired = 0
         try:
             with _damage(path, "its structure"):
+                _refuse(path, attribute_problem(file))
                 version = file.attrs.get("format_version")
                 if version != FORMAT_VERSION:
                     raise CacheError(f"{path} has cache format {version}, expected {FORMAT_VERSION}; {_REMEDY}")
-                self.fingerprint = json.loads(file.attrs["fingerprint"])
-                self.plan = json.loads(file.attrs["plan"])
-                self._indices: dict[str, str] = json.loads(file.attrs["chunk_indices"])
+                _refuse(path, dataset_problem(file, _KNOWN, _LENGTHS))
+                self.fingerprint = _mapping(file, "fingerprint")
+                self.plan = _mapping(file, "plan")
+                self._indices: dict[str, str] = _mapping(file, "chunk_indices")
+                if not isinstance(self.plan.get("block_rows"), int) or self.plan["block_rows"] < 1:
+                    raise ValueError("its plan tells no block_rows")
             with _damage(path, "id"):
                 self.ids = _strings(self._dataset("id")[:])
             if lock is not None:
@@ -452,8 +467,7 @@ class FeatureStore(CacheReader):
         """How many parameters the encoder of each side has, by "image" and "text"; None where the cache doesn't
         tell."""
         with _damage(self.path, "parameters"):
-            told: dict[str, int] | None = json.loads(bytes(self._file.attrs.get("parameters", b"null")))
-        return told
+            return _mapping(self._file, "parameters") if "parameters" in self._file.attrs else None
 
     def token_counts(self) -> np.ndarray:
         """Tokens there is room for, per row (N,); only in a cache with `text_tokens`."""
@@ -468,7 +482,7 @@ class FeatureStore(CacheReader):
             return None
         with _damage(self.path, "its paths"):
             images, texts = (_strings(self._dataset(name)[:]) for name in PATHS)
-        return Source(**told, images=images, texts=texts)
+            return Source(**told, images=images, texts=texts)
 
     # -- writing ------------------------------------------------------------------------------------------------
 
@@ -577,6 +591,8 @@ class FeatureStore(CacheReader):
     def _offsets(self) -> np.ndarray:
         with _damage(self.path, "text_offsets"):
             offsets: np.ndarray = self._dataset("text_offsets")[:]
+            if offsets[0] != 0 or offsets[-1] != len(self._dataset("text_tokens")) or (np.diff(offsets) < 0).any():
+                raise ValueError("they aren't those of its tokens")
         return offsets
 
     def _neighbours(self, rows: np.ndarray) -> np.ndarray:
@@ -897,6 +913,20 @@ def _strings(values: np.ndarray) -> Strings:
     return Strings(values)
 
 
+def _refuse(path: Path, problem: str) -> None:
+    if problem:
+        raise CacheError(f"{path}: {problem}; {_REMEDY}")
+
+
+def _mapping(file: h5py.File, name: str) -> dict[str, Any]:
+    """What an attribute tells as JSON. Raises `ValueError` for anything but an object."""
+    value = file.attrs[name]
+    told = json.loads(value) if isinstance(value, bytes | str) else None
+    if not isinstance(told, dict):
+        raise ValueError(f"{name} is no JSON object")
+    return told
+
+
 def _open(path: Path, mode: str) -> h5py.File:
     if not path.is_file():
         raise CacheError(f"no cache {path}; make it with an extraction script (feats/*_extract_feats.py)")
@@ -927,7 +957,7 @@ def _damage(path: Path, name: str, remedy: str = _REMEDY) -> Iterator[None]:
     """Turn a failed checksum into one clear error."""
     try:
         yield
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise CacheError(f"{path}: {name} can't be read ({first_line(error)}); {remedy}") from None
 
 
@@ -954,8 +984,10 @@ def is_complete(path: Path) -> bool:
     """Whether every row of the cache at `path` is done or in quarantine; False, too, where none can be read. Takes no
     lock: whoever is writing it isn't disturbed."""
     try:
+        if not path.is_file():
+            return False  # a pipe would block for ever
         with h5py.File(path, "r", locking=False) as file:
-            return bool(file.attrs["complete"])
+            return not attribute_problem(file) and bool(file.attrs["complete"])
     except (OSError, RuntimeError, KeyError):
         return False
 

@@ -2,11 +2,13 @@
 
 import codecs
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
 import ftfy
 from charset_normalizer import from_bytes
+from ftfy import fixes
 
 from feats.errors import UsageError
 
@@ -126,6 +128,25 @@ _INVISIBLE = re.compile(
 # ftfy's defaults, but entities are unescaped also where a "<" makes it take the text for HTML: tweets say "<3".
 # Its straight quotes and half-width forms stay: negations ("don't") and "!" are what lexicons and tokenizers know.
 _FTFY = ftfy.TextFixerConfig(unescape_html=True, explain=False)
+_SHORT = 512  # characters of a text whose chains ftfy follows to the end in a fraction of a second
+_MOST_ROUNDS = 8
+_FIXERS = (  # in ftfy's order
+    "fix_c1_controls",
+    "fix_latin_ligatures",
+    "fix_character_width",
+    "uncurl_quotes",
+    "fix_line_breaks",
+    "fix_surrogates",
+    "remove_terminal_escapes",
+    "remove_control_chars",
+)
+MAX_MARKS = 30
+_MAYBE_MARKS = re.compile(rf"[^\x00-\u02ff]{{{MAX_MARKS + 1},}}")  # all marks lie above
+_TWO_MARKS = "\u0f73\u0f75\u0f81"  # no marks, but normalisation makes each two of them
+_FTFY_UNNORMALISED = _FTFY._replace(normalization=None)
+_SHORT = 4096  # characters of a text whose marks, whatever ftfy makes them of, are put in order within milliseconds
+_MOST_ROUNDS = 8
+MAX_MARKS = 30
 
 _USER = r"(?<![A-Za-z0-9_])@[A-Za-z0-9_]+"
 _RETWEET = re.compile(rf"(?i:\bRT)[\s:]*{_USER}\s*:?|\bRT\s*:")
@@ -145,13 +166,13 @@ _CUT_URL = re.compile(r"(?:(?<!\S)ht{0,2}|https?:?/{0,2})\s?(?:…|\.{3})$|(?<!\
 def clean(text: str, level: str) -> str:
     """Clean a text; `level` is one of `CLEAN_LEVELS`, anything else raises `UsageError`.
 
-    none: stripped only. basic: mojibake repaired, HTML entities unescaped, control and zero-width characters
-    removed, any run of blanks and line breaks made one space. tweet: basic, and URLs (cut ones too), @user mentions
-    and retweet markers removed. Emoji, hashtags, `!` and `?` survive every level.
+    Of a run of marks the first `MAX_MARKS` stay. none: stripped. basic: mojibake repaired, HTML entities unescaped,
+    control and zero-width characters removed, any run of blanks and line breaks made one space. tweet: basic, and URLs
+    (cut ones too), @user mentions and retweet markers removed. Emoji, hashtags, `!` and `?` survive every level.
     """
     _check_level(level)
     if level == "none":
-        return text.strip()
+        return _marks_bounded(text).strip()
     text = _repaired(text)
     return _without_twitter(text) if level == "tweet" else text
 
@@ -166,7 +187,7 @@ def clean_with_key(text: str, level: str) -> tuple[str, str]:
     _check_level(level)
     basic = _repaired(text)
     tweet = _without_twitter(basic)
-    return {"none": text.strip(), "basic": basic, "tweet": tweet}[level], tweet.casefold()
+    return {"none": _marks_bounded(text).strip(), "basic": basic, "tweet": tweet}[level], tweet.casefold()
 
 
 def _check_level(level: str) -> None:
@@ -176,7 +197,68 @@ def _check_level(level: str) -> None:
 
 def _repaired(text: str) -> str:
     text = _LINE_BREAKS.sub(" ", text)  # ftfy works line by line, slowly; other blanks may be parts of mojibake
-    return _one_line(_INVISIBLE.sub("", ftfy.fix_text(text, _FTFY)))
+    return _one_line(_INVISIBLE.sub("", fix_text(text, _FTFY)))
+
+
+def fix_text(text: str, config: ftfy.TextFixerConfig) -> str:
+    """`ftfy.fix_text`, in time that grows with the text's length rather than its square.
+
+    The library repeats its repairs until nothing changes: once for each link of a chain such as "&amp;amp;amp;" or
+    "ÂÂÂ©". Here they end after `_MOST_ROUNDS`, and runs of marks after `MAX_MARKS`; only such texts come out otherwise.
+    """
+    text = _marks_bounded(text)
+    if len(text) <= _SHORT:
+        return ftfy.fix_text(text, config)
+    fixed = []
+    for line in text.splitlines(keepends=True) if "\n" in text else [text]:
+        for low in range(0, len(line), config.max_decode_length):
+            segment = line[low : low + config.max_decode_length]
+            if config.unescape_html == "auto" and "<" in segment:
+                config = config._replace(unescape_html=False)
+            fixed.append(_fixed_segment(segment, config))
+    return "".join(fixed)
+
+
+def _fixed_segment(text: str, config: ftfy.TextFixerConfig) -> str:
+    """The rounds of `ftfy.fix_and_explain`."""
+    for _ in range(_MOST_ROUNDS):
+        before = text
+        if config.unescape_html:
+            text = fixes.unescape_html(text)
+        text, more = _decoded_anew(text, config)
+        for name in _FIXERS:
+            if getattr(config, name):
+                text = getattr(fixes, name)(text)
+        if config.normalization is not None:
+            text = unicodedata.normalize(config.normalization, _marks_bounded(text))
+        if more or text == before:
+            break
+    return text
+
+
+def _decoded_anew(text: str, config: ftfy.TextFixerConfig) -> tuple[str, bool]:
+    """What `ftfy.fix_encoding` makes in `_MOST_ROUNDS` steps, and whether it would go on."""
+    for _ in range(_MOST_ROUNDS):
+        before = text
+        text = ftfy._fix_encoding_one_step_and_explain(text, config).text
+        if text == before:
+            return text, False
+    return text, True
+
+
+def _marks_bounded(text: str) -> str:
+    """A text of which no run of marks is longer than Unicode's stream-safe format allows (UAX #15, D4), the others left
+    out: to put a run in its canonical order takes the square of its length."""
+    return text if text.isascii() else _MAYBE_MARKS.sub(_run_bounded, text)
+
+
+def _run_bounded(found: re.Match[str]) -> str:
+    kept, marks = [], 0
+    for character in found[0]:
+        marks = marks + 1 if unicodedata.combining(character) or character in _TWO_MARKS else 0
+        if marks <= MAX_MARKS:
+            kept.append(character)
+    return "".join(kept)
 
 
 def _one_line(text: str) -> str:

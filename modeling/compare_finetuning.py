@@ -17,6 +17,7 @@ import feats.threads  # noqa: F401
 from feats.cli import EXIT_DONE, as_typed, positive
 from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
+from feats.names import checked_name
 from modeling import cli
 from modeling.evaluation.metrics import collapsed_class, format_table, marked
 from modeling.experiment import Experiment, experiment_of_run
@@ -80,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(args: Namespace, command: str) -> int:
     """Train what isn't finished, show and write the tables and the verdict; returns the exit status."""
+    if args.name is not None:
+        checked_name(args.name, "name")
     run = run_to_compare(args)
     source = replace(run.source, folder=run.feature_folder(args.feats))
     experiment = experiment_of_run(run, source, args.device)

@@ -42,6 +42,7 @@ from modeling.training.problem import Epoch, Problem, Trained
 from modeling.training.workers import LARGEST_COPY, run_jobs
 
 INNER_FOLDS = 5
+EACH_TRIED = 16  # numbers of folds that are tried one by one where duplicates of several classes forbid the most
 TEMPERATURES = (0.1, 10.0)  # a validation set of a few rows can be fitted perfectly, which asks for a temperature of 0
 
 Progress = Callable[[int], Any]  # is told epochs as they are done
@@ -173,16 +174,16 @@ class Experiment:
     def _fewer_folds(self, deal: Callable[..., Dealt], ids: Sequence[str], k: int, seed: int) -> Dealt:
         """What `deal` makes of `k` folds or of as many as it doesn't refuse."""
         tags, groups = self.features.tags_of(ids), self.groups(ids)
-        for fewer in range(max(k, 2), 1, -1):
+        alone = _rows_apart(tags, groups)
+        name, most = min(alone.items(), key=lambda item: (item[1], item[0]), default=("", 0))
+        # Every fold validates a row of each class, and duplicates lie in one: more can't be dealt.
+        for fewer in _downwards(max(min(k, most), 2)):
             try:
                 return deal(ids, tags, fewer, seed, groups)
             except UsageError as error:
                 refusal = error
-        distinct: dict[str, set[Any]] = {name: set() for name in tags}
-        for name, group in zip(tags, ids if groups is None else groups, strict=True):
-            distinct[name].add(group)
-        name, counts = min(distinct, key=lambda name: (len(distinct[name]), name)), tags.counts()
-        if len(distinct[name]) > 1:
+        counts = tags.counts()
+        if most != 1:
             raise refusal
         raise UsageError(
             f"class {name!r} has {counts[name]} training row{'s' if counts[name] > 1 else ''}, expected at "
@@ -668,3 +669,24 @@ def _chosen(members: Sequence[Member]) -> str:
     ]
     folds = f", {' and '.join(by_folds)} by inner folds of the training rows" if by_folds else ""
     return f"{epoch}temperature chosen on the validation rows{folds}"
+
+
+def _rows_apart(tags: Labels, groups: np.ndarray | None) -> dict[str, int]:
+    """How many rows of each class may lie in different folds: of those of one group (N,) only one."""
+    counts = tags.counts()
+    if groups is None:
+        return dict(counts)
+    names = sorted(counts)
+    several = int(groups.max(initial=0)) + 1
+    pairs = np.unique(tags.numbers_as(names).astype(np.int64) * several + groups)
+    return dict(zip(names, np.bincount(pairs // several, minlength=len(names)).tolist(), strict=True))
+
+
+def _downwards(most: int) -> Iterator[int]:
+    """Numbers of folds to try from `most` to 2: at first each, then by tenths, so that a thousand take no square of
+    it."""
+    few = max(1, most - EACH_TRIED)
+    yield from range(most, few, -1)
+    while few > 1:
+        yield few
+        few = min(few - 1, few * 9 // 10)

@@ -17,6 +17,7 @@ import feats.threads  # noqa: F401
 
 from feats.cli import EXIT_DONE, ScriptParser, as_typed, rows_bar
 from feats.errors import UsageError
+from feats.names import checked_name
 from modeling import cli
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.studies import MODELS, EncoderChoice, tuning_recipe
@@ -102,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(args: Namespace, command: str) -> int:
     """Tune, show what came of it, save it; returns the exit status."""
+    if args.name is not None:
+        checked_name(args.name, "name")
     from modeling.finetuning.distributed import team  # with these torch, transformers and peft: slow to import
     from modeling.finetuning.finetune import finetune_model, no_bar
 

@@ -13,6 +13,7 @@ import feats.threads  # noqa: F401
 
 from feats.cli import EXIT_DONE
 from feats.errors import UsageError
+from feats.names import checked_name
 from modeling import cli
 from modeling.evaluation.metrics import format_table
 from modeling.experiment import Experiment, load_experiment, measured, on_features, run_of, train_all
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(args: Namespace, command: str) -> int:
     """Train what isn't finished of a grid, and write and show its tables; returns the exit status."""
+    checked_name(args.name or NAME, "name")
     grid, settings = cli.grid_from(args), cli.experiment_settings(args)
     searched = varied(grid, args.search_on) if args.search_on is not None else []
     cli.print_unread(args, [head.head for head in grid.heads], besides=["--monitor"])

@@ -432,7 +432,7 @@ def test_what_cant_be_predicted_is_a_400(app, body: list[bytes], kind: dict[str,
 
 
 def test_pictures_of_too_many_pixels(app, monkeypatch, pairs):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    monkeypatch.setattr("feats.images.MAX_PIXELS", 1000)
     status, found = ask(app, *POST, json_body(*pairs[0]), **JSON)
     assert status == 400 and "more than 1000 pixels" in found["error"]
 

@@ -3,6 +3,7 @@
 Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021.
 """
 
+import html
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 from urllib.request import Request, urlopen
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
+import ftfy
 import numpy as np
 import torch
 from torch import nn
@@ -32,12 +34,13 @@ from feats.encoders.weights import (
 )
 from feats.errors import UsageError, first_line
 from feats.images import ResizeCrop
+from feats.text import fix_text
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
     from clip.clip import _MODELS, _download, _tokenizer, _transform
     from clip.model import CLIP, build_model
-    from clip.simple_tokenizer import basic_clean, whitespace_clean
+    from clip.simple_tokenizer import whitespace_clean
 
 # Hub repositories that hold OpenAI's weights as safetensors, under open_clip's names.
 HUB_REPOSITORIES = {
@@ -483,7 +486,7 @@ class _Tokenize:
         # whose search takes time with the square of their length. Its cache of words would grow for ever.
         room = self.context_length - 2
         body: list[int] = []
-        for word in _tokenizer.pat.findall(whitespace_clean(basic_clean(text)).lower()):
+        for word in _tokenizer.pat.findall(whitespace_clean(_basic_clean(text)).lower()):
             letters = "".join(_tokenizer.byte_encoder[byte] for byte in word[:MAX_WORD].encode())
             body += [_tokenizer.encoder[token] for token in _tokenizer.bpe(letters).split(" ")]
             if len(body) > room:
@@ -493,6 +496,11 @@ class _Tokenize:
             _tokenizer.cache |= {special: special for special in ("<|startoftext|>", "<|endoftext|>")}
         ids = np.array([self.start, *body[:room], self.end], np.int64)
         return Tokens(ids, len(ids), len(body) > room)
+
+
+def _basic_clean(text: str) -> str:
+    """The package's `basic_clean`."""
+    return html.unescape(html.unescape(fix_text(text, ftfy.TextFixerConfig(explain=False)))).strip()
 
 
 def _text(network: CLIP, device: torch.device, tokens: bool) -> tuple[Callable[[list[Any]], Features], Blocks]:

@@ -15,6 +15,7 @@ from feats.extraction.local import extract
 from feats.extraction.settings import ExtractionSettings
 from feats.extraction.shared import MOST_ROWS, Share, Worker, row_pieces, whole_blocks, work
 from feats.extraction.summary import Progress, Summary
+from feats.names import cache_path
 from feats.parts import parts_folder
 from feats.pieces import Pieces, absent_sides, first_rows, open_pieces
 from feats.records import Pairs, Record, read_dataset
@@ -51,8 +52,8 @@ class Job:
     columns: Mapping[str, str] = field(default_factory=dict)
 
     def path(self, split: str) -> Path:
-        """Where the cache of a split lies."""
-        return self.folder / f"{self.name}_{split}.h5"
+        """Where the cache of a split lies. Raises `UsageError` for a split that can't be part of a file's name."""
+        return cache_path(self.folder, self.name, split)
 
     def load(self, worker: Worker = Worker()) -> Encoder:
         """The encoder, on this process's device. Raises as `load_encoder` and `resolve_device`."""

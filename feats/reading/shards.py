@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from itertools import product
 from math import prod
 from pathlib import Path
+from typing import Self
 
-from feats.errors import UsageError
+from feats.errors import UsageError, first_line
 from feats.reading.remote import RemoteFile, base_name, beside, is_url, listing, public_url
 from feats.reading.rows import (
     EXPECTED,
@@ -26,6 +27,17 @@ from feats.reading.rows import (
 
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _MAX_SHARDS = 1_000_000
+
+# Headers whose content says more of the next member: of pax, and GNU's long names.
+_EXTENDED = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+_MAX_HEADER_BYTES = 1 << 16
+_DIGITS = re.compile(rb"\d{100}")
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -158,9 +170,13 @@ def _shard_members(shard: Path, place: str) -> Iterator[tuple[str, str, TarSlice
                 raise UsageError(f"{place} is compressed ({name}); decompress it first: pictures are read at random")
         file.seek(0)
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as tar:
+                end = 0
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header it has seen
+                    if member.size < 0 or tar.offset <= end:  # a pax header may say so, too
+                        raise tarfile.ReadError(f"member {member.name[:80]!r} ends before it begins")
+                    end = tar.offset
                     key, extension = _shard_key(member.name)
                     if not key or not member.isreg() or member.issparse():
                         continue
@@ -172,12 +188,41 @@ def _shard_members(shard: Path, place: str) -> Iterator[tuple[str, str, TarSlice
                         assert content is not None  # a regular file
                         yield key, extension, part, content.read(MAX_TEXT_BYTES + 1)
                 end = tar.offset
-        except tarfile.TarError as error:
-            raise UsageError(f"{place} is truncated or not a tar ({error}); make or copy it again") from None
+        # The library reads numbers and names of extended headers as they come.
+        except (tarfile.TarError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
+            raise UsageError(
+                f"{place} is truncated or not a tar ({first_line(error)}); make or copy it again"
+            ) from None
         # tarfile takes a cut or broken header for the end, but a whole archive ends with a block of zeros.
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise UsageError(f"{place} is truncated or damaged at byte {end}; make or copy it again")
+
+
+class _Member(tarfile.TarInfo):
+    """A tar's header, refused before the library goes back to it for ever (negative sizes, CVE-2025-8194), takes as
+    much memory as it claims, or as much time as the square of a run of digits (CVE-2024-6232)."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """As `tarfile.TarInfo.frombuf`; raises `tarfile.ReadError` as well."""
+        member = super().frombuf(buf, encoding, errors)
+        if member.size < 0:
+            raise tarfile.ReadError(f"member {member.name[:80]!r} is of negative size")
+        if member.type in _EXTENDED and member.size > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"an extended header of {member.size} bytes, of {_MAX_HEADER_BYTES} there may be")
+        return member
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+        """As `tarfile.TarInfo.fromtarfile`; raises `tarfile.ReadError` as well."""
+        file = tar.fileobj
+        assert file is not None  # open for reading
+        begin = file.tell()
+        if file.read(tarfile.BLOCKSIZE)[156:157] in _EXTENDED and _DIGITS.search(file.read(_MAX_HEADER_BYTES)):
+            raise tarfile.ReadError("an extended header holds a number of 100 digits or more")
+        file.seek(begin)
+        return super().fromtarfile(tar)
 
 
 def _shard_key(name: str) -> tuple[str, str]:

@@ -13,6 +13,7 @@ import torch
 
 import feats
 from feats.errors import UsageError
+from feats.names import cache_path, checked_cache
 from feats.parts import cache_paths, is_cache, open_cache
 from feats.source import SIDES
 from feats.store import DONE, PENDING, CacheReader
@@ -30,7 +31,7 @@ class FeatureSource:
 
     `tokens`: whether token features are read. `fingerprints` say what made each cache, `contents` which rows it
     holds (`FeatureStore.content_digest`), `parameters` how many the encoder of each side has (absent where a cache
-    doesn't tell); all are filled in when they are read."""
+    doesn't tell); all are filled in when they are read. Raises `UsageError` for a name that leads out of the folder."""
 
     folder: Path = DEFAULT_FOLDER
     image: tuple[str, ...] = ()
@@ -39,6 +40,16 @@ class FeatureSource:
     fingerprints: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False, repr=False)
     contents: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     parameters: Mapping[str, Mapping[str, int]] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in self.text:
+            checked_cache(name, "ttype")
+        for name in (*self.image, *self.fingerprints, *self.contents):
+            checked_cache(name, "vtype")
+
+    def path(self, name: str, split: str) -> Path:
+        """Where a cache lies. Raises `UsageError` for a name that leads elsewhere."""
+        return cache_path(self.folder, name, split)
 
     def of(self, side: str) -> tuple[str, ...]:
         """The caches of a side, "image" or "text"."""
@@ -333,7 +344,7 @@ def float32_bytes(source: FeatureSource, split: str) -> int:
     """What the features of the caches take as heads read them, views included, and tokens where `source` reads them;
     of texts' tokens as many as the cache tells. Without caches that aren't there."""
     values = 0
-    for path in (source.folder / f"{name}_{split}.h5" for name in source.names):
+    for path in (source.path(name, split) for name in source.names):
         if not is_cache(path):
             continue
         with open_cache(path) as store:
@@ -356,7 +367,7 @@ def caches_with(side: str, folder: Path, split: str, names: Sequence[str]) -> li
     """Those of the caches that have a side. One that isn't there is left out: loading it says what is missing."""
     found = []
     for name in names:
-        path = folder / f"{name}_{split}.h5"
+        path = cache_path(folder, name, split)
         if is_cache(path):
             with open_cache(path) as store:
                 found += [name] if f"{side}_feats" in store.features else []
@@ -369,7 +380,7 @@ def cached_widths(source: FeatureSource, split: str) -> dict[str, int]:
     widths: dict[str, int] = {}
     for side in SIDES:
         shapes = []
-        for path in (source.folder / f"{name}_{split}.h5" for name in source.of(side)):
+        for path in (source.path(name, split) for name in source.of(side)):
             if is_cache(path):
                 with open_cache(path) as store:
                     shapes.append(store.features)
@@ -384,7 +395,7 @@ def cached_widths(source: FeatureSource, split: str) -> dict[str, int]:
 
 def are_complete(folder: Path, split: str, names: Iterable[str]) -> bool:
     """Whether the caches `<folder>/<name>_<split>.h5` are all there, every row of them done or in quarantine."""
-    for path in (folder / f"{name}_{split}.h5" for name in names):
+    for path in (cache_path(folder, name, split) for name in names):
         if not is_cache(path):
             return False
         with open_cache(path) as store:
@@ -524,7 +535,7 @@ def _join(source: FeatureSource, split: str) -> Iterator[_Join]:
 
 
 def _path(folder: Path, split: str, name: str) -> Path:
-    path = folder / f"{name}_{split}.h5"
+    path = cache_path(folder, name, split)
     if is_cache(path):
         return path
     there = [file.stem for file in cache_paths(folder)]

@@ -20,7 +20,7 @@ class DataPlace:
 
 def records_of(source: FeatureSource, place: DataPlace) -> Pairs:
     """The pairs that caches were made of. Raises `UsageError` when they aren't found, or are others."""
-    stores = [source.folder / f"{name}_train.h5" for name in source.names]
+    stores = [source.path(name, "train") for name in source.names]
     with open_cache(stores[0]) as store:
         kept = store.source
     if place.path is None and kept is None:

@@ -35,7 +35,7 @@ def blank_pair(source: FeatureSource, weights: Mapping[str, str], device: torch.
     if unknown:
         raise UsageError(f"`weights` names {', '.join(unknown)}; the caches in use are {', '.join(source.names)}")
     for name in source.names:
-        path = source.folder / f"{name}_{SPLIT}.h5"
+        path = source.path(name, SPLIT)
         if not _is_there(path, source.fingerprints[name]):
             _encode(name, source.fingerprints[name], path, weights.get(name), device)
     return load_features(source.folder, SPLIT, source.image, source.text, tokens=source.tokens, views=False)

@@ -13,6 +13,7 @@ from feats.encoders.base import Encoder
 from feats.errors import UsageError
 from feats.extraction.local import extract
 from feats.extraction.settings import ExtractionSettings
+from feats.names import cache_path
 from feats.records import Record, TarSlice, read_dataset
 from modeling.features.joined import are_complete
 from modeling.features.target import RAW
@@ -82,7 +83,7 @@ def encode(
     """
     for name, run in wanted_caches(runs, weights).items():
         encoder = encoder_for(name, run, runs, weights.get(name), device)
-        path, settings = folder / f"{name}_{SPLIT}.h5", as_trained(name, run, len(records))
+        path, settings = cache_path(folder, name, SPLIT), as_trained(name, run, len(records))
         with bar(name) as progress:
             try:
                 extract(encoder, records, path, settings, progress=progress)
@@ -128,7 +129,7 @@ def encode_split(
     records = read_dataset(data or run.finetuned.data, None if data else run.finetuned.layout)[split]
     for name in run.source.names:
         encoder = encoder_for(name, run, [run], None, device)
-        path = folder / f"{name}_{split}.h5"
+        path = cache_path(folder, name, split)
         path.parent.mkdir(exist_ok=True)
         with bar(path.stem) as progress:
             extract(encoder, records, path, as_trained(name, run, len(records)), progress=progress)

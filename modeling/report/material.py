@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from feats.errors import RowError, UsageError
-from feats.images import as_rgb, read_image
+from feats.images import picture_size, read_reduced
 from feats.parts import open_cache
-from feats.records import Record, TarSlice
+from feats.records import Record
 from modeling.features.inputs import Inputs
 from modeling.features.joined import FeatureSet, load_features
 from modeling.features.leaks import Leaks, find_leaks
@@ -122,7 +121,7 @@ def _records(features: FeatureSet, data: Path | None) -> tuple[Mapping[str, Reco
 def _token_counts(features: FeatureSet) -> tuple[dict[str, int], int]:
     """Tokens of each text by id and how many texts were cut, by the first text cache that counts any."""
     for name in features.source.text:
-        with open_cache(features.source.folder / f"{name}_{features.split}.h5") as store:
+        with open_cache(features.source.path(name, features.split)) as store:
             counts, cut = store.facts("n_tokens"), store.facts("truncated")
             if counts.any():
                 return dict(zip(store.ids.tolist(), counts.tolist(), strict=True)), int((cut > 0).sum())
@@ -151,7 +150,7 @@ def thumbnails(records: Sequence[Record], side: int, budget: int) -> list[str]:
 
 def _thumbnail(record: Record, side: int) -> str:
     try:
-        image = _reduced(record.image_path, side)
+        image = read_reduced(record.image_path, side)
     except RowError:
         return ""
     image.thumbnail((side, side))
@@ -160,27 +159,10 @@ def _thumbnail(record: Record, side: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _reduced(place: Path | TarSlice | None, side: int) -> Image.Image:
-    """The picture, RGB; of a JPEG decoded at a fraction of its size where that is enough, which is several times as
-    fast."""
-    if isinstance(place, Path):
-        try:
-            with Image.open(place, formats=("JPEG",)) as image:
-                image.draft("RGB", (2 * side, 2 * side))
-                image.load()
-                return as_rgb(image)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            pass  # the full reader says what is wrong with it, or knows better
-    return read_image(place)[0]
-
-
 def megapixels(record: Record) -> float | None:
     """A picture's size by its header alone; None where it can't be read."""
-    place = record.image_path
-    if place is None:
-        return None
     try:
-        with Image.open(BytesIO(place.read()) if isinstance(place, TarSlice) else place) as image:
-            return image.width * image.height / 1e6
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        width, height = picture_size(record.image_path)
+    except RowError:
         return None
+    return width * height / 1e6

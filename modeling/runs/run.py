@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from feats.errors import UsageError
+from feats.names import cache_path
 from feats.parts import is_cache
 from feats.store import fingerprint_difference
 from modeling.evaluation.metrics import softmax
@@ -236,7 +237,7 @@ class Run:
         if not folder.is_dir():
             return "no such folder"
         contents = self.source.contents
-        lacking = [f"{name}_train.h5" for name in contents if not is_cache(folder / f"{name}_train.h5")]
+        lacking = [f"{name}_train.h5" for name in contents if not is_cache(cache_path(folder, name, "train"))]
         if moved and lacking:
             return f"no {lacking[0]} to know it by"
         try:
