@@ -6,6 +6,7 @@ it, so that `--help` is quick.
 
 import math
 import re
+import shlex
 import signal
 import sys
 import warnings
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from feats.config_file import as_plain, made_by, read_options, toml_lines
-from feats.errors import UsageError
+from feats.errors import NoWeightsError, UsageError
 from feats.extraction.settings import ExtractionSettings
 from feats.extras import remedy
 from feats.interrupts import interruptible
@@ -213,7 +214,7 @@ class ScriptParser(ArgumentParser):
             actions = [a for a in group._group_actions if _name(a) not in ABOUT_THE_FILE]
             if actions:
                 plain = {_name(a): _shown(a, values.get(a.dest)) for a in actions}
-                about = {_name(a): (a.help or "").replace("%%", "%") for a in actions}
+                about = {_name(a): _about(a) for a in actions}
                 groups.append((group.title or "", plain, about))
         return toml_lines(groups)
 
@@ -221,6 +222,10 @@ class ScriptParser(ArgumentParser):
 def _name(action: Action) -> str:
     """An option as a file names it."""
     return action.option_strings[-1].lstrip("-") if action.option_strings else action.dest
+
+
+def _about(action: Action) -> str:
+    return "of no use here" if action.help == SUPPRESS else (action.help or "").replace("%%", "%")
 
 
 def _texts(value: Any) -> list[str]:
@@ -272,19 +277,34 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
     cache.add_argument("--strict", action="store_true", help="exit with status 3 when rows are in quarantine")
     encoder = parser.add_argument_group("encoder")
     shown = f"{spec.model_help} (default: {spec.default_model})" if spec.default_model else spec.model_help
-    encoder.add_argument("--model", help=shown)
+
+    def if_of_use(useful: object, text: str) -> str:
+        """Help of an option; an encoder that has no use for it refuses it, and shows none."""
+        return text if useful else SUPPRESS
+
+    encoder.add_argument("--model", help=if_of_use(spec.model_help, shown))
     encoder.add_argument(
-        "--weights", metavar="PATH", help="a local file or folder, or a finetuned run (default: see the README)"
+        "--weights",
+        metavar="PATH",
+        help=if_of_use(spec.takes_weights, "a local file or folder, or a finetuned run (default: see the README)"),
     )
-    encoder.add_argument("--tokens", action="store_true", help="also cache token and patch level features")
     encoder.add_argument(
-        "--text-clean",
-        choices=CLEAN_LEVELS,
-        help=f"cleaning level of texts (default: {spec.text_clean}, or a finetuned encoder's own)",
+        "--tokens", action="store_true", help=if_of_use(spec.tokens, "also cache token and patch level features")
     )
-    encoder.add_argument("--views", type=positive, metavar="K", help="also cache K augmented views of each picture")
+    level = f"cleaning level of texts (default: {spec.text_clean}, or a finetuned encoder's own)"
+    encoder.add_argument("--text-clean", choices=CLEAN_LEVELS, help=if_of_use("text" in spec.sides, level))
     encoder.add_argument(
-        "--views-seed", type=int, default=defaults.views_seed, metavar="SEED", help="seed of the augmentation"
+        "--views",
+        type=positive,
+        metavar="K",
+        help=if_of_use("image" in spec.sides, "also cache K augmented views of each picture"),
+    )
+    encoder.add_argument(
+        "--views-seed",
+        type=int,
+        default=defaults.views_seed,
+        metavar="SEED",
+        help=if_of_use("image" in spec.sides, "seed of the augmentation"),
     )
     for key, option in spec.options.items():
         encoder.add_argument(
@@ -356,7 +376,7 @@ def _of_encoder(name: str, args: Namespace) -> dict[str, Any]:
 def run(name: str, parser: ArgumentParser, argv: Sequence[str] | None = None) -> int:
     """Extract every asked split with encoder `name`; returns the exit status. All of a script's output is here."""
     args = parser.parse_args(argv)
-    return guarded(lambda: _extract(name, args), "the cache is intact, run the same command to go on")
+    return guarded(lambda: _extracted(name, args), "the cache is intact, run the same command to go on")
 
 
 @interruptible(signal.SIGINT, signal.SIGTERM)
@@ -393,6 +413,49 @@ def refuse_without_extra(error: ModuleNotFoundError) -> int:
     return EXIT_UNUSABLE
 
 
+def _extracted(name: str, args: Namespace) -> int:
+    try:
+        return _extract(name, args)
+    except NoWeightsError as error:
+        print("\n".join(no_weights_lines(error, name, args.given)), file=sys.stderr)
+        return EXIT_UNUSABLE
+
+
+OF_THE_DATA = ("data", "layout", "splits", "limit", "stream", "out")  # options that another encoder takes over
+
+
+def no_weights_lines(error: NoWeightsError, name: str, given: Mapping[str, Any]) -> list[str]:
+    """What to say where encoder `name` has no weights: a line for each place tried, then the remedies as commands with
+    the user's own options, `given`; first the offline encoders of its sides, the nearest first."""
+    from feats.encoders.registry import ENCODERS, OFFLINE
+
+    same = {key: value for key, value in given.items() if key in OF_THE_DATA}
+    commands = [
+        (f"offline, {side}: {other}", extraction_command(other, same))
+        for side in ENCODERS[name].sides
+        for other in OFFLINE[side]
+    ]
+    for remedy_ in error.remedies:
+        words = [f"{key}={value}" for key, value in remedy_.environment.items()]
+        command = extraction_command(name, {**given, **remedy_.settings})
+        commands.append((as_typed(remedy_.what), " ".join([*words, command])))
+    return [
+        f"error: no weights for {error.what}; tried:",
+        *(f"  {place}" for place in error.tried),
+        "any of these commands helps:",
+        *(line for what, command in commands for line in (f"  # {what}", f"  {command}")),
+    ]
+
+
+def extraction_command(name: str, options: Mapping[str, Any]) -> str:
+    """What one types to extract with encoder `name`, `options` by their names as in `ScriptParser`'s `given`."""
+    words = []
+    for key, value in options.items():
+        if value is not False:
+            words += [f"--{key}", *([] if value is True else _texts(value))]
+    return shlex.join(["python", f"feats/{name}_extract_feats.py", *words])
+
+
 def _extract(name: str, args: Namespace) -> int:
     from feats.extraction.shared import Worker
 
@@ -424,6 +487,9 @@ def _job(name: str, args: Namespace, worker: "Worker") -> "Job":
 
     if not args.name or Path(args.name).name != args.name:
         raise UsageError(f"`name` {args.name!r} can't be a file's name; give letters, digits, - and _")
+    for side, option in (("image", "views"), ("text", "text_clean")):
+        if getattr(args, option) is not None and side not in ENCODERS[name].sides:
+            raise UsageError(f"{name} encodes no {side}s; leave out `{option}`")
     options = {option: getattr(args, option) for option in ENCODERS[name].options if hasattr(args, option)}
     stream = args.stream or isinstance(args.data, str) or is_pattern(args.data)
     by_parts = bool(worker.world > 1 or args.parts or args.piece_rows or args.no_join or args.engine or stream)
