@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from modeling.choices import AVERAGES as AVERAGES
+
 BINS = 15
 DRAWS = 2000  # of a posterior, or of rows with replacement
 BLOCK_COUNTS = 1 << 22  # draws times rows that lie in memory at once
 TINY = np.finfo(np.float64).tiny  # in place of a denominator of 0, whose numerator is 0 as well
 LEVEL = 0.95
-AVERAGES = ("accuracy", "weighted_f1", "macro_f1")  # the figures that get intervals and tests
 # What tables show: weighted recall is the accuracy, and stands beside it for who looks for it.
 SHOWN_AVERAGES = ("accuracy", "weighted_precision", "weighted_recall", "weighted_f1", "macro_f1")
 

@@ -18,8 +18,10 @@ from feats.parts import cache_paths, is_cache, open_cache
 from feats.source import SIDES
 from feats.store import DONE, PENDING, CacheReader
 from feats.strings import Labels, Strings
+from modeling.choices import FEATS
 
-DEFAULT_FOLDER = Path("saved/feats")
+DEFAULT_FOLDER = FEATS
+
 BLOCK_ROWS = 1 << 16
 
 

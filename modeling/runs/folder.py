@@ -32,6 +32,7 @@ from feats.csv_files import read_csv, read_table, write_csv, write_table
 from feats.errors import UsageError, first_line
 from feats.source import SIDES
 from feats.strings import BLOCK
+from modeling.choices import RUNS
 from modeling.features.corrections import corrections_digest, load_corrections, save_corrections
 from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSource
@@ -42,8 +43,9 @@ from modeling.runs.run import Finetuned, FoldTest, Member, Report, Run, Stacking
 from modeling.runs.unfinished import unfinished_folder
 from modeling.training.config import TrainConfig, settings_read
 
+DEFAULT_FOLDER = RUNS
+
 FORMAT_VERSION = 3
-DEFAULT_FOLDER = Path("saved/runs")
 CONFIG, TENSORS, SPLIT, METRICS, HISTORY, PREDICTIONS = (
     "config.json",
     "head.safetensors",
