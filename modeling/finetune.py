@@ -20,7 +20,7 @@ from feats.errors import UsageError
 from modeling import cli
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.studies import MODELS, EncoderChoice, tuning_recipe
-from modeling.heads.base import ABLATIONS, HeadConfig
+from modeling.heads.config import ABLATIONS, HeadConfig
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ import feats.threads  # noqa: F401
 from feats.cli import EXIT_DONE, positive
 from feats.errors import UsageError
 from modeling import cli
-from modeling.runs.choosing import NEWEST
+from modeling.choices import NEWEST
 
 
 def build_parser() -> ArgumentParser:

@@ -17,8 +17,7 @@ from feats.cli import EXIT_DONE, EXIT_INTERRUPTED
 from feats.csv_files import read_csv
 from feats.errors import UsageError
 from modeling import cli
-from modeling.heads.base import HeadConfig
-from modeling.search.sweep import best_run
+from modeling.heads.config import HeadConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = Path("data/sample")
@@ -51,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def quickstart(args: Namespace) -> int:
     """Run the commands one after the other and say where everything lies; returns the exit status."""
+    from modeling.search.sweep import best_run
+
     start = time.perf_counter()
     out, data = args.out or default_out(args.data), args.data or SAMPLE
     feats, runs = out / "feats", out / "runs"

@@ -966,7 +966,7 @@ def test_interrupted_training_leaves_nothing(
         finally:
             on_the_next.append(signal.getsignal(signal.SIGINT))
 
-    monkeypatch.setattr(train_head, "save_run", ctrl_c)
+    monkeypatch.setattr(run_folder, "save_run", ctrl_c)
     assert train_head.main(["--vtype", "clip", "--feats", str(feats), "--runs", str(tmp_path), *SHORT]) == 130
     assert capsys.readouterr().err.endswith("interrupted: nothing was saved\n") and not list(tmp_path.iterdir())
     assert on_the_next == [signal.SIG_DFL]  # an impatient second Ctrl-C ends the process where it is
