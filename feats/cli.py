@@ -35,8 +35,10 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter):
     """Shows defaults, but neither None and False nor those that the text tells already."""
 
     def _get_help_string(self, action: Action) -> str | None:
-        if action.default in (None, False, SUPPRESS) or "(default" in (action.help or ""):
+        if action.default in (None, False, SUPPRESS, []) or "(default" in (action.help or ""):
             return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return super()._get_help_string(action)
 
 
@@ -103,8 +105,9 @@ class ScriptParser(ArgumentParser):
     also has `given`, all options that were typed or in the file, as JSON values: what a run keeps.
     """
 
-    def __init__(self, description: str | None = None, epilog: str | None = None):
+    def __init__(self, description: str | None = None, epilog: str | None = None, examples: Sequence[str] = ()):
         super().__init__(description=description, epilog=epilog, formatter_class=HelpFormatter, allow_abbrev=False)
+        self.examples = examples
         self.file: Path | None = None
         self.fillers: list[Callable[[Namespace], Mapping[str, Any]]] = []
         group = self.add_argument_group("options from a file")
@@ -114,6 +117,10 @@ class ScriptParser(ArgumentParser):
         group.add_argument(
             "--show-config", action="store_true", help="print all options with their values as such a file, and end"
         )
+
+    def format_help(self) -> str:
+        """As any parser's, with the examples, each a line as one types it, at its end."""
+        return "\n".join([super().format_help(), "examples:", *(f"  {example}" for example in self.examples), ""])
 
     def fill_in(self, filler: Callable[[Namespace], Mapping[str, Any]]) -> None:
         """For --show-config: what options that weren't given come to, by the namespace's names."""
@@ -257,6 +264,10 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
         description,
         epilog="Exit status: 0 done; 2 unusable arguments or input; 3 done with rows in quarantine under --strict; "
         "130 interrupted (the cache is intact: run the same command to go on).",
+        examples=(
+            f"python feats/{name}_extract_feats.py --data data",
+            f"python feats/{name}_extract_feats.py --data pairs.csv --splits test --out saved/feats",
+        ),
     )
     data = parser.add_argument_group("data")
     data.add_argument(

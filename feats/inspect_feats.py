@@ -19,6 +19,10 @@ def build_parser() -> ArgumentParser:
     parser = ScriptParser(
         __doc__,
         epilog="Exit status: 0 all well; 2 a file is no cache, is damaged, or (--verify) holds a damaged chunk.",
+        examples=(
+            "python feats/inspect_feats.py saved/feats/clip_train.h5",
+            "python feats/inspect_feats.py saved/feats/clip_train.h5 --verify",
+        ),
     )
     parser.add_argument(
         "files",

@@ -83,9 +83,9 @@ RUN_HELP = "a path, a name in --runs, newest, or best: by its validation figure,
 OPTION_OF = {"sides": "ablation", "image": "vtype", "text": "ttype"}
 
 
-def new_parser(doc: str) -> ScriptParser:
-    """A script's parser, see there; `doc` describes the script."""
-    return ScriptParser(doc)
+def new_parser(doc: str, *examples: str) -> ScriptParser:
+    """A script's parser, see there; `doc` describes the script, `examples` are commands that its help ends with."""
+    return ScriptParser(doc, examples=examples)
 
 
 def add_feature_options(parser: ScriptParser) -> None:

@@ -34,7 +34,11 @@ USUAL_GRID = {"lr": [1e-5, 2e-5], "dropout": [0.3, 0.5]}  # study E's
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(
+        __doc__,
+        "python modeling/compare_finetuning.py --run newest --methods frozen lp_ft",
+        "python modeling/compare_finetuning.py --grid --only 1 --ep 2",
+    )
     group = parser.add_argument_group("what is compared")
     group.add_argument(
         "--run",

@@ -21,7 +21,11 @@ A_LEADERBOARD = "a leaderboard of this format"
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(
+        __doc__,
+        "python modeling/compare_runs.py --by macro_f1",
+        "python modeling/compare_runs.py saved/runs/sweep --out runs.md",
+    )
     shown = f"{cli.RUN_HELP}; or a folder of runs, such as a sweep (default: all in --runs)"
     parser.add_argument("run", nargs="*", metavar="RUN", help=shown)
     parser.add_argument("--runs", type=Path, default=choices.RUNS, metavar="DIR", help="folder of runs")

@@ -36,7 +36,11 @@ NEIGHBOURS, ORDERS = 5, 10
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(
+        __doc__,
+        'python modeling/explain.py --image cat.jpg --text "what a day"',
+        "python modeling/explain.py --run best --check 50",
+    )
     pair = parser.add_argument_group("the pair, and what is explained")
     pair.add_argument("--image", type=Path, metavar="FILE", help="its picture")
     pair.add_argument("--text", help="its text")

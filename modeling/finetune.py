@@ -36,7 +36,11 @@ SIZES = ("layers", "width", "heads", "patch")
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(
+        __doc__,
+        "python modeling/finetune.py --run newest --tune last-2 --ep 3",
+        "python modeling/finetune.py --image-encoder efficientnet --text-encoder minilm --head concat",
+    )
     add_start_options(parser)
     cli.add_split_options(parser)
     cli.add_corrections_option(parser)

@@ -37,7 +37,11 @@ SHOWN = 50  # left out rows named on stderr
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(
+        __doc__,
+        "python modeling/inference_head.py --run best --proba",
+        'python modeling/inference_head.py --image cat.jpg --text "what a day"',
+    )
     cached = parser.add_argument_group("cached rows")
     cached.add_argument(
         "--feats", type=Path, metavar="DIR", help="folder of caches (default: of each run, the one it was trained from)"

@@ -29,7 +29,11 @@ SHOWN = ("head", "what", "share", "rows", "mean", "std", "low", "high", "gain_lo
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(
+        __doc__,
+        "python modeling/learning_curve.py --run newest",
+        "python modeling/learning_curve.py --shares 0.25 0.5 1 --draws 10",
+    )
     parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
     parser.add_argument("--run", metavar="RUN", help=f"{cli.RUN_HELP} (default: newest)")
     shares = " ".join(f"{share:g}" for share in choices.SHARES)

@@ -16,7 +16,7 @@ from modeling import choices, cli
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(__doc__, "python modeling/list_runs.py", "python modeling/list_runs.py --sort score")
     parser.add_argument("--runs", type=Path, default=choices.RUNS, metavar="DIR", help="folder of runs")
     parser.add_argument(
         "--sort", choices=("age", "score"), default="age", help="newest first, or highest validation figure first"

@@ -29,7 +29,7 @@ ALL = "all"
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(__doc__, "python modeling/reproduce.py", "python modeling/reproduce.py all --seeds 5")
     parser.add_argument("table", nargs="?", choices=(*TABLES, ALL), metavar="TABLE", help=f"{', '.join(TABLES)} or all")
     group = parser.add_argument_group("features")
     group.add_argument("--feats", type=Path, default=choices.FEATS, metavar="DIR", help="folder of caches")

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(
+        __doc__, "python modeling/serve.py --run best", "python modeling/serve.py --http --port 8000"
+    )
     which = parser.add_argument_group("runs")
     which.add_argument("--run", nargs="+", metavar="RUN", help=f"{cli.RUN_HELP} (default: newest)")
     which.add_argument(

@@ -28,7 +28,11 @@ NAME = "sweep"
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(
+        __doc__,
+        "python modeling/sweep_heads.py --head fusion mlp linear --lr 1e-3 1e-4",
+        "python modeling/sweep_heads.py --vtype efficientnet --ttype minilm --auto",
+    )
     cli.add_feature_options(parser)
     cli.add_split_options(parser)
     cli.add_corrections_option(parser)

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(
+        __doc__,
+        "python modeling/train_head.py --vtype efficientnet --ttype minilm",
+        "python modeling/train_head.py --head mlp --lr 1e-3 --seeds 3 --folds 5",
+    )
     cli.add_feature_options(parser)
     cli.add_split_options(parser)
     cli.add_corrections_option(parser)
