@@ -1,17 +1,22 @@
 """Print what is in feature caches: schema, counts, fingerprint, quarantined rows with reasons, of those in parts which
 parts are missing; --verify reads all."""
 
+from __future__ import annotations
+
 import signal
 import sys
 from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from feats.cli import EXIT_DONE, EXIT_UNUSABLE, ScriptParser, as_typed
 from feats.errors import UsageError
-from feats.parts import PartedStore, open_cache, part_path
-from feats.store import QUARANTINED, STATUS_NAMES, CacheReader
+
+if TYPE_CHECKING:
+    from feats.parts import PartedStore
+    from feats.store import CacheReader
 
 
 def build_parser() -> ArgumentParser:
@@ -37,6 +42,8 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
+    from feats.parts import open_cache
+
     args = build_parser().parse_args(argv)
     sound = True
     for path in args.files:
@@ -57,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def overview(store: CacheReader) -> str:
     """A few lines that say what the cache holds."""
+    from feats.parts import PartedStore
+    from feats.store import QUARANTINED, STATUS_NAMES
+
     parts = [parts_overview(store)] if isinstance(store, PartedStore) else []
     if isinstance(store, PartedStore) and store.missing:
         told = {"features": store.features, **store.plan, **store.shared.fingerprint}
@@ -88,6 +98,8 @@ def overview(store: CacheReader) -> str:
 
 def parts_overview(store: PartedStore) -> str:
     """A line on a cache's parts: how many there are, which are missing, and which of those somebody makes."""
+    from feats.parts import part_path
+
     parts = len(store.shared.pieces)
     line = f"{store.path}: in {parts} parts, split {store.shared.split}"
     if store.missing:

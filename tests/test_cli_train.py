@@ -25,6 +25,7 @@ from modeling import experiment as ex, train_head
 from modeling.evaluation.metrics import softmax
 from modeling.features.joined import load_features
 from modeling.heads.registry import HEADS
+from modeling.runs import folder as run_folder
 from modeling.runs.folder import load_run, newest_run, read_predictions
 from modeling.training.config import settings_read
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import feats
+from feats.encoders.registry import ENCODERS
 from feats.errors import UsageError
 from feats.parts import cache_paths, is_cache, open_cache
 from feats.source import SIDES
@@ -548,16 +549,36 @@ def _with_those_there(source: FeatureSource, split: str) -> str:
 
 
 def _command(name: str, folder: Path, split: str) -> str:
-    """What a user types to make the cache `name` of a split. The data are those of its training cache, or of any other
-    cache of the folder, where they say."""
-    if (Path(feats.__file__).parent / f"{name}_extract_feats.py").is_file():
-        command = f"python feats/{name}_extract_feats.py"
-    else:
-        command = f"python feats/<encoder>_extract_feats.py `name` {name}"
-    data = _data_of([folder / f"{name}_train.h5", *cache_paths(folder)])
-    command += f" `data` {shlex.quote(data)}" if data else ""
-    command += "" if split == "train" else f" `splits` {split}"
-    return command if folder == DEFAULT_FOLDER else f"{command} `out` {shlex.quote(str(folder))}"
+    """What a user types to make the cache `name` of a split: with the encoder and options of its training cache where
+    there is one, and the data of it, or of any other cache of the folder, where they say."""
+    trained = folder / f"{name}_train.h5"
+    encoder, options = _made_by(trained) or (name, {})
+    known = (Path(feats.__file__).parent / f"{encoder}_extract_feats.py").is_file()
+    words = [f"python feats/{encoder if known else '<encoder>'}_extract_feats.py"]
+    data = _data_of([trained, *cache_paths(folder)])
+    words += [f"`data` {shlex.quote(data)}"] if data else []
+    words += [] if split == "train" else [f"`splits` {split}"]
+    words += [f"`{key}` {shlex.quote(str(value))}" for key, value in options.items()]
+    words += [] if encoder == name and known else [f"`name` {name}"]
+    words += [] if folder == DEFAULT_FOLDER else [f"`out` {shlex.quote(str(folder))}"]
+    return " ".join(words)
+
+
+def _made_by(path: Path) -> tuple[str, dict[str, Any]] | None:
+    """The encoder of a cache, and those of its own options that aren't the defaults; None where no cache tells."""
+    if not is_cache(path):
+        return None
+    try:
+        with open_cache(path) as store:
+            told = store.fingerprint
+    except UsageError:  # a foreign or damaged file has nothing to tell
+        return None
+    spec = ENCODERS.get(told.get("encoder", ""))
+    if spec is None:
+        return None
+    return told["encoder"], {
+        k: told[k] for k, option in spec.options.items() if told.get(k, option.default) != option.default
+    }
 
 
 def _data_of(paths: Iterable[Path]) -> str | None:

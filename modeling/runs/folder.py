@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
+from difflib import get_close_matches
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -291,8 +292,11 @@ def load_run(path: Path | str) -> Run:
     """
     path = Path(path)
     if not (path / CONFIG).exists():
-        near = ", ".join(p.name for p in _runs_in(path.parent)[0][:5]) or "none"
-        raise UsageError(f"{path} is no run: there is no {CONFIG} in it (runs beside it: {near})")
+        beside = [p.name for p in _runs_in(path.parent)[0]]
+        close = get_close_matches(path.name, beside, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        near = ", ".join(beside[:5]) or "none"
+        raise UsageError(f"{path} is no run: there is no {CONFIG} in it{hint} (runs beside it: {near})")
     config = read_config(path)
     odd = [name for name in (TENSORS, SPLIT, CORRECTIONS) if (path / name).exists() and not (path / name).is_file()]
     if odd:  # a pipe would be waited for
