@@ -21,7 +21,7 @@ QUICK = ("--device", "cpu", "--head", "mlp", "--D", "4", "--ep", "1", "--val-rat
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    make_course(tmp_path / "my data", 12)
+    make_course(tmp_path / "my data", 12, 4)
     return tmp_path
 
 
