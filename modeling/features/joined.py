@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 import feats
-from feats.encoders.registry import ENCODERS
 from feats.errors import UsageError
 from feats.parts import cache_paths, is_cache, open_cache
 from feats.source import SIDES
 from feats.store import DONE, PENDING, CacheReader
 from feats.strings import Labels, Strings
 from modeling.choices import FEATS
+from modeling.features.made_by import encoder_and_options
 
 DEFAULT_FOLDER = FEATS
 
@@ -565,20 +565,14 @@ def _command(name: str, folder: Path, split: str) -> str:
 
 
 def _made_by(path: Path) -> tuple[str, dict[str, Any]] | None:
-    """The encoder of a cache, and those of its own options that aren't the defaults; None where no cache tells."""
+    """The encoder and options of a cache; None where it isn't there or can't tell."""
     if not is_cache(path):
         return None
     try:
         with open_cache(path) as store:
-            told = store.fingerprint
+            return encoder_and_options(store.fingerprint)
     except UsageError:  # a foreign or damaged file has nothing to tell
         return None
-    spec = ENCODERS.get(told.get("encoder", ""))
-    if spec is None:
-        return None
-    return told["encoder"], {
-        k: told[k] for k, option in spec.options.items() if told.get(k, option.default) != option.default
-    }
 
 
 def _data_of(paths: Iterable[Path]) -> str | None:
