@@ -6,6 +6,7 @@ it, so that `--help` is quick.
 
 import math
 import re
+import shlex
 import signal
 import sys
 import warnings
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from feats.config_file import as_plain, made_by, read_options, toml_lines
-from feats.errors import UsageError
+from feats.errors import NoWeightsError, UsageError
 from feats.extraction.settings import ExtractionSettings
 from feats.extras import remedy
 from feats.interrupts import interruptible
@@ -36,8 +37,10 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter):
     """Shows defaults, but neither None and False nor those that the text tells already."""
 
     def _get_help_string(self, action: Action) -> str | None:
-        if action.default in (None, False, SUPPRESS) or "(default" in (action.help or ""):
+        if action.default in (None, False, SUPPRESS, []) or "(default" in (action.help or ""):
             return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return super()._get_help_string(action)
 
 
@@ -130,8 +133,9 @@ class ScriptParser(ArgumentParser):
     also has `given`, all options that were typed or in the file, as JSON values: what a run keeps.
     """
 
-    def __init__(self, description: str | None = None, epilog: str | None = None):
+    def __init__(self, description: str | None = None, epilog: str | None = None, examples: Sequence[str] = ()):
         super().__init__(description=description, epilog=epilog, formatter_class=HelpFormatter, allow_abbrev=False)
+        self.examples = examples
         self.file: Path | None = None
         self.fillers: list[Callable[[Namespace], Mapping[str, Any]]] = []
         group = self.add_argument_group("messages")
@@ -145,6 +149,10 @@ class ScriptParser(ArgumentParser):
         group.add_argument(
             "--show-config", action="store_true", help="print all options with their values as such a file, and end"
         )
+
+    def format_help(self) -> str:
+        """As any parser's, with the examples, each a line as one types it, at its end."""
+        return "\n".join([super().format_help(), "examples:", *(f"  {example}" for example in self.examples), ""])
 
     def fill_in(self, filler: Callable[[Namespace], Mapping[str, Any]]) -> None:
         """For --show-config: what options that weren't given come to, by the namespace's names."""
@@ -260,7 +268,7 @@ class ScriptParser(ArgumentParser):
             actions = [a for a in group._group_actions if _name(a) not in ABOUT_THE_FILE]
             if actions:
                 plain = {_name(a): _shown(a, values.get(a.dest)) for a in actions}
-                about = {_name(a): (a.help or "").replace("%%", "%") for a in actions}
+                about = {_name(a): _about(a) for a in actions}
                 groups.append((group.title or "", plain, about))
         return toml_lines(groups)
 
@@ -279,6 +287,10 @@ class _ShowVersion(Action):
     def __call__(self, parser: ArgumentParser, *given: Any) -> None:
         print(version_line())
         parser.exit()
+
+
+def _about(action: Action) -> str:
+    return "of no use here" if action.help == SUPPRESS else (action.help or "").replace("%%", "%")
 
 
 def _texts(value: Any) -> list[str]:
@@ -310,6 +322,10 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
         description,
         epilog="Exit status: 0 done; 2 unusable arguments or input; 3 done with rows in quarantine under --strict; "
         "130 interrupted (the cache is intact: run the same command to go on).",
+        examples=(
+            f"python feats/{name}_extract_feats.py --data data",
+            f"python feats/{name}_extract_feats.py --data pairs.csv --splits test --out saved/feats",
+        ),
     )
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -331,19 +347,34 @@ def extraction_parser(name: str, description: str | None) -> ArgumentParser:
     cache.add_argument("--strict", action="store_true", help="exit with status 3 when rows are in quarantine")
     encoder = parser.add_argument_group("encoder")
     shown = f"{spec.model_help} (default: {spec.default_model})" if spec.default_model else spec.model_help
-    encoder.add_argument("--model", help=shown)
+
+    def if_of_use(useful: object, text: str) -> str:
+        """Help of an option; an encoder that has no use for it refuses it, and shows none."""
+        return text if useful else SUPPRESS
+
+    encoder.add_argument("--model", help=if_of_use(spec.model_help, shown))
     encoder.add_argument(
-        "--weights", metavar="PATH", help="a local file or folder, or a finetuned run (default: see the README)"
+        "--weights",
+        metavar="PATH",
+        help=if_of_use(spec.takes_weights, "a local file or folder, or a finetuned run (default: see the README)"),
     )
-    encoder.add_argument("--tokens", action="store_true", help="also cache token and patch level features")
     encoder.add_argument(
-        "--text-clean",
-        choices=CLEAN_LEVELS,
-        help=f"cleaning level of texts (default: {spec.text_clean}, or a finetuned encoder's own)",
+        "--tokens", action="store_true", help=if_of_use(spec.tokens, "also cache token and patch level features")
     )
-    encoder.add_argument("--views", type=positive, metavar="K", help="also cache K augmented views of each picture")
+    level = f"cleaning level of texts (default: {spec.text_clean}, or a finetuned encoder's own)"
+    encoder.add_argument("--text-clean", choices=CLEAN_LEVELS, help=if_of_use("text" in spec.sides, level))
     encoder.add_argument(
-        "--views-seed", type=int, default=defaults.views_seed, metavar="SEED", help="seed of the augmentation"
+        "--views",
+        type=positive,
+        metavar="K",
+        help=if_of_use("image" in spec.sides, "also cache K augmented views of each picture"),
+    )
+    encoder.add_argument(
+        "--views-seed",
+        type=int,
+        default=defaults.views_seed,
+        metavar="SEED",
+        help=if_of_use("image" in spec.sides, "seed of the augmentation"),
     )
     for key, option in spec.options.items():
         encoder.add_argument(
@@ -416,7 +447,7 @@ def _of_encoder(name: str, args: Namespace) -> dict[str, Any]:
 def run(name: str, parser: ArgumentParser, argv: Sequence[str] | None = None) -> int:
     """Extract every asked split with encoder `name`; returns the exit status. All of a script's output is here."""
     args = parser.parse_args(argv)
-    return guarded(lambda: _extract(name, args), "the cache is intact, run the same command to go on")
+    return guarded(lambda: _extracted(name, args), "the cache is intact, run the same command to go on")
 
 
 @interruptible(signal.SIGINT, signal.SIGTERM)
@@ -467,6 +498,49 @@ def refuse_without_extra(error: ModuleNotFoundError) -> int:
     return EXIT_UNUSABLE
 
 
+def _extracted(name: str, args: Namespace) -> int:
+    try:
+        return _extract(name, args)
+    except NoWeightsError as error:
+        print("\n".join(no_weights_lines(error, name, args.given)), file=sys.stderr)
+        return EXIT_UNUSABLE
+
+
+OF_THE_DATA = ("data", "layout", "splits", "limit", "stream", "out")  # options that another encoder takes over
+
+
+def no_weights_lines(error: NoWeightsError, name: str, given: Mapping[str, Any]) -> list[str]:
+    """What to say where encoder `name` has no weights: a line for each place tried, then the remedies as commands with
+    the user's own options, `given`; first the offline encoders of its sides, the nearest first."""
+    from feats.encoders.registry import ENCODERS, OFFLINE
+
+    same = {key: value for key, value in given.items() if key in OF_THE_DATA}
+    commands = [
+        (f"offline, {side}: {other}", extraction_command(other, same))
+        for side in ENCODERS[name].sides
+        for other in OFFLINE[side]
+    ]
+    for remedy_ in error.remedies:
+        words = [f"{key}={value}" for key, value in remedy_.environment.items()]
+        command = extraction_command(name, {**given, **remedy_.settings})
+        commands.append((as_typed(remedy_.what), " ".join([*words, command])))
+    return [
+        f"error: no weights for {error.what}; tried:",
+        *(f"  {place}" for place in error.tried),
+        "any of these commands helps:",
+        *(line for what, command in commands for line in (f"  # {what}", f"  {command}")),
+    ]
+
+
+def extraction_command(name: str, options: Mapping[str, Any]) -> str:
+    """What one types to extract with encoder `name`, `options` by their names as in `ScriptParser`'s `given`."""
+    words = []
+    for key, value in options.items():
+        if value is not False:
+            words += [f"--{key}", *([] if value is True else _texts(value))]
+    return shlex.join(["python", f"feats/{name}_extract_feats.py", *words])
+
+
 def _extract(name: str, args: Namespace) -> int:
     from feats.extraction.shared import Worker
 
@@ -496,6 +570,9 @@ def _job(name: str, args: Namespace, worker: "Worker") -> "Job":
     from feats.extraction.shared import time_in
     from feats.reading.shards import is_pattern
 
+    for side, option in (("image", "views"), ("text", "text_clean")):
+        if getattr(args, option) is not None and side not in ENCODERS[name].sides:
+            raise UsageError(f"{name} encodes no {side}s; leave out `{option}`")
     options = {option: getattr(args, option) for option in ENCODERS[name].options if hasattr(args, option)}
     stream = args.stream or isinstance(args.data, str) or is_pattern(args.data)
     by_parts = bool(worker.world > 1 or args.parts or args.piece_rows or args.no_join or args.engine or stream)

@@ -1,5 +1,8 @@
 """The two ways stage 1 can fail: the whole command, or one row."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
 
 class UsageError(Exception):
     """Arguments or input that no run can work with.
@@ -7,6 +10,30 @@ class UsageError(Exception):
     The message says what was found, what was expected and what to do next. Scripts print it as one line
     on stderr and exit with status 2.
     """
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """What makes a failed call work: what to do, and how the call then differs, by environment variables and settings,
+    whose values in capitals are for the user to fill in."""
+
+    what: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
+class NoWeightsError(UsageError):
+    """Weights that can't be had: of what, the places tried, and what helps. Scripts, which know the whole command,
+    print a line for each; the message is all of it in one."""
+
+    def __init__(self, what: str, tried: Sequence[str], remedies: Sequence[Remedy]):
+        super().__init__(what, tried, remedies)
+        self.what, self.tried, self.remedies = what, tuple(tried), tuple(remedies)
+
+    def __str__(self) -> str:
+        places = "; ".join(f"({i}) {place}" for i, place in enumerate(self.tried, 1))
+        helps = "; ".join(remedy.what for remedy in self.remedies)
+        return f"no weights for {self.what}. Tried {places}. Remedies: {helps}; or use an offline encoder"
 
 
 class RowError(Exception):

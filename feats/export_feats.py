@@ -13,7 +13,14 @@ FILE_ROWS = 1_000_000
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = ScriptParser(__doc__, epilog="Exit status: 0 done; 2 unusable arguments or input; 130 interrupted.")
+    parser = ScriptParser(
+        __doc__,
+        epilog="Exit status: 0 done; 2 unusable arguments or input; 130 interrupted.",
+        examples=(
+            "python feats/export_feats.py saved/feats/clip_train.h5",
+            "python feats/export_feats.py saved/feats/clip_train.h5 --format npy --out export",
+        ),
+    )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="caches, e.g. saved/feats/clip_train.h5")
     parser.add_argument(
         "--format",

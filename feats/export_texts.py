@@ -31,6 +31,10 @@ def build_parser() -> ArgumentParser:
         __doc__,
         epilog="Exit status: 0 done; 2 unusable arguments or input; 3 done without rows that can't be read under "
         "--strict; 130 interrupted.",
+        examples=(
+            "python feats/export_texts.py --data data",
+            "python feats/export_texts.py --data data --split test --text-clean tweet",
+        ),
     )
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR|FILE", help="the image-text pairs")
     parser.add_argument("--layout", choices=tuple(LAYOUTS), help="how they lie on disk (default: detected)")

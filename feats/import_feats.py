@@ -20,6 +20,10 @@ def build_parser() -> ArgumentParser:
         __doc__,
         epilog="Exit status: 0 done; 2 unusable arguments or input; 3 done with rows in quarantine under --strict; "
         "130 interrupted.",
+        examples=(
+            "python feats/import_feats.py mine.parquet --name mine --split train",
+            "python feats/import_feats.py mine.parquet --name mine --split train --label category",
+        ),
     )
     parser.add_argument(
         "paths", nargs="+", type=Path, metavar="PATH", help="Parquet files, a folder of them, or one with img_emb/ ..."

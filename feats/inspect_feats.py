@@ -1,17 +1,22 @@
 """Print what is in feature caches: schema, counts, fingerprint, quarantined rows with reasons, of those in parts which
 parts are missing; --verify reads all."""
 
+from __future__ import annotations
+
 import signal
 import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from feats.cli import EXIT_DONE, EXIT_UNUSABLE, ScriptParser, as_typed, guarded
 from feats.errors import UsageError
-from feats.parts import PartedStore, open_cache, part_path
-from feats.store import QUARANTINED, STATUS_NAMES, CacheReader
+
+if TYPE_CHECKING:
+    from feats.parts import PartedStore
+    from feats.store import CacheReader
 
 
 def build_parser() -> ArgumentParser:
@@ -19,6 +24,10 @@ def build_parser() -> ArgumentParser:
     parser = ScriptParser(
         __doc__,
         epilog="Exit status: 0 all well; 2 a file is no cache, is damaged, or (--verify) holds a damaged chunk.",
+        examples=(
+            "python feats/inspect_feats.py saved/feats/clip_train.h5",
+            "python feats/inspect_feats.py saved/feats/clip_train.h5 --verify",
+        ),
     )
     parser.add_argument(
         "files",
@@ -39,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def inspect_all(args: Namespace) -> int:
     """Print what is in each cache; returns the exit status."""
+    from feats.parts import open_cache
+
     sound = True
     for path in args.files:
         try:
@@ -58,6 +69,9 @@ def inspect_all(args: Namespace) -> int:
 
 def overview(store: CacheReader) -> str:
     """A few lines that say what the cache holds."""
+    from feats.parts import PartedStore
+    from feats.store import QUARANTINED, STATUS_NAMES
+
     parts = [parts_overview(store)] if isinstance(store, PartedStore) else []
     if isinstance(store, PartedStore) and store.missing:
         told = {"features": store.features, **store.plan, **store.shared.fingerprint}
@@ -89,6 +103,8 @@ def overview(store: CacheReader) -> str:
 
 def parts_overview(store: PartedStore) -> str:
     """A line on a cache's parts: how many there are, which are missing, and which of those somebody makes."""
+    from feats.parts import part_path
+
     parts = len(store.shared.pieces)
     line = f"{store.path}: in {parts} parts, split {store.shared.split}"
     if store.missing:

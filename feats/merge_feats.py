@@ -16,6 +16,10 @@ def build_parser() -> ArgumentParser:
     parser = ScriptParser(
         __doc__,
         epilog="Exit status: 0 done; 2 parts are missing or damaged, or something else lies there; 130 interrupted.",
+        examples=(
+            "python feats/merge_feats.py saved/feats/clip_train.h5",
+            "python feats/merge_feats.py saved/feats/clip_train.h5 --keep-parts",
+        ),
     )
     parser.add_argument(
         "paths",

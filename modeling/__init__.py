@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # for these two a type checker would find the scripts of the 
 
 _HOMES = {
     "FeatureSet": "modeling.features.joined",
-    "HeadConfig": "modeling.heads.base",
+    "HeadConfig": "modeling.heads.config",
     "Run": "modeling.runs.run",
     "Split": "modeling.features.splits",
     "TrainConfig": "modeling.training.config",

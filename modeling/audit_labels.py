@@ -5,12 +5,15 @@ All labelled rows, those of validation and test marked: correct labels there for
 tune by them. Fill in the column `corrected` and train again with --corrections.
 """
 
+from __future__ import annotations
+
 import sys
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import feats.threads  # noqa: F401
 
@@ -18,19 +21,21 @@ import feats.threads  # noqa: F401
 
 from feats.cli import EXIT_DONE, positive
 from feats.errors import UsageError
-from feats.records import Record
 from modeling import cli
-from modeling.auditing import suspects
-from modeling.evaluation.metrics import format_table
-from modeling.experiment import experiment_of_run, total_epochs
-from modeling.features.joined import FeatureSource
-from modeling.prediction.out_of_fold import single_split
 from modeling.runs.files import check_replaceable
+
+if TYPE_CHECKING:
+    from feats.records import Record
+    from modeling.features.joined import FeatureSource
 
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(
+        __doc__,
+        "python modeling/audit_labels.py --run newest",
+        "python modeling/audit_labels.py --folds 10 --out saved/label_audit.csv",
+    )
     parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
     parser.add_argument("--run", metavar="RUN", help=f"{cli.RUN_HELP} (default: newest)")
     parser.add_argument("--folds", type=positive, default=5, metavar="K", help="folds of the training rows")
@@ -50,6 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(args: Namespace) -> int:
     """Train on folds, rank the labels and write them; returns the exit status."""
+    from modeling.auditing import suspects
+    from modeling.evaluation.metrics import format_table
+    from modeling.experiment import experiment_of_run, total_epochs
+    from modeling.prediction.out_of_fold import single_split
+
     [run] = cli.chosen_runs(args)
     single_split(run)
     out = args.out or run.folder / "label_audit.csv"

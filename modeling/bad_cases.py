@@ -4,34 +4,37 @@ Only training rows: what is inspected, corrected or augmented must not come from
 figures stop being honest.
 """
 
+from __future__ import annotations
+
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import feats.threads  # noqa: F401
 
 # isort: split
 
-import numpy as np
 
-from feats.acceleration import deterministic
 from feats.cli import EXIT_DONE, positive
 from feats.csv_files import write_rows
 from feats.errors import UsageError
 from modeling import cli
-from modeling.evaluation.metrics import confusion_matrix, confusion_text
-from modeling.experiment import experiment_of_run, total_epochs
-from modeling.prediction.out_of_fold import labelled, out_of_fold, single_split, unseen_folds
 from modeling.runs.files import check_replaceable, user_file
-from modeling.runs.folder import PREDICTION_COLUMNS, prediction_rows
-from modeling.runs.run import Run
+
+if TYPE_CHECKING:
+    from modeling.runs.run import Run
 
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(
+        __doc__,
+        "python modeling/bad_cases.py --run newest",
+        "python modeling/bad_cases.py --min-confidence 0.9 --out saved/bad_cases.csv",
+    )
     parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
     parser.add_argument("--run", metavar="RUN", help=f"{cli.RUN_HELP} (default: newest)")
     parser.add_argument("--folds", type=positive, default=5, metavar="K", help="folds of the training rows")
@@ -49,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def export(args: Namespace) -> int:
     """Train on folds of the training rows and write those predicted wrong; returns the exit status."""
+    from feats.acceleration import deterministic
+
     if not 0 <= args.min_confidence <= 1:
         raise UsageError(f"--min-confidence {args.min_confidence:g}: expected a probability, 0 to 1")
     [run] = cli.chosen_runs(args)
@@ -58,6 +63,13 @@ def export(args: Namespace) -> int:
 
 def export_of(run: Run, args: Namespace) -> int:
     """As `export`, of a run that was read."""
+    import numpy as np
+
+    from modeling.evaluation.metrics import confusion_matrix, confusion_text
+    from modeling.experiment import experiment_of_run, total_epochs
+    from modeling.prediction.out_of_fold import labelled, out_of_fold, single_split, unseen_folds
+    from modeling.runs.folder import PREDICTION_COLUMNS, prediction_rows
+
     split = single_split(run)
     out = args.out or run.folder / "bad_cases.csv"
     check_replaceable(out, PREDICTION_COLUMNS)

@@ -1,6 +1,8 @@
 """The command line of this stage: the options that scripts share, the typed settings that they fill, and how messages
 are shown. Defaults live in the dataclasses; help shows them."""
 
+from __future__ import annotations
+
 import math
 import shlex
 import signal
@@ -13,11 +15,8 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from feats.acceleration import deterministic, resolve_device
 from feats.cli import (
     EXIT_INTERRUPTED,
     EXIT_UNUSABLE,
@@ -31,39 +30,32 @@ from feats.cli import (
 from feats.errors import UsageError
 from feats.interrupts import interruptible
 from feats.terminal import progress
-from modeling.experiment import Experiment, ExperimentSettings, epoch_weights, total_epochs
-from modeling.features.joined import DEFAULT_FOLDER, FeatureSource, cached_widths, caches_with
-from modeling.features.normalizer import NORMS
-from modeling.features.splits import SplitSettings
-from modeling.features.stream import SHARE, STREAMING
+from modeling import choices
+from modeling.choices import ABSENT, NORMS, SHARE, STREAMING, SplitSettings
 from modeling.finetuning.augment import TextAugmentation
 from modeling.finetuning.settings import AUGMENTED, DTYPES, TuneSettings
 from modeling.finetuning.studies import TUNING_RECIPES, tuning_recipe
-from modeling.heads.base import (
+from modeling.heads.config import (
     ABLATIONS,
     ATTENTION_NORMS,
     IMAGE_POOLINGS,
     IMAGE_POSITIONS,
     HeadConfig,
     ablation_words,
-    head_class,
 )
 from modeling.heads.registry import HEADS
-from modeling.prediction.ablation import ABSENT, AbsentOf, absence
-from modeling.runs import choosing, folder as run_folder
-from modeling.runs.run import Run
 from modeling.training.config import (
     CLASS_WEIGHTS,
     MONITORS,
     OPTIMIZERS,
     PRECISIONS,
     SCHEDULES,
+    Epochs,
     TrainConfig,
     flat,
     from_flat,
     settings_read,
 )
-from modeling.training.problem import Epochs
 from modeling.training.recipes import (
     END_TO_END,
     OF_FIXED_FOLDS,
@@ -72,6 +64,13 @@ from modeling.training.recipes import (
     cached_recipe,
     recipe_settings,
 )
+
+if TYPE_CHECKING:
+    from modeling.experiment import Experiment, ExperimentSettings
+    from modeling.features.joined import FeatureSource
+    from modeling.prediction.ablation import AbsentOf
+    from modeling.runs.run import Run
+
 
 OWN = "own"
 TUNING_GRID = ("lr", "dropout", "bs", "ep")  # what a grid of finetunings varies
@@ -89,15 +88,15 @@ RUN_HELP = "a path, a name in --runs, newest, or best: by its validation figure,
 OPTION_OF = {"sides": "ablation", "image": "vtype", "text": "ttype"}
 
 
-def new_parser(doc: str) -> ScriptParser:
-    """A script's parser, see there; `doc` describes the script."""
-    return ScriptParser(doc)
+def new_parser(doc: str, *examples: str) -> ScriptParser:
+    """A script's parser, see there; `doc` describes the script, `examples` are commands that its help ends with."""
+    return ScriptParser(doc, examples=examples)
 
 
 def add_feature_options(parser: ScriptParser) -> None:
     """Which caches of each side, their normalisations and scales."""
     group = parser.add_argument_group("features")
-    group.add_argument("--feats", type=Path, default=DEFAULT_FOLDER, metavar="DIR", help="folder of caches")
+    group.add_argument("--feats", type=Path, default=choices.FEATS, metavar="DIR", help="folder of caches")
     group.add_argument(
         "--vtype", nargs="*", metavar="CACHE", help="caches of the image side (default: clip; none with --ttype alone)"
     )
@@ -179,7 +178,7 @@ def add_stream_option(parser: ScriptParser) -> None:
 def add_run_options(parser: ScriptParser) -> None:
     """The folder of runs, and the device."""
     group = parser.add_argument_group("output and compute")
-    group.add_argument("--runs", type=Path, default=run_folder.DEFAULT_FOLDER, metavar="DIR", help="folder of runs")
+    group.add_argument("--runs", type=Path, default=choices.RUNS, metavar="DIR", help="folder of runs")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 
 
@@ -398,6 +397,9 @@ def grid_from(args: Namespace, **fixed: Any) -> Grid:
 
 def _all_heads(source: FeatureSource, ablations: Sequence[tuple[str, ...]]) -> list[str]:
     """The heads that need no token features, and those whose needs the caches meet under each of the `ablations`."""
+    from modeling.features.joined import cached_widths
+    from modeling.heads.base import head_class
+
     widths = cached_widths(source, "train")
 
     def suits(name: str, sides: Sequence[str]) -> bool:
@@ -413,11 +415,15 @@ def _all_heads(source: FeatureSource, ablations: Sequence[tuple[str, ...]]) -> l
 
 def own_recipe(head: str) -> str:
     """The recipe of the study a head comes from, on cached features; '' where there is none."""
+    from modeling.heads.base import head_class
+
     return cached_recipe(head_class(head).study)
 
 
 def _recipe_settings(args: Namespace, recipe: str, head: str) -> dict[str, Any]:
     """What a recipe has for a head and its training; it multiplies in fp16 on a GPU only."""
+    from feats.acceleration import resolve_device
+
     known = flat(TrainConfig())
     settings = {field: value for field, value in recipe_settings(recipe, head).items() if field in known}
     if "precision" in settings and resolve_device(args.device).type == "cpu":
@@ -427,6 +433,9 @@ def _recipe_settings(args: Namespace, recipe: str, head: str) -> dict[str, Any]:
 
 def print_recipe(args: Namespace, heads: Sequence[str]) -> None:
     """Say where a recipe isn't made for what is trained, or can't be followed to the letter, for any of `heads`."""
+    from feats.acceleration import resolve_device
+    from modeling.heads.base import head_class
+
     trained = [head for head in heads if not head_class(head).closed_form()]
     typed = vars(args)
     if trained and args.recipe in END_TO_END and not {"lr", "ep"} <= typed.keys():
@@ -455,6 +464,8 @@ def experiment_settings(args: Namespace) -> ExperimentSettings:
     """From the options of `add_feature_options`, `add_split_options`, `add_corrections_option` and `add_run_options`.
 
     Raises `UsageError` as `split_settings`, and for norms or scales of caches that aren't named."""
+    from modeling.experiment import ExperimentSettings
+
     source = feature_source(args)
     recipe = RECIPES.get(args.recipe or "", {})
     norms = named_norms(args.norm or [recipe.get("norm", "none")], source.names)
@@ -493,6 +504,8 @@ def split_settings(args: Namespace, recipe: Mapping[str, Any] = {}) -> SplitSett
 def feature_source(args: Namespace) -> FeatureSource:
     """The caches of each side. With --ttype alone there is no image side; without it the text side comes from the image
     side's caches that have one; without both they are CLIP's."""
+    from modeling.features.joined import FeatureSource, caches_with
+
     image = args.vtype if args.vtype is not None else [] if args.ttype else ["clip"]
     text = args.ttype if args.ttype is not None else caches_with("text", args.feats, "train", image)
     return FeatureSource(args.feats, tuple(image), tuple(text))
@@ -600,6 +613,8 @@ def refuse_absent(args: Namespace) -> None:
 def absence_of(args: Namespace, experiment: Experiment, source: FeatureSource, own: Mapping[str, str] = {}) -> AbsentOf:
     """What stands in for an absent side, from the options of `add_ablation_options`; `own` weights, by cache, are those
     of encoders that aren't named. Raises as `prediction.ablation.absence`."""
+    from modeling.prediction.ablation import absence
+
     weights = named_texts(args.weights, "--weights")
     weights = weights if args.absent == "mean" else {**own, **weights}
     return absence(args.absent, experiment.features, source, weights, experiment.device)
@@ -611,6 +626,8 @@ def absence_of(args: Namespace, experiment: Experiment, source: FeatureSource, o
 def unread(args: Namespace, heads: Sequence[str]) -> list[str]:
     """The typed options of `add_training_options`, and of what is shown of epochs, that nothing reads when `heads` are
     trained, as one types them."""
+    from modeling.heads.base import head_class
+
     read = set().union(*map(settings_read, heads))
     gradient = [head for head in heads if not head_class(head).closed_form()]
     idle = [name for name in _training_settings(args) if name in flat(TrainConfig()) and name not in read]
@@ -643,6 +660,7 @@ def _typed(name: str) -> str:
 def chosen_runs(args: Namespace, *, single_head: bool = False, told: bool = True) -> list[Run]:
     """The runs of --run, as `choosing.open_runs`; which one newest or best is, and a better one, is said where
     `told`."""
+    from modeling.runs import choosing
 
     def say(line: str) -> None:
         if told:
@@ -695,6 +713,8 @@ def progress_bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], A
 @contextmanager
 def training_bar(configs: Sequence[TrainConfig], experiment: Experiment) -> Iterator[Callable[[int], Any]]:
     """As `progress_bar`, of the epochs of `train_all`: the time left goes by what an epoch of each head takes."""
+    from modeling.experiment import epoch_weights, total_epochs
+
     takes = epoch_weights(configs, experiment)
     weight = sum(takes[config] * total_epochs([config], experiment) for config in configs)
 
@@ -736,6 +756,10 @@ def guarded(
 
 
 def _guarded(work: Callable[[], int], interrupted: str, named: Mapping[str, str], same_bits: bool) -> int:
+    import torch
+
+    from feats.acceleration import deterministic
+
     with warnings.catch_warnings():
         warnings.showwarning = show_warning(named)
         try:

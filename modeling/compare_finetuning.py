@@ -2,31 +2,32 @@
 on the same folds, with intervals, paired tests, costs, and a last line that says plainly which to use. Several values
 of --lr, --dropout, --bs and --ep make a grid, from which validation rows alone choose."""
 
+from __future__ import annotations
+
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import feats.threads  # noqa: F401
 
 # isort: split
 
 from feats.cli import EXIT_DONE, as_typed, positive
-from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
 from feats.names import checked_name
 from modeling import cli
-from modeling.evaluation.metrics import collapsed_class, format_table, marked
-from modeling.experiment import Experiment, experiment_of_run
-from modeling.features.splits import SplitSettings
-from modeling.finetuning import comparison, past, verdict
-from modeling.finetuning.comparison import FROZEN, METHODS, Candidate, Cell
-from modeling.runs.folder import read_metrics
-from modeling.runs.run import Run
+from modeling.choices import METHODS, SplitSettings
 from modeling.training.config import TrainConfig, settings_read
+
+if TYPE_CHECKING:
+    from modeling.experiment import Experiment
+    from modeling.finetuning.comparison import Candidate, Cell
+    from modeling.runs.run import Run
+
 
 FINETUNE = Path(__file__).with_name("finetune.py")
 USUAL_GRID = {"lr": [1e-5, 2e-5], "dropout": [0.3, 0.5]}  # study E's
@@ -34,7 +35,11 @@ USUAL_GRID = {"lr": [1e-5, 2e-5], "dropout": [0.3, 0.5]}  # study E's
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(
+        __doc__,
+        "python modeling/compare_finetuning.py --run newest --methods frozen lp_ft",
+        "python modeling/compare_finetuning.py --grid --only 1 --ep 2",
+    )
     group = parser.add_argument_group("what is compared")
     group.add_argument(
         "--run",
@@ -81,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(args: Namespace, command: str) -> int:
     """Train what isn't finished, show and write the tables and the verdict; returns the exit status."""
+    from modeling.experiment import experiment_of_run
+    from modeling.finetuning import comparison, verdict
+
     if args.name is not None:
         checked_name(args.name, "name")
     run = run_to_compare(args)
@@ -118,6 +126,9 @@ def work(args: Namespace, command: str) -> int:
 
 def history(runs: Path) -> int:
     """Show what was finetuned before; returns the exit status."""
+    from modeling.evaluation.metrics import format_table
+    from modeling.finetuning import past
+
     rows = past.finetunings(runs)
     if not rows:
         raise UsageError(f"nothing was finetuned in {runs} yet; begin with python modeling/finetune.py")
@@ -164,6 +175,10 @@ def points_of(args: Namespace, head: str) -> list[dict[str, Any]]:
 def candidates_of(args: Namespace, points: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[Candidate]:
     """The frozen head, then each method at each point of the grid. Raises `UsageError` for values out of range, and
     for options that methods decide."""
+    from feats.encoders.weights import sha256_of
+    from modeling.finetuning import comparison
+    from modeling.finetuning.comparison import FROZEN, Candidate
+
     typed = [f"`{name}`" for name in cli.BY_METHODS if hasattr(args, name)]
     if typed:
         raise UsageError(f"{', '.join(typed)}: `methods` say what is tuned, and how; leave it out")
@@ -182,6 +197,8 @@ def candidates_of(args: Namespace, points: Sequence[dict[str, Any]], classes: Se
 
 def train(args: Namespace, cells: Sequence[Cell], experiment: Experiment, config: TrainConfig, command: str) -> None:
     """Every cell that isn't finished, one after the other, with a line on each."""
+    from modeling.finetuning import comparison
+
     waiting = [cell for cell in cells if not cell.done]
     print(f"{len(cells)} cells, {len(cells) - len(waiting)} of them finished before")
     with cli.progress_bar("compare", len(waiting), "cell") as progress:
@@ -196,6 +213,8 @@ def train(args: Namespace, cells: Sequence[Cell], experiment: Experiment, config
 
 def finetuning(args: Namespace, cell: Cell, experiment: Experiment) -> list[str]:
     """The command that makes a cell: finetune.py with its arguments."""
+    from modeling.finetuning import comparison
+
     assert cell.candidate.settings is not None
     words = [FINETUNE, "--run", cell.frozen, "--runs", cell.path.parent, "--name", cell.path.name]
     words += ["--feats", experiment.features.source.folder, "--device", args.device]
@@ -210,6 +229,9 @@ def finetuning(args: Namespace, cell: Cell, experiment: Experiment) -> list[str]
 
 def cell_line(cell: Cell) -> str:
     """What a finished cell came to on its validation rows."""
+    from modeling.evaluation.metrics import collapsed_class, marked
+    from modeling.runs.folder import read_metrics
+
     figures = read_metrics(cell.path)["val"]
     shown = ", ".join(f"{name.replace('_', ' ')} {figures[name]:.3f}" for name in ("accuracy", "macro_f1"))
     name = marked(cell.candidate.name, collapsed_class(figures["confusion"], figures["classes"]))

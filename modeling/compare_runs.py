@@ -11,13 +11,9 @@ import feats.threads  # noqa: F401
 # isort: split
 
 from feats.cli import EXIT_DONE
-from modeling import cli
-from modeling.evaluation.metrics import AVERAGES
-from modeling.runs.choosing import run_path
+from modeling import choices, cli
+from modeling.choices import AVERAGES, LAYOUTS
 from modeling.runs.files import check_replaceable, user_file
-from modeling.runs.folder import DEFAULT_FOLDER
-from modeling.runs.layouts import LAYOUTS, first_line_of
-from modeling.runs.leaderboard import compare_runs
 
 SUFFIXES = {".md": "markdown", ".tex": "latex", ".csv": "csv"}
 A_LEADERBOARD = "a leaderboard of this format"
@@ -25,10 +21,14 @@ A_LEADERBOARD = "a leaderboard of this format"
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(
+        __doc__,
+        "python modeling/compare_runs.py --by macro_f1",
+        "python modeling/compare_runs.py saved/runs/sweep --out runs.md",
+    )
     shown = f"{cli.RUN_HELP}; or a folder of runs, such as a sweep (default: all in --runs)"
     parser.add_argument("run", nargs="*", metavar="RUN", help=shown)
-    parser.add_argument("--runs", type=Path, default=DEFAULT_FOLDER, metavar="DIR", help="folder of runs")
+    parser.add_argument("--runs", type=Path, default=choices.RUNS, metavar="DIR", help="folder of runs")
     parser.add_argument("--by", choices=AVERAGES, help="what ranks (default: what chose all epochs, or accuracy)")
     parser.add_argument("--against", metavar="RUN", help="test against this run (default: the best on its rows)")
     parser.add_argument("--format", choices=tuple(LAYOUTS), help="(default: by --out, or terminal)")
@@ -44,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(args: Namespace) -> int:
     """Read the runs, compare them, show or write the leaderboard; returns the exit status."""
+    from modeling.runs.choosing import run_path
+    from modeling.runs.layouts import first_line_of
+    from modeling.runs.leaderboard import compare_runs
+
     suffix = args.out.suffix.lower() if args.out else ""
     layout = args.format or SUFFIXES.get(suffix, "terminal")
     first = first_line_of(layout)

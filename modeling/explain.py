@@ -2,6 +2,8 @@
 what each side contributes, which training rows are nearest. Every explanation is scored against random orders; --check
 N tells how often those of validation pairs are better."""
 
+from __future__ import annotations
+
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
@@ -13,14 +15,15 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
-import numpy as np
 
-from feats.acceleration import resolve_device
 from feats.cli import EXIT_DONE, as_typed, positive
 from feats.errors import UsageError
 from modeling import cli
 from modeling.explanations.methods import METHODS
-from modeling.runs.run import Run
+
+if TYPE_CHECKING:
+    from modeling.runs.run import Run
+
 
 if TYPE_CHECKING:
     from feats.records import Pairs
@@ -33,7 +36,11 @@ NEIGHBOURS, ORDERS = 5, 10
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(
+        __doc__,
+        'python modeling/explain.py --image cat.jpg --text "what a day"',
+        "python modeling/explain.py --run best --check 50",
+    )
     pair = parser.add_argument_group("the pair, and what is explained")
     pair.add_argument("--image", type=Path, metavar="FILE", help="its picture")
     pair.add_argument("--text", help="its text")
@@ -74,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(args: Namespace) -> int:
     """Explain the pair, check the methods, or both; returns the exit status."""
+    from feats.acceleration import resolve_device
+
     one_pair = args.image is not None or args.text is not None
     if not one_pair and not args.check:
         raise UsageError("nothing to explain: give `image`, `text` or both, or `check` and a number of pairs")
@@ -107,7 +116,7 @@ def check_pair(args: Namespace, run: Run) -> None:
             cli.print_note(f"--{side} does nothing: the run reads no {side}")
 
 
-def explain(args: Namespace, model: "ExplainedModel", methods: Mapping[str, str]) -> None:
+def explain(args: Namespace, model: ExplainedModel, methods: Mapping[str, str]) -> None:
     """Explain the one pair: print it, draw it."""
     from modeling.explanations.drawing import draw, save
     from modeling.explanations.explained import read_picture
@@ -134,7 +143,7 @@ def explain(args: Namespace, model: "ExplainedModel", methods: Mapping[str, str]
     print(f"picture -> {out}")
 
 
-def training_rows(args: Namespace, run: Run) -> "TrainingRows | None":
+def training_rows(args: Namespace, run: Run) -> TrainingRows | None:
     """The run's cached training rows; None, with a note, where they aren't there."""
     from modeling.explanations.evidence import TrainingRows
 
@@ -156,7 +165,7 @@ def neighbour_texts(args: Namespace, run: Run) -> dict[str, str]:
         return {}
 
 
-def records(args: Namespace, run: Run) -> "Pairs":
+def records(args: Namespace, run: Run) -> Pairs:
     """The raw pairs of the run's caches."""
     from modeling.finetuning.pairs import DataPlace, records_of
 
@@ -164,8 +173,10 @@ def records(args: Namespace, run: Run) -> "Pairs":
     return records_of(source, DataPlace(args.data, args.layout))
 
 
-def check(args: Namespace, model: "ExplainedModel", methods: Mapping[str, str]) -> None:
+def check(args: Namespace, model: ExplainedModel, methods: Mapping[str, str]) -> None:
     """Explain validation pairs, and print how often that beats random orders."""
+    import numpy as np
+
     from modeling.explanations.explained import read_picture
     from modeling.explanations.explanation import check_methods
     from modeling.explanations.telling import check_lines

@@ -21,7 +21,7 @@ from feats.names import checked_name
 from modeling import cli
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.studies import MODELS, EncoderChoice, tuning_recipe
-from modeling.heads.base import ABLATIONS, HeadConfig
+from modeling.heads.config import ABLATIONS, HeadConfig
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,11 @@ SIZES = ("layers", "width", "heads", "patch")
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(
+        __doc__,
+        "python modeling/finetune.py --run newest --tune last-2 --ep 3",
+        "python modeling/finetune.py --image-encoder efficientnet --text-encoder minilm --head concat",
+    )
     add_start_options(parser)
     cli.add_split_options(parser)
     cli.add_corrections_option(parser)

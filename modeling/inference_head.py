@@ -1,6 +1,8 @@
 """Predict with trained runs: the rows of a cached split, one raw pair (--image, --text), or a manifest of raw pairs
 (--csv). Writes CSV of guid and tag in the data set's order."""
 
+from __future__ import annotations
+
 import shutil
 import sys
 from argparse import ArgumentParser, Namespace
@@ -10,26 +12,24 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import feats.threads  # noqa: F401
 
 # isort: split
 
-import torch
 
-from feats.acceleration import resolve_device
 from feats.cli import EXIT_DONE, add_columns_option, as_typed, columns_from, remark, rows_bar
 from feats.errors import UsageError
-from feats.records import manifest_records
-from modeling import cli
-from modeling.experiment import experiment_of_run
-from modeling.features.joined import are_complete, load_features
-from modeling.prediction import cached as prediction
-from modeling.prediction.ablation import ablation_eval, ablation_of_rows
-from modeling.prediction.cached import Predictions, VoteSettings
-from modeling.runs.run import Run
-from modeling.runs.tables import ablation_table
+from modeling import choices, cli
+from modeling.choices import VoteSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from modeling.prediction.cached import Predictions
+    from modeling.runs.run import Run
+
 
 STREAM = Path("-")  # standard input, standard output
 SHOWN = 50  # left out rows named on stderr
@@ -37,7 +37,11 @@ SHOWN = 50  # left out rows named on stderr
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(
+        __doc__,
+        "python modeling/inference_head.py --run best --proba",
+        'python modeling/inference_head.py --image cat.jpg --text "what a day"',
+    )
     cached = parser.add_argument_group("cached rows")
     cached.add_argument(
         "--feats", type=Path, metavar="DIR", help="folder of caches (default: of each run, the one it was trained from)"
@@ -64,7 +68,7 @@ def build_parser() -> ArgumentParser:
     which.add_argument("--run", nargs="+", metavar="RUN", help=f"{cli.RUN_HELP} (default: newest)")
     which.add_argument(
         "--vote",
-        choices=prediction.VOTES,
+        choices=choices.VOTES,
         default=VoteSettings.vote,
         help="several runs: mean of their calibrated probabilities, or most votes",
     )
@@ -72,7 +76,7 @@ def build_parser() -> ArgumentParser:
         "--tie",
         metavar="CLASS",
         help=f"who gets a tie, if among the tied; else, or without such a class, the tied class of the highest mean "
-        f"probability (default: {prediction.TIE})",
+        f"probability (default: {choices.TIE})",
     )
     cli.add_ablation_options(parser)
     cli.add_run_options(parser)
@@ -83,9 +87,7 @@ def build_parser() -> ArgumentParser:
         metavar="FILE",
         help="(default: submission_<split>.csv in the run, of several in --runs); - is standard output",
     )
-    output.add_argument(
-        "--format", choices=tuple(prediction.FORMATS), help="(default: what the suffix of --out says, else csv)"
-    )
+    output.add_argument("--format", choices=choices.FORMATS, help="(default: what the suffix of --out says, else csv)")
     output.add_argument("--no-header", action="store_true", help="leave out the line of the columns' names")
     output.add_argument("--proba", action="store_true", help="add a column of probabilities for each class")
     return parser
@@ -111,6 +113,9 @@ def work(args: Namespace) -> int:
 
 def predict(args: Namespace, stream: TextIO | None) -> int:
     """As `work`; with `stream` the predictions go there."""
+    from feats.acceleration import resolve_device
+    from modeling.prediction import cached as prediction
+
     one_pair = args.image is not None or args.text is not None
     if one_pair and args.csv:
         raise UsageError("--csv together with --image or --text; give a manifest or one pair")
@@ -153,6 +158,12 @@ def predict(args: Namespace, stream: TextIO | None) -> int:
 def score_without_sides(args: Namespace) -> int:
     """Show each run's figures with one side absent: on its own validation rows, its test part, and the labelled rows of
     --split; returns the exit status."""
+    from feats.acceleration import resolve_device
+    from modeling.experiment import experiment_of_run
+    from modeling.features.joined import are_complete, load_features
+    from modeling.prediction.ablation import ablation_eval, ablation_of_rows
+    from modeling.runs.tables import ablation_table
+
     idle = [
         f"--{name}" for name in ("image", "text", "csv", "out", "format", "proba", "no_header") if getattr(args, name)
     ]
@@ -185,9 +196,11 @@ def score_without_sides(args: Namespace) -> int:
 
 def format_of(args: Namespace) -> str:
     """The format of the predictions. Raises `UsageError` for a suffix that tells none, and what the format hasn't."""
+    from modeling.prediction import cached as prediction
+
     suffix = "" if args.out is None or args.out.exists() and not args.out.is_file() else args.out.suffix.lower()
     if args.format is None and suffix and suffix[1:] not in prediction.FORMATS:
-        known = ", ".join(f".{form}" for form in prediction.FORMATS)
+        known = ", ".join(f".{form}" for form in choices.FORMATS)
         raise UsageError(
             f"--out {args.out}: {suffix} tells no format, known are {known}; give another file with --out, or name "
             "the format with --format"
@@ -220,7 +233,11 @@ def predict_raw(
 ) -> Predictions:
     """Predictions of the pair or the manifest that was typed, encoded into caches that are gone afterwards. Those of a
     manifest lie beside `out`, where they outlast an interruption: the same command goes on with them."""
-    from modeling.prediction import raw_pairs  # encoders and their libraries: slow to import, for raw pairs only
+    from feats.records import manifest_records
+    from modeling.prediction import (
+        cached as prediction,
+        raw_pairs,  # encoders and their libraries: slow to import, for raw pairs only
+    )
 
     weights = cli.named_texts(args.weights, "--weights")
     remarks: list[str] = []
@@ -283,6 +300,8 @@ def warn_of_gaps(predictions: Predictions) -> None:
 
 def print_figures(predictions: Predictions, runs: Sequence[Run]) -> None:
     """How good the predictions are, where the rows have labels."""
+    from modeling.prediction import cached as prediction
+
     if not any(predictions.rows.tags):
         return
     try:

@@ -2,47 +2,53 @@
 on from there, as far as that can be told.
 """
 
+from __future__ import annotations
+
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.acceleration import deterministic
 from feats.cli import EXIT_DONE, positive
-from modeling import cli
-from modeling.evaluation.metrics import AVERAGES, format_table
-from modeling.experiment import experiment_of_run
-from modeling.prediction.out_of_fold import single_split
+from modeling import choices, cli
+from modeling.choices import AVERAGES
 from modeling.runs.files import check_replaceable
-from modeling.runs.run import Run
-from modeling.search import learning_curve as curves
+
+if TYPE_CHECKING:
+    from modeling.runs.run import Run
+
 
 SHOWN = ("head", "what", "share", "rows", "mean", "std", "low", "high", "gain_low", "gain_high")
 
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(
+        __doc__,
+        "python modeling/learning_curve.py --run newest",
+        "python modeling/learning_curve.py --shares 0.25 0.5 1 --draws 10",
+    )
     parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
     parser.add_argument("--run", metavar="RUN", help=f"{cli.RUN_HELP} (default: newest)")
-    shares = " ".join(f"{share:g}" for share in curves.SHARES)
+    shares = " ".join(f"{share:g}" for share in choices.SHARES)
     parser.add_argument(
         "--shares",
         type=float,
         nargs="+",
-        default=list(curves.SHARES),
+        default=list(choices.SHARES),
         metavar="SHARE",
         help=f"of the training rows, 1 always among them (default: {shares})",
     )
-    parser.add_argument("--draws", type=positive, default=curves.DRAWS, metavar="N", help="of each share")
+    parser.add_argument("--draws", type=positive, default=choices.DRAWS, metavar="N", help="of each share")
     parser.add_argument("--draw-seed", type=int, default=0, metavar="SEED", help="of the draws")
     parser.add_argument("--figure", choices=AVERAGES, default=AVERAGES[0], help="what is shown")
-    parser.add_argument("--out", type=Path, metavar="FILE", help=f"(default: {curves.FILE} in the run's folder)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"(default: {choices.CURVE_FILE} in the run's folder)")
     cli.add_run_options(parser)
     return parser
 
@@ -55,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(args: Namespace) -> int:
     """Train, show and write the curve; returns the exit status."""
+    from feats.acceleration import deterministic
+    from modeling.prediction.out_of_fold import single_split
+
     [run] = cli.chosen_runs(args)
     single_split(run)
     with deterministic(any(member.config.deterministic for member in run.members)):
@@ -63,6 +72,10 @@ def work(args: Namespace) -> int:
 
 def work_of(run: Run, args: Namespace) -> int:
     """As `work`, of a run that was read."""
+    from modeling.evaluation.metrics import format_table
+    from modeling.experiment import experiment_of_run
+    from modeling.search import learning_curve as curves
+
     out = args.out or run.folder / curves.FILE
     check_replaceable(out, curves.HEADER)
     source = replace(run.source, folder=run.feature_folder(args.feats))

@@ -11,16 +11,13 @@ import feats.threads  # noqa: F401
 
 from feats.cli import EXIT_DONE
 from feats.errors import UsageError
-from modeling import cli
-from modeling.runs.entries import find_entries
-from modeling.runs.folder import DEFAULT_FOLDER, warn_of
-from modeling.runs.layouts import runs_table
+from modeling import choices, cli
 
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
-    parser.add_argument("--runs", type=Path, default=DEFAULT_FOLDER, metavar="DIR", help="folder of runs")
+    parser = cli.new_parser(__doc__, "python modeling/list_runs.py", "python modeling/list_runs.py --sort score")
+    parser.add_argument("--runs", type=Path, default=choices.RUNS, metavar="DIR", help="folder of runs")
     parser.add_argument(
         "--sort", choices=("age", "score"), default="age", help="newest first, or highest validation figure first"
     )
@@ -35,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(args: Namespace) -> int:
     """Show the runs; returns the exit status."""
+    from modeling.runs.entries import find_entries
+    from modeling.runs.folder import warn_of
+    from modeling.runs.layouts import runs_table
+
     entries, bad = find_entries(args.runs)
     warn_of(bad)
     if not entries:

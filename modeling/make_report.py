@@ -13,12 +13,16 @@ import feats.threads  # noqa: F401
 from feats.cli import EXIT_DONE, positive
 from feats.errors import UsageError
 from modeling import cli
-from modeling.runs.choosing import NEWEST
+from modeling.choices import NEWEST
 
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(
+        __doc__,
+        "python modeling/make_report.py --run best",
+        "python modeling/make_report.py --sweep saved/runs/sweep --explain 3",
+    )
     parser.add_argument("--run", default=NEWEST, metavar="RUN", help=cli.RUN_HELP)
     parser.add_argument("--sweep", type=Path, metavar="DIR", help="also compare the heads of a sweep's folder")
     parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")

@@ -17,8 +17,7 @@ from feats.cli import EXIT_DONE, EXIT_INTERRUPTED
 from feats.csv_files import read_csv
 from feats.errors import UsageError
 from modeling import cli
-from modeling.heads.base import HeadConfig
-from modeling.search.sweep import best_run
+from modeling.heads.config import HeadConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = Path("data/sample")
@@ -28,7 +27,11 @@ HEADS = ("fusion", "concat", "weighted_sum", "mlp", "linear", "kernel")
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(
+        __doc__,
+        "python modeling/quickstart.py",
+        "python modeling/quickstart.py --data my/pairs.csv --vtype pixels --ttype ngrams",
+    )
     parser.add_argument("--data", type=Path, metavar="DIR|FILE", help="your own pairs (default: a synthetic sample)")
     parser.add_argument("--vtype", nargs="+", default=["efficientnet"], metavar="ENCODER", help="of the image side")
     parser.add_argument("--ttype", nargs="+", default=["minilm", "vader"], metavar="ENCODER", help="of the text side")
@@ -51,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def quickstart(args: Namespace) -> int:
     """Run the commands one after the other and say where everything lies; returns the exit status."""
+    from modeling.search.sweep import best_run
+
     start = time.perf_counter()
     out, data = args.out or default_out(args.data), args.data or SAMPLE
     feats, runs = out / "feats", out / "runs"

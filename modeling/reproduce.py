@@ -1,11 +1,14 @@
 """Reproduce a reference study's published table on whatever caches there are: its heads are trained by its recipe, and
 its figures stand beside ours, with intervals and what differs. Without a table: list them."""
 
+from __future__ import annotations
+
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import feats.threads  # noqa: F401
 
@@ -13,22 +16,23 @@ import feats.threads  # noqa: F401
 
 from feats.cli import EXIT_DONE, as_typed, positive, rows_bar
 from feats.errors import UsageError
-from modeling import cli
-from modeling.features.joined import DEFAULT_FOLDER
-from modeling.finetuning.pairs import DataPlace
-from modeling.reproduction.finetuned import encoders_of, tuned_results
+from modeling import choices, cli
+from modeling.choices import SEEDS
 from modeling.reproduction.published import TABLES, Row, Table
-from modeling.reproduction.tables import SEEDS, Result, Settings, compare, frozen_results
+
+if TYPE_CHECKING:
+    from modeling.reproduction.tables import Result, Settings
+
 
 ALL = "all"
 
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(__doc__, "python modeling/reproduce.py", "python modeling/reproduce.py all --seeds 5")
     parser.add_argument("table", nargs="?", choices=(*TABLES, ALL), metavar="TABLE", help=f"{', '.join(TABLES)} or all")
     group = parser.add_argument_group("features")
-    group.add_argument("--feats", type=Path, default=DEFAULT_FOLDER, metavar="DIR", help="folder of caches")
+    group.add_argument("--feats", type=Path, default=choices.FEATS, metavar="DIR", help="folder of caches")
     nearest = "(default: row by row the one nearest to the study's encoder)"
     group.add_argument("--vtype", nargs="+", metavar="CACHE", help=f"caches of the image side {nearest}")
     group.add_argument("--ttype", nargs="+", metavar="CACHE", help=f"caches of the text side {nearest}")
@@ -62,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(args: Namespace, command: str) -> int:
     """Reproduce one table or all; returns the exit status."""
+    from modeling.reproduction.tables import Settings
+
     tables = list(TABLES.values()) if args.table == ALL else [TABLES[args.table]]
     rows_of = {table.name: chosen_rows(table, args.rows) for table in tables}
     if not any(rows_of.values()):
@@ -90,6 +96,10 @@ def reproduce(
     table: Table, rows: Sequence[Row], settings: Settings, weights: dict[str, str], args: Namespace, command: str
 ) -> bool:
     """Train what isn't finished of a table, show and write it; returns whether any of its rows has figures."""
+    from modeling.finetuning.pairs import DataPlace
+    from modeling.reproduction.finetuned import tuned_results
+    from modeling.reproduction.tables import compare, frozen_results
+
     made_by = {"command": command, "options": args.given}
     frozen = frozen_results(table, rows, settings, made_by=made_by, say=print, bar=cli.training_bar)
     tuned = tuned_results(
@@ -129,6 +139,8 @@ def chosen_rows(table: Table, words: Sequence[str] | None) -> list[Row]:
 
 def checked_weights(args: Namespace, rows: Sequence[Row]) -> dict[str, str]:
     """The typed weights by encoder. Raises `UsageError` for an encoder that no tuned row has."""
+    from modeling.reproduction.finetuned import encoders_of
+
     weights = cli.named_texts(args.weights, "--weights")
     known = {choice.name for row in rows if row.model for choice in encoders_of(row)}
     unknown = sorted(weights.keys() - known)

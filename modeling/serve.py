@@ -14,11 +14,10 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.acceleration import resolve_device
 from feats.cli import EXIT_DONE, guarded, positive
 from feats.errors import UsageError
 from modeling import cli
-from modeling.prediction.cached import VOTES, VoteSettings
+from modeling.choices import VOTES, VoteSettings
 
 if TYPE_CHECKING:
     from modeling.prediction.warm import WarmPredictor
@@ -26,7 +25,9 @@ if TYPE_CHECKING:
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(
+        __doc__, "python modeling/serve.py --run best", "python modeling/serve.py --http --port 8000"
+    )
     which = parser.add_argument_group("runs")
     which.add_argument("--run", nargs="+", metavar="RUN", help=f"{cli.RUN_HELP} (default: newest)")
     which.add_argument(
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(args: Namespace) -> int:
     """Serve until the input ends or the process is told to stop; returns the exit status."""
+    from feats.acceleration import resolve_device
+
     idle = [name for name in ("host", "port", "max_body") if getattr(args, name) is not None]
     if idle and not args.http:
         raise UsageError(f"{', '.join(f'`{name}`' for name in idle)} without `http`; give that, too, or leave it out")

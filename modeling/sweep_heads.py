@@ -1,11 +1,13 @@
 """Train a grid of heads, remember what is finished, and compare: options of train_head.py, several values each."""
 
+from __future__ import annotations
+
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import feats.threads  # noqa: F401
 
@@ -15,20 +17,23 @@ from feats.cli import EXIT_DONE
 from feats.errors import UsageError
 from feats.names import checked_name
 from modeling import cli
-from modeling.evaluation.metrics import format_table
-from modeling.experiment import Experiment, load_experiment, measured, on_features, run_of, train_all
-from modeling.runs.folder import is_whole, run_name, save_run
-from modeling.runs.tables import collapse_notes, cost_line, report_tables
-from modeling.search import auto, sweep
 from modeling.training.config import TrainConfig, as_read, settings_read, with_seeds
 from modeling.training.recipes import RECIPES
+
+if TYPE_CHECKING:
+    from modeling.experiment import Experiment
+
 
 NAME = "sweep"
 
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(
+        __doc__,
+        "python modeling/sweep_heads.py --head fusion mlp linear --lr 1e-3 1e-4",
+        "python modeling/sweep_heads.py --vtype efficientnet --ttype minilm --auto",
+    )
     cli.add_feature_options(parser)
     cli.add_split_options(parser)
     cli.add_corrections_option(parser)
@@ -62,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(args: Namespace, command: str) -> int:
     """Train what isn't finished of a grid, and write and show its tables; returns the exit status."""
+    from modeling.experiment import load_experiment
+
     checked_name(args.name or NAME, "name")
     grid, settings = cli.grid_from(args), cli.experiment_settings(args)
     searched = varied(grid, args.search_on) if args.search_on is not None else []
@@ -73,6 +80,8 @@ def compare(args: Namespace, command: str) -> int:
 
 def compare_on(experiment: Experiment, args: Namespace, grid: cli.Grid, searched: Sequence[str], command: str) -> int:
     """As `compare`, on joined caches; `searched` are the settings to choose on one head."""
+    from modeling.search import sweep
+
     cli.print_lines(experiment.notes, args.quiet)
     folder = args.runs / (args.name or NAME)
     data = sweep.data_digest(experiment)
@@ -107,6 +116,11 @@ def train(
 ) -> tuple[dict[TrainConfig, str], dict[str, str]]:
     """Train what isn't finished of some configurations, with all seeds, on data of the digest `data`; returns the run
     of each training by name, and why those diverged that did."""
+    from modeling.experiment import measured, run_of, train_all
+    from modeling.runs.folder import is_whole, save_run
+    from modeling.runs.tables import cost_line
+    from modeling.search import sweep
+
     configs = [c for config in points for c in with_seeds(config, args.seeds or 1)]
     names = [sweep.name_of(config, data) for config in configs]
     waiting = [i for i, name in enumerate(names) if not is_whole(folder / name)]
@@ -154,6 +168,8 @@ def best_point(
 ) -> tuple[dict[str, Any], dict[TrainConfig, str], dict[str, str]]:
     """The point of the grid at which the searched head is best by its validation figures, and all of that head's
     trainings as `train` tells of them."""
+    from modeling.search import sweep
+
     own = replace(grid, points=tuple(point for point in grid.points if point["head"] == args.search_on))
     names, diverged = train(distinct(own, experiment), args, experiment, data, folder, command)
     best = sweep.compare(folder, list(names), list(names.values()), experiment, grid.monitor, diverged).best
@@ -166,6 +182,8 @@ def best_point(
 
 def chosen_line(searched_on: str, others: cli.Grid, settings: Mapping[str, Any]) -> str:
     """What was chosen on one head, and which others got it."""
+    from modeling.search import sweep
+
     told = ", ".join(f"{name} {value}" for name, value in settings.items())
     heads = ", ".join(dict.fromkeys(head.head for head in others.heads))
     return f"{sweep.SEARCHED}{searched_on} alone: {told}, its best by these rows, applied to {heads}."
@@ -173,6 +191,8 @@ def chosen_line(searched_on: str, others: cli.Grid, settings: Mapping[str, Any])
 
 def fitted(grid: cli.Grid, experiment: Experiment) -> list[TrainConfig]:
     """The training of each point on these data, with what its head doesn't read at the defaults."""
+    from modeling.experiment import on_features
+
     return [as_read(on_features(config, experiment.features)) for config in grid.configs(experiment.classes)]
 
 
@@ -183,6 +203,8 @@ def distinct(grid: cli.Grid, experiment: Experiment) -> list[TrainConfig]:
 
 def search(args: Namespace, command: str) -> int:
     """Search by inner folds, show the candidates, save the ensemble; returns the exit status."""
+    from modeling.experiment import load_experiment
+
     own = ("norm", "scale", "seeds", "name", "search_on")
     chosen = [f"--{name.replace('_', '-')}" for name in own if getattr(args, name)]
     if "norm" in RECIPES.get(args.recipe or "", {}):
@@ -201,6 +223,11 @@ def search(args: Namespace, command: str) -> int:
 
 def search_on(experiment: Experiment, args: Namespace, grid: cli.Grid, command: str) -> int:
     """As `search`, on joined caches."""
+    from modeling.evaluation.metrics import format_table
+    from modeling.runs.folder import run_name, save_run
+    from modeling.runs.tables import collapse_notes, report_tables
+    from modeling.search import auto
+
     named = "head" in vars(args)
     cli.print_lines(experiment.notes, args.quiet)
     if len(experiment.splits) > 1 and any(split.test for split in experiment.splits):

@@ -1,10 +1,12 @@
 """Train a light head on cached features and save it as a run."""
 
+from __future__ import annotations
+
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import feats.threads  # noqa: F401
 
@@ -14,27 +16,22 @@ from feats.cli import EXIT_DONE
 from feats.errors import UsageError
 from feats.source import SIDES
 from modeling import cli
-from modeling.experiment import Experiment, Told, load_experiment, on_features, total_epochs, train_run
-from modeling.features.joined import FeatureSource
-from modeling.heads.base import HeadConfig
-from modeling.prediction.ablation import with_ablation_eval
-from modeling.runs.folder import run_name, save_run, write_tensorboard
-from modeling.runs.tables import (
-    ablation_tables,
-    collapse_notes,
-    cost_line,
-    epoch_line,
-    epochs_shown,
-    head_line,
-    report_tables,
-)
+from modeling.heads.config import HeadConfig
 from modeling.training.config import with_seeds
-from modeling.training.problem import Epoch
+
+if TYPE_CHECKING:
+    from modeling.experiment import Experiment, Told
+    from modeling.features.joined import FeatureSource
+    from modeling.training.problem import Epoch
 
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__)
+    parser = cli.new_parser(
+        __doc__,
+        "python modeling/train_head.py --vtype efficientnet --ttype minilm",
+        "python modeling/train_head.py --head mlp --lr 1e-3 --seeds 3 --folds 5",
+    )
     cli.add_feature_options(parser)
     cli.add_split_options(parser)
     cli.add_corrections_option(parser)
@@ -61,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(args: Namespace, command: str) -> int:
     """Train one configuration, show its figures, save it; returns the exit status."""
+    from modeling.experiment import load_experiment
+
     cli.refuse_absent(args)
     grid, settings = cli.grid_from(args), cli.experiment_settings(args)
     cli.print_unread(args, [head.head for head in grid.heads])
@@ -71,6 +70,11 @@ def work(args: Namespace, command: str) -> int:
 
 def train(args: Namespace, command: str, grid: cli.Grid, experiment: Experiment) -> int:
     """Train the one configuration of the grid, show its figures, save it; returns the exit status."""
+    from modeling.experiment import on_features, total_epochs, train_run
+    from modeling.prediction.ablation import with_ablation_eval
+    from modeling.runs.folder import run_name, save_run, write_tensorboard
+    from modeling.runs.tables import ablation_tables, collapse_notes, cost_line, epochs_shown, head_line, report_tables
+
     cli.print_lines(experiment.notes, args.quiet)
     [config] = grid.configs(experiment.classes)
     configs = with_seeds(on_features(config, experiment.features), args.seeds or 1)
@@ -109,6 +113,8 @@ def train(args: Namespace, command: str, grid: cli.Grid, experiment: Experiment)
 def listener(args: Namespace, batches: list[dict[str, Any]], named: bool) -> Told | None:
     """What hears of every epoch, as the options ask: a line on the terminal, `named` by its training, and rows for
     `batches`. None where nothing is asked."""
+    from modeling.runs.tables import epoch_line
+
     if not args.verbose and not args.history_batches:
         return None
 

@@ -266,7 +266,7 @@ def test_what_diverged_stays_left_out_of_a_merged_table(
                 continue
             yield k, outcomes
 
-    monkeypatch.setattr(sweep_heads, "train_all", failing)
+    monkeypatch.setattr(ex, "train_all", failing)
     assert sweep(feats, tmp_path, "--head", "fusion", "mlp", "--D", "4", "--seeds", "2", *SHORT) == 0
     assert {row["head"] for row in table(tmp_path / "sweep")[:-1]} == {"fusion"}
     monkeypatch.undo()

@@ -25,6 +25,7 @@ from modeling import experiment as ex, train_head
 from modeling.evaluation.metrics import softmax
 from modeling.features.joined import load_features
 from modeling.heads.registry import HEADS
+from modeling.runs import folder as run_folder
 from modeling.runs.folder import load_run, newest_run, read_predictions
 from modeling.training.config import settings_read
 
@@ -966,7 +967,7 @@ def test_interrupted_training_leaves_nothing(
         finally:
             on_the_next.append(signal.getsignal(signal.SIGINT))
 
-    monkeypatch.setattr(train_head, "save_run", ctrl_c)
+    monkeypatch.setattr(run_folder, "save_run", ctrl_c)
     assert train_head.main(["--vtype", "clip", "--feats", str(feats), "--runs", str(tmp_path), *SHORT]) == 130
     assert capsys.readouterr().err.endswith("interrupted: nothing was saved\n") and not list(tmp_path.iterdir())
     assert on_the_next == [signal.SIG_DFL]  # an impatient second Ctrl-C ends the process where it is

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from feats.errors import UsageError
+from feats.source import SIDES
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +34,9 @@ class EncoderSpec:
     """A line of the registry: where an encoder's code is, and what can be known of it without loading it.
 
     `module` has `load(model, weights, how: Loading, **options) -> Encoder`, where `options` are the values of those
-    declared here. `text_clean` is the default cleaning level, `auto_dtype` what the dtype "auto" means where it isn't
-    the device's fastest, `trainable` whether there is a network that gradients go through.
+    declared here. `sides` are what it encodes, `tokens` whether it gives token vectors, `takes_weights` whether
+    it can be given others. `text_clean` is the default cleaning level, `auto_dtype` what the dtype "auto" means where
+    it isn't the device's fastest, `trainable` whether there is a network that gradients go through.
     """
 
     module: str
@@ -45,6 +47,9 @@ class EncoderSpec:
     model_help: str = ""
     auto_dtype: str | None = None
     trainable: bool = True
+    sides: tuple[str, ...] = SIDES
+    tokens: bool = True
+    takes_weights: bool = True
 
 
 # Of every encoder of pictures; `load_encoder` sees to it itself.
@@ -78,6 +83,7 @@ ENCODERS: dict[str, EncoderSpec] = {
             )
         },
         model_help="a hub name or a local folder: roberta-base, bert-base-uncased, bert-base-chinese, ...",
+        sides=("text",),
     ),
     "resnet": EncoderSpec(
         "feats.encoders.torchvision_image",
@@ -92,6 +98,7 @@ ENCODERS: dict[str, EncoderSpec] = {
             **RESIZER,
         },
         model_help="resnet18, resnet34, resnet50, resnet101, resnet152 or vit_b_16",
+        sides=("image",),
     ),
     "vit": EncoderSpec(
         "feats.encoders.huggingface_image",
@@ -106,8 +113,11 @@ ENCODERS: dict[str, EncoderSpec] = {
             **RESIZER,
         },
         model_help="a hub name or a local folder of a ViT, DeiT, DINOv2, Swin, ...",
+        sides=("image",),
     ),
-    "minilm": EncoderSpec("feats.encoders.minilm", "all-MiniLM-L6-v2 (offline), text", "all-MiniLM-L6-v2"),
+    "minilm": EncoderSpec(
+        "feats.encoders.minilm", "all-MiniLM-L6-v2 (offline), text", "all-MiniLM-L6-v2", sides=("text",)
+    ),
     "efficientnet": EncoderSpec(
         "feats.encoders.efficientnet_lite",
         "EfficientNet-Lite (offline), image",
@@ -116,6 +126,7 @@ ENCODERS: dict[str, EncoderSpec] = {
         model_help="lite0, lite1 or lite2",
         # bf16 gains a third only, and takes single pictures to a cosine of 0.999 to fp32
         auto_dtype="fp32",
+        sides=("image",),
     ),
     "vader": EncoderSpec(
         "feats.encoders.vader",
@@ -124,6 +135,9 @@ ENCODERS: dict[str, EncoderSpec] = {
         text_clean="none",
         auto_dtype="fp32",
         trainable=False,
+        sides=("text",),
+        takes_weights=False,
+        tokens=False,
     ),
     "ngrams": EncoderSpec(
         "feats.encoders.ngrams",
@@ -136,6 +150,9 @@ ENCODERS: dict[str, EncoderSpec] = {
         },
         auto_dtype="fp32",
         trainable=False,
+        sides=("text",),
+        takes_weights=False,
+        tokens=False,
     ),
     "pixels": EncoderSpec(
         "feats.encoders.pixels",
@@ -146,8 +163,13 @@ ENCODERS: dict[str, EncoderSpec] = {
             **RESIZER,
         },
         auto_dtype="fp32",
+        sides=("image",),
+        takes_weights=False,
     ),
 }
+
+# Of each side those whose weights come with a package, or that have none, the nearest to a learned encoder first.
+OFFLINE = {"image": ("efficientnet", "pixels"), "text": ("minilm", "ngrams", "vader")}
 
 
 def load_encoder(

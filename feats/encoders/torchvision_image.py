@@ -15,7 +15,7 @@ from feats.encoders.base import Blocks, Encoder, Features, ImageSide, Loading, c
 from feats.encoders.convolutional import fold_batch_norms, load_strictly, pool_map
 from feats.encoders.stack import map_tokens, stacked
 from feats.encoders.weights import save_weights, sha256_of, unobtainable, verified_sha256, weights_at
-from feats.errors import UsageError
+from feats.errors import UsageError, first_line
 from feats.images import ResizeCrop
 
 FAMILIES = ("resnet", "resnext", "wide_resnet", "vit_")
@@ -130,8 +130,8 @@ def _cached_or_downloaded(model: str, entry: WeightsEnum) -> Path:
         with _impatient():
             torch.hub.download_url_to_file(entry.url, str(cached), hash_prefix=digest)
     except (OSError, RuntimeError) as error:  # no network, no space; RuntimeError: another hash than expected
-        tried = [f"torch hub's cache {cached} (not there)", f"{entry.url} ({error})"]
-        raise unobtainable(f"torchvision {model} {entry.name}", tried) from error
+        tried = [f"torch hub's cache {cached} (not there)", f"{entry.url} ({first_line(error)})"]
+        raise unobtainable(f"torchvision {model} {entry.name}", tried, torch_hub=True) from error
     return cached
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from feats.errors import UsageError
+from feats.errors import NoWeightsError, Remedy, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -67,12 +67,15 @@ def save_weights(folder: Path, state: Mapping[str, "torch.Tensor"], metadata: Ma
     save_file(tensors, folder / WEIGHTS_FILE, dict(metadata) if metadata else None)
 
 
-def unobtainable(what: str, tried: Sequence[str]) -> UsageError:
-    """The error for weights that can't be had: every place tried, then the remedies."""
-    places = "; ".join(f"({i}) {place}" for i, place in enumerate(tried, 1))
-    return UsageError(
-        f"no weights for {what}. Tried {places}. Remedies: give a local file or folder with `weights` PATH; "
-        "set HF_ENDPOINT to a hub mirror you can reach; set HF_HOME to a folder that holds a filled hub cache; "
-        "or use an offline encoder (feats/minilm_extract_feats.py, feats/efficientnet_extract_feats.py, "
-        "feats/vader_extract_feats.py)"
-    )
+_LOCAL = Remedy("give a local file or folder with `weights`", settings={"weights": "PATH"})
+_OF_HUB = (
+    Remedy("set HF_ENDPOINT to a hub mirror you can reach", {"HF_ENDPOINT": "https://MIRROR"}),
+    Remedy("set HF_HOME to a folder that holds a filled hub cache", {"HF_HOME": "FOLDER"}),
+)
+_OF_TORCH_HUB = (Remedy("set TORCH_HOME to a folder whose hub/checkpoints holds the file", {"TORCH_HOME": "FOLDER"}),)
+
+
+def unobtainable(what: str, tried: Sequence[str], *, torch_hub: bool = False) -> NoWeightsError:
+    """The error for weights that can't be had from the Hugging Face hub, or from torch hub: every place tried, then
+    the remedies."""
+    return NoWeightsError(what, tried, (_LOCAL, *(_OF_TORCH_HUB if torch_hub else _OF_HUB)))

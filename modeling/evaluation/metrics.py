@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from modeling.choices import AVERAGES as AVERAGES
+
 BINS = 15
 DRAWS = 2000  # of a posterior, or of rows with replacement
 BLOCK_COUNTS = 1 << 22  # draws times rows that lie in memory at once
@@ -17,7 +19,6 @@ LEVEL = 0.95
 WIDTH = 80  # of terminals
 LEAST_TEXT = 12  # characters that a text's lines have at least
 TOP_CONFUSIONS = 10
-AVERAGES = ("accuracy", "weighted_f1", "macro_f1")  # the figures that get intervals and tests
 # What tables show: weighted recall is the accuracy, and stands beside it for who looks for it.
 SHOWN_AVERAGES = ("accuracy", "weighted_precision", "weighted_recall", "weighted_f1", "macro_f1")
 

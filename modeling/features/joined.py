@@ -1,6 +1,7 @@
 """Feature caches joined by id into tensors. No encoder, no picture, no text."""
 
 import math
+import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,9 +19,12 @@ from feats.parts import cache_paths, is_cache, open_cache
 from feats.source import SIDES
 from feats.store import DONE, PENDING, CacheReader
 from feats.strings import Labels, Strings
+from modeling.choices import FEATS
+from modeling.features.made_by import encoder_and_options
 from modeling.features.target import Target
 
-DEFAULT_FOLDER = Path("saved/feats")
+DEFAULT_FOLDER = FEATS
+
 BLOCK_ROWS = 1 << 16
 
 
@@ -438,7 +442,7 @@ def content_digests(folder: Path | str, split: str, names: Iterable[str]) -> dic
     that are missing or damaged."""
     digests = {}
     for name in names:
-        with open_cache(_path(Path(folder), split, name)) as store:
+        with open_cache(_path(FeatureSource(Path(folder), (), ()), split, name)) as store:
             digests[name] = store.content_digest()
     return digests
 
@@ -509,12 +513,12 @@ def _join(source: FeatureSource, split: str) -> Iterator[_Join]:
     with ExitStack() as stack:
         caches: dict[str, CacheReader] = {}
         for name in source.names:
-            caches[name] = stack.enter_context(open_cache(_path(folder, split, name)))
+            caches[name] = stack.enter_context(open_cache(_path(source, split, name)))
             pending = int((caches[name].status == PENDING).sum())
             if pending or not caches[name].complete:
                 raise UsageError(
                     f"{caches[name].path} is incomplete: {pending} of {len(caches[name])} rows are still to be "
-                    f"encoded; finish it with the command that made it, e.g. {_command(name, folder)}"
+                    f"encoded; finish it with the command that made it, e.g. {_command(name, folder, split)}"
                 )
         for side in SIDES:
             for name in source.of(side):
@@ -534,7 +538,8 @@ def _join(source: FeatureSource, split: str) -> Iterator[_Join]:
         yield _Join(split, source, caches, dataset, order, kept, left_out)
 
 
-def _path(folder: Path, split: str, name: str) -> Path:
+def _path(source: FeatureSource, split: str, name: str) -> Path:
+    folder = source.folder
     path = cache_path(folder, name, split)
     if is_cache(path):
         return path
@@ -543,17 +548,78 @@ def _path(folder: Path, split: str, name: str) -> Path:
     close = get_close_matches(name, names, 1)
     hint = f" Did you mean {close[0]}?" if close else ""
     raise UsageError(
-        f"no cache {path}; make it with: {_command(name, folder)} (caches there: {', '.join(there) or 'none'}).{hint}"
+        f"no cache {path}; make it with: {_command(name, folder, split)} (caches there: {', '.join(there) or 'none'})."
+        f"{hint}{_with_those_there(source, split)}"
     )
 
 
-def _command(name: str, folder: Path) -> str:
-    """What a user types to make the cache `name`."""
-    if (Path(feats.__file__).parent / f"{name}_extract_feats.py").is_file():
-        command = f"python feats/{name}_extract_feats.py"
-    else:
-        command = f"python feats/<encoder>_extract_feats.py `name` {name}"
-    return command if folder == DEFAULT_FOLDER else f"{command} `out` {folder}"
+def _with_those_there(source: FeatureSource, split: str) -> str:
+    """The sides as they can be chosen from the caches of a training folder; none for another split, whose caches the
+    run decides."""
+    if split != "train":
+        return ""
+    first: dict[str, str] = {}
+    for side in SIDES:
+        kept = [name for name in source.of(side) if is_cache(source.folder / f"{name}_{split}.h5")]
+        able = kept or _able(side, source.folder, split)
+        if able:
+            first[side] = " ".join(able if kept else able[:1])
+    chosen = " ".join(f"`{side}` {names}" for side, names in first.items())
+    return f" Or take what is there: {chosen}" if chosen else ""
+
+
+def _command(name: str, folder: Path, split: str) -> str:
+    """What a user types to make the cache `name` of a split: with the encoder and options of its training cache where
+    there is one, and the data of it, or of any other cache of the folder, where they say."""
+    trained = folder / f"{name}_train.h5"
+    encoder, options = _made_by(trained) or (name, {})
+    known = (Path(feats.__file__).parent / f"{encoder}_extract_feats.py").is_file()
+    words = [f"python feats/{encoder if known else '<encoder>'}_extract_feats.py"]
+    data = _data_of([trained, *cache_paths(folder)])
+    words += [f"`data` {shlex.quote(data)}"] if data else []
+    words += [] if split == "train" else [f"`splits` {split}"]
+    words += [f"`{key}` {shlex.quote(str(value))}" for key, value in options.items()]
+    words += [] if encoder == name and known else [f"`name` {name}"]
+    words += [] if folder == DEFAULT_FOLDER else [f"`out` {shlex.quote(str(folder))}"]
+    return " ".join(words)
+
+
+def _made_by(path: Path) -> tuple[str, dict[str, Any]] | None:
+    """The encoder and options of a cache; None where it isn't there or can't tell."""
+    if not is_cache(path):
+        return None
+    try:
+        with open_cache(path) as store:
+            return encoder_and_options(store.fingerprint)
+    except UsageError:  # a foreign or damaged file has nothing to tell
+        return None
+
+
+def _data_of(paths: Iterable[Path]) -> str | None:
+    """The data folder or file that the first of the caches which tells it was made of: as it was given, where that is
+    still so."""
+    for path in filter(is_cache, paths):
+        try:
+            with open_cache(path) as store:
+                source = store.source
+        except UsageError:  # a foreign or damaged file has nothing to tell
+            continue
+        if source is not None:
+            return source.data if Path(source.data).exists() else source.resolved
+    return None
+
+
+def _able(side: str, folder: Path, split: str) -> list[str]:
+    """The caches of a split that have a side."""
+    able = []
+    for path in cache_paths(folder, split):
+        try:
+            with open_cache(path) as candidate:
+                if f"{side}_feats" in candidate.features:
+                    able.append(path.stem.removesuffix(f"_{split}"))
+        except UsageError:  # a foreign file is nothing to recommend
+            continue
+    return able
 
 
 def _check_side(store: CacheReader, name: str, side: str, folder: Path, split: str) -> None:
@@ -561,14 +627,7 @@ def _check_side(store: CacheReader, name: str, side: str, folder: Path, split: s
     if dataset in store.features:
         return
     [other] = set(SIDES) - {side}
-    able = []
-    for path in cache_paths(folder, split):
-        try:
-            with open_cache(path) as candidate:
-                if dataset in candidate.features:
-                    able.append(path.stem.removesuffix(f"_{split}"))
-        except UsageError:  # a foreign file is nothing to recommend
-            continue
+    able = _able(side, folder, split)
     raise UsageError(
         f"{store.path} has no {side} side; {name} can be `{other}` only. For `{side}` there are: "
         f"{', '.join(able) or 'none yet'}"

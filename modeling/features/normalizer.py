@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from feats.errors import UsageError
+from modeling.choices import NORMS as NORMS
 
-NORMS = ("none", "l2", "standard")
 STATISTICS_ROWS = 1 << 16  # rows in double precision at a time
 L2_EPS = 1e-12
 

@@ -23,6 +23,7 @@ import numpy as np
 from feats.csv_files import numbered_csv, parse_csv
 from feats.errors import UsageError, first_line
 from feats.strings import BLOCK, Labels, Strings
+from modeling.choices import SplitSettings as SplitSettings
 from modeling.features.joined import FeatureSet, Rows
 
 PARTS = ("train", "val", "test")
@@ -108,18 +109,6 @@ def _with_ids(folds: Sequence[Any], path: Path) -> list[Any]:
 
 
 # -- splits of features -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SplitSettings:
-    """How the labelled rows are split: by `files`, else into `folds`, else by the ratios."""
-
-    val_ratio: float = 0.1
-    test_ratio: float = 0.0
-    seed: int = 42
-    folds: int | None = None
-    files: tuple[Path, ...] = ()
-    duplicates_together: bool = True  # pairs with the same picture or text: in one part, or wherever they fall
 
 
 def make_split(

@@ -19,13 +19,12 @@ import torch
 from feats.errors import UsageError
 from feats.memory import available_bytes
 from feats.source import SIDES
+from modeling.choices import SHARE as SHARE, STREAMING as STREAMING
 from modeling.features.inputs import Inputs, Preprocessing
 from modeling.features.joined import FeatureSet, FeatureSource, OpenFeatures, float32_bytes
 from modeling.features.normalizer import Normalizer
 from modeling.heads.base import HeadConfig
 
-STREAMING = ("auto", "always", "never")
-SHARE = 0.5  # of the memory available: what features in float32 may take before they are streamed
 BLOCK_BYTES = 1 << 24  # of one block's features in float32
 MOST_BLOCK_ROWS = 1 << 15
 WINDOW = 16  # blocks mixed at a time, and read ahead at most

@@ -28,6 +28,7 @@ import torch
 from feats.acceleration import peak_bytes
 from feats.errors import UsageError
 from feats.interrupts import held_back
+from modeling.choices import METHODS as METHODS
 from modeling.experiment import Experiment, Progress, run_of, train_all
 from modeling.features.splits import Split, deal_folds, deal_split
 from modeling.finetuning.settings import TuneSettings
@@ -37,7 +38,6 @@ from modeling.search.sweep import data_digest
 from modeling.training.config import TrainConfig
 
 FROZEN = "frozen"
-METHODS = (FROZEN, "lp_ft", "last-2", "lora-8", "full", "soup")
 SETTINGS = "comparison.json"
 STARTED = "started: "  # a line of a cell's log for each time it was begun
 GRACE = 30.0  # seconds that an interrupted finetuning has to end by itself

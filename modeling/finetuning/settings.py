@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from feats.errors import UsageError
 from modeling.finetuning.augment import TextAugmentation
-from modeling.heads.base import HeadConfig
+from modeling.heads.config import HeadConfig
 from modeling.training.config import MONITORS, OPTIMIZERS, SCHEDULES, ClassWeights, TrainConfig
 
 HEAD_RATE = 10.0  # the head's learning rate in units of the encoders', where it isn't given

@@ -4,81 +4,26 @@ A head maps a pair's features to class logits. It holds M models of one shape at
 with M = 1 it is an ordinary module.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
 from feats.errors import UsageError
-from feats.source import SIDES
+from modeling.heads.config import (
+    ABLATIONS as ABLATIONS,
+    ATTENTION_NORMS as ATTENTION_NORMS,
+    IMAGE_POOLINGS as IMAGE_POOLINGS,
+    IMAGE_POSITIONS as IMAGE_POSITIONS,
+    HeadConfig as HeadConfig,
+    ablation_number as ablation_number,
+    ablation_words as ablation_words,
+    check_head as check_head,
+    checked_sides as checked_sides,
+)
 from modeling.heads.layers import Linear
-
-# Of coattention: what stands behind its self-attentions, what is added to the image tokens, how they become one vector.
-ATTENTION_NORMS = ("layer", "batch", "none")
-IMAGE_POSITIONS = ("none", "learnable", "absolute")
-IMAGE_POOLINGS = ("mean", "last")
-
-
-@dataclass(frozen=True)
-class HeadConfig:
-    """What decides a head's shape. `dropout` or `layers` None is the head's own. `sides` says what it reads; where the
-    features lack one of them, training takes the other alone.
-
-    Raises `UsageError` for an unknown head and values out of range.
-    """
-
-    head: str = "fusion"
-    D: int = 256  # width of the common space or hidden layer
-    dropout: float | None = None
-    sides: tuple[str, ...] = SIDES
-    layers: int | None = None  # of the gated Transformer's encoder
-    attention_norm: str = ATTENTION_NORMS[0]
-    image_positions: str = IMAGE_POSITIONS[0]
-    image_pooling: str = IMAGE_POOLINGS[0]
-
-    def __post_init__(self) -> None:
-        head_class(self.head)
-        object.__setattr__(self, "sides", checked_sides(self.sides))
-        if self.D < 1:
-            raise UsageError(f"D={self.D}: the width of a head must be 1 or more")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise UsageError(f"dropout {self.dropout:g}: expected 0 <= dropout < 1")
-        if self.layers is not None and self.layers < 1:
-            raise UsageError(f"`layers` {self.layers}: expected 1 or more")
-        known = {"attention_norm": ATTENTION_NORMS, "image_positions": IMAGE_POSITIONS, "image_pooling": IMAGE_POOLINGS}
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise UsageError(f"`{name}` {getattr(self, name)}: expected one of {', '.join(values)}")
-
-    def resolved(self) -> "HeadConfig":
-        """With the head's own dropout and layers filled in."""
-        own = head_class(self.head)
-        dropout = own.dropout if self.dropout is None else self.dropout
-        return replace(self, dropout=dropout, layers=own.layers if self.layers is None else self.layers)
-
-
-# The sides a head reads, as the studies number their ablations: 0 both, 1 no image, 2 no text.
-ABLATIONS = (SIDES, ("text",), ("image",))
-
-
-def ablation_number(sides: tuple[str, ...]) -> int:
-    """The number of the ablation that leaves `sides`."""
-    return ABLATIONS.index(sides)
-
-
-def ablation_words(sides: tuple[str, ...]) -> str:
-    """How tables call it: both, text only, image only."""
-    return "both" if sides == SIDES else f"{sides[0]} only"
-
-
-def checked_sides(sides: Iterable[str]) -> tuple[str, ...]:
-    """The sides in their order. Raises `UsageError` unless they are image, text or both."""
-    sides = (sides,) if isinstance(sides, str) else tuple(sides)
-    if not sides or set(sides) - set(SIDES):
-        raise UsageError(f"sides {', '.join(sides) or '(none)'}: expected {', '.join(SIDES)} or both")
-    return tuple(side for side in SIDES if side in sides)
+from modeling.heads.registry import HEADS
 
 
 @dataclass(frozen=True)
@@ -174,12 +119,7 @@ class Head(nn.Module):
 
 def head_class(name: str) -> type[Head]:
     """The head `name` of the registry. Raises `UsageError` for one that isn't there."""
-    from modeling.heads.registry import HEADS  # whose heads are built on this module
-
-    if name not in HEADS:
-        close = get_close_matches(name, HEADS, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise UsageError(f"unknown head {name!r}{hint} (there are {', '.join(HEADS)})")
+    check_head(name)
     return HEADS[name]
 
 

@@ -4,40 +4,73 @@ The letters of the studies, whose descriptions stand in the README: A (CLIP, lig
 C (ResNet and BERT on token sequences), D (feature cache and linear probe), E (BERT and ResNet, three fusions).
 """
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
 
-import torch
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from modeling.heads.base import Head, HeadConfig, head_class
-from modeling.heads.beyond import KernelHead, LinearHead, Mlp
-from modeling.heads.layers import initialise
-from modeling.heads.study_a import Attention, AttentionLinear, Concat, WeightedSum
-from modeling.heads.study_b import ClipMatch, CrossModal, Early, GatedTransformer, Late, Vilbert
-from modeling.heads.study_c import CoAttention
-from modeling.heads.study_d import CrossAttention, Fusion
-from modeling.heads.study_e import EarlyPlane, Late512, QueryAttention
+if TYPE_CHECKING:
+    import torch
 
-HEADS: dict[str, type[Head]] = {
-    "fusion": Fusion,
-    "cross_attention": CrossAttention,
-    "concat": Concat,
-    "weighted_sum": WeightedSum,
-    "attention": Attention,
-    "attention_linear": AttentionLinear,
-    "early": Early,
-    "late": Late,
-    "clip_match": ClipMatch,
-    "gated_transformer": GatedTransformer,
-    "vilbert": Vilbert,
-    "cross_modal": CrossModal,
-    "late_512": Late512,
-    "query_attention": QueryAttention,
-    "early_plane": EarlyPlane,
-    "coattention": CoAttention,
-    "mlp": Mlp,
-    "linear": LinearHead,
-    "kernel": KernelHead,
-}
+    from modeling.heads.base import Head, HeadConfig
+
+
+class Heads(MutableMapping[str, "type[Head]"]):
+    """Heads by name, each given as "<module>.<class>" of this package, or as its class. Their names are there at once;
+    modules, and torch with them, are imported where a head is taken."""
+
+    def __init__(self, homes: Mapping[str, str | type[Head]]):
+        self._homes = dict(homes)
+
+    def __getitem__(self, name: str) -> type[Head]:
+        home = self._homes[name]
+        if isinstance(home, str):
+            module, _, of_class = home.rpartition(".")
+            found: type[Head] = getattr(import_module(f"modeling.heads.{module}"), of_class)
+            self._homes[name] = found
+            return found
+        return home
+
+    def __setitem__(self, name: str, head: type[Head]) -> None:
+        self._homes[name] = head
+
+    def __delitem__(self, name: str) -> None:
+        del self._homes[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._homes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._homes)
+
+    def __len__(self) -> int:
+        return len(self._homes)
+
+
+HEADS = Heads(
+    {
+        "fusion": "study_d.Fusion",
+        "cross_attention": "study_d.CrossAttention",
+        "concat": "study_a.Concat",
+        "weighted_sum": "study_a.WeightedSum",
+        "attention": "study_a.Attention",
+        "attention_linear": "study_a.AttentionLinear",
+        "early": "study_b.Early",
+        "late": "study_b.Late",
+        "clip_match": "study_b.ClipMatch",
+        "gated_transformer": "study_b.GatedTransformer",
+        "vilbert": "study_b.Vilbert",
+        "cross_modal": "study_b.CrossModal",
+        "late_512": "study_e.Late512",
+        "query_attention": "study_e.QueryAttention",
+        "early_plane": "study_e.EarlyPlane",
+        "coattention": "study_c.CoAttention",
+        "mlp": "beyond.Mlp",
+        "linear": "beyond.LinearHead",
+        "kernel": "beyond.KernelHead",
+    }
+)
 
 
 def build_head(
@@ -51,6 +84,9 @@ def build_head(
 
     Raises `UsageError` when the features lack what the head needs.
     """
+    from modeling.heads.base import head_class
+    from modeling.heads.layers import initialise
+
     head = head_class(config.head)(config, widths, n_classes, len(seeds))
     initialise(head, seeds)
     return head.to(device)

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from feats.errors import UsageError
 from feats.source import SIDES
+from modeling.choices import ABSENT as ABSENT
 from modeling.evaluation import metrics
 from modeling.experiment import Experiment, class_numbers, split_figures
 from modeling.features.joined import FeatureSet, FeatureSource, Ragged, Rows
 from modeling.heads.base import ABLATIONS, ablation_words
 from modeling.runs.run import Run
 
-ABSENT = ("blank", "mean")
 KINDS = (*SIDES, *(f"{side}_tokens" for side in SIDES))
 
 Absent = Mapping[str, Mapping[str, Tensor | Ragged]]  # one row, by kind of features and cache

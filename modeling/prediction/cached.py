@@ -16,16 +16,15 @@ from feats.csv_files import Writable, write_rows
 from feats.errors import UsageError
 from feats.source import SIDES
 from feats.strings import BLOCK
+from modeling.choices import TIE as TIE, VOTES as VOTES, VoteSettings as VoteSettings
 from modeling.evaluation import metrics
 from modeling.features.joined import FeatureSet, FeatureSource, Rows, differing_labels, iter_features
 from modeling.features.target import RAW
 from modeling.runs.files import check_replaceable, user_file
 from modeling.runs.run import Run
 
-VOTES = ("soft", "majority")
 SUBMISSION = ("guid", "tag")  # columns
 FORMATS = {"csv": None, "json": '[\n{"guid": ', "jsonl": '{"guid": '}  # and how their files begin, of CSV by the header
-TIE = "neutral"
 BLOCK_ROWS = 1 << 11  # temporaries of more than some ten megabytes get fresh pages each time, at several times the cost
 WRITE_ROWS = 1 << 16
 
@@ -53,16 +52,6 @@ class Predictions:
 
     def __len__(self) -> int:
         return len(self.predicted)
-
-
-@dataclass(frozen=True)
-class VoteSettings:
-    """How several runs decide: by the mean of their calibrated probabilities (soft), or by most votes (majority).
-
-    `tie` is the class that gets a tie if it is among the tied (None: neutral, where that is a class)."""
-
-    vote: str = "soft"
-    tie: str | None = None
 
 
 # -- predicting -------------------------------------------------------------------------------------------------

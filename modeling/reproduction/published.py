@@ -10,7 +10,7 @@ from typing import Any
 
 from feats.source import SIDES
 from modeling.finetuning.studies import EncoderChoice
-from modeling.heads.base import ABLATIONS
+from modeling.heads.config import ABLATIONS
 
 BOTH, TEXT_ONLY, IMAGE_ONLY = ABLATIONS
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from feats.csv_files import write_table
 from feats.errors import UsageError
+from modeling.choices import SEEDS as SEEDS
 from modeling.evaluation import metrics
 from modeling.experiment import (
     Experiment,
@@ -42,7 +43,6 @@ from modeling.training.recipes import RECIPES, SPLIT_SETTINGS, cached_recipe, re
 
 FROZEN, TUNED = "frozen", "tuned"
 NOT_TUNED = "not run (`finetune`)"
-SEEDS = 3  # one alone may be a lucky one
 
 Progress = Callable[[int], Any]  # is told epochs as they are done
 Bar = Callable[[Sequence[TrainConfig], Experiment], AbstractContextManager[Progress]]  # of so many epochs

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from feats.errors import UsageError
+from modeling.choices import BEST as BEST, NEWEST as NEWEST
 from modeling.runs.entries import Entry, figure_words, find_entries, read_entry, read_predicted, run_folders
 from modeling.runs.folder import load_run, newest_runs, warn_of
 from modeling.runs.run import Run
-
-NEWEST, BEST = "newest", "best"
 
 Say = Callable[[str], Any]
 

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
+from difflib import get_close_matches
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from feats.csv_files import read_csv, read_table, write_csv, write_table
 from feats.errors import UsageError, first_line
 from feats.source import SIDES
 from feats.strings import BLOCK
+from modeling.choices import RUNS
 from modeling.features.corrections import corrections_digest, load_corrections, save_corrections
 from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSource
@@ -43,8 +45,9 @@ from modeling.runs.run import Finetuned, FoldTest, Member, Report, Run, Stacking
 from modeling.runs.unfinished import unfinished_folder
 from modeling.training.config import TrainConfig, settings_read
 
+DEFAULT_FOLDER = RUNS
+
 FORMAT_VERSION = 3
-DEFAULT_FOLDER = Path("saved/runs")
 CONFIG, TENSORS, SPLIT, METRICS, HISTORY, PREDICTIONS = (
     "config.json",
     "head.safetensors",
@@ -294,8 +297,11 @@ def load_run(path: Path | str) -> Run:
     """
     path = Path(path)
     if not (path / CONFIG).exists():
-        near = ", ".join(p.name for p in _runs_in(path.parent)[0][:5]) or "none"
-        raise UsageError(f"{path} is no run: there is no {CONFIG} in it (runs beside it: {near})")
+        beside = [p.name for p in _runs_in(path.parent)[0]]
+        close = get_close_matches(path.name, beside, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        near = ", ".join(beside[:5]) or "none"
+        raise UsageError(f"{path} is no run: there is no {CONFIG} in it{hint} (runs beside it: {near})")
     config = read_config(path)
     odd = [
         name for name in (TENSORS, SPLIT, CORRECTIONS, TARGET) if (path / name).exists() and not (path / name).is_file()

@@ -17,6 +17,7 @@ import numpy as np
 
 from feats.csv_files import read_table, write_rows
 from feats.errors import UsageError
+from modeling.choices import CURVE_FILE, DRAWS as DRAWS, SHARES as SHARES
 from modeling.evaluation import metrics
 from modeling.experiment import Experiment, Progress, train_all
 from modeling.features.splits import Split
@@ -26,15 +27,14 @@ from modeling.runs.run import Run
 from modeling.training.config import TrainConfig, flat
 from modeling.training.fit import n_epochs
 
-SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
-DRAWS = 5
+FILE = CURVE_FILE
+
 FACTORS = (1.5, 2.0, 4.0)  # of the training rows, at which the fit is read
 LEAST_UNITS = 2  # of a class, in a part: rows that are no duplicates, one to learn from and one for inner folds
 LEAST_SHARES = 4  # a law of three numbers goes through any three points
 EXPONENTS = np.geomspace(0.1, 2.0, 100)  # published ones of error rates lie between
 RESAMPLES = 2000
 MEASURED, PREDICTED = "measured", "predicted"
-FILE = "learning_curve.csv"
 HEADER = (
     "head",
     "what",

@@ -6,13 +6,11 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
-import torch
-
 from feats.errors import UsageError
-from modeling.heads.base import HeadConfig, head_class
+from modeling.heads.config import HeadConfig
 
 OPTIMIZERS = ("adam", "adamw")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("constant", "cosine", "onecycle")
 MONITORS = ("accuracy", "weighted_f1", "macro_f1", "loss")
 CLASS_WEIGHTS = ("none", "balanced", "sqrt")
@@ -114,6 +112,8 @@ def changed(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
 
 def settings_read(head: str) -> set[str]:
     """The fields of `HeadConfig` and `TrainConfig` that decide what becomes of a head."""
+    from modeling.heads.base import head_class
+
     chosen = head_class(head)
     read = {"head", "sides", "deterministic", *chosen.reads}
     if not chosen.closed_form():
@@ -131,6 +131,8 @@ def as_read(config: TrainConfig) -> TrainConfig:
 def with_seeds(config: TrainConfig, n: int = 1) -> list[TrainConfig]:
     """`n` seeds from the configuration's own up; a head in closed form gives the same for all of them and gets one.
     Raises `UsageError` for fewer than one."""
+    from modeling.heads.base import head_class
+
     if n < 1:
         raise UsageError(f"`seeds` {n}: expected 1 or more")
     count = 1 if head_class(config.head.head).closed_form() else n
@@ -145,3 +147,16 @@ def is_better(score: float, best: float, min_gain: float) -> bool:
 def hyperparameters(config: TrainConfig) -> tuple[float, float, str]:
     """What may differ between the models of a stack and concerns the optimiser."""
     return config.lr, config.weight_decay, config.schedule
+
+
+class Epochs(int):
+    """So many epochs that are done, of a training like `config`."""
+
+    config: TrainConfig
+
+    @classmethod
+    def of(cls, count: int, config: TrainConfig) -> "Epochs":
+        """`count` of them."""
+        epochs = cls(count)
+        epochs.config = config
+        return epochs

@@ -10,10 +10,10 @@ import torch
 
 from feats.acceleration import deterministic
 from modeling.heads.base import head_class
-from modeling.training.config import TrainConfig, hyperparameters
+from modeling.training.config import Epochs, TrainConfig, hyperparameters
 from modeling.training.exact import solve_kernel, solve_linear
 from modeling.training.gradient import train_stack
-from modeling.training.problem import Epochs, Problem, Told, Trained
+from modeling.training.problem import Problem, Told, Trained
 
 # Parameters of one stack. A CPU's last-level cache should hold them with Adam's moments and the gradient; a GPU wants
 # as much work per kernel launch as it can get.

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+from feats.acceleration import DTYPES
 from modeling.heads.base import Head
 from modeling.heads.layers import Noise, attach_noise, set_product_dtype
 from modeling.heads.registry import build_head
 from modeling.training.batches import InMemory, batches_of
-from modeling.training.config import PRECISIONS, TrainConfig, hyperparameters, is_better
+from modeling.training.config import TrainConfig, hyperparameters, is_better
 from modeling.training.draws import stream_of
 from modeling.training.graphs import Results, recorded, recorder_for
 from modeling.training.problem import (
@@ -47,7 +48,7 @@ def train_stack(
     first, device, n_classes = configs[0], problem.device, len(problem.classes)
     inputs = problem.inputs.for_head(first.head)
     head = build_head(first.head, inputs.widths, n_classes, [c.seed for c in configs], device)
-    set_product_dtype(head, PRECISIONS[first.precision])
+    set_product_dtype(head, DTYPES[first.precision])
     noise = Noise([stream_of(c.seed, "dropout") for c in configs], device)
     attach_noise(head, noise)
     batches = batches_of(configs, problem, inputs)

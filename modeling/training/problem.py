@@ -61,19 +61,6 @@ class Trained:
     failure: str | None = None
 
 
-class Epochs(int):
-    """So many epochs that are done, of a training like `config`."""
-
-    config: TrainConfig
-
-    @classmethod
-    def of(cls, count: int, config: TrainConfig) -> "Epochs":
-        """`count` of them."""
-        epochs = cls(count)
-        epochs.config = config
-        return epochs
-
-
 @dataclass(frozen=True)
 class Epoch:
     """What there is to tell of a training as an epoch ends: a `row` as in `Trained.history`, whether its monitored

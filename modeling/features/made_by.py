@@ -1,0 +1,15 @@
+"""Who made a cache, by its fingerprint: for the command that makes another one like it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from feats.encoders.registry import ENCODERS
+
+
+def encoder_and_options(fingerprint: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """The encoder of a cache, and those of its own options that aren't the defaults; None for a foreign one."""
+    name = fingerprint.get("encoder", "")
+    if name not in ENCODERS:
+        return None
+    usual = {key: option.default for key, option in ENCODERS[name].options.items()}
+    return name, {key: fingerprint[key] for key in usual if fingerprint.get(key, usual[key]) != usual[key]}
