@@ -21,7 +21,9 @@ from feats.extraction.shared import Share, Worker
 from feats.extraction.summary import Progress
 from feats.parts import part_path, parts_folder, read_plan
 
-LOOK = 0.5  # seconds between two looks at how many parts there are
+LOOK = 1.0  # seconds between two looks at how many parts there are
+PATIENCE = 30.0  # seconds for workers to end once one has seen the end: whoever joins removes the parts after that
+RETRIES = 100  # of a worker: machines are taken away at any time, but one that can't live at all ends the run
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def work_on_ray(
     """
     with _cluster(settings.address):
         count = settings.workers or _room(settings)
-        remote = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, max_retries=-1)(_in_place)
+        remote = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, max_retries=RETRIES)(_in_place)
         running = [remote.remote(task, Worker(rank, count), os.getcwd()) for rank in range(count)]
         shares = _until_done(running, path, progress)
     joined = next((share for share in shares if share.whole), shares[0])
@@ -66,24 +68,28 @@ def _in_place(task: Callable[[Worker], Share], worker: Worker, folder: str) -> S
 def _until_done(running: Sequence[Any], path: Path, progress: Progress) -> list[Share]:
     """What workers say, once one has seen the end. One that waits for a place to be restarted in isn't waited for."""
     ended: list[Any] = []
+    rows: list[int] | None = None
     while not ended:
         ended, _ = ray.wait(list(running), timeout=LOOK)
-        _tell(path, progress)
-    ended, left = ray.wait(list(running), num_returns=len(running), timeout=10 * LOOK)
+        rows = rows or _rows_of_parts(path)
+        if rows is not None:
+            there = {part.name for part in parts_folder(path).glob("part-*.h5")}
+            progress(sum(n for number, n in enumerate(rows) if part_path(Path(), number).name in there), sum(rows))
+    ended, left = ray.wait(list(running), num_returns=len(running), timeout=PATIENCE)
     for one in left:
         ray.cancel(one, force=True)
     try:
         return list(ray.get(ended))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise UsageError(f"the cluster's workers died again and again ({first_line(error)}); see its logs") from None
 
 
-def _tell(path: Path, progress: Progress) -> None:
-    folder = parts_folder(path)
-    plan = read_plan(folder)
-    if plan is not None:
-        rows = [piece.get("rows", 1) for piece in plan.pieces]
-        progress(sum(n for number, n in enumerate(rows) if part_path(folder, number).is_file()), sum(rows))
+def _rows_of_parts(path: Path) -> list[int] | None:
+    """How many rows each part has, 1 where that isn't known; None before there is a plan."""
+    plan = read_plan(parts_folder(path))
+    return None if plan is None else [piece.get("rows", 1) for piece in plan.pieces]
 
 
 def _room(settings: RaySettings) -> int:

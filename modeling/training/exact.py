@@ -20,6 +20,7 @@ from modeling.training.problem import Problem, Told, Trained, class_weights, val
 
 LINEAR_CS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 SEARCH_TOLERANCE = 1e-4  # of the objective: far below what held-out losses differ by
+ESTIMATE = 1e-2  # of it, by the estimate that ends fits in shared passes: that may be a tenth of the truth
 LARGE = 1 << 24  # numbers in the training rows from which on all fits share passes over them
 CS_AT_ONCE = 5  # of a search, in the same passes: it often ends before weak penalties, which take longest
 ROWS_AT_ONCE = 1 << 14
@@ -65,7 +66,7 @@ def _solve_together(configs: Sequence[TrainConfig], problem: Problem, progress: 
             given = sorted({*given, chosen})
         losses = {row["C"]: row for row in search}
         missing = [Fit(C, fold) for C in given for fold in folds if Fit(C, fold) not in fits]
-        fits |= fit_together(data, missing, SEARCH_TOLERANCE / 10, promised=False) if missing else {}
+        fits |= fit_together(data, missing, SEARCH_TOLERANCE * ESTIMATE, promised=False) if missing else {}
         held_out = torch.zeros(
             len(given), len(data.targets), data.n_classes, dtype=torch.float64, device=problem.device
         )
@@ -92,7 +93,7 @@ def _search_together(
     fits: dict[Fit, LogisticFit] = {}
     for low in range(0, len(LINEAR_CS), CS_AT_ONCE):
         Cs = LINEAR_CS[low : low + CS_AT_ONCE]
-        some = fit_together(data, [Fit(C, k) for C in Cs for k in folds], SEARCH_TOLERANCE / 10, promised=False)
+        some = fit_together(data, [Fit(C, k) for C in Cs for k in folds], SEARCH_TOLERANCE * ESTIMATE, promised=False)
         fits |= some
         losses = data.centre.new_zeros(len(Cs))
         for rows, logits in logits_left_out(data, some, Cs):

@@ -19,6 +19,7 @@ PASS_VALUES = 1 << 22  # logits of all problems in one step of a pass
 HESSIAN_VALUES = 1 << 26  # of the Hessians that one pass sums up
 MEMORY = 10  # steps that L-BFGS remembers
 ITERATIONS = 40  # passes before the coordinates are renewed
+SEARCH_ITERATIONS = 200  # passes where they aren't
 SUFFICIENT = 1e-4  # Armijo's share of the predicted decrease
 ROUNDING = 1e-14  # of an objective: what two sums of the same may differ by
 
@@ -95,7 +96,10 @@ def fit_together(
     waiting = torch.arange(len(fits), device=theta.device)
     value, excess = theta.new_zeros(len(fits)), theta.new_full((len(fits),), torch.inf)
     for _ in range(MAX_ROUNDS):
-        theta[waiting], value[waiting], gradient = _lockstep(problems, waiting, theta[waiting], inverse, tolerance)
+        passes = ITERATIONS if promised else SEARCH_ITERATIONS
+        theta[waiting], value[waiting], gradient = _lockstep(
+            problems, waiting, theta[waiting], inverse, tolerance, passes
+        )
         if not promised:
             break
         inverse = _Newton(problems, waiting, theta[waiting])
@@ -251,9 +255,10 @@ def _lockstep(
     theta: Tensor,
     inverse: Callable[[Tensor, Tensor], Tensor],
     tolerance: float,
+    passes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Some passes of L-BFGS on the problems `which` from theta (P, D + 1, K): where each is then, its objective and
-    gradient there."""
+    """At most so many passes of L-BFGS on the problems `which` from theta (P, D + 1, K): where each is then, its
+    objective and gradient there."""
     renewed = isinstance(inverse, _Newton)
     numbers = torch.arange(len(which), device=theta.device)
 
@@ -266,7 +271,7 @@ def _lockstep(
     slope = (gradient * direction).sum((1, 2))
     step = torch.ones_like(value)
     active = (-slope / 2 > tolerance * value).nonzero()[:, 0]
-    for _ in range(ITERATIONS):
+    for _ in range(passes):
         if not len(active):
             break
         trial = theta[active] + step[active][:, None, None] * direction[active]
