@@ -132,7 +132,9 @@ def history(runs: Path) -> int:
     rows = past.finetunings(runs)
     if not rows:
         raise UsageError(f"nothing was finetuned in {runs} yet; begin with python modeling/finetune.py")
-    print(format_table(rows, list(rows[0])))
+    numbered = [{"#": number, **row} for number, row in enumerate(rows, 1)]
+    print(format_table(numbered, [name for name in numbered[0] if name != "run"]))
+    print("\nruns: " + "\n      ".join(f"{row['#']} {row['run']}" for row in numbered))
     print("\naccuracy and macro_f1 are of validation rows, which also chose the weights: test rows decide a comparison")
     for name, line in past.verdicts(runs).items():
         print(f"\n{name}\n{line}")

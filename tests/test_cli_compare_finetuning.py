@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import re
 import signal
 import subprocess
 import sys
@@ -276,15 +277,15 @@ def test_history_lists_every_finetuning_without_training(
     monkeypatch.setattr(comparison, "finetune", never)
     assert compare_finetuning.main(["--runs", str(root / "runs"), "--history"]) == 0
     out = capsys.readouterr().out
-    lines = [line for line in out.splitlines() if line.startswith("compared/fold")]
+    named = dict(re.findall(r"^(?:runs:)? +(\d+) (compared/fold\S+)$", out, re.M))
     runs = [path for method, paths in cells(compared).items() for path in paths if method != "frozen"]
-    assert sorted(line.split()[0] for line in lines) == sorted(str(p.relative_to(root / "runs")) for p in runs)
-    made = [content(root / "runs" / line.split()[0], "config")["created"] for line in lines]
+    assert sorted(named.values()) == sorted(str(p.relative_to(root / "runs")) for p in runs)
+    made = [content(root / "runs" / named[str(k)], "config")["created"] for k in range(1, len(named) + 1)]
     assert made == sorted(made, reverse=True)
-    [lora] = [line for line in lines if "fold2/lora-2" in line]
+    assert max(map(len, out.splitlines()[: out.splitlines().index("")])) <= 80
     figures = content(cells(compared)["lora-2"][1], "metrics")["val"]
-    for words in ("vit+roberta", " concat ", " lora-2 ", " 0.001 ", f"{figures['macro_f1']:.3f}"):
-        assert words in lora
+    for words in ("vit+roberta", "concat", "lora-2", f"{figures['macro_f1']:.3f}"):
+        assert words in out
     assert out.rstrip().splitlines()[-1] == (compared / "table.md").read_text().rstrip().splitlines()[-1]
 
 

@@ -238,10 +238,10 @@ def test_permission_refused(tmp_path, monkeypatch):
     picture().save(path)
     if os.geteuid() == 0:  # root may read anything: let the system call refuse
 
-        def refuse(self):
+        def refuse(self, *_):
             raise PermissionError(13, "Permission denied", str(self))
 
-        monkeypatch.setattr(type(path), "read_bytes", refuse)
+        monkeypatch.setattr(type(path), "open", refuse)
     else:
         path.chmod(0)
     with pytest.raises(RowError, match="^no permission to read the picture file$"):
