@@ -11,7 +11,6 @@ import pytest
 from caches import CLASSES, make_cache, make_tags
 from conftest import ENVIRONMENT, ROOT, make_course
 from sklearn.metrics import accuracy_score
-from torch import Tensor
 
 import feats
 import modeling
@@ -21,8 +20,7 @@ from modeling import inference_head, train_head
 from modeling.experiment import evaluate, fit_head
 from modeling.features.joined import load_features
 from modeling.features.splits import Split, make_folds, make_split
-from modeling.heads.base import Batch, Head, HeadConfig
-from modeling.heads.layers import Linear
+from modeling.heads.base import Head, HeadConfig
 from modeling.heads.registry import HEADS
 from modeling.runs.folder import load_run, newest_run, read_config
 from modeling.runs.run import Run
@@ -46,13 +44,20 @@ def caches(tmp_path: Path) -> Path:
 
 
 def test_the_readme_shows_both_stages():
-    assert [example.split()[1] for example in EXAMPLES] == ["feats", "modeling", "modeling", "modeling"]
+    assert [example.split()[1] for example in EXAMPLES] == [
+        "pathlib",
+        "feats",
+        "modeling",
+        "modeling",
+        "modeling",
+        "modeling.heads.base",
+    ]
 
 
 def test_stage_2_as_written(caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    exec(EXAMPLES[1], names)
+    exec(EXAMPLES[2], names)
     accuracy = float(capsys.readouterr().out.split()[0])
     assert 0.5 < accuracy <= 1 and (tmp_path / "saved" / "runs" / "mine" / "head.safetensors").is_file()
     probabilities = load_run("saved/runs/mine").predict_proba(names["test_data"])
@@ -68,10 +73,10 @@ def test_finetuning_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     fit_head(data, make_split(data, val_ratio=0.2), "mlp", D=8, ep=1, bs=8, device="cpu").save("saved/runs/mine")
     capsys.readouterr()
     names: dict[str, object] = {}
-    exec(EXAMPLES[3], names)  # a warm predictor, of texts alone: the picture isn't asked for
+    exec(EXAMPLES[4], names)  # a warm predictor, of texts alone: the picture isn't asked for
     assert names["future"].result() == names["answer"] and capsys.readouterr().out.startswith(names["answer"].label)
     names = {}
-    exec(EXAMPLES[2], names)
+    exec(EXAMPLES[3], names)
     assert float(capsys.readouterr().out) == names["tuned"].report.figures["val"]["macro_f1"]
     assert (tmp_path / "saved" / "runs" / "mine_tuned" / "encoders" / "minilm" / "model.safetensors").is_file()
 
@@ -238,24 +243,12 @@ def test_another_encoder_s_features_are_refused(caches: Path, tmp_path: Path):
 # -- one file and one line --------------------------------------------------------------------------------------
 
 
-class Difference(Head):
-    """A head of somebody else's: the sides' vectors, subtracted, and a linear layer."""
-
-    study = "Z"
-    reads = ()
-    norms = ("l2",)
-
-    def build(self, config, widths, n_classes, n_models):
-        self.out = Linear(n_models, min(widths[side] for side in self.sides), n_classes)
-
-    def forward(self, batch: Batch) -> Tensor:
-        vectors = [batch.of(side)[..., : self.out.weight.shape[2]] for side in self.sides]
-        return self.out(vectors[0] - sum(vectors[1:]))
-
-
 def test_a_new_head_is_a_class_and_a_line(
     caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
+    names: dict[str, type[Head]] = {}
+    exec(EXAMPLES[5], names)
+    Difference = names["Difference"]
     monkeypatch.setitem(HEADS, "difference", Difference)
     runs = ["--runs", str(tmp_path / "runs")]
     argv = ["--vtype", "clip", "--feats", str(caches), "--head", "difference", "--ep", "2", "--D", "8", "--seeds", "2"]
