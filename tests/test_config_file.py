@@ -163,7 +163,8 @@ def test_recipes_and_defaults_are_shown(capsys: pytest.CaptureFixture):
     found = shown(train_head.main, "--recipe", "E", "--lr", "0.5")
     assert (found["monitor"], found["bs"], found["val-ratio"], found["lr"]) == ("macro_f1", 16, 0.2, 0.5)
     assert (found["vtype"], found["D"], found["head"], found["ablation"]) == (["clip"], 256, "fusion", 0)
-    assert shown(train_head.main, "--epochs", "7")["ep"] == 7 and "epochs" not in shown(train_head.main, "--epochs", "7")
+    by_alias = shown(train_head.main, "--epochs", "7", "--hidden", "8")
+    assert (by_alias["ep"], by_alias["D"]) == (7, 8) and not {"epochs", "hidden"} & by_alias.keys()
     assert "lr" not in shown(train_head.main, "--head", "linear")  # which doesn't read it
     assert shown(train_head.main, "--ttype", "vader")["vtype"] == []
     assert "val-ratio" not in shown(train_head.main, "--folds", "3")
