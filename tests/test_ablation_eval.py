@@ -2,11 +2,13 @@
 
 import csv
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from PIL import Image
 
 from feats import ngrams_extract_feats, pixels_extract_feats
 from feats.encoders.registry import load_encoder
+from feats.images import decode_image, hash64
 from feats.store import FeatureStore
 from modeling import inference_head, train_head
 from modeling.evaluation import metrics
@@ -150,8 +153,6 @@ def test_the_blank_pair_is_encoded_once(home: Path, tmp_path: Path, monkeypatch:
 
 
 def test_a_cache_made_anew_gets_a_new_blank_row(home: Path, tmp_path: Path):
-    import shutil
-
     own = Path(shutil.copytree(home, tmp_path / "own"))
     trained(own, tmp_path / "runs")
     extract(own, "--overwrite", columns=16)
@@ -164,9 +165,24 @@ def test_a_cache_made_anew_gets_a_new_blank_row(home: Path, tmp_path: Path):
     assert_figures(found, scored(run, changed, run.split.val))
 
 
-def test_a_user_s_split_named_blank_is_left_alone(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    import shutil
+def test_a_blank_row_of_another_black_picture_is_made_anew(home: Path, tmp_path: Path):
+    """A cache that joins later is given the picture of today, and rows are joined by the bytes of their pictures."""
+    own = Path(shutil.copytree(home, tmp_path / "own"))
+    first = trained(own, tmp_path / "runs")
+    with h5py.File(own / "feats" / "pixels_blank.h5", "r+") as file:
+        file["image_hash"][0] = 1
+    second = trained(own, tmp_path / "runs")
+    with FeatureStore.open(own / "feats" / "pixels_blank.h5") as store:
+        assert store.facts("image_hash").tolist() == [hash64(blank.BLACK)]
+    assert content(first.path, "metrics")["ablation_eval"] == content(second.path, "metrics")["ablation_eval"]
 
+
+def test_the_black_picture_is_black():
+    picture = decode_image(blank.BLACK)
+    assert (picture.size, picture.getextrema()) == ((224, 224), ((0, 0),) * 3)
+
+
+def test_a_user_s_split_named_blank_is_left_alone(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     own = Path(shutil.copytree(home, tmp_path / "own"))
     shutil.copy(own / "feats" / "pixels_test.h5", own / "feats" / "pixels_blank.h5")
     before = (own / "feats" / "pixels_blank.h5").read_bytes()

@@ -34,6 +34,11 @@ def options_of(parser: ArgumentParser) -> list[Any]:
     return [a for a in parser._actions if not set(own) & set(a.option_strings)]
 
 
+def shown_name(action: Any) -> str:
+    """Of several names the first, by which records hold the option."""
+    return action.option_strings[0].lstrip("-") if action.option_strings else action.dest
+
+
 def example(action: Any) -> Any:
     """Some value that isn't the default, as TOML text and as it arrives."""
     if action.nargs == 0:
@@ -60,9 +65,7 @@ def test_a_file_may_hold_every_option(name: str, tmp_path: Path):
     (tmp_path / "all.toml").write_text("\n".join(lines), encoding="utf-8")
     found = parser.parse_args(["--config", str(tmp_path / "all.toml")])
     assert len(expected) > 1 and {dest: getattr(found, dest) for dest in expected} == expected
-    assert json.loads(json.dumps(found.given)).keys() == {
-        a.option_strings[0].lstrip("-") if a.option_strings else a.dest for a in actions
-    }
+    assert json.loads(json.dumps(found.given)).keys() == {shown_name(action) for action in actions}
 
 
 @each_script
@@ -79,7 +82,7 @@ def test_what_is_shown_is_read_again(name: str, tmp_path: Path, capsys: pytest.C
 
     text = shown(*words)
     for action in options_of(parser_of(name)):
-        key = action.option_strings[-1].lstrip("-") if action.option_strings else action.dest
+        key = shown_name(action)
         assert any(line.startswith((f"{key} = ", f"# {key} isn't set")) for line in text.splitlines()), key
     path = tmp_path / "shown.toml"
     path.write_text(text, encoding="utf-8")
@@ -160,6 +163,8 @@ def test_recipes_and_defaults_are_shown(capsys: pytest.CaptureFixture):
     found = shown(train_head.main, "--recipe", "E", "--lr", "0.5")
     assert (found["monitor"], found["bs"], found["val-ratio"], found["lr"]) == ("macro_f1", 16, 0.2, 0.5)
     assert (found["vtype"], found["D"], found["head"], found["ablation"]) == (["clip"], 256, "fusion", 0)
+    by_alias = shown(train_head.main, "--epochs", "7", "--hidden", "8")
+    assert (by_alias["ep"], by_alias["D"]) == (7, 8) and not {"epochs", "hidden"} & by_alias.keys()
     assert "lr" not in shown(train_head.main, "--head", "linear")  # which doesn't read it
     assert shown(train_head.main, "--ttype", "vader")["vtype"] == []
     assert "val-ratio" not in shown(train_head.main, "--folds", "3")
@@ -227,7 +232,7 @@ def test_a_finetuning_keeps_its_options(tmp_path: Path):
         ("config = 'x'", "config is no option"),
         ("lr = [1, 2]", "lr has 2 values; --lr takes one"),
         ("lr = 'fast'", "argument --lr: invalid float value: 'fast'"),
-        ("ep = 1.5", "argument --ep: invalid int value: '1.5'"),
+        ("ep = 1.5", "argument --ep/--epochs: invalid int value: '1.5'"),
         ("duplicates = 'x'", "argument --duplicates: invalid choice"),
         ("tensorboard = 1", "tensorboard = 1: expected true or false"),
         ("lr = true", "lr = True: expected a value, not true or false"),

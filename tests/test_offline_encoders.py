@@ -287,7 +287,7 @@ def test_ngrams_refuse_tokens_weights_and_no_columns():
     with pytest.raises(UsageError, match="takes no weights, but got table.bin"):
         load_encoder("ngrams", weights="table.bin")
     for columns in (0, -1, 65_537):
-        with pytest.raises(UsageError, match=f"`columns` {columns}: expected a number from 1 to 65536"):
+        with pytest.raises(UsageError, match=f"`hash_columns` {columns}: expected a number from 1 to 65536"):
             load_encoder("ngrams", columns=columns)
 
 
