@@ -4,6 +4,7 @@ A one-row cache by the ordinary extraction loop, of the very encoder that its ne
 calls need no encoder. It follows from the neighbour and is made anew when that is of other weights or cleaning.
 """
 
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +15,7 @@ import torch
 from feats.errors import UsageError
 from feats.extraction.local import extract
 from feats.extraction.settings import ExtractionSettings
+from feats.images import hash64
 from feats.records import Record
 from feats.store import DONE, FeatureStore
 from modeling.features.joined import FeatureSet, FeatureSource, load_features
@@ -22,6 +24,14 @@ from modeling.runs.encoders import encoder_of, essence
 SPLIT = "blank"  # caches are <name>_blank.h5
 ROW = "blank"  # the id of their one row
 SIZE = 224  # of the black picture
+_HEADER, _PIXELS = 54, 3 * SIZE * SIZE
+# A BMP of 24 bits. Joined caches must be of the same picture, byte for byte, whenever they were made: no library
+# writes it.
+BLACK = (
+    struct.pack("<2sIII", b"BM", _HEADER + _PIXELS, 0, _HEADER)
+    + struct.pack("<IiiHHIIiiII", 40, SIZE, SIZE, 1, 24, 0, _PIXELS, 0, 0, 0, 0)
+    + bytes(_PIXELS)
+)
 
 
 def blank_pair(source: FeatureSource, weights: Mapping[str, str], device: torch.device) -> FeatureSet:
@@ -42,7 +52,7 @@ def blank_pair(source: FeatureSource, weights: Mapping[str, str], device: torch.
 
 
 def _is_there(path: Path, fingerprint: Mapping[str, Any]) -> bool:
-    """Whether a blank row by the encoder of `fingerprint` lies at `path`."""
+    """Whether a blank row by the encoder of `fingerprint` lies at `path`, of this very picture."""
     if not path.exists():
         return False
     with FeatureStore.open(path) as store:
@@ -53,7 +63,8 @@ def _is_there(path: Path, fingerprint: Mapping[str, Any]) -> bool:
             )
         same = essence(store.fingerprint) == essence(fingerprint)
         tokens = bool(store.fingerprint.get("tokens")) == bool(fingerprint.get("tokens"))
-        return same and tokens and store.complete and bool((store.status == DONE).all())
+        picture = store.facts("image_hash").tolist() in ([0], [hash64(BLACK)])  # 0: of an encoder of texts
+        return same and tokens and picture and store.complete and bool((store.status == DONE).all())
 
 
 def _encode(name: str, fingerprint: Mapping[str, Any], path: Path, weights: str | None, device: torch.device) -> None:
@@ -63,7 +74,6 @@ def _encode(name: str, fingerprint: Mapping[str, Any], path: Path, weights: str 
         raise UsageError(f"{error}; or take the training rows' mean with `absent` mean") from None
     settings = ExtractionSettings(workers=0, text_clean=fingerprint.get("text_clean") or "none")
     with TemporaryDirectory() as folder:
-        # Joined caches must be of the same picture, byte for byte, whenever they were made: no library writes it.
-        picture = Path(folder) / "black.ppm"
-        picture.write_bytes(f"P6\n{SIZE} {SIZE}\n255\n".encode() + bytes(3 * SIZE * SIZE))
+        picture = Path(folder) / "black.bmp"
+        picture.write_bytes(BLACK)
         extract(encoder, [Record(ROW, picture, "")], path, settings, overwrite=True)
