@@ -34,7 +34,7 @@ def one_line(capsys: pytest.CaptureFixture) -> str:
 def encode(*more: str) -> None:
     common = ["--data", "my data", "--workers", "0", "--device", "cpu", *more]
     assert pixels_extract_feats.main([*common, "--size", "16"]) == 0
-    assert ngrams_extract_feats.main([*common, "--columns", "64"]) == 0
+    assert ngrams_extract_feats.main([*common, "--hash-columns", "64"]) == 0
 
 
 @pytest.mark.parametrize("name", [name for name in ENCODERS if ENCODERS[name].takes_weights])
@@ -74,7 +74,7 @@ def test_training_without_clip_proposes_what_is_there(home: Path, capsys: pytest
 def test_the_command_for_a_missing_test_cache_makes_it(home: Path, capsys: pytest.CaptureFixture):
     encode("--splits", "train")
     assert train_head.main(["--vtype", "pixels", "--ttype", "ngrams", *QUICK]) == 0
-    for script, setting in ((pixels_extract_feats, "--size 16"), (ngrams_extract_feats, "--columns 64")):
+    for script, setting in ((pixels_extract_feats, "--size 16"), (ngrams_extract_feats, "--hash-columns 64")):
         capsys.readouterr()
         assert inference_head.main(["--device", "cpu"]) == 2
         command = re.search(r"make it with: (.*) \(caches there", one_line(capsys))[1]

@@ -446,7 +446,7 @@ def test_caches_in_folders_and_many_of_them(made: tuple[Run, FeatureSet, Report]
         return replace(run, source=replace(run.source, image=names, text=()))
 
     many = [f"кэш-{k}" for k in range(100)]
-    odd = [reading("sub/clip"), reading(*many), reading(*many, "clip"), reading("../a b:c")]
+    odd = [reading("sub/clip"), reading(*many), reading(*many, "clip"), reading("sub/a b:c")]
     names = [run_name(each, 0) for each in odd]
     assert len(set(names)) == 4 and "_sub-clip_none_fusion_" in names[0] and "кэш-0+кэш-1+" in names[1]
     for each, name in zip(odd, names, strict=True):

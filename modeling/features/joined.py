@@ -20,7 +20,6 @@ from feats.source import SIDES
 from feats.store import DONE, PENDING, CacheReader
 from feats.strings import Labels, Strings
 from modeling.choices import FEATS
-from modeling.features.made_by import encoder_and_options
 from modeling.features.target import Target
 
 DEFAULT_FOLDER = FEATS
@@ -586,6 +585,8 @@ def _command(name: str, folder: Path, split: str) -> str:
 
 def _made_by(path: Path) -> tuple[str, dict[str, Any]] | None:
     """The encoder and options of a cache; None where it isn't there or can't tell."""
+    from modeling.features.made_by import encoder_and_options  # the encoders' registry: of use to a refusal only
+
     if not is_cache(path):
         return None
     try:

@@ -7,9 +7,13 @@ from feats.encoders.registry import ENCODERS
 
 
 def encoder_and_options(fingerprint: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """The encoder of a cache, and those of its own options that aren't the defaults; None for a foreign one."""
+    """The encoder of a cache, and those of its own options that aren't the defaults, named as the settings that
+    its command line takes; None for a foreign one."""
     name = fingerprint.get("encoder", "")
     if name not in ENCODERS:
         return None
-    usual = {key: option.default for key, option in ENCODERS[name].options.items()}
-    return name, {key: fingerprint[key] for key in usual if fingerprint.get(key, usual[key]) != usual[key]}
+    options = {}
+    for key, option in ENCODERS[name].options.items():
+        if fingerprint.get(key, option.default) != option.default:
+            options[(option.flag or key).replace("-", "_")] = fingerprint[key]
+    return name, options
