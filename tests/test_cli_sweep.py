@@ -27,6 +27,7 @@ from scipy.stats import beta
 
 from feats.errors import UsageError
 from feats.store import FeatureStore
+from feats.strings import Labels
 from modeling import cli, experiment as ex, sweep_heads, train_head
 from modeling.features.joined import load_features
 from modeling.heads.base import ABLATIONS
@@ -304,6 +305,11 @@ def uninterrupted(feats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return runs / "sweep"
 
 
+def rounded(text: str) -> str:
+    """Numbers to six places."""
+    return re.sub(r"\d+\.\d{7,}", lambda number: f"{float(number[0]):.6f}", text)
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.slow
 def test_an_interrupted_sweep_goes_on(
@@ -332,8 +338,9 @@ def test_an_interrupted_sweep_goes_on(
     assert f"{COUNT} trainings, {done} of them finished before" in capsys.readouterr().out
     finished = {path: at for path, at in before.items() if "writing" not in path}
     assert finished.items() <= times(folder).items() and len(runs_in(folder)) == COUNT
+    # The rest is stacked otherwise than the whole was, which rounds otherwise.
     for name in ("table.csv", "table.md"):
-        assert (folder / name).read_text() == (uninterrupted / name).read_text()
+        assert rounded((folder / name).read_text()) == rounded((uninterrupted / name).read_text())
 
 
 def test_ids_and_labels_that_hold_line_ends(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -825,7 +832,7 @@ def test_auto_leaves_a_run_that_beats_guessing(feats: Path, tmp_path: Path, caps
         assert [c["stacked"] for c in of_family] == ["yes" if c is best else "" for c in of_family]
         assert all(0 < c["log_loss"] < 2 and 0 < c["accuracy"] <= 1 for c in of_family)
     assert len({m.group for m in run.members}) == len(families)
-    assert all(c["caches"] in out for c in candidates)
+    assert all(word in out for c in candidates for word in c["caches"].split())
     with (path / "history.csv").open() as file:
         told = [(row["head"], row["caches"], row["epoch"], float(row["val_loss"])) for row in csv.DictReader(file)]
     assert told == [(c["head"], c["caches"], "", c["log_loss"]) for c in candidates if c["stacked"]]
@@ -948,7 +955,7 @@ def test_auto_with_folds_is_nested(feats: Path, tmp_path: Path):
     tags = [
         CLASSES[(CLASSES.index(tag) + 1) % 3] if i in held else tag for i, tag in zip(rows.ids, rows.tags, strict=True)
     ]
-    flipped = replace(experiment, features=replace(experiment.features, rows=replace(rows, tags=tags)))
+    flipped = replace(experiment, features=replace(experiment.features, rows=replace(rows, tags=Labels.of(tags))))
     after = auto.auto(flipped, configs)[0].report.probabilities
     sizes = np.cumsum([len(split.val) for split in experiment.splits])[:-1]
     (one, two, three), (other_one, other_two, other_three) = np.split(before, sizes), np.split(after, sizes)
