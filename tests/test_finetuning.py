@@ -367,11 +367,12 @@ def killed_after(rows: int) -> Callable[[int, int], None]:
     "how",
     [
         {"augment": ("image", "text"), "schedule": "cosine", "warmup": 0.2},
-        pytest.param({}, marks=pytest.mark.slow),
-        pytest.param({"lora": 2, "soup": 2, "wise_ft": True}, marks=pytest.mark.slow),
-        pytest.param({"tune": "last-1", "optimizer": "adam"}, marks=pytest.mark.slow),
+        {},
+        {"lora": 2, "soup": 2, "wise_ft": True},
+        {"tune": "last-1", "optimizer": "adam"},
     ],
 )
+@pytest.mark.slow
 def test_wherever_it_is_interrupted_it_ends_with_the_same_bytes(how: dict[str, Any], tmp_path: Path):
     weights = cached_pairs(tmp_path, dropout=0.3)
     (tmp_path / "weights.txt").write_text("\n".join(f"{name}={path}" for name, path in weights.items()))

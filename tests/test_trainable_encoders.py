@@ -121,7 +121,10 @@ def test_every_encoder_is_tried():
     assert {name for name, _ in CASES} == set(ENCODERS)
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [pytest.param(*case, marks=pytest.mark.slow) if case == ("resnet", "vit") else case for case in CASES],
+)
 def test_a_gradient_reaches_every_parameter_in_use(name: str, kind: str, tmp_path: Path):
     make, unused = CASES[name, kind]
     where = make(tmp_path)
