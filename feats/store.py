@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ class Frame:
         return self.arrays[name]
 
 
-class CacheReader:
+class CacheReader(ABC):
     """What reading a cache is, whether it lies in one file (`FeatureStore`) or in parts (`feats.parts.PartedStore`).
 
     Attributes: `path`, `ids` (N str, `Strings`), `status` (N,) uint8, `fingerprint` (dict), `plan` (dict: how the rows
@@ -118,28 +119,28 @@ class CacheReader:
     if TYPE_CHECKING:  # a file has them as attributes
 
         @property
+        @abstractmethod
         def ids(self) -> Strings:
             """N of them."""
-            raise NotImplementedError
 
         @property
+        @abstractmethod
         def status(self) -> np.ndarray:
             """(N,) uint8."""
-            raise NotImplementedError
 
         @property
+        @abstractmethod
         def fingerprint(self) -> dict[str, Any]:
             """What made the features."""
-            raise NotImplementedError
 
         @property
+        @abstractmethod
         def reasons(self) -> dict[str, str]:
             """Id -> why it is in quarantine."""
-            raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """Close all files."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self
@@ -153,24 +154,24 @@ class CacheReader:
     # -- facts --------------------------------------------------------------------------------------------------
 
     @property
+    @abstractmethod
     def complete(self) -> bool:
         """Every row is done or in quarantine."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def tags(self) -> Labels:
         """N labels, '' where unknown."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def features(self) -> dict[str, tuple[int, ...]]:
         """Dataset -> shape of one row, for the feature datasets; of one token for `text_tokens`."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def schema(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Dataset -> (shape, dtype), for all of them."""
-        raise NotImplementedError
 
     @property
     def block_rows(self) -> int:
@@ -178,13 +179,13 @@ class CacheReader:
         return int(self.plan["block_rows"])
 
     @property
+    @abstractmethod
     def written_at(self) -> float:
         """When the features were last written, in seconds since the epoch; of those in parts the first part's time."""
-        raise NotImplementedError
 
+    @abstractmethod
     def facts(self, name: str) -> np.ndarray:
         """A dataset of `ROW_FACTS`, (N,); 0 where the row isn't done, and all 0 where the encoder lacks the side."""
-        raise NotImplementedError
 
     def content_digest(self) -> str:
         """Hex sha256 of which rows these are: ids, pictures and texts. Labels, features and the file's place don't
@@ -199,19 +200,19 @@ class CacheReader:
         return digest.hexdigest()
 
     @property
+    @abstractmethod
     def parameters(self) -> dict[str, int] | None:
         """How many parameters the encoder of each side has, by "image" and "text"; None where the cache doesn't
         tell."""
-        raise NotImplementedError
 
+    @abstractmethod
     def token_counts(self) -> np.ndarray:
         """Tokens there is room for, per row (N,); only in a cache with `text_tokens`."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def source(self) -> Source | None:
         """Where the raw pairs lay when the cache was last brought up to date; None where that wasn't told."""
-        raise NotImplementedError
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -244,25 +245,25 @@ class CacheReader:
         """
         return self.read_rows(name, self._done_rows(ids))
 
+    @abstractmethod
     def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
         """As `read`, by row numbers (R,), repeated ones too: no look-up of ids, and consecutive rows are read at once.
 
         Raises `IndexError` for numbers outside 0..N-1, else as `read`.
         """
-        raise NotImplementedError
 
     def read_tokens(self, ids: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Text tokens of the rows `ids`: (ΣL, D) float16, concatenated in that order, and offsets (len(ids) + 1,)."""
         return self.read_token_rows(self._done_rows(ids))
 
+    @abstractmethod
     def read_token_rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As `read_tokens`, by row numbers (R,). Raises as `read_rows`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stored(self, first: int, stop: int) -> dict[str, np.ndarray]:
         """Features and facts of the rows first..stop as `FeatureStore.write` takes them, whatever the rows' status:
         dataset -> (stop - first, ...), for `text_tokens` (ΣL, D). Raises `CacheError` for damaged ones."""
-        raise NotImplementedError
 
     def spans(self, size: int) -> Iterator[tuple[int, int]]:
         """Rows first..stop of the whole cache in order: whole blocks, whose features take about `size` bytes."""
@@ -273,9 +274,9 @@ class CacheReader:
         step = self.block_rows * max(1, int(size / max(row_bytes, 1) / self.block_rows))
         return ((first, min(first + step, len(self))) for first in range(0, len(self), step))
 
+    @abstractmethod
     def verify(self) -> list[str]:
         """Read every chunk and check the structure; returns what is wrong, one line each."""
-        raise NotImplementedError
 
     def _done_rows(self, ids: Sequence[str] | None) -> np.ndarray:
         return np.flatnonzero(self.status == DONE) if ids is None else self.positions(ids)

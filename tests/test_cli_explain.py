@@ -1,5 +1,6 @@
 """explain.py as a user types it."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,7 +105,8 @@ def test_methods_are_checked_on_validation_pairs(course: Path, capsys: pytest.Ca
     assert "explanations of 2 validation pairs that are better than random orders (chance: 0.5)" in out
     parts = [row.split()[0] for row in section(out, "explanations of") if row.startswith(("image/", "text/"))]
     assert [part for part in parts if not part.endswith(":")] == ["image/efficientnet", "text/minilm", "text/vader"]
-    assert "occlusion" in out
+    said = "\n".join(section(out, "explanations of"))
+    assert "occlusion" in said and re.search(r"(^|\s)2(,|\s|$)", said.partition("\n")[2]), said
 
 
 @pytest.mark.parametrize(

@@ -478,10 +478,10 @@ KILLER = """
 """
 
 
-@pytest.mark.parametrize("name", ["minilm"])
+@pytest.mark.parametrize("name", ["minilm", "efficientnet"])
 @pytest.mark.slow
 def test_twenty_kills_end_with_the_same_bytes(name: str, tmp_path: Path):
-    make_course(tmp_path / "set", 1000, size=(24, 24))
+    make_course(tmp_path / "set", 1000 if name == "minilm" else 640, size=(24, 24))
     out = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(KILLER), name, str(tmp_path / "set"), str(tmp_path)],
         env=ENVIRONMENT,

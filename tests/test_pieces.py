@@ -5,7 +5,6 @@ import json
 import os
 import random
 import sys
-import tarfile
 import tempfile
 import threading
 import tracemalloc
@@ -15,6 +14,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from PIL import Image
+from test_records import tar
 
 from feats import cli
 from feats.encoders.registry import load_encoder
@@ -27,17 +27,6 @@ from feats.reading import manifests, remote
 from feats.reading.shards import expanded
 from feats.records import TarSlice, read_dataset
 from feats.store import FeatureStore
-
-
-def tar(path, members, kind="w"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, kind) as archive:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            content = content.encode() if isinstance(content, str) else content
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
 
 
 def shards(folder, splits=("test", "train", "train")):

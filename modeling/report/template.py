@@ -11,9 +11,10 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 @cache
-def _environment() -> Environment:
+def environment(folder: Path) -> Environment:
+    """Templates of a folder: whatever is filled in is escaped, and a name that isn't given is an error."""
     return Environment(
-        loader=FileSystemLoader(TEMPLATES),
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -23,13 +24,13 @@ def _environment() -> Environment:
 
 def part(name: str, *given: Any) -> str:
     """What a macro of parts.html makes of the arguments."""
-    found: str = str(getattr(_environment().get_template("parts.html").module, name)(*given))
+    found: str = str(getattr(environment(TEMPLATES).get_template("parts.html").module, name)(*given))
     return found
 
 
 def whole(**given: Any) -> str:
     """The page."""
-    return _environment().get_template("page.html").render(**given)
+    return environment(TEMPLATES).get_template("page.html").render(**given)
 
 
 def script_json(value: Any) -> str:

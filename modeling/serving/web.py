@@ -12,11 +12,9 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
@@ -28,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from feats.errors import RowError, UsageError
 from feats.source import SIDES
 from modeling.prediction.warm import WarmPredictor
+from modeling.report.template import environment
 from modeling.serving.json_pairs import as_json, picture_data, text_of
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -155,18 +154,7 @@ def facts_of(predictor: WarmPredictor) -> dict[str, Any]:
 
 def page_of(predictor: WarmPredictor) -> str:
     """The page, which asks for nothing but /predict."""
-    return _environment().get_template("pair.html").render(**facts_of(predictor))
-
-
-@cache
-def _environment() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    return environment(TEMPLATES).get_template("pair.html").render(**facts_of(predictor))
 
 
 # -- what is asked ----------------------------------------------------------------------------------------------
