@@ -117,6 +117,38 @@ def test_of_many_who_want_a_stale_lease_one_gets_it(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+def test_who_found_a_lease_stale_looks_again_before_taking_it_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The look that comes too late: another took the lease over just after it."""
+    lease = held_by(tmp_path / "x.lease", STRANGER, age=100)
+    look, looks, other = leases._is_stale, [], Owner.here()
+
+    def look_and_be_late(path: Path, seconds: float) -> bool:
+        looks.append(look(path, seconds))
+        if len(looks) == 1:
+            held_by(lease, other)
+        return looks[-1]
+
+    monkeypatch.setattr(leases, "_is_stale", look_and_be_late)
+    with leased(lease, 60) as mine:
+        assert not mine
+    assert looks == [True, False]
+    assert json.loads(lease.read_text()) == asdict(other) and list(tmp_path.iterdir()) == [lease]
+
+
+def test_a_guard_that_was_left_delays_a_take_over_only(tmp_path: Path):
+    lease = held_by(tmp_path / "x.lease", STRANGER, age=100)
+    guard = held_by(tmp_path / ".x.lease.guard", STRANGER, age=30)
+    with leased(lease, 60) as mine:
+        assert not mine
+    assert guard.exists()
+    held_by(guard, STRANGER, age=90)
+    with leased(lease, 60) as mine:
+        assert not mine
+    with leased(lease, 60) as mine:
+        assert mine
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("age", "taken"), [(30, False), (90, True)])
 def test_a_lease_of_another_machine_is_taken_over_by_its_age(tmp_path: Path, age: float, taken: bool):
     with leased(held_by(tmp_path / "x.lease", STRANGER, age), 60) as mine:
@@ -209,6 +241,7 @@ def test_unfinished_files_of_the_dead_are_swept_up(tmp_path: Path):
         (tmp_path / f".part-00000001.{owner.name}.h5").touch()
     (tmp_path / f".part-00000002.{dead.name}.h5.creating").touch()
     (tmp_path / f".x.lease.{dead.name}").touch()
+    held_by(tmp_path / ".y.lease.guard", dead)
     os.utime(tmp_path / f".part-00000001.{old.name}.h5", (time.time() - 61,) * 2)
     (tmp_path / "part-00000001.h5").touch()
     (tmp_path / ".unknown").touch()

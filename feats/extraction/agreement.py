@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from feats.errors import UsageError
-from feats.extraction.leases import LEASE_SECONDS, Owner, folder_time, leased
+from feats.extraction.leases import GUARD, LEASE_SECONDS, Owner, folder_time, holder_of, leased
 from feats.parts import PartsPlan, part_path, parts_folder, plan_path, read_plan
 from feats.store import fingerprint_difference, is_complete, quarantine_path
 
@@ -90,7 +90,9 @@ def unfinished_path(folder: Path, number: int) -> Path:
 
 
 def _owner(place: Path) -> Owner | None:
-    """Who made a hidden file: some part of its name is an owner's."""
+    """Who made a hidden file: some part of its name is an owner's, or it is the guard of a lease and says so."""
+    if place.suffix == GUARD:
+        return holder_of(place)
     return next((owner for word in place.name.split(".") if (owner := Owner.from_name(word))), None)
 
 

@@ -22,6 +22,7 @@ from tempfile import TemporaryFile
 from threading import Event, Thread
 
 LEASE_SECONDS = 60.0
+GUARD = ".guard"  # ends the name of the file under which a lease is taken over
 BEATS = 4  # touches in the time after which a lease is stale
 BOOT_ID, PROCESSES = Path("/proc/sys/kernel/random/boot_id"), Path("/proc")
 
@@ -135,7 +136,7 @@ def leased(path: Path, seconds: float = LEASE_SECONDS) -> Iterator[bool]:
             yield True
     finally:
         with suppress(OSError):
-            if _holder(path.read_text(encoding="utf-8")) == owner:
+            if holder_of(path) == owner:
                 path.unlink()
 
 
@@ -146,6 +147,14 @@ def _create(path: Path, owner: Owner) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def holder_of(path: Path) -> Owner | None:
+    """Who holds the lease, or the guard of one, at `path`; None for nobody, or one that isn't written to its end."""
+    try:
+        return _holder(path.read_text(encoding="utf-8"))
+    except OSError:
+        return None
 
 
 def _holder(text: str) -> Owner | None:
@@ -164,22 +173,35 @@ def _touch(path: Path, owner: Owner) -> None:
 
 
 def _take_over(path: Path, owner: Owner, seconds: float) -> bool:
-    """Take a lease if it is stale; of all who rename it one succeeds."""
-    stale = path.with_name(f".{path.name}.{owner.name}")
+    """Put an own lease in the place of a stale one.
+
+    Whoever does so holds a guard beside it meanwhile, and looks again under it: of all who found the lease stale one
+    takes it over. The lease is never gone in between, where somebody could create it.
+    """
+    if not _is_stale(path, seconds):
+        return False
+    guard = path.with_name(f".{path.name}{GUARD}")
+    if not _create(guard, owner):
+        if _is_stale(guard, seconds):  # its maker died in the few lines below: the next look finds it gone
+            guard.unlink(missing_ok=True)
+        return False
+    own = path.with_name(f".{path.name}.{owner.name}")
+    try:
+        if not _is_stale(path, seconds):
+            return False
+        _create(own, owner)
+        own.replace(path)
+        return True
+    finally:
+        own.unlink(missing_ok=True)
+        guard.unlink(missing_ok=True)
+
+
+def _is_stale(path: Path, seconds: float) -> bool:
+    """Whether a lease's holder is known to be dead, or didn't touch it for so long. What is gone isn't stale."""
     try:
         with path.open(encoding="utf-8") as file:  # opening makes a network's file system ask for the time anew
-            seen, touched_at = file.read(), os.fstat(file.fileno()).st_mtime
-        holder = _holder(seen)
-        if not (holder is not None and holder.dead) and folder_time(path.parent) - touched_at <= seconds:
-            return False
-        path.rename(stale)
-    except FileNotFoundError:  # given back, or taken over by another, just now
+            holder, touched_at = _holder(file.read()), os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:
         return False
-    try:
-        if stale.read_text(encoding="utf-8") == seen:
-            return _create(path, owner)
-        with suppress(OSError):  # another took it over between the look and the renaming: theirs goes back
-            os.link(stale, path)
-        return False
-    finally:
-        stale.unlink(missing_ok=True)
+    return (holder is not None and holder.dead) or folder_time(path.parent) - touched_at > seconds
