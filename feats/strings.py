@@ -10,6 +10,12 @@ import numpy as np
 BLOCK = 1 << 16  # strings that are Python objects at one time
 
 
+def row_type(n: int) -> type[np.signedinteger[Any]]:
+    """The smaller of the usual types that numbers of `n` rows fit into: of ten million rows each takes much of what
+    memory there is."""
+    return np.int32 if n <= np.iinfo(np.int32).max else np.int64
+
+
 class Strings(Sequence[str]):
     """N strings as `encoded` (N,) fixed-width UTF-8, as HDF5 has them. A slice, an index array or a mask gives Strings.
 
@@ -72,8 +78,10 @@ class Strings(Sequence[str]):
 
     @cached_property
     def order(self) -> np.ndarray:
-        """(N,) int64: what sorts them; equal ones stay in their order."""
-        return np.argsort(self.encoded, kind="stable")
+        """(N,) of `row_type`: what sorts them; equal ones stay in their order."""
+        if self.ascending:
+            return np.arange(len(self), dtype=row_type(len(self)))
+        return np.argsort(self.encoded, kind="stable").astype(row_type(len(self)))
 
     @property
     def width(self) -> int:
@@ -87,7 +95,7 @@ class Strings(Sequence[str]):
     @property
     def unique(self) -> bool:
         """Whether no two are the same."""
-        return not any(
+        return self.ascending or not any(
             (self.encoded[rows[1:]] == self.encoded[rows[:-1]]).any()
             for rows in (self.order[low : low + BLOCK + 1] for low in range(0, len(self), BLOCK))
         )
@@ -106,11 +114,12 @@ class Strings(Sequence[str]):
         if len(asked) == len(self) and self.ascending and np.array_equal(asked.encoded, self.encoded):
             return np.arange(len(self))
         # In order: the steps of one search are in the processor's cache for the next.
+        asked_order, own_order = (None if one.ascending else one.order for one in (asked, self))
         for low in range(0, len(asked), BLOCK):
-            block = asked.order[low : low + BLOCK]
+            block = slice(low, low + BLOCK) if asked_order is None else asked_order[low : low + BLOCK]
             wanted = asked.encoded[block]
-            place = np.searchsorted(self.encoded, wanted, sorter=self.order).clip(max=len(self) - 1)
-            found = self.order[place]
+            found = np.searchsorted(self.encoded, wanted, sorter=own_order).clip(max=len(self) - 1)
+            found = found if own_order is None else own_order[found]
             rows[block] = np.where(self.encoded[found] == wanted, found, -1)
         if asked is not names:
             rows[[k for k, one in enumerate(encoded) if b"\0" in one]] = -1
@@ -202,7 +211,10 @@ class Labels(Sequence[str]):
 
     def counts(self) -> dict[str, int]:
         """How many there are of each, of those that there are."""
-        counts = np.bincount(self.codes, minlength=len(self.names)).tolist()
+        blocks = (self.codes[low : low + BLOCK] for low in range(0, len(self), BLOCK))  # each becomes int64 there
+        counts = sum(
+            (np.bincount(block, minlength=len(self.names)) for block in blocks), np.zeros(len(self.names), int)
+        ).tolist()
         return {name: count for name, count in zip(self.names, counts, strict=True) if count}
 
     def numbers(self, names: Sequence[str]) -> np.ndarray:

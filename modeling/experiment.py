@@ -18,12 +18,12 @@ from feats.source import SIDES
 from feats.strings import Labels, Strings
 from modeling.evaluation import metrics
 from modeling.features.corrections import corrected_words, read_corrections
+from modeling.features.duplicates import Duplicates
 from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSet, FeatureSource, cached_widths, load_features
 from modeling.features.leaks import Leaks, find_leaks
 from modeling.features.splits import (
     PARTS,
-    Duplicates,
     Split,
     SplitSettings,
     check_split,
@@ -82,7 +82,7 @@ class Experiment:
     norms: dict[str, str]
     scales: dict[str, float]
     device: torch.device
-    notes: tuple[str, ...] = ()  # what a user should hear of how it came about
+    notes: tuple[str, ...] = ()  # on how it came about
     stream: Stream | None = field(default=None, repr=False, compare=False)
 
     def require_in_memory(self, what: str) -> None:
@@ -163,9 +163,9 @@ class Experiment:
         return of(self.features.to("cpu"), rows)
 
     def inner_folds(self, ids: Sequence[str], seed: int = 0) -> torch.Tensor:
-        """Fold number of each id, (len(ids),) int64: stratified, duplicates in one, as many as the rarest class allows
-        up to five."""
-        return torch.from_numpy(self._fewer_folds(fold_numbers, ids, INNER_FOLDS, seed).astype(np.int64))
+        """Fold number of each id, (len(ids),) int8 where that holds them: stratified, duplicates in one, as many as
+        the rarest class allows up to five."""
+        return torch.from_numpy(self._fewer_folds(fold_numbers, ids, INNER_FOLDS, seed))
 
     def folds_of(self, ids: Sequence[str], k: int, seed: int = 0) -> list[Split]:
         """`k` folds of training rows, or as many as the rarest class allows. Raises `UsageError` when that is none."""
@@ -224,6 +224,10 @@ class Experiment:
     def leaks(self) -> Leaks:
         """What the parts of the splits have in common."""
         return find_leaks(self.features, self.splits)
+
+    def lines(self) -> list[str]:
+        """What a user should hear of it: the notes, the rows of each class, and what the parts have in common."""
+        return [*self.notes, *self.rows_lines()]
 
     def rows_lines(self) -> list[str]:
         """How many rows of each class there are, and what the parts have in common: a line each."""
@@ -327,7 +331,7 @@ def load_experiment(settings: ExperimentSettings, heads: Sequence[HeadConfig]) -
         words = corrected_words(data, splits)
         told = f"{words}; the caches keep theirs" if words else "no label differs from the caches'"
         notes.append(f"{settings.corrections}: {told}")
-    experiment = Experiment.of(
+    return Experiment.of(
         data,
         splits,
         settings.norms,
@@ -337,7 +341,6 @@ def load_experiment(settings: ExperimentSettings, heads: Sequence[HeadConfig]) -
         notes=notes,
         stream=stream,
     )
-    return replace(experiment, notes=(*notes, *experiment.rows_lines()))
 
 
 def experiment_of_run(run: Run, source: FeatureSource, device: str = "auto") -> Experiment:

@@ -82,7 +82,7 @@ def compare_on(experiment: Experiment, args: Namespace, grid: cli.Grid, searched
     """As `compare`, on joined caches; `searched` are the settings to choose on one head."""
     from modeling.search import sweep
 
-    cli.print_lines(experiment.notes, args.quiet)
+    cli.print_lines(experiment.lines(), args.quiet)
     folder = args.runs / (args.name or NAME)
     data = sweep.data_digest(experiment)
     earlier = sweep.read_earlier(folder, experiment, data)
@@ -229,7 +229,7 @@ def search_on(experiment: Experiment, args: Namespace, grid: cli.Grid, command: 
     from modeling.search import auto
 
     named = "head" in vars(args)
-    cli.print_lines(experiment.notes, args.quiet)
+    cli.print_lines(experiment.lines(), args.quiet)
     if len(experiment.splits) > 1 and any(split.test for split in experiment.splits):
         raise UsageError(
             "--auto with folds that have test parts: it searches all rows in the end, those among them; leave the test "

@@ -75,7 +75,7 @@ def train(args: Namespace, command: str, grid: cli.Grid, experiment: Experiment)
     from modeling.runs.folder import run_name, save_run, write_tensorboard
     from modeling.runs.tables import ablation_tables, collapse_notes, cost_line, epochs_shown, head_line, report_tables
 
-    cli.print_lines(experiment.notes, args.quiet)
+    cli.print_lines(experiment.lines(), args.quiet)
     [config] = grid.configs(experiment.classes)
     configs = with_seeds(on_features(config, experiment.features), args.seeds or 1)
     absent_of = None

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from caches import make_cache
 
+from modeling.features.duplicates import EMPTY_TEXT_KEY
 from modeling.features.joined import FeatureSet, load_features
 from modeling.features.leaks import Twins, find_leaks
-from modeling.features.splits import EMPTY_TEXT_KEY, Split, make_folds, make_split
+from modeling.features.splits import Split, make_folds, make_split
 
 IDS = [f"p{i}" for i in range(12)]
 TAGS = ["positive", "negative"] * 6

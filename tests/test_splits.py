@@ -12,12 +12,11 @@ from scipy.sparse.csgraph import connected_components
 
 from feats.errors import UsageError
 from feats.images import hash64
+from modeling.features.duplicates import EMPTY_TEXT_KEY, duplicate_groups
 from modeling.features.splits import (
-    EMPTY_TEXT_KEY,
     Split,
     deal_folds,
     deal_split,
-    duplicate_groups,
     load_split,
     read_split_file,
     save_split,
@@ -274,6 +273,16 @@ def test_duplicate_groups_are_connected_components(seed: int):
     expected = connected_components(graph, directed=False)[1]
     found = duplicate_groups(image, text)
     assert len(set(zip(found.tolist(), expected.tolist(), strict=True))) == len(set(found)) == len(set(expected))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_chain_of_duplicates_is_one_group(mixed: bool):
+    """Each row shares its picture with the one before and its text with the one behind."""
+    n = 5000
+    places = np.random.default_rng(1).permutation(n) if mixed else np.arange(n)
+    image, text = ((places + shift) // 2 + 1 for shift in (0, 1))
+    groups = duplicate_groups(image.astype(np.uint64), text.astype(np.uint64))
+    assert not groups.any()
 
 
 # -- files ------------------------------------------------------------------------------------------------------

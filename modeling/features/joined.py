@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,8 +19,9 @@ from feats.names import cache_path, checked_cache
 from feats.parts import cache_paths, is_cache, open_cache
 from feats.source import SIDES
 from feats.store import DONE, PENDING, CacheReader
-from feats.strings import Labels, Strings
+from feats.strings import Labels, Strings, row_type
 from modeling.choices import FEATS
+from modeling.features.duplicates import Duplicates, duplicate_groups
 from modeling.features.target import Target
 
 DEFAULT_FOLDER = FEATS
@@ -78,6 +80,18 @@ class Rows:
     def of(cls, ids: Iterable[str], tags: Iterable[str], image_hash: np.ndarray, text_key: np.ndarray) -> "Rows":
         """Rows of any strings."""
         return cls(Strings.of(ids), Labels.of(tags), image_hash, text_key)
+
+    @cached_property
+    def labelled(self) -> "Rows":
+        """Those with a label."""
+        return self.take(np.flatnonzero(self.tags.known))
+
+    @cached_property
+    def duplicates(self) -> Duplicates | None:
+        """The duplicate group of each row; None where no joined cache knows their contents."""
+        if not self.image_hash.any() and not self.text_key.any():
+            return None
+        return Duplicates(self.ids, duplicate_groups(self.image_hash, self.text_key))
 
     def take(self, rows: np.ndarray) -> "Rows":
         """Some of the rows, by ascending numbers."""
@@ -524,7 +538,8 @@ def _join(source: FeatureSource, split: str) -> Iterator[_Join]:
                 _check_side(caches[name], name, side, folder, split)
         order = _common_order(caches)
         statuses = {name: store.status[order[name]] for name, store in caches.items()}
-        kept = np.flatnonzero(np.all([status == DONE for status in statuses.values()], axis=0))
+        done = np.all([status == DONE for status in statuses.values()], axis=0)
+        kept = np.flatnonzero(done).astype(row_type(len(done)))
         _check_same_content(caches, order, kept)
         first = next(iter(caches.values()))
         ids = Strings.of(first.ids)
@@ -638,14 +653,14 @@ def _check_side(store: CacheReader, name: str, side: str, folder: Path, split: s
 def _common_order(caches: Mapping[str, CacheReader]) -> dict[str, np.ndarray]:
     """Per cache, where the rows of the first one are. Every cache must have the same ids, quarantined ones included."""
     (first_name, first), *others = caches.items()
-    order = {first_name: np.arange(len(first))}
+    order = {first_name: np.arange(len(first), dtype=row_type(len(first)))}
     ids = Strings.of(first.ids)
     for name, store in others:
         own = Strings.of(store.ids)
         if ids == own:
             order[name] = order[first_name]
             continue
-        order[name] = own.positions(ids)
+        order[name] = own.positions(ids).astype(row_type(len(own)))
         lacking = ids[order[name] < 0]
         extra = [] if len(ids) - len(lacking) == len(own) else sorted(own[ids.positions(own) < 0])
         if lacking or extra:
@@ -660,6 +675,8 @@ def _common_order(caches: Mapping[str, CacheReader]) -> dict[str, np.ndarray]:
 
 def _check_same_content(caches: Mapping[str, CacheReader], order: Mapping[str, np.ndarray], kept: np.ndarray) -> None:
     """The same id must mean the same picture and text in every cache that knows them."""
+    if len(caches) == 1:
+        return
     for fact, what in (("image_hash", "pictures"), ("text_hash", "texts")):
         known: np.ndarray | None = None
         owner = ""
@@ -700,14 +717,17 @@ def _merge_tags(caches: Mapping[str, CacheReader], order: Mapping[str, np.ndarra
 
 def differing_labels(tags: Labels, others: Labels) -> np.ndarray:
     """(N,) bool: which rows have two labels, neither of them ''."""
-    return np.asarray((others.numbers(tags.names) != tags.codes) & tags.known & others.known)
+    names = sorted({*tags.names, *others.names})
+    return np.asarray((others.numbers_as(names) != tags.numbers_as(names)) & tags.known & others.known)
 
 
 def _merge_facts(fact: str, caches: Mapping[str, CacheReader], order: Mapping[str, np.ndarray]) -> np.ndarray:
     """A fact of each row, (N,): what the first cache that knows it says."""
-    merged = np.zeros(len(next(iter(order.values()))), np.uint64)
-    for name, store in caches.items():
-        merged = np.where(merged == 0, store.facts(fact)[order[name]], merged)
+    (_, first), *others = caches.items()
+    merged = first.facts(fact)
+    for name, store in others:
+        if not merged.all():
+            merged = np.where(merged == 0, store.facts(fact)[order[name]], merged)
     return merged
 
 

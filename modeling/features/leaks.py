@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from feats.strings import Strings
+from modeling.features.duplicates import IMAGE_UNKNOWN, TEXT_UNKNOWN, duplicate_sets, set_sizes
 from modeling.features.joined import FeatureSet
-from modeling.features.splits import IMAGE_UNKNOWN, PARTS, TEXT_UNKNOWN, Split, shared_keys
+from modeling.features.splits import PARTS, Split
 
 UNKNOWN = "unknown"
 TRAIN, VAL, TEST = range(len(PARTS))
@@ -63,11 +64,11 @@ class Leaks:
 def find_leaks(data: FeatureSet, splits: Sequence[Split]) -> Leaks:
     """What the parts of `splits` have in common, by all that the joined caches and those beside them know. Rows in
     quarantine count for `groups`, which are of the whole labelled data."""
-    rows = data.dataset.take(np.flatnonzero(data.dataset.tags.known))
+    rows = data.dataset.labelled
     parts = [_part_of(rows.ids, split) for split in splits]
     found = []
     for keys, ignored in ((rows.image_hash, IMAGE_UNKNOWN), (rows.text_key, TEXT_UNKNOWN)):
-        found.append(_twins(*shared_keys(keys, ignored), rows.tags.codes, parts) if keys.any() else None)
+        found.append(_twins(*duplicate_sets(keys, ignored), rows.tags.codes, parts) if keys.any() else None)
     return Leaks(*found)
 
 
@@ -80,32 +81,33 @@ def _part_of(ids: Strings, split: Split) -> np.ndarray:
     return part_of
 
 
-def _twins(rows: np.ndarray, keys: np.ndarray, codes: np.ndarray, parts: Sequence[np.ndarray]) -> Twins:
-    """Of `rows` (R,) whose keys others have, too: `keys` (R,); `codes` (N,) and `parts`, (N,) each, are of all rows."""
-    group_of = np.unique(keys, return_inverse=True)[1]
-    groups = int(group_of.max(initial=-1)) + 1
-    conflicting = int((_distinct(group_of, codes[rows], groups) > 1).sum())
+def _twins(rows: np.ndarray, starts: np.ndarray, codes: np.ndarray, parts: Sequence[np.ndarray]) -> Twins:
+    """Of the sets of rows that `rows` (R,) and `starts` (S,) are, see `duplicate_sets`; `codes` (N,) and `parts`, (N,)
+    each, are of all rows."""
+    if not len(rows):
+        return Twins()
+    code = codes[rows]
+    conflicting = int(_differ(code, np.ones(len(rows), bool), starts).sum())
     across = across_conflicting = val_rows = test_rows = 0
     for part_of in parts:
-        there = part_of[rows] >= 0
-        group, part, code = group_of[there], part_of[rows[there]], codes[rows[there]]
-        several = _distinct(group, part, groups) > 1
+        part = part_of[rows]
+        there = part >= 0
+        several = _differ(part, there, starts)
         across += int(several.sum())
-        across_conflicting += int((_distinct(group, code, groups) > 1)[several].sum())
-        trained = several & (np.bincount(group[part == TRAIN], minlength=groups) > 0)
-        leaking = part[trained[group]]
-        val_rows += int((leaking == VAL).sum())
-        test_rows += int((leaking == TEST).sum())
-    return Twins(groups, conflicting, across, across_conflicting, val_rows, test_rows)
+        across_conflicting += int((_differ(code, there, starts) & several).sum())
+        trained = several & np.logical_or.reduceat(part == TRAIN, starts)
+        leaking = np.repeat(trained, set_sizes(rows, starts))
+        val_rows += int((leaking & (part == VAL)).sum())
+        test_rows += int((leaking & (part == TEST)).sum())
+    return Twins(len(starts), conflicting, across, across_conflicting, val_rows, test_rows)
 
 
-def _distinct(group_of: np.ndarray, values: np.ndarray, groups: int) -> np.ndarray:
-    """How many different `values` (R,) each group has, (groups,)."""
-    order = np.lexsort((values, group_of))
-    group, value = group_of[order], values[order]
-    new = np.ones(len(order), bool)
-    new[1:] = (group[1:] != group[:-1]) | (value[1:] != value[:-1])
-    return np.bincount(group[new], minlength=groups)
+def _differ(values: np.ndarray, there: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """(S,) bool: which sets have different `values` (R,) among their rows that are `there` (R,) bool."""
+    bounds = np.iinfo(values.dtype)
+    least = np.minimum.reduceat(np.where(there, values, bounds.max), starts)
+    most = np.maximum.reduceat(np.where(there, values, bounds.min), starts)
+    return np.asarray(least < most)
 
 
 def _leaking(name: str, twins: Twins) -> str:

@@ -13,7 +13,6 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -24,14 +23,12 @@ from feats.csv_files import numbered_csv, parse_csv
 from feats.errors import UsageError, first_line
 from feats.strings import BLOCK, Labels, Strings
 from modeling.choices import SplitSettings as SplitSettings
-from modeling.features.joined import FeatureSet, Rows
+from modeling.features.duplicates import Duplicates
+from modeling.features.joined import FeatureSet
 
 PARTS = ("train", "val", "test")
 MAX_JSON_IDS = 1_000_000  # of a split's file; Python's objects of more would take gigabytes
 ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
-# What feats.images.hash64 gives for no bytes: the `text_key` of texts of which cleaning left nothing.
-EMPTY_TEXT_KEY = int.from_bytes(hashlib.blake2b(b"", digest_size=8).digest(), "big")
-IMAGE_UNKNOWN, TEXT_UNKNOWN = (0,), (0, EMPTY_TEXT_KEY)  # keys that say nothing of which rows are the same
 
 
 @dataclass(frozen=True)
@@ -139,11 +136,10 @@ def make_splits(data: FeatureSet, settings: SplitSettings) -> list[Split]:
     every choice of caches gets the same split. Raises `UsageError` when there is nothing to split, or a part has no row
     left."""
     dataset = data.dataset
-    known = np.flatnonzero(dataset.tags.known)
-    if not len(known):
+    rows = dataset.labelled
+    if not len(rows.ids):
         raise UsageError("none of the rows has a label; there is nothing to train on")
-    rows = dataset.take(known)
-    groups = _duplicates(rows) if settings.duplicates_together else None
+    groups = rows.duplicates.groups if settings.duplicates_together and rows.duplicates is not None else None
     if settings.files:
         splits = read_split_file(settings.files, dataset.ids, dataset.tags)
         # Without a label there is nothing to test.
@@ -166,45 +162,9 @@ def _among(ids: Strings, others: Strings) -> Strings:
     return ids[others.positions(ids) >= 0]
 
 
-class Duplicates(Mapping[str, int]):
-    """The duplicate group of each of some rows, by id: `groups` (N,) int64 of `ids`. Asked for one by one it makes a
-    dictionary of them; `of` needs none."""
-
-    def __init__(self, ids: Strings, groups: np.ndarray):
-        self.ids, self.groups = ids, groups
-
-    @cached_property
-    def _by_id(self) -> dict[str, int]:
-        return dict(zip(self.ids, self.groups.tolist(), strict=True))
-
-    def __getitem__(self, name: str) -> int:
-        return self._by_id[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.ids)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def of(self, ids: Sequence[str]) -> np.ndarray:
-        """(len(ids),) int64. Raises `KeyError` for an id that isn't there."""
-        rows = self.ids.positions(ids)
-        if (rows < 0).any():
-            raise KeyError(ids[int(np.flatnonzero(rows < 0)[0])])
-        found: np.ndarray = self.groups[rows]
-        return found
-
-
 def duplicates_of(data: FeatureSet) -> Duplicates | None:
     """The duplicate group of each labelled row, by id; None where no joined cache knows its contents."""
-    rows = data.dataset.take(np.flatnonzero(data.dataset.tags.known))
-    groups = _duplicates(rows)
-    return None if groups is None else Duplicates(rows.ids, groups)
-
-
-def _duplicates(rows: Rows) -> np.ndarray | None:
-    known = rows.image_hash.any() or rows.text_key.any()
-    return duplicate_groups(rows.image_hash, rows.text_key) if known else None
+    return data.dataset.labelled.duplicates
 
 
 # -- making splits ----------------------------------------------------------------------------------------------
@@ -221,7 +181,7 @@ def deal_split(
     """Split labelled rows by class, `val_ratio` of them for validation and `test_ratio` for testing.
 
     Each class's share of a part is within one row of its ratio where its duplicate groups allow. `groups` (N,) gives
-    each row a number; rows of one number stay together, see `duplicate_groups`.
+    each row a number; rows of one number stay together, see `modeling.features.duplicates`.
     Raises `UsageError` for ratios that leave nothing to train on, rows without a label, one class only, and a part
     that would lack a class.
     """
@@ -292,50 +252,6 @@ def fold_numbers(
     return fold_of
 
 
-def duplicate_groups(image_hash: np.ndarray | None, text_key: np.ndarray | None) -> np.ndarray:
-    """Group number of each row, (N,) int64: rows that share a picture or a text, directly or through others.
-
-    `image_hash` (N,) of the picture's bytes, `text_key` (N,) of the text as compared (either may be None). 0 means
-    unknown and ties nothing; nor does the key of the empty text: two pairs without words are no duplicates.
-    """
-    columns = [column for column in (image_hash, text_key) if column is not None]
-    if not columns:
-        raise ValueError("neither picture hashes nor text keys: there is nothing to find duplicates by")
-    parent: dict[int, int] = {}  # of the rows that share something: mostly few
-
-    def root(row: int) -> int:
-        while parent[row] != row:
-            parent[row] = row = parent[parent[row]]  # halve the path on the way
-        return row
-
-    for column, ignored in ((image_hash, IMAGE_UNKNOWN), (text_key, TEXT_UNKNOWN)):
-        rows, keys = shared_keys(column, ignored) if column is not None else (np.zeros(0), np.zeros(0))
-        first: dict[int, int] = {}
-        for row, key in zip(rows.tolist(), keys.tolist(), strict=True):
-            parent.setdefault(row, row)
-            a, b = sorted((root(first.setdefault(key, row)), root(row)))
-            parent[b] = a
-    groups = np.arange(len(columns[0]))
-    groups[list(parent)] = [root(row) for row in parent]
-    return groups
-
-
-def shared_keys(column: np.ndarray, ignored: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The rows, ascending, whose key another row of `column` (N,) uint64 has, too, and their keys; without those of
-    `ignored` keys."""
-    ordered = np.sort(column)
-    shared = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-    shared = shared[~np.isin(shared, np.array(ignored, np.uint64))]
-    if not len(shared):
-        return np.zeros(0, np.int64), np.zeros(0, np.uint64)
-    rows = [
-        low + np.flatnonzero(shared[np.searchsorted(shared, block).clip(max=len(shared) - 1)] == block)
-        for low, block in ((low, column[low : low + BLOCK]) for low in range(0, len(column), BLOCK))
-    ]
-    found = np.concatenate(rows)
-    return found, column[found]
-
-
 def _split_of(parts: Mapping[str, Sequence[str]], how: dict[str, Any]) -> Split:
     train, val, test = (Strings.of(parts.get(part, [])) for part in PARTS)
     return Split(train[train.order], val[val.order], test[test.order], how)
@@ -373,7 +289,7 @@ def _assign(
     quota = share[:, None] * sizes
     held = np.zeros_like(quota)
     part_of = np.empty(len(ids), np.min_scalar_type(-len(share)))
-    for rows in sorted(units, key=len, reverse=True):
+    for rows in units:
         counts = np.bincount(label_of[rows], minlength=len(names))
         # To the part that is furthest behind its quota with half the group added (as Webster's method deals seats),
         # the rarer class counting more.
@@ -389,20 +305,23 @@ def _assign(
     return part_of
 
 
-def _units(ids: Strings, groups: Sequence[int] | np.ndarray | None, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """Rows that stay together, two or more each, and those that stand alone, (M,): both in an order that only the seed
-    and the ids decide."""
+def _units(
+    ids: Strings, groups: Sequence[int] | np.ndarray | None, seed: int
+) -> tuple[Iterator[np.ndarray], np.ndarray]:
+    """Rows that stay together, two or more each, the largest sets first; and those that stand alone, (M,). Both are in
+    an order that else only the seed and the ids decide."""
     if groups is None:
-        return [], _dealt(ids, np.arange(len(ids)), seed)
-    together = ids.order[_is_shared(np.asarray(groups))[ids.order]]
-    alone = np.ones(len(ids), bool)
-    alone[together] = False
-    units: dict[Any, list[int]] = {}
-    for row, group in zip(together.tolist(), np.asarray(groups)[together].tolist(), strict=True):
-        units.setdefault(group, []).append(row)
-    by_first = {unit[0]: np.array(unit) for unit in units.values()}
-    dealt = _dealt(ids, np.array(list(by_first), np.int64), seed).tolist()
-    return [by_first[row] for row in dealt], _dealt(ids, np.flatnonzero(alone), seed)
+        return iter(()), _dealt(ids, np.arange(len(ids)), seed)
+    groups = np.asarray(groups)
+    shared = _is_shared(groups)
+    together = ids.order[shared[ids.order]]
+    together = together[np.argsort(groups[together], kind="stable")]
+    starts = np.flatnonzero(np.diff(groups[together], prepend=groups[together[:1]] - 1))
+    sizes = np.diff(starts, append=len(together))
+    dealt = _dealt_order(ids, together[starts], seed)
+    dealt = dealt[np.argsort(-sizes[dealt], kind="stable")]
+    units = (together[starts[unit] : starts[unit] + sizes[unit]] for unit in dealt.tolist())
+    return units, _dealt(ids, np.flatnonzero(~shared), seed)
 
 
 def _is_shared(groups: np.ndarray) -> np.ndarray:
@@ -417,14 +336,19 @@ def _is_shared(groups: np.ndarray) -> np.ndarray:
 
 def _dealt(ids: Strings, rows: np.ndarray, seed: int) -> np.ndarray:
     """`rows` (M,) in the order of a hash of seed and id."""
+    dealt: np.ndarray = rows[_dealt_order(ids, rows, seed)]
+    return dealt
+
+
+def _dealt_order(ids: Strings, rows: np.ndarray, seed: int) -> np.ndarray:
+    """(M,) what brings `rows` (M,) into that order."""
     keys = np.empty((len(rows), 2), np.uint64)
     begin = hashlib.blake2b(f"{seed}/".encode(), digest_size=16)
     for low in range(0, len(rows), BLOCK):
         block = ids.encoded[rows[low : low + BLOCK]].tolist()
         digests = b"".join(_digest(begin, name) for name in block)
         keys[low : low + len(block)] = np.frombuffer(digests, ">u8").reshape(-1, 2)
-    dealt: np.ndarray = rows[np.lexsort((keys[:, 1], keys[:, 0]))]
-    return dealt
+    return np.lexsort((keys[:, 1], keys[:, 0]))
 
 
 def _digest(begin: "hashlib.blake2b", name: bytes) -> bytes:

@@ -97,11 +97,13 @@ def predict_caches(
         part = judged.pop(0)  # its probabilities are as large as what becomes of them
         at = part.kept if part.rows.ids == rows.ids else rows.ids.positions(part.rows.ids[part.kept])
         for k, probabilities in zip(ks, part.probabilities, strict=True):
-            votes[k, at] = probabilities[:, [runs[k].classes.index(name) for name in classes]]
+            for c, name in enumerate(classes):
+                votes[k, at, c] = probabilities[:, runs[k].classes.index(name)]
             seen[k, at] = True
         reasons = part.left_out | reasons
         del part, probabilities
     probabilities, predicted = combine(votes, seen, voting.vote, None if tie is None else classes.index(tie))
+    del votes
     fallback = ""
     nobody = np.flatnonzero(~seen.any(0))
     if len(nobody):
@@ -335,11 +337,11 @@ def figures_of(predictions: Predictions, majority: str) -> dict[str, Any]:
         raise UsageError(f"labels {', '.join(foreign)} in the {predictions.split} data; expected {', '.join(classes)}")
     labels = predictions.rows.tags.numbers(classes)
     known = labels >= 0
-    probabilities, predicted = predictions.probabilities[known], predictions.predicted[known]
+    labels, probabilities, predicted = labels[known], predictions.probabilities[known], predictions.predicted[known]
     other = np.flatnonzero(probabilities.argmax(1) != predicted)  # ties of votes; metrics.figures takes the first
     probabilities[other, predicted[other]] = probabilities[other].max(1) + 1e-9
     probabilities /= probabilities.sum(1, keepdims=True)
-    return metrics.figures(labels[known], probabilities, classes, majority)
+    return metrics.figures(labels, probabilities, classes, majority)
 
 
 def figures_table(figures: dict[str, Any], predictions: Predictions) -> str:

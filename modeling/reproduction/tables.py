@@ -182,8 +182,8 @@ def _trained(
     norm = RECIPES[cached_recipe(table.study.letter)].get("norm", "none")
     norms = dict.fromkeys(source.names, norm)
     experiment = load_experiment(ExperimentSettings(source, split, norms, device=settings.device), needing)
-    for note in experiment.notes:
-        say(note)
+    for line in experiment.lines():
+        say(line)
     data = data_digest(experiment)
     of_row = [with_seeds(config_of(row, table.study, experiment), settings.seeds) for row in rows]
     names = {config: name_of(config, data) for configs in of_row for config in configs}

@@ -1,15 +1,18 @@
 """Heads in closed form: their hyperparameters by inner folds of the training rows, then one exact fit on all."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from feats.strings import row_type
 from modeling.features.inputs import Inputs
+from modeling.features.stream import StreamedInputs
 from modeling.heads.base import Head
 from modeling.heads.registry import build_head
 from modeling.training.batches import validation_logits
@@ -64,21 +67,17 @@ def _solve_together(configs: Sequence[TrainConfig], problem: Problem, progress: 
         if any(configs[i].C is None for i in members):
             chosen, search, fits = _search_together(data, folds)
             given = sorted({*given, chosen})
-        losses = {row["C"]: row for row in search}
         missing = [Fit(C, fold) for C in given for fold in folds if Fit(C, fold) not in fits]
         fits |= fit_together(data, missing, SEARCH_TOLERANCE * ESTIMATE, promised=False) if missing else {}
-        held_out = torch.zeros(
-            len(given), len(data.targets), data.n_classes, dtype=torch.float64, device=problem.device
-        )
-        for rows, logits in logits_left_out(data, fits, given):
-            held_out[:, rows] = logits
+        held_out = torch.zeros(len(given), len(data.targets), data.n_classes, device=problem.device)
+        losses = {row["C"]: row for row in _losses(data, fits, given, held_out)} | {row["C"]: row for row in search}
         found = fit_together(data, [Fit(C) for C in given])
         for i in members:
             C = chosen if (own := configs[i].C) is None else own
             place, best = given.index(C), found[Fit(C)]
             head = build_head(first.head, inputs.widths, data.n_classes)
             head.load_state_dict({"out.weight": best.weight.T[None].float(), "out.bias": best.bias[None].float()})
-            tried = search if own is None else [losses.get(C) or _loss_row(C, held_out[place], data)]
+            tried = search if own is None else [losses[C]]
             facts = {"C": C, "objective": best.objective, "search": tried}
             results[i] = _solved(configs[i], head, inputs, inputs.widths, problem, facts, held_out[place])
             progress(1)
@@ -95,21 +94,26 @@ def _search_together(
         Cs = LINEAR_CS[low : low + CS_AT_ONCE]
         some = fit_together(data, [Fit(C, k) for C in Cs for k in folds], SEARCH_TOLERANCE * ESTIMATE, promised=False)
         fits |= some
-        losses = data.centre.new_zeros(len(Cs))
-        for rows, logits in logits_left_out(data, some, Cs):
-            targets = data.targets[rows].expand(len(Cs), -1)
-            of_rows = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(len(Cs), -1)
-            losses += of_rows @ data.weights[rows].double()
-        for C, loss in zip(Cs, (losses / data.weights.double().sum()).tolist(), strict=True):
-            search.append({"C": C, "loss": loss})
-            if len(search) > 1 and loss > search[-2]["loss"]:
+        for row in _losses(data, some, Cs):
+            search.append(row)
+            if len(search) > 1 and row["loss"] > search[-2]["loss"]:
                 return search[-2]["C"], search, fits
     return search[-1]["C"], search, fits
 
 
-def _loss_row(C: float, held_out: Tensor, data: RowData) -> dict[str, float]:
-    losses, weights = F.cross_entropy(held_out, data.targets, reduction="none"), data.weights.double()
-    return {"C": C, "loss": float(weights @ losses / weights.sum())}
+def _losses(
+    data: RowData, fits: Mapping[Fit, LogisticFit], Cs: Sequence[float], kept: Tensor | None = None
+) -> list[dict[str, float]]:
+    """The log-loss of each of `Cs` on the rows that its `fits` left out, in one pass; their logits go into `kept`
+    (len(Cs), N, K)."""
+    losses = data.centre.new_zeros(len(Cs))
+    for rows, logits in logits_left_out(data, fits, Cs):
+        targets = data.targets[rows].long().expand(len(Cs), -1)
+        of_rows = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(len(Cs), -1)
+        losses += of_rows @ data.weights[rows].double()
+        if kept is not None:
+            kept[:, rows] = logits.float()
+    return [{"C": C, "loss": loss} for C, loss in zip(Cs, (losses / data.weight).tolist(), strict=True)]
 
 
 def _values(config: TrainConfig, problem: Problem) -> int:
@@ -121,10 +125,15 @@ def _values(config: TrainConfig, problem: Problem) -> int:
 def _row_data(config: TrainConfig, problem: Problem) -> RowData:
     """The training rows' joined vectors, in passes over memory or over the stream."""
     widths = problem.inputs.for_head(config.head).widths
-    targets = problem.labels[problem.train]
-    weights = class_weights(config.class_weights, problem)[targets]
+    targets = problem.labels[problem.train].to(torch.int32)  # of many million rows each number counts
+    weights = class_weights(config.class_weights, problem)[targets.long()]
     n_columns = sum(widths[side] for side in config.head.sides)
-    passes = partial(_streamed_rows if problem.streamed else _rows_in_memory, config, problem)
+    passes = partial(_rows_in_memory, config, problem)
+    if problem.streamed:
+        train = problem.train.cpu().numpy()
+        order = np.argsort(train).astype(row_type(len(train)))
+        train = train[order].astype(row_type(len(problem.labels)))
+        passes = partial(_streamed_rows, config, problem.streamed, train, order)
     return RowData(passes, n_columns, len(problem.classes), targets, weights, _folds(problem))
 
 
@@ -135,13 +144,15 @@ def _rows_in_memory(config: TrainConfig, problem: Problem) -> Iterator[tuple[Ten
         yield torch.cat([getattr(problem.inputs, side)[of_rows] for side in config.head.sides], -1), rows
 
 
-def _streamed_rows(config: TrainConfig, problem: Problem) -> Iterator[tuple[Tensor, Tensor]]:
-    assert problem.streamed is not None
-    order = torch.argsort(problem.train)
-    wanted = problem.streamed.stream.blocks(problem.train[order].cpu().numpy())
-    numbers = order.split([len(rows) for rows in wanted])
-    with closing(problem.streamed.read(wanted, config.head, trains=True)) as blocks:
-        for inputs, rows in zip(blocks, numbers, strict=True):
+def _streamed_rows(
+    config: TrainConfig, source: StreamedInputs, train: np.ndarray, numbers: np.ndarray
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`train` (N,) ascending training rows, and which of them each is, `numbers` (N,)."""
+    wanted = source.stream.blocks(train)
+    stops = np.cumsum([len(rows) for rows in wanted])
+    with closing(source.read(wanted, config.head, trains=True)) as blocks:
+        for inputs, stop in zip(blocks, stops.tolist(), strict=True):
+            rows = torch.from_numpy(numbers[stop - len(inputs) : stop].astype(np.int64)).to(source.device)
             yield torch.cat([getattr(inputs, side) for side in config.head.sides], -1), rows
 
 

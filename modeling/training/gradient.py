@@ -38,6 +38,8 @@ from modeling.training.problem import (
 )
 from modeling.training.threads import StepThreads, threads_kept
 
+COUNTED_ROWS = 1 << 18  # whose logits are kept until they are counted
+
 
 @threads_kept()
 def train_stack(
@@ -77,23 +79,19 @@ def train_stack(
     history: list[list[dict[str, Any]]] = [[] for _ in configs]
     for epoch in range(1, first.ep + 1):
         head.train()
-        # Made at once: small tensors kept from every batch would sit in the gaps that its activations leave, and memory
-        # grow by those.
         losses = torch.empty(batches.steps, len(configs), device=device)
-        outputs = torch.empty(len(configs), batches.n_rows, n_classes, device=device)
-        targets = torch.empty(len(configs), batches.n_rows, dtype=torch.int64, device=device)
+        counted = _Counted(len(configs), n_classes, batches.n_rows, first.bs, device)
         with closing(batches.epoch()) as epoch_batches:
             for number, drawn in enumerate(epoch_batches):
                 threads.begin_step()
                 optimizer.begin_step()
                 loss, logits, labels = step(*drawn)
-                place = slice(number * first.bs, number * first.bs + labels.shape[1])
                 losses[number] = loss * labels.shape[1]
-                outputs[:, place], targets[:, place] = logits, labels
+                counted.add(logits, labels)
                 threads.end_step()
         val_logits = batches.validate(head)
         figures = {"train_loss": losses.sum(0).cpu().numpy() / batches.n_rows}
-        figures |= averages_of(confusions(outputs, targets), "train_")
+        figures |= averages_of(counted.confusions(), "train_")
         figures |= validation_figures(val_logits, problem.labels[problem.val], problem.classes)
         figures |= {name: values.cpu().numpy() for name, values in head.scalars().items()}
         for m, config in enumerate(configs):
@@ -125,6 +123,37 @@ def train_stack(
         Trained(c, *best.model(m, inputs.widths, n_classes), best.epoch[m], history[m], failure=best.failure[m])
         for m, c in enumerate(configs)
     ]
+
+
+class _Counted:
+    """Confusion matrices of an epoch's batches, of `rows` rows by `bs`: counted for many batches at a time, since each
+    count costs as much as a small step.
+
+    The logits' place is made once: small tensors kept from every batch would sit in the gaps that its activations
+    leave, and memory grow by those."""
+
+    def __init__(self, n_models: int, n_classes: int, rows: int, bs: int, device: torch.device):
+        held = min(rows, max(1, COUNTED_ROWS // bs) * bs)
+        self.logits = torch.empty(n_models, held, n_classes, device=device)
+        self.labels = torch.empty(n_models, held, dtype=torch.int64, device=device)
+        self.used, self.counts = 0, np.zeros((n_models, n_classes, n_classes), np.int64)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """A batch's logits (M, B, C) and labels (M, B)."""
+        if self.used + labels.shape[1] > self.labels.shape[1]:
+            self._count()
+        place = slice(self.used, self.used + labels.shape[1])
+        self.logits[:, place], self.labels[:, place] = logits, labels
+        self.used = place.stop
+
+    def confusions(self) -> np.ndarray:
+        """Of all that was added, (M, C, C) int64, rows true."""
+        self._count()
+        return self.counts
+
+    def _count(self) -> None:
+        self.counts += confusions(self.logits[:, : self.used], self.labels[:, : self.used])
+        self.used = 0
 
 
 @dataclass

@@ -29,8 +29,8 @@ Passes = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 @dataclass(frozen=True)
 class RowData:
     """N rows of D columns for fits of K classes. Each call of `passes` goes over all rows once: blocks of features
-    (B, D) and the numbers of their rows (B,) int64, which `targets` (N,) int64, `weights` (N,) and `folds` (N,) int64
-    are indexed by."""
+    (B, D) and the numbers of their rows (B,) int64, which `targets` (N,) integers, `weights` (N,) and `folds` (N,)
+    integers are indexed by."""
 
     passes: Passes
     n_columns: int
@@ -43,12 +43,17 @@ class RowData:
     def centre(self) -> Tensor:
         """The rows' weighted mean (D,) float64: taken off, it keeps the bias out of the weights' way. Raises
         `UsageError` for numbers that aren't finite."""
-        total, weights = self.weights.new_zeros(self.n_columns, dtype=torch.float64), self.weights.double()
+        total = self.weights.new_zeros(self.n_columns, dtype=torch.float64)
         for x, rows in self.passes():
             if not torch.isfinite(x).all():
                 raise UsageError("features that aren't finite numbers; check `scale` and the caches")
-            total += weights[rows] @ x.double()
-        return total / weights.sum()
+            total += self.weights[rows].double() @ x.double()
+        return total / self.weight
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """Of all rows, () float64."""
+        return self.weights.sum(dtype=torch.float64)
 
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor]:
@@ -56,7 +61,7 @@ class RowData:
         gram = self.centre.new_zeros(self.n_columns, self.n_columns)
         for x, rows in self.blocks(self.n_columns):
             gram += x[:, :-1].T @ (self.weights[rows, None].double() * x[:, :-1])
-        values, basis = torch.linalg.eigh(gram / self.weights.double().sum())
+        values, basis = torch.linalg.eigh(gram / self.weight)
         return values.clamp_min(0), basis
 
     def blocks(self, n_values: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -92,7 +97,7 @@ def fit_together(
     _check(data, fits)
     problems = _Problems(data, fits)
     inverse: Callable[[Tensor, Tensor], Tensor] = _AtZero(problems)
-    theta = problems.weights.new_zeros(len(fits), data.n_columns + 1, data.n_classes)
+    theta = data.weights.new_zeros(len(fits), data.n_columns + 1, data.n_classes, dtype=torch.float64)
     waiting = torch.arange(len(fits), device=theta.device)
     value, excess = theta.new_zeros(len(fits)), theta.new_full((len(fits),), torch.inf)
     for _ in range(MAX_ROUNDS):
@@ -158,12 +163,15 @@ class _Problems:
 
     def __init__(self, data: RowData, fits: Sequence[Fit]):
         self.data, self.fits = data, fits
-        self.weights = data.weights.double()
         self.left_out = torch.tensor(
-            [-1 if f.left_out is None else f.left_out for f in fits], device=self.weights.device
+            [-1 if f.left_out is None else f.left_out for f in fits], device=data.weights.device
         )
-        C = self.weights.new_tensor([f.C for f in fits])
-        of_rows = torch.stack([(self.weights * (data.folds != fold)).sum() for fold in self.left_out])
+        C = data.weights.new_tensor([f.C for f in fits], dtype=torch.float64)
+        without = {
+            fold: data.weight - data.weights[data.folds == fold].sum(dtype=torch.float64)
+            for fold in {f.left_out for f in fits} - {None}
+        }
+        of_rows = torch.stack([data.weight if f.left_out is None else without[f.left_out] for f in fits])
         self.scale = C * of_rows
         self.share = C / self.scale  # of a row of weight 1
         self.ridge = (2.0 if data.n_classes == 2 else 1.0) / self.scale
@@ -171,7 +179,7 @@ class _Problems:
     def weights_in(self, problems: Tensor, rows: Tensor) -> Tensor:
         """What each of `rows` counts in each of `problems`: (B, P), 0 in the fold that is left out."""
         learnt = self.data.folds[rows][:, None] != self.left_out[problems]
-        return self.weights[rows][:, None] * learnt * self.share[problems]
+        return self.data.weights[rows][:, None].double() * learnt * self.share[problems]
 
     def evaluate(self, problems: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Objectives (P,) and gradients (P, D + 1, K) of some problems at theta (P, D + 1, K), in one pass."""
@@ -180,7 +188,7 @@ class _Problems:
         value, gradient = theta.new_zeros(count), torch.zeros_like(columns)
         for x, rows in self.data.blocks(count * n_classes):
             log_p = (x @ columns).view(-1, count, n_classes).log_softmax(2)
-            weights, targets = self.weights_in(problems, rows), self.data.targets[rows]
+            weights, targets = self.weights_in(problems, rows), self.data.targets[rows].long()
             true = targets[:, None, None].expand(-1, count, 1)
             value -= (weights * log_p.gather(2, true)[..., 0]).sum(0)
             residual = log_p.exp_().scatter_add_(2, true, -torch.ones_like(true, dtype=log_p.dtype))
