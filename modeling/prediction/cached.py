@@ -337,10 +337,14 @@ def figures_of(predictions: Predictions, majority: str) -> dict[str, Any]:
         raise UsageError(f"labels {', '.join(foreign)} in the {predictions.split} data; expected {', '.join(classes)}")
     labels = predictions.rows.tags.numbers(classes)
     known = labels >= 0
-    labels, probabilities, predicted = labels[known], predictions.probabilities[known], predictions.predicted[known]
+    probabilities, predicted = predictions.probabilities, predictions.predicted
+    if not known.all():
+        labels, probabilities, predicted = labels[known], probabilities[known], predicted[known]
     other = np.flatnonzero(probabilities.argmax(1) != predicted)  # ties of votes; metrics.figures takes the first
-    probabilities[other, predicted[other]] = probabilities[other].max(1) + 1e-9
-    probabilities /= probabilities.sum(1, keepdims=True)
+    if len(other):
+        probabilities = probabilities.copy()
+        probabilities[other, predicted[other]] = probabilities[other].max(1) + 1e-9
+        probabilities[other] /= probabilities[other].sum(1, keepdims=True)
     return metrics.figures(labels, probabilities, classes, majority)
 
 
