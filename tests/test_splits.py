@@ -354,7 +354,7 @@ def test_a_split_file_without_a_test_part(tmp_path: Path):
         ({"s.json": '["a"]'}, "holds a list, expected"),
         ({"s.json": "{"}, "is not JSON"),
         ({"s.json": '{"train": ["a"], "holdout": ["b"]}'}, "holds holdout, expected"),
-        ({"s.json": '{"train": "a", "val": ["b"]}'}, "parts that are no lists, expected"),
+        ({"s.json": '{"train": "a", "val": ["b"]}'}, "parts that are no lists of ids, expected"),
         ({"s.json": '{"folds": []}'}, "s.json names no folds; expected"),
         ({"s.json": '{"folds": ["a"]}'}, "s.json holds a str, expected"),
         (

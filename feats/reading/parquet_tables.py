@@ -39,5 +39,14 @@ def table_rows(file: Path | io.BytesIO, name: str, columns: Sequence[str], first
 def _readable(name: str) -> Iterator[None]:
     try:
         yield
-    except pa.ArrowException as error:
-        raise UsageError(f"{name}: not valid Parquet ({first_line(error)}); write it again") from None
+    except OSError as error:
+        if error.errno is not None:  # the system's
+            raise
+        raise _invalid(name, error) from None
+    # Values that Python's types can't hold, and names of time zones that there aren't, come as anything.
+    except (pa.ArrowException, ArithmeticError, LookupError, ValueError, NotImplementedError) as error:
+        raise _invalid(name, error) from None
+
+
+def _invalid(name: str, error: Exception) -> UsageError:
+    return UsageError(f"{name}: not valid Parquet ({first_line(error)}); write it again")

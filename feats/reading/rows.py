@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from feats.errors import UsageError
+from feats.regular import check_regular
 from feats.text import decode_texts
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # where an id has several, the first wins
@@ -98,6 +99,7 @@ def limited(raw: bytes) -> tuple[bytes | None, str]:
 
 def decode_file(file: Path) -> str:
     """A whole file as a string. Raises `OSError`, and `UsageError` as `decode`."""
+    check_regular(file)
     return decode(file.read_bytes(), str(file))
 
 
