@@ -29,10 +29,14 @@ def table_rows(file: Path | io.BytesIO, name: str, columns: Sequence[str], first
             if first >= rows:
                 first -= rows
                 continue
+            found = 0
             for batch in table.iter_batches(_BATCH_ROWS, [group], columns=list(columns)):
+                found += batch.num_rows
                 if first < batch.num_rows:
                     yield from batch.slice(first).to_pylist()
                 first = max(0, first - batch.num_rows)
+            if found != rows:
+                raise UsageError(f"{name}: row group {group + 1} holds {found} rows, not {rows}; write it again")
 
 
 @contextmanager

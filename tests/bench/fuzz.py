@@ -127,7 +127,7 @@ class _Child:
 
     def end(self) -> int | None:
         """Kill it; returns how it had ended by itself."""
-        self.process.join(0.5)
+        self.process.join(5)
         status = self.process.exitcode
         self.process.kill()
         self.process.join()
@@ -145,7 +145,10 @@ def _serve(connection: Connection, kinds: Mapping[str, Kind]) -> None:
         except EOFError:
             return
         start = time.process_time()
-        outcome = run_one(kinds[name], seed)
+        try:
+            outcome = run_one(kinds[name], seed)
+        except Exception as error:  # noqa: BLE001 - of who makes the input
+            outcome = Outcome(FAULT, f"no input: {type(error).__name__}: {error}")
         connection.send((outcome, time.process_time() - start))
 
 

@@ -16,7 +16,7 @@ def odd_name(rng: Random) -> bytes:
     """A name that a file can have, on Linux all but a slash and a NUL."""
     raw = rng.choice(
         [
-            odd_text(rng).encode("utf-8", "surrogateescape" if rng.random() < 0.1 else "replace"),
+            odd_text(rng).encode("utf-8", "surrogatepass" if rng.random() < 0.1 else "replace"),
             rng.randbytes(5),
             str(rng.randrange(6)).encode(),
         ]

@@ -19,6 +19,11 @@ from tests.fuzzing.outcomes import Outcome, expect, judged, made
 PARTS = ("train", "val", "test")
 
 
+def shown(value: Any) -> str:
+    """As a line or a cell."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)[:3000]
+
+
 def _ids(rng: Random) -> list[str]:
     """Ids that a data set can have."""
     ids = [f"{n}" for n in range(24)]
@@ -62,7 +67,7 @@ def _json(rng: Random, home: Path, ids: list[str]) -> list[Path]:
 
 def _csv(rng: Random, home: Path, ids: list[str]) -> list[Path]:
     rows = [[name, part] for part, members in _parts(rng, ids).items() if isinstance(members, list) for name in members]
-    rows = [[without_surrogates(str(cell)[:3000]) for cell in row] for row in rows if not isinstance(row[0], int)]
+    rows = [[without_surrogates(shown(cell)) for cell in row] for row in rows if not isinstance(row[0], int)]
     header = rng.choice([["id", "split"], ["guid", "split"], ["split", "id"], ["id"], ["id", "id", "split"], []])
     rows = [row[::-1] if header[:1] == ["split"] else row for row in rows]
     rows = [row[:1] if rng.random() < 0.03 else row for row in rows]
@@ -80,9 +85,7 @@ def _lists(rng: Random, home: Path, ids: list[str]) -> list[Path]:
     names = rng.choice([PARTS, ("a", "b", "c"), ("train", "train2", "x"), ("my_val", "my train", "TEST"), PARTS[:2]])
     for name, part in zip(names, PARTS, strict=False):
         path = home / f"{name}{rng.choice(['.txt', '.txt', '.csv'])}"
-        raw = encoded(
-            rng, end.join([*rng.choice([[], ["id"], ["guid,tag"]]), *(str(one)[:3000] for one in parts[part])])
-        )
+        raw = encoded(rng, end.join([*rng.choice([[], ["id"], ["guid,tag"]]), *(shown(one) for one in parts[part])]))
         path.write_bytes(mutated(rng, raw) if rng.random() < 0.3 else raw)
         files.append(path)
     return files

@@ -82,7 +82,7 @@ def odd_value(rng: Random, depth: int = 2) -> Any:
     if draw < 4:
         return odd_text(rng)
     if draw < 7:
-        return rng.choice([None, True, False, 0, -1, 1.0, 1e308, float("nan"), float("inf"), 10**30, 10**5000, 0.1])
+        return rng.choice([None, True, False, 0, -1, 1.0, 1e308, float("nan"), float("inf"), 10**30, 10**4000, 0.1])
     if not depth:
         return []
     if draw < 9:
