@@ -16,7 +16,8 @@ USUAL = {
     "split": ("fold", "partition", "subset"),
 }
 SIDES = ("image", "text")
-_SHOWN = 8  # ignored columns that a note names
+_SHOWN = 8  # ignored columns that a note names ...
+_LONGEST = 60  # ... and characters of each
 
 
 def parse_columns(words: Iterable[str]) -> dict[str, str]:
@@ -100,7 +101,7 @@ class Columns:
         if not self.labels_only and not {found.get(side) for side in SIDES} & set(columns):
             raise UsageError(
                 f"{self.name}{where}: columns {_few(columns) or 'none'}; expected image or text among them. Say which "
-                f"column is which with `columns`, e.g. text={next((c for c in columns if c), 'title')}"
+                f"column is which with `columns`, e.g. text={next((c for c in columns if c), 'title')[:_LONGEST]}"
             )
 
     def check_asked(self) -> None:
@@ -152,4 +153,5 @@ class Columns:
 
 
 def _few(columns: Sequence[str]) -> str:
-    return ", ".join(columns[:_SHOWN]) + (f", ... ({len(columns)} in all)" if len(columns) > _SHOWN else "")
+    shown = ", ".join(column[:_LONGEST] for column in columns[:_SHOWN])
+    return shown + (f", ... ({len(columns)} in all)" if len(columns) > _SHOWN else "")

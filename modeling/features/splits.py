@@ -644,9 +644,11 @@ def _parts_of(content: Any, path: Path) -> dict[str, Sequence[str]]:
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}, expected {_FORM}")
     named: dict[str, Any] = content
-    names = [ALIASES.get(part, part) for part in named if part != "how"]
-    parts = {ALIASES.get(part, part): members for part, members in named.items() if part != "how"}
-    foreign = sorted(parts.keys() - set(PARTS)) or [part for part in parts if names.count(part) > 1]
+    part_of = {name: ALIASES.get(name, name) for name in named if name != "how"}
+    parts = {part: named[name] for name, part in part_of.items()}
+    foreign = sorted(parts.keys() - set(PARTS))
+    if len(parts) < len(part_of):  # two names of one part
+        foreign += [name for name, part in part_of.items() if list(part_of.values()).count(part) > 1]
     if foreign or not all(map(_are_ids, parts.values())):
         problem = ", ".join(foreign) or "parts that are no lists of ids"
         raise UsageError(f"{path} holds {problem}, expected {_FORM}")

@@ -85,7 +85,8 @@ def _lists(rng: Random, home: Path, ids: list[str]) -> list[Path]:
     names = rng.choice([PARTS, ("a", "b", "c"), ("train", "train2", "x"), ("my_val", "my train", "TEST"), PARTS[:2]])
     for name, part in zip(names, PARTS, strict=False):
         path = home / f"{name}{rng.choice(['.txt', '.txt', '.csv'])}"
-        raw = encoded(rng, end.join([*rng.choice([[], ["id"], ["guid,tag"]]), *(shown(one) for one in parts[part])]))
+        lines = parts[part] if isinstance(parts[part], list) else [parts[part]]
+        raw = encoded(rng, end.join([*rng.choice([[], ["id"], ["guid,tag"]]), *(shown(one) for one in lines)]))
         path.write_bytes(mutated(rng, raw) if rng.random() < 0.3 else raw)
         files.append(path)
     return files
