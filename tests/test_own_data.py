@@ -126,6 +126,15 @@ def test_jsonl_that_tells_columns_late(tmp_path):
             read_dataset(table(tmp_path / "m.jsonl", [first, late]))
 
 
+def test_columns_of_odd_names_are_told_in_one_line(tmp_path):
+    (tmp_path / "m.csv").write_text('"la\nbel","\x1b[2J"\n1,2\n')
+    with pytest.raises(UsageError) as error:
+        read_dataset(tmp_path)
+    assert r"columns la\nbel, \x1b[2J; expected" in str(error.value) and str(error.value).isprintable()
+    (tmp_path / "m.csv").write_text('text,"la\nbel"\n1,2\n')
+    assert r"other columns ignored: la\nbel" in read_dataset(tmp_path).warnings[0]
+
+
 NO_VALUES = {
     "no-utf-8": pa.array([b"\xff\xfe"], pa.binary()).view(pa.string()),
     "day": pa.array([1 << 30], pa.date32()),
