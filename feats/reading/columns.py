@@ -98,8 +98,8 @@ class Columns:
         if late:
             role, column = next(iter(late.items()))
             raise UsageError(
-                f"{self.name}{where}: {shown(column)} could be the {role}, too, and rows before it haven't it; say which with "
-                f"`columns` {role}={shown(self.found.get(role, column))}"
+                f"{self.name}{where}: {shown(column)} could be the {role}, too, and rows before it haven't it; say "
+                f"which with `columns` {role}={shown(self.found.get(role, column))}"
             )
         self.found = found
         twice = [column for column in found.values() if columns.count(column) > 1]
@@ -116,7 +116,8 @@ class Columns:
         for role, column in self.asked.items():
             if column and role not in self.found and not (self.labels_only and role in SIDES):
                 raise UsageError(
-                    f"{self.name} has no column {column!r} (`columns` {role}={shown(column)}); it has {_few(list(self.seen))}"
+                    f"{self.name} has no column {column!r} (`columns` {role}={shown(column)}); it has "
+                    f"{_few(list(self.seen))}"
                 )
 
     def _column_of(self, role: str, where: str) -> str | None:
@@ -129,8 +130,8 @@ class Columns:
         named = own or [column for column in free if plain(column) in USUAL[role]]
         if len(named) > 1:
             raise UsageError(
-                f"{self.name}{where}: {' and '.join(map(shown, named))} could each be the {role}; say which with `columns` "
-                f"{role}={shown(named[0])}"
+                f"{self.name}{where}: {' and '.join(map(shown, named))} could each be the {role}; say which with "
+                f"`columns` {role}={shown(named[0])}"
             )
         return named[0] if named else None
 
