@@ -38,7 +38,8 @@ def test_more_hostile_inputs(tmp_path: Path, name: str):
     more = {"process": 1, "command": 10}.get(name, 60)
     counts = run(name, tmp_path, range(2 * FIRST, 2 * FIRST + more))
     if name not in SELDOM:
-        assert counts[ACCEPTED] and counts[REFUSED]  # hostile, yet near what is usual
+        assert counts[ACCEPTED]  # hostile, yet near what is usual
+        assert bool(counts[REFUSED]) == (name != "cleaning")  # which takes any text
 
 
 # -- the judge ---------------------------------------------------------------------------------------------------
@@ -111,9 +112,8 @@ def raising(rng: Random, folder: Path) -> Outcome:
 @pytest.mark.slow
 def test_hangs_and_crashes_are_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(fuzz, "PATIENCE", 1.0)
-    monkeypatch.setattr(fuzz, "FIRST_SECONDS", 15.0)
     kinds = {"well": accepting, "crash": crashing, "raise": raising, "hang": endless}
-    counts = fuzz.run_all(kinds, 4, 60.0, 2)
+    counts = fuzz.run_all(kinds, 4, 60.0, 1)
     assert [(count.accepted, count.faults) for count in counts.values()] == [(1, 0), (0, 1), (0, 1), (0, 1)]
     said = capsys.readouterr().err
     assert "--only hang --seed 3: 'a hang'" in said and "--only crash --seed 1: 'the process ended with 5'" in said
