@@ -160,7 +160,7 @@ def csv_table(rng: Random, folder: Path) -> Outcome:
     if rng.random() < 0.5:
         raw = mutated(rng, raw)
     if rng.random() < 0.01:
-        raw = raw * 3000
+        raw = raw * 100
     path = home / name
     path.write_bytes(raw)
     return judged(folder, lambda: _both(rng, path, _columns(rng)))
