@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 import stat
 import struct
 import warnings
@@ -26,6 +27,9 @@ MAX_PIXELS = 89_478_485  # ... and before a pixel is decoded: PIL's own limit, f
 # decodes in Python, byte by byte, for minutes (plain PPM).
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 _BAND_PIXELS = 1 << 20  # converted at a time: what stands beside the picture and its RGB copy stays small
+
+MAX_SCANS = 100  # of a JPEG: progressive ones have about ten, and each goes through all pixels, in 11 bytes of the file
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # of a JPEG's segments; the others belong to a scan's data
 
 _ORIENTATION_TAG = 0x0112
 _ORIENTATIONS = {
@@ -102,11 +106,22 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             with Image.open(BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
+                if data.startswith(b"\xff\xd8") and _scans(data) > MAX_SCANS:
+                    raise RowError(f"decompression bomb: more than {MAX_SCANS} scans")
                 yield image
         except (MemoryError, RowError):
             raise
         except Exception as error:  # noqa: BLE001 - PIL's decoders raise anything on bad bytes
             raise RowError(_reason(error)) from None
+
+
+def _scans(data: bytes) -> int:
+    """How many scans a JPEG has; not counted beyond `MAX_SCANS` + 1."""
+    at, scans = 2, 0
+    while scans <= MAX_SCANS and (found := _MARKER.search(data, at)) and found[0] != b"\xff\xd9":
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+        scans += found[0] == b"\xff\xda"
+    return scans
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

@@ -35,6 +35,8 @@ from feats.reading.shards import read_shards
 from feats.source import Source
 from feats.text import decode_texts
 
+MAX_PATH = 4096  # Linux' own limit
+
 LAYOUTS: dict[str, Callable[[Path], Rows]] = {
     "course": read_course,
     "mvsa": read_mvsa,
@@ -100,8 +102,7 @@ class Pairs(list[Record]):
     def _named(self, place: Path | TarSlice | None, folder: Path | None) -> str:
         """A file as `Source` names it."""
         if self.copied is not None and isinstance(place, TarSlice):
-            name = f"{self.copied.url}::{place.name}"
-            return "" if has_surrogates(name) or "\0" in name else name
+            return _storable(f"{self.copied.url}::{place.name}")
         return _relative(place, folder)
 
 
@@ -113,7 +114,13 @@ def _relative(place: Path | TarSlice | None, folder: Path | None) -> str:
     name = Path(path if folder is None else os.path.relpath(path, folder)).as_posix()
     if isinstance(place, TarSlice):
         name += f"::{place.name}"
-    return "" if has_surrogates(name) or "\0" in name else name
+    return _storable(name)
+
+
+def _storable(name: str) -> str:
+    """A file's name for a cache, whose rows all take the room of the longest; "" for one that can't be written down, or
+    that no file can have."""
+    return "" if len(name) > MAX_PATH or has_surrogates(name) or "\0" in name else name
 
 
 @dataclass

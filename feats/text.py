@@ -143,10 +143,6 @@ _FIXERS = (  # in ftfy's order
 MAX_MARKS = 30
 _MAYBE_MARKS = re.compile(rf"[^\x00-\u02ff]{{{MAX_MARKS + 1},}}")  # all marks lie above
 _TWO_MARKS = "\u0f73\u0f75\u0f81"  # no marks, but normalisation makes each two of them
-_FTFY_UNNORMALISED = _FTFY._replace(normalization=None)
-_SHORT = 4096  # characters of a text whose marks, whatever ftfy makes them of, are put in order within milliseconds
-_MOST_ROUNDS = 8
-MAX_MARKS = 30
 
 _USER = r"(?<![A-Za-z0-9_])@[A-Za-z0-9_]+"
 _RETWEET = re.compile(rf"(?i:\bRT)[\s:]*{_USER}\s*:?|\bRT\s*:")

@@ -266,6 +266,7 @@ def test_finetuning_goes_by_them(tmp_path: Path, capsys: pytest.CaptureFixture):
         ("id,label\np3,positive\nq1,neutral\n", "1 of 2 ids (q1) aren't among the 88 labelled rows"),
         ("id,label\np89,positive\n", "1 of 1 ids (p89) aren't among the 88 labelled rows"),  # has no label to correct
         ("id,label\np3,happy\n", "label 'happy' is no class of the data; expected negative, neutral, positive"),
+        ("label,id\npositive\n", "1 of 1 ids () aren't among"),
         ("id,tag\np3,positive\n", "has columns id,tag; expected id and label"),
         ("id,given,suggested\np3,positive,neutral\n", "has columns id,given,suggested; expected id and label"),
         ("", "has columns (nothing); expected id and label"),

@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Callable
+from multiprocessing.process import current_process
 from pathlib import Path
 
 import ftfy
@@ -18,16 +20,21 @@ from PIL import Image
 
 from feats import import_feats, inspect_feats, roberta_extract_feats, vader_extract_feats
 from feats.errors import RowError, UsageError
-from feats.images import FORMATS, MAX_FILE_BYTES, decode_image, picture_size, read_image, read_reduced
+from feats.extraction import preparation
+from feats.images import FORMATS, MAX_FILE_BYTES, MAX_SCANS, decode_image, picture_size, read_image, read_reduced
 from feats.names import MAX_NAME_BYTES, cache_path, checked_cache, checked_name
-from feats.reading.rows import TarSlice
-from feats.records import read_dataset
+from feats.pieces import open_pieces
+from feats.reading.manifests import _split
+from feats.reading.rows import MAX_NAME_BYTES as MAX_ID_BYTES, TarSlice
+from feats.records import Pairs, read_dataset
 from feats.store import CacheError, FeatureStore, is_complete
 from feats.strings import Labels
 from feats.text import _FTFY, clean, fix_text
 from modeling import compare_finetuning, finetune, sweep_heads
 from modeling.experiment import _downwards, _rows_apart
-from modeling.features.joined import FeatureSource
+from modeling.features.corrections import read_corrections
+from modeling.features.joined import FeatureSource, Rows
+from modeling.features.splits import read_split_file
 
 SECONDS = 60  # for what takes less than one; without its limit each took minutes to years
 
@@ -56,6 +63,10 @@ ENDLESS = {
 @pytest.mark.parametrize("text", ENDLESS.values(), ids=ENDLESS)
 def test_no_text_takes_the_square_of_its_length(text: str):
     in_time(f"from feats.text import clean\nfor level in ('none', 'basic', 'tweet'): clean({text}, level)")
+
+
+def test_short_texts_are_followed_to_the_end_only_where_that_is_quick():
+    in_time("from feats.text import clean\nfor _ in range(12): clean('\\xc2' * 4000 + '\\xa9', 'basic')")
 
 
 def test_runs_of_marks_end_after_thirty():
@@ -122,6 +133,32 @@ def test_large_files_are_not_read(tmp_path: Path, read: Callable[[Path | TarSlic
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(RowError, match="not a regular file"):
         read(tmp_path / "pipe.jpg")
+
+
+def jpeg_of_scans(scans: int, side: int = 8) -> bytes:
+    """A progressive JPEG which, after its own first scan, goes on through all its coefficients again and again."""
+    image = Image.new("L", (8, 8))
+    image.save(out := io.BytesIO(), "JPEG", progressive=True)
+    data = bytearray(out.getvalue())
+    size = data.index(b"\xff\xc2") + 5
+    data[size : size + 4] = side.to_bytes(2, "big") * 2
+    second = data.index(b"\xff\xda", data.index(b"\xff\xda") + 2)
+    again = bytes.fromhex("ffda 0008 0101 0001 3f00 00")
+    return bytes(data[:second]) + again * (scans - 1) + b"\xff\xd9"
+
+
+def test_no_jpeg_of_thousands_of_scans(tmp_path: Path):
+    assert decode_image(jpeg_of_scans(MAX_SCANS)).size == (8, 8)
+    (tmp_path / "a.jpg").write_bytes(jpeg_of_scans(20_000, 9000))  # 220 KB; a minute
+    for read in (read_image, lambda place: read_reduced(place, 8)):
+        with pytest.raises(RowError, match=f"more than {MAX_SCANS} scans"):
+            read(tmp_path / "a.jpg")
+
+
+def test_scans_are_told_from_what_looks_like_them():
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, "JPEG", progressive=True, comment=b"\xff\xda" * 200)
+    assert decode_image(out.getvalue() + b"\xff\xda" * 200).size == (8, 8)  # what follows the picture: a film, often
 
 
 PEAK = """
@@ -225,6 +262,123 @@ def test_usual_extended_headers_are_read(tmp_path: Path):
             archive.addfile(member, io.BytesIO(b"text"))
     records = read_dataset(tmp_path)["train"]
     assert [record.id for record in records] == [f"{number}{'ü' * 150}" for number in range(2)]
+
+
+# -- tables and lists -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["manifest.csv", "x.jsonl", "x.parquet", "train-0.tar"])
+def test_pipes_and_devices_are_no_data(tmp_path: Path, name: str):
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        path = tmp_path / name
+        make(path)
+        for read in (read_dataset, lambda data: open_pieces(data, rows=2)["train"].read(0)):
+            with pytest.raises(UsageError, match=f"cannot read .*{name}: .*not a regular file"):
+                read(tmp_path)
+        path.unlink()
+    (tmp_path / "list.txt").write_text("train-1.tar\n")
+    os.mkfifo(tmp_path / "train-1.tar")
+    with pytest.raises(UsageError, match="not a regular file"):
+        open_pieces(tmp_path / "list.txt", rows=2)["train"].read(0)
+
+
+def test_pipes_are_no_lists_of_ids(tmp_path: Path):
+    os.mkfifo(tmp_path / "a.csv")
+    with pytest.raises(UsageError, match="can't read the split file .*: it is not a regular file"):
+        read_split_file(tmp_path / "a.csv", ["1", "2"], ["x", "y"])
+    with pytest.raises(UsageError, match="can't read the corrections .*: it is not a regular file"):
+        read_corrections(tmp_path / "a.csv", Rows.of(["1"], ["x"], np.zeros(1, np.uint64), np.zeros(1, np.uint64)))
+
+
+def test_a_line_without_end_takes_no_square_of_its_length():
+    # Each of its chunks copied together with all before it: hours.
+    in_time(
+        "from feats.reading.manifests import _split\n"
+        "lines = list(_split(iter([b'x' * 1000] * 60_000 + [b'\\r', b'\\n', b'y']), True))\n"
+        "assert [len(line) for line in lines] == [60_000_002, 1], [len(line) for line in lines]"
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 100])
+def test_lines_are_cut_alike_whatever_the_chunks(chunk: int):
+    data = b"a\r\nb\rc\n\n\r\r\nd\r"
+    for carriage_returns, expected in (
+        (True, data.splitlines(keepends=True)),
+        (False, [b"a\r\n", b"b\rc\n", b"\n", b"\r\r\n", b"d\r"]),
+    ):
+        chunks = (data[low : low + chunk] for low in range(0, len(data), chunk))
+        assert list(_split(chunks, carriage_returns)) == expected
+
+
+@pytest.mark.parametrize("column", ["id", "label"])
+def test_names_of_a_megabyte(tmp_path: Path, column: str):
+    """Each row of a cache takes the room of the longest."""
+    for size, refused in ((MAX_ID_BYTES, False), (MAX_ID_BYTES + 1, True), (1 << 20, True)):
+        (tmp_path / "m.csv").write_text(f"text,{column}\ngood,{'x' * size}\n")
+        for read in (read_dataset, lambda data: open_pieces(data, rows=2)["train"].read(0)):
+            if refused:
+                with pytest.raises(UsageError, match=f"^m.csv line 2: {column} .* is longer than {MAX_ID_BYTES} bytes"):
+                    read(tmp_path)
+            else:
+                assert read(tmp_path)
+
+
+def test_a_path_that_no_file_can_have_is_not_kept(tmp_path: Path):
+    (tmp_path / "m.csv").write_text(f"text,image\ngood,{'x/' * 100_000}a.jpg\nbad,a.jpg\n")
+    pairs = read_dataset(tmp_path)["train"]
+    assert pairs.source.images == ["", "a.jpg"]
+    with pytest.raises(RowError, match="File name too long"):
+        read_image(pairs[0].image_path)
+
+
+def test_labels_are_compared_in_time():
+    # Some 40 comparisons of each single label, each of a million steps and more.
+    in_time(
+        "from collections import Counter\n"
+        "from feats.reading.rows import warnings_of_labels\n"
+        "labels = [''.join('ab'[(k >> n % 14) & 1] for n in range(1000)) for k in range(9000)]\n"
+        "counts = Counter(labels[:10] + labels[10:] * 2)\n"
+        "assert len(warnings_of_labels(counts, {label: 'm.csv' for label in labels[:10]})) == 10"
+    )
+
+
+@pytest.mark.parametrize(
+    "read", [lambda data: read_dataset(data)["train"], lambda data: open_pieces(data, rows=2)["train"].read(0)]
+)
+def test_a_first_line_of_a_long_cell(tmp_path: Path, read: Callable[[Path], Pairs]):
+    (tmp_path / "m.csv").write_text(f"text,{'y' * 200_000}\ngood,1\n")
+    assert [record.text for record in read(tmp_path)] == ["good"]
+    (tmp_path / "m.csv").write_text("x" * 200_000)
+    with pytest.raises(UsageError, match="expected image or text among them"):
+        read(tmp_path)
+
+
+# -- decoding processes -----------------------------------------------------------------------------------------
+
+LONG_TMPDIR = """
+import os, sys, tempfile
+from pathlib import Path
+long = Path(sys.argv[1]) / ("x" * 120)
+long.mkdir()
+os.environ["TMPDIR"] = str(long)
+from feats import pixels_extract_feats
+code = pixels_extract_feats.main(["--data", sys.argv[2], "--out", sys.argv[1], "--workers", "1"])
+assert tempfile.gettempdir() == str(long) and not list(long.iterdir())
+sys.exit(code)
+"""
+
+
+def test_sockets_of_decoding_processes_have_a_short_path(tmp_path: Path, course: Path):
+    assert "20 rows done" in in_time(LONG_TMPDIR, tmp_path, course)
+
+
+def test_where_no_short_path_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 120)))
+    monkeypatch.setattr(preparation, "_SHORT_TMPDIR", str(tmp_path / "none"))
+    monkeypatch.setitem(current_process()._config, "tempdir", None)
+    with pytest.raises(UsageError, match="TMPDIR is .* set TMPDIR to a shorter one, or `workers` to 0"):
+        preparation.prepare([1, 2], 1, False)
+    assert tempfile.tempdir.endswith("x")
 
 
 # -- folds ------------------------------------------------------------------------------------------------------

@@ -126,6 +126,41 @@ def test_jsonl_that_tells_columns_late(tmp_path):
             read_dataset(table(tmp_path / "m.jsonl", [first, late]))
 
 
+def test_columns_of_odd_names_are_told_in_one_line(tmp_path):
+    (tmp_path / "m.csv").write_text('"la\nbel","\x1b[2J"\n1,2\n')
+    with pytest.raises(UsageError) as error:
+        read_dataset(tmp_path)
+    assert r"columns la\nbel, \x1b[2J; expected" in str(error.value) and str(error.value).isprintable()
+    (tmp_path / "m.csv").write_text('text,"la\nbel"\n1,2\n')
+    assert r"other columns ignored: la\nbel" in read_dataset(tmp_path).warnings[0]
+
+
+NO_VALUES = {
+    "no-utf-8": pa.array([b"\xff\xfe"], pa.binary()).view(pa.string()),
+    "day": pa.array([1 << 30], pa.date32()),
+    "instant": pa.array([1 << 62], pa.timestamp("us")),
+    "zone": pa.array([1], pa.timestamp("us", "Not/AZone")),
+    "duration": pa.array([1 << 62], pa.duration("ms")),
+}
+
+
+@pytest.mark.parametrize("values", NO_VALUES.values(), ids=NO_VALUES)
+def test_values_that_python_cant_hold(tmp_path, values):
+    pq.write_table(pa.table({"text": values}), tmp_path / "m.parquet")
+    for read in (read_dataset, lambda data: open_pieces(data, rows=1)["train"].read(0)):
+        with pytest.raises(UsageError, match="m.parquet: not valid Parquet"):
+            read(tmp_path / "m.parquet")
+
+
+def test_row_groups_hold_what_the_footer_says(tmp_path, monkeypatch):
+    """A stream looks for its rows by these numbers."""
+    pq.write_table(pa.table({"text": ["a", "b", "c"]}), tmp_path / "m.parquet")
+    batches = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *args, **named: (b[:2] for b in batches(*args, **named)))
+    with pytest.raises(UsageError, match="m.parquet: row group 1 holds 2 rows, not 3"):
+        read_dataset(tmp_path / "m.parquet")
+
+
 def test_damaged_parquet(tmp_path):
     path = table(tmp_path / "m.parquet", ROWS)
     path.write_bytes(path.read_bytes()[:-9])

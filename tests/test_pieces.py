@@ -273,6 +273,7 @@ BAD_PATTERNS = {
     "t-{0..99999999}.tar": "more than 1000000 shards",
     "{0..9999}-{0..9999}.tar": "more than 1000000 shards",
     "t-{1,1}.tar": "t-1.tar twice",
+    f"t-{{0..{'9' * 30}}}.tar": "neither a range nor a choice",
 }
 
 
@@ -281,6 +282,17 @@ BAD_PATTERNS = {
 def test_bad_patterns(pattern, folder):
     with pytest.raises(UsageError, match=BAD_PATTERNS[pattern]):
         open_pieces(folder + pattern, rows=1)
+
+
+def test_patterns_of_more_digits_than_python_reads():
+    with pytest.raises(UsageError, match="neither a range nor a choice"):
+        expanded(f"memory://bad/t-{{0..{'9' * 5000}}}.tar")
+
+
+def test_a_list_of_what_no_file_can_be_called(tmp_path):
+    (tmp_path / "list.txt").write_bytes("a\0.tar\n".encode("utf-16"))
+    with pytest.raises(UsageError, match="list.txt line 1: .* is no tar shard"):
+        open_pieces(tmp_path / "list.txt", rows=1)
 
 
 def test_bad_shards(tmp_path):

@@ -347,6 +347,29 @@ def test_a_split_file_without_a_test_part(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("beside", "match"),
+    [
+        (np.array([b"a"]), "ids beside it can't be read"),  # .npy, no archive
+        ({}, "ids beside it can't be read"),
+        ({"0/train": np.zeros(3), "0/val": np.array([b"c"]), "0/test": np.array([b"d"])}, "is no list of ids"),
+        ({"0/train": np.array([[b"a"]]), "0/val": np.array([b"c"]), "0/test": np.array([b"d"])}, "is no list of ids"),
+    ],
+    ids=["array", "empty", "numbers", "table"],
+)
+def test_ids_beside_a_split_file_are_lists_of_ids(
+    tmp_path: Path, beside: np.ndarray | dict[str, np.ndarray], match: str
+):
+    (tmp_path / "s.json").write_text('{"ids": "ids.npz"}')
+    with (tmp_path / "ids.npz").open("wb") as file:
+        if isinstance(beside, dict):
+            np.savez(file, **beside)
+        else:
+            np.save(file, beside)
+    with pytest.raises(UsageError, match=match):
+        read_split_file(tmp_path / "s.json", FILE_IDS, FILE_LABELS)
+
+
+@pytest.mark.parametrize(
     "files, match",
     [
         ({"s.json": '{"train": ["a", "b"], "val": ["c", "z", "y"]}'}, r"s.json: 2 ids \(z, y\) not among the 8 rows"),
@@ -363,7 +386,15 @@ def test_a_split_file_without_a_test_part(tmp_path: Path):
         ({"s.json": '["a"]'}, "holds a list, expected"),
         ({"s.json": "{"}, "is not JSON"),
         ({"s.json": '{"train": ["a"], "holdout": ["b"]}'}, "holds holdout, expected"),
-        ({"s.json": '{"train": "a", "val": ["b"]}'}, "parts that are no lists, expected"),
+        ({"s.json": '{"train": "a", "val": ["b"]}'}, "parts that are no lists of ids, expected"),
+        ({"s.json": '{"train": ["a", null], "val": ["b"]}'}, "parts that are no lists of ids, expected"),
+        ({"s.json": '{"train": ["a", true], "val": ["b"]}'}, "parts that are no lists of ids, expected"),
+        ({"s.json": '{"train": ["a", "b"], "val": ["c"], "dev": ["d"]}'}, "holds val, dev, expected"),
+        ({"s.json": '{"train": ["a"], "train": ["b"], "val": ["c"]}'}, r"is not JSON \(a key is there twice\)"),
+        ({"s.json": "[" * 100_000}, "is not JSON .maximum recursion depth"),
+        ({"s.json": '{"train": [' + "9" * 5000 + "]}"}, "is not JSON .Exceeds the limit"),
+        ({"s.json": r'{"train": ["a", "\ud800"], "val": ["c"]}'}, "1 id .* not among"),
+        ({"s.json": r'{"train": ["a", "\u0000"], "val": ["c"]}'}, "1 id .* not among"),
         ({"s.json": '{"folds": []}'}, "s.json names no folds; expected"),
         ({"s.json": '{"folds": ["a"]}'}, "s.json holds a str, expected"),
         (

@@ -3,8 +3,10 @@
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from multiprocessing import get_all_start_methods
+from multiprocessing.util import get_temp_dir
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from feats.encoders.base import Encoder, TextSide, Tokens
-from feats.errors import RowError
+from feats.errors import RowError, UsageError
 from feats.extraction.settings import ExtractionSettings
 from feats.images import augment, hash64, read_image
 from feats.interrupts import INTERRUPTS, held_back
@@ -21,6 +23,10 @@ from feats.records import Record, TarSlice
 from feats.text import clean_with_key
 
 Made = TypeVar("Made")
+
+# A socket's path has 107 bytes on Linux and 103 elsewhere; of these "/pymp-xxxxxxxx/listener-xxxxxxxx" takes 32.
+_LONGEST_TMPDIR = 70
+_SHORT_TMPDIR = "/tmp"
 
 
 class Texts(NamedTuple):
@@ -118,6 +124,8 @@ def prepare(dataset: Dataset[Made], workers: int, pin_memory: bool) -> Iterator[
     if "fork" not in get_all_start_methods():  # tokenisers and preprocessing are closures: they can't be sent
         workers = 0
     workers = min(workers, len(dataset))  # type: ignore[arg-type]  # torch's own base class promises no length
+    if workers:
+        _short_sockets()
     with held_back():
         return iter(
             DataLoader(
@@ -130,6 +138,25 @@ def prepare(dataset: Dataset[Made], workers: int, pin_memory: bool) -> Iterator[
                 worker_init_fn=_start_worker,
             )
         )
+
+
+def _short_sockets() -> None:
+    """Have multiprocessing make its sockets in a folder of a short name: one of a longer path can't be, and a worker
+    that can't hand over what it made waits for ever. Raises `UsageError` where there is no such folder."""
+    usual = tempfile.gettempdir()
+    if len(os.fsencode(usual)) <= _LONGEST_TMPDIR:
+        return
+    try:
+        tempfile.tempdir = _SHORT_TMPDIR
+        get_temp_dir()  # kept for this process and those it starts
+    except OSError as error:
+        raise UsageError(
+            f"decoding processes need a folder of {_LONGEST_TMPDIR} bytes at most for their sockets; TMPDIR is "
+            f"{len(os.fsencode(usual))} bytes long, and {_SHORT_TMPDIR} can't be written ({error.strerror}): set "
+            "TMPDIR to a shorter one, or `workers` to 0"
+        ) from None
+    finally:
+        tempfile.tempdir = usual
 
 
 def _as_made(prepared: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from feats.errors import UsageError
@@ -16,7 +17,8 @@ USUAL = {
     "split": ("fold", "partition", "subset"),
 }
 SIDES = ("image", "text")
-_SHOWN = 8  # ignored columns that a note names
+_SHOWN = 8  # ignored columns that a note names ...
+_LONGEST = 60  # ... and characters of each
 
 
 def parse_columns(words: Iterable[str]) -> dict[str, str]:
@@ -45,6 +47,12 @@ def check_columns(columns: Mapping[str, str]) -> None:
 def plain(column: str) -> str:
     """A column's name as usual ones are written."""
     return column.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+@lru_cache
+def shown(column: str) -> str:
+    """A column's name in a message of one line."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in column[:_LONGEST])
 
 
 def recognised(columns: Sequence[str], asked: Mapping[str, str]) -> int:
@@ -90,17 +98,17 @@ class Columns:
         if late:
             role, column = next(iter(late.items()))
             raise UsageError(
-                f"{self.name}{where}: {column} could be the {role}, too, and rows before it haven't it; say which with "
-                f"`columns` {role}={self.found.get(role, column)}"
+                f"{self.name}{where}: {shown(column)} could be the {role}, too, and rows before it haven't it; say "
+                f"which with `columns` {role}={shown(self.found.get(role, column))}"
             )
         self.found = found
         twice = [column for column in found.values() if columns.count(column) > 1]
         if twice:
-            raise UsageError(f"{self.name}{where}: a column is named twice: {twice[0]}; rename one")
+            raise UsageError(f"{self.name}{where}: a column is named twice: {shown(twice[0])}; rename one")
         if not self.labels_only and not {found.get(side) for side in SIDES} & set(columns):
             raise UsageError(
                 f"{self.name}{where}: columns {_few(columns) or 'none'}; expected image or text among them. Say which "
-                f"column is which with `columns`, e.g. text={next((c for c in columns if c), 'title')}"
+                f"column is which with `columns`, e.g. text={shown(next((c for c in columns if c), 'title'))}"
             )
 
     def check_asked(self) -> None:
@@ -108,7 +116,8 @@ class Columns:
         for role, column in self.asked.items():
             if column and role not in self.found and not (self.labels_only and role in SIDES):
                 raise UsageError(
-                    f"{self.name} has no column {column!r} (`columns` {role}={column}); it has {_few(list(self.seen))}"
+                    f"{self.name} has no column {column!r} (`columns` {role}={shown(column)}); it has "
+                    f"{_few(list(self.seen))}"
                 )
 
     def _column_of(self, role: str, where: str) -> str | None:
@@ -121,8 +130,8 @@ class Columns:
         named = own or [column for column in free if plain(column) in USUAL[role]]
         if len(named) > 1:
             raise UsageError(
-                f"{self.name}{where}: {' and '.join(named)} could each be the {role}; say which with `columns` "
-                f"{role}={named[0]}"
+                f"{self.name}{where}: {' and '.join(map(shown, named))} could each be the {role}; say which with "
+                f"`columns` {role}={shown(named[0])}"
             )
         return named[0] if named else None
 
@@ -130,7 +139,7 @@ class Columns:
         """A row's values by our columns: a label as `label_of`, others as `scalar`. Raises `UsageError` as these."""
         cells = {}
         for role, column in self.found.items():
-            value, place = values.get(column), f"{where}: {column}"
+            value, place = values.get(column), f"{where}: {shown(column)}"
             self.nones += role == "label" and isinstance(value, str) and value.strip().lower() == "none"
             cells[role] = label_of(value, place) if role == "label" else scalar(value, place)
         return cells
@@ -138,7 +147,7 @@ class Columns:
     def note(self) -> str | None:
         """What a user should hear of it: columns of other names than ours, numbers for ids, what is ignored. None where
         there is nothing to say."""
-        renamed = [f"{role}={column}" for role, column in self.found.items() if plain(column) != role]
+        renamed = [f"{role}={shown(column)}" for role, column in self.found.items() if plain(column) != role]
         ignored = [column.strip() or "(unnamed)" for column in self.seen if column not in self.found.values()]
         parts = [f"read as {', '.join(renamed)}"] if renamed else []
         parts += ["no column of ids: rows are known by their number"] if self.numbered else []
@@ -152,4 +161,4 @@ class Columns:
 
 
 def _few(columns: Sequence[str]) -> str:
-    return ", ".join(columns[:_SHOWN]) + (f", ... ({len(columns)} in all)" if len(columns) > _SHOWN else "")
+    return ", ".join(map(shown, columns[:_SHOWN])) + (f", ... ({len(columns)} in all)" if len(columns) > _SHOWN else "")

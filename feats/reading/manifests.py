@@ -9,6 +9,7 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -30,6 +31,7 @@ from feats.reading.rows import (
     read_text_file,
     warnings_of_labels,
 )
+from feats.regular import check_regular
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 SEPARATORS = ",;\t|"
@@ -50,6 +52,7 @@ def read_manifest(path: Path, columns: Mapping[str, str] = {}) -> Rows:
         manifest = manifest_in(path, columns)
         rows, found = list(manifest.all_rows()), manifest.columns
     else:
+        check_regular(file)
         rows = manifest_rows(file.read_bytes(), file.parent, found, _kind(file.name))
     note = found.note()
     return rows, [note] if note else []
@@ -139,8 +142,19 @@ def separator_of(kind: str, line: str, asked: Mapping[str, str] = {}) -> str:
     columns. In a TSV, a tab."""
     if kind == ".tsv":
         return "\t"
-    parsed = {one: next(csv.reader([line.rstrip("\r\n")], delimiter=one), []) for one in SEPARATORS}
+    with _long_cells():
+        parsed = {one: next(csv.reader([line.rstrip("\r\n")], delimiter=one), []) for one in SEPARATORS}
     return max(SEPARATORS, key=lambda one: (recognised(parsed[one], asked), len(parsed[one])))
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """The csv module's own limit of a cell is 128 KB."""
+    limit = csv.field_size_limit(max(MAX_TEXT_BYTES, csv.field_size_limit()))
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _csv_cells(columns: Columns, lines: Iterable[str], header: _Header, before: int) -> _Cells:
@@ -285,15 +299,19 @@ class _Lines:
 
 def _split(chunks: Iterator[bytes], carriage_returns: bool) -> Iterator[bytes]:
     """Lines, which end with "\\n", or with "\\r", "\\n" or both."""
-    rest = b""
+    rest: list[bytes] = []  # joined once a line ends, however many chunks that takes
     for chunk in chunks:
-        data = rest + chunk
+        half_ended = carriage_returns and (b"\r" in chunk or (rest and rest[-1].endswith(b"\r")))
+        if b"\n" not in chunk and not half_ended:
+            rest.append(chunk)
+            continue
+        data = b"".join([*rest, chunk])
         lines = data.splitlines(keepends=True) if carriage_returns else _line_feeds(data)
         # A "\r" at the end may be half of a "\r\n".
-        rest = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
+        rest = [lines.pop()] if lines and not lines[-1].endswith(b"\n") else []
         yield from lines
-    if rest:
-        yield from rest.splitlines(keepends=True) if carriage_returns else [rest]
+    if last := b"".join(rest):
+        yield from last.splitlines(keepends=True) if carriage_returns else [last]
 
 
 def _line_feeds(data: bytes) -> list[bytes]:
@@ -413,7 +431,8 @@ class Manifest:
             self.header = _Header(separator_of(kind, first, self.columns.asked))
             try:
                 reader = csv.reader(chain([first], lines), strict=True, delimiter=self.header.separator)
-                self.header.columns = _header(self.columns, next(reader, []))
+                with _long_cells():
+                    self.header.columns = _header(self.columns, next(reader, []))
             except csv.Error as error:
                 raise UsageError(f"{self.name} line {lines.number}: not valid CSV ({error})") from None
         return _csv_cells(self.columns, lines, self.header, lines.number)

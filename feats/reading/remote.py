@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from feats.errors import UsageError, first_line
+from feats.regular import check_regular
 
 WAITS = (1.0, 4.0, 15.0)  # seconds before each further try
 CHUNK_BYTES = 8 << 20
@@ -131,6 +132,7 @@ class LocalFile:
 
     def __call__(self, start: int) -> Iterator[bytes]:
         """The chunks from byte `start` on. Raises `OSError`."""
+        check_regular(self.path)
         with self.path.open("rb") as file:
             file.seek(start)
             while chunk := file.read(CHUNK_BYTES):

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from feats.errors import UsageError
+from feats.regular import check_regular
 from feats.text import decode_texts
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # where an id has several, the first wins
 MAX_TEXT_BYTES = 16 << 20
+MAX_NAME_BYTES = 1024  # of an id and a label: each takes the room of the longest, in memory and in a cache
 MANIFEST_COLUMNS = ("id", "image", "text", "label", "split")
 
 # What stands for no label, in any case; a class of such a name needs another one.
@@ -25,6 +27,9 @@ _WHOLE = re.compile(r"-?(?:0|[1-9][0-9]*)\.0+")  # 1.0, which is 1
 
 _TYPO_MIN_ROWS = 100  # a label seen once among fewer rows is no sign of a typo
 _TYPO_MAX_WARNINGS = 10
+# What is compared takes the square of its length, each with each.
+_TYPO_MAX_CLASSES = 200
+_TYPO_MAX_LENGTH = 60
 
 EXPECTED = {
     "course": "train.txt or test_without_label.txt (guid,tag) in a folder, pairs in data/, pics_texts_pair/ or beside",
@@ -98,6 +103,7 @@ def limited(raw: bytes) -> tuple[bytes | None, str]:
 
 def decode_file(file: Path) -> str:
     """A whole file as a string. Raises `OSError`, and `UsageError` as `decode`."""
+    check_regular(file)
     return decode(file.read_bytes(), str(file))
 
 
@@ -178,8 +184,15 @@ def check_id(row: Row) -> None:
     """Raise `UsageError` for an id that is empty or unstorable."""
     if not row.id:
         raise UsageError(f"{row.source}: empty id; every row needs one of its own")
-    if "\0" in row.id or has_surrogates(row.id) or (row.label and has_surrogates(row.label)):
-        raise UsageError(f"{row.source}: id {row.id!r} or its label holds a NUL or a lone surrogate; rename it")
+    for what, name in (("id", row.id), ("label", row.label or "")):
+        if not name.isascii() and has_surrogates(name) or "\0" in name:
+            shown = ascii(name[:60])
+            raise UsageError(f"{row.source}: {what} {shown} holds a NUL or a lone surrogate; rename it")
+        if len(name) > MAX_NAME_BYTES or (not name.isascii() and len(name.encode()) > MAX_NAME_BYTES):
+            raise UsageError(
+                f"{row.source}: {what} {ascii(name[:40])}... is longer than {MAX_NAME_BYTES} bytes; name a column of "
+                f"short ones with `columns` {what}=..."
+            )
 
 
 def check_repeated(rows: Iterable[Row]) -> None:
@@ -214,10 +227,11 @@ def warnings_of_labels(counts: Counter[str], places: Mapping[str | None, str]) -
     if labelled < _TYPO_MIN_ROWS:
         return []
     common = [label for label, count in counts.most_common() if count > 1]
+    alike = [label for label in common[:_TYPO_MAX_CLASSES] if len(label) <= _TYPO_MAX_LENGTH]
     single = [(label, place) for label, place in places.items() if label is not None and counts[label] == 1]
     warnings = []
     for label, place in single[:_TYPO_MAX_WARNINGS]:
-        close = difflib.get_close_matches(label, common, 1)
+        close = difflib.get_close_matches(label, alike, 1) if len(label) <= _TYPO_MAX_LENGTH else []
         hint = f"; is it {close[0]!r}?" if close else ""
         warnings.append(f"label {label!r} is seen once among {labelled} rows ({place}){hint}")
     if len(single) > _TYPO_MAX_WARNINGS:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from feats.errors import UsageError, first_line
-from feats.reading.remote import RemoteFile, base_name, beside, is_url, listing, public_url
+from feats.reading.remote import LocalFile, RemoteFile, base_name, beside, is_url, listing, public_url
 from feats.reading.rows import (
     EXPECTED,
     MAX_TEXT_BYTES,
@@ -24,8 +24,9 @@ from feats.reading.rows import (
     limited,
     scalar,
 )
+from feats.regular import check_regular
 
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
 _MAX_SHARDS = 1_000_000
 
 # Headers whose content says more of the next member: of pax, and GNU's long names.
@@ -96,13 +97,13 @@ def _neighbours(places: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _listed(data: str | Path) -> list[str]:
-    raw = b"".join(RemoteFile(data)(0)) if isinstance(data, str) and is_url(data) else Path(data).read_bytes()
+    raw = b"".join((RemoteFile(data) if isinstance(data, str) and is_url(data) else LocalFile(Path(data)))(0))
     places = []
     for number, line in enumerate(decode(raw, public_url(str(data))).splitlines(), 1):
         name = line.strip()
         if not name or name.startswith("#"):
             continue
-        if ".tar" not in base_name(name):
+        if ".tar" not in base_name(name) or "\0" in name:
             raise UsageError(
                 f"{base_name(str(data))} line {number}: {name[:80]!r} is no tar shard; expected one a line"
             )
@@ -163,6 +164,7 @@ def shard_rows(shard: Path, split: str, place: str) -> list[Row]:
 
 def _shard_members(shard: Path, place: str) -> Iterator[tuple[str, str, TarSlice, bytes]]:
     """Key, extension, place and content of a shard's files in one pass. Pictures are read later: no content."""
+    check_regular(shard)
     with shard.open("rb") as file:
         start = file.read(6)
         for magic, name in _COMPRESSED.items():

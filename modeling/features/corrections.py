@@ -9,6 +9,7 @@ from pathlib import Path
 
 from feats.csv_files import numbered_csv, read_table, write_csv
 from feats.errors import UsageError
+from feats.regular import check_regular
 from modeling.features.joined import FeatureSet, Rows
 from modeling.features.splits import Split
 
@@ -48,6 +49,7 @@ def read_corrections(path: Path, dataset: Rows) -> dict[str, str]:
 def _lines(path: Path) -> list[tuple[int, str, str]]:
     """Line number, id and label, '' for none, of each row."""
     try:
+        check_regular(path)
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = "it isn't UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
@@ -61,7 +63,7 @@ def _lines(path: Path) -> list[tuple[int, str, str]]:
         )
     found = []
     for line, row in rows:
-        cells = dict(zip(columns, row, strict=False))
+        cells = {"id": "", **dict(zip(columns, row, strict=False))}
         labels = [text for name in named if (text := cells.get(name, "").strip())]
         found.append((line, cells["id"], labels[0] if labels else ""))
     return found

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ import numpy as np
 
 from feats.csv_files import numbered_csv, parse_csv
 from feats.errors import UsageError, first_line
+from feats.regular import check_regular
 from feats.strings import BLOCK, Labels, Strings
 from modeling.choices import SplitSettings as SplitSettings
 from modeling.features.duplicates import Duplicates
@@ -99,10 +101,19 @@ def _with_ids(folds: Sequence[Any], path: Path) -> list[Any]:
     for k, fold in enumerate(folds):
         if isinstance(fold, dict) and isinstance(fold.get("ids"), str):
             with np.load(path.with_name(Path(fold["ids"]).name), allow_pickle=False) as beside:
-                parts = {part: Strings(beside[f"{k}/{part}"]) for part in PARTS}
+                parts = {part: _strings(beside[f"{k}/{part}"]) for part in PARTS}
             fold = {**parts, **{key: value for key, value in fold.items() if key != "ids"}}
         found.append(fold)
     return found
+
+
+_OF_ARCHIVES = (OSError, EOFError, ValueError, NotImplementedError, BadZipFile, zlib.error)
+
+
+def _strings(encoded: np.ndarray) -> Strings:
+    if encoded.ndim != 1 or encoded.dtype.kind != "S":
+        raise ValueError(f"an array {encoded.shape} of {encoded.dtype} is no list of ids")
+    return Strings(encoded)
 
 
 # -- splits of features -----------------------------------------------------------------------------------------
@@ -540,15 +551,15 @@ def _parts_of_files(paths: Sequence[Path]) -> list[str]:
 def _read_json(path: Path) -> list[dict[str, Sequence[str]]]:
     """The parts of one split, or of each fold."""
     try:
-        content = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is not JSON ({error}); expected {_FORM}") from None
+        content = json.loads(_read(path), object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not JSON ({first_line(error)}); expected {_FORM}") from None
     folds = content["folds"] if isinstance(content, dict) and set(content) == {"folds"} else [content]
     if not isinstance(folds, list) or not folds:
         raise UsageError(f'{path} names no folds; expected {_FORM}, or {{"folds": [...]}} of such')
     try:
         folds = _with_ids(folds, path)
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
+    except (*_OF_ARCHIVES, LookupError, TypeError) as error:
         raise UsageError(f"{path}: the ids beside it can't be read ({first_line(error)}); copy both files") from None
     return [_parts_of(fold, path) for fold in folds]
 
@@ -557,13 +568,32 @@ def _parts_of(content: Any, path: Path) -> dict[str, Sequence[str]]:
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}, expected {_FORM}")
     named: dict[str, Any] = content
-    parts = {ALIASES.get(part, part): members for part, members in named.items() if part != "how"}
+    part_of = {name: ALIASES.get(name, name) for name in named if name != "how"}
+    parts = {part: named[name] for name, part in part_of.items()}
     foreign = sorted(parts.keys() - set(PARTS))
-    if foreign or not all(isinstance(members, list | Strings) for members in parts.values()):
-        raise UsageError(f"{path} holds {', '.join(map(str, foreign)) or 'parts that are no lists'}, expected {_FORM}")
+    if len(parts) < len(part_of):  # two names of one part
+        foreign += [name for name, part in part_of.items() if list(part_of.values()).count(part) > 1]
+    if foreign or not all(map(_are_ids, parts.values())):
+        problem = ", ".join(foreign) or "parts that are no lists of ids"
+        raise UsageError(f"{path} holds {problem}, expected {_FORM}")
     return {
         part: members if isinstance(members, Strings) else [str(i) for i in members] for part, members in parts.items()
     }
+
+
+def _are_ids(members: Any) -> bool:
+    """Whether these are strings, or numbers that stand for such."""
+    return isinstance(members, Strings) or (
+        isinstance(members, list) and all(isinstance(i, str | int | float) and not isinstance(i, bool) for i in members)
+    )
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that is there twice the library would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
 
 
 _FORM = '{"train": [ids], "val": [ids], "test": [ids]}'
@@ -609,9 +639,11 @@ def _known(candidates: Sequence[str], known: Collection[str]) -> str:
 def _read(path: Path) -> str:
     """A file's text with the line ends it has there."""
     try:
+        check_regular(path)
         return path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "it isn't UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+    except (OSError, ValueError) as error:
+        reason = "it isn't UTF-8 text" if isinstance(error, UnicodeDecodeError) else first_line(error)
+        reason = getattr(error, "strerror", None) or reason
         raise UsageError(f"can't read the split file {path}: {reason}") from None
 
 
