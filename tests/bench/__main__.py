@@ -29,7 +29,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]  # the benchmarks are scripts, 
 if TYPE_CHECKING:
     from limits import Figure
 
-WIDTHS = (9, 39, 7, 10, 3)  # of the table's columns; the limits come last
+WIDTHS = (10, 38, 7, 10, 3)  # of the table's columns; the limits come last
 
 
 def build_parser() -> ArgumentParser:

@@ -13,15 +13,19 @@ import tempfile
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
+if TYPE_CHECKING:
+    from limits import Figure, Settings
 
 WIDTH, CLASSES, BLOCK = 512, ("negative", "neutral", "positive"), 4096
 PARTS = ("read", "fusion", "linear")
@@ -35,23 +39,62 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--bs", type=int, default=512)
     args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        found = timed(Path(folder), args.rows, args.rounds, args.device, args.parts, args.bs)
+    print(f"{found.trained} training rows of {args.rows}, {2 * WIDTH} columns, on {found.device}")
+    for name, of_part in found.seconds.items():
+        rate = found.trained / median(of_part)
+        spread = f"{min(of_part):.2f}-{max(of_part):.2f}"
+        print(f"{name:20} {median(of_part):8.2f} s ({spread})  {rate:12,.0f} rows/s")
+    print(f"waiting for blocks: {found.waiting:.0%} of what was streamed")
+    return 0
+
+
+def measure(settings: "Settings") -> "list[Figure]":
+    """Streamed training against the same in memory, and against reading alone."""
+    from limits import Figure, ratios
+
+    rows = 10_000 if settings.quick else 100_000
+    found = timed(settings.work, rows, settings.rounds, str(settings.device))
+    times, note = found.seconds, f"{rows:,} rows x {2 * WIDTH}, waiting {found.waiting:.0%}"
+    return [
+        Figure(
+            "streamed / in memory, fusion", ratios(times, "fusion, in memory", "fusion, streamed"), "FLOPs", note=note
+        ),
+        Figure(
+            "streamed / in memory, linear", ratios(times, "linear, in memory", "linear, streamed"), "FLOPs", note=note
+        ),
+        Figure("streamed fusion / reading alone", ratios(times, "read", "fusion, streamed"), "FLOPs", note=note),
+    ]
+
+
+@dataclass
+class Timed:
+    """Seconds of each part, a number a round; training rows; which share of streamed training was waiting; and where."""
+
+    seconds: dict[str, list[float]]
+    trained: int
+    waiting: float
+    device: str
+
+
+def timed(folder: Path, rows: int, rounds: int, device: str, wanted: Sequence[str] = PARTS, bs: int = 512) -> Timed:
+    """Time the parts in turns, on new caches in `folder`."""
     from modeling.experiment import ExperimentSettings, load_experiment
     from modeling.features.joined import FeatureSource
     from modeling.heads.base import HeadConfig
     from modeling.training.config import TrainConfig
     from modeling.training.fit import fit
 
-    heads = ["fusion", "linear"]
-    with tempfile.TemporaryDirectory() as folder:
-        make_caches(Path(folder), args.rows)
-        source = FeatureSource(Path(folder), ("clip",), ("clip",))
-        settings, seconds = ExperimentSettings(source, device=args.device), dict[str, list[float]]()
-        experiments = {c: load_experiment(replace(settings, stream=c), [HeadConfig()]) for c in ("always", "never")}
-        problems = {choice: of.problem(of.splits[0], heads)[0] for choice, of in experiments.items()}
-        stream_of, device = experiments["always"].stream, experiments["always"].device
+    make_caches(folder, rows)
+    source = FeatureSource(folder, ("clip",), ("clip",))
+    settings = ExperimentSettings(source, device=device)
+    experiments = {c: load_experiment(replace(settings, stream=c), [HeadConfig()]) for c in ("always", "never")}
+    problems = {choice: of.problem(of.splits[0], ["fusion", "linear"])[0] for choice, of in experiments.items()}
+    with experiments["always"] as streamed:
+        stream_of = streamed.stream
         assert stream_of is not None
-        n_train = len(problems["never"].train)
-        fusion = TrainConfig(HeadConfig("fusion", D=128), ep=1, bs=args.bs)
+        fusion = TrainConfig(HeadConfig("fusion", D=128), ep=1, bs=bs)
         linear = TrainConfig(HeadConfig("linear"), C=0.01)
         train = np.sort(problems["always"].train.cpu().numpy())
 
@@ -63,22 +106,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         for words, stream in (("streamed", "always"), ("in memory", "never")):
             parts[f"fusion, {words}"] = partial(fit, [fusion], problems[stream])
             parts[f"linear, {words}"] = partial(fit, [linear], problems[stream])
-        parts = {name: work for name, work in parts.items() if name.split(",")[0] in args.parts}
-        for number in range(args.rounds):
-            names = list(parts) if number % 2 == 0 else list(parts)[::-1]
-            for name in names:
+        parts = {name: work for name, work in parts.items() if name.split(",")[0] in wanted}
+        seconds: dict[str, list[float]] = {name: [] for name in parts}
+        for number in range(rounds):
+            for name in list(parts) if number % 2 == 0 else list(parts)[::-1]:
                 before = time.perf_counter()
                 parts[name]()
-                seconds.setdefault(name, []).append(time.perf_counter() - before)
-        print(f"{n_train} training rows of {args.rows}, {2 * WIDTH} columns, on {device}")
-        for name in parts:
-            of_part = seconds[name]
-            rate = n_train / median(of_part)
-            spread = f"{min(of_part):.2f}-{max(of_part):.2f}"
-            print(f"{name:20} {median(of_part):8.2f} s ({spread})  {rate:12,.0f} rows/s")
-        print(f"waiting for blocks: {stream_of.tally.rates()['waiting']:.0%} of what was streamed")
-        stream_of.close()
-    return 0
+                seconds[name].append(time.perf_counter() - before)
+        waiting = stream_of.tally.rates()["waiting"]
+    return Timed(seconds, len(train), waiting, str(streamed.device))
 
 
 def make_caches(folder: Path, rows: int) -> None:

@@ -17,12 +17,15 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from feats.store import DONE, FeatureStore
 from feats.strings import Labels, Strings
+
+if TYPE_CHECKING:
+    from limits import Figure, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ("negative", "neutral", "positive")
@@ -67,6 +70,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         args.json.write_text(json.dumps({"rows": args.rows, "width": args.width, "steps": found}, indent=1) + "\n")
     return max(step["status"] for step in found)
+
+
+def measure(settings: "Settings") -> "list[Figure]":
+    """How often the memory of training and predicting many rows goes into 2 GB."""
+    from limits import Figure
+
+    rows = 100_000 if settings.quick else 1_000_000
+    args = build_parser().parse_args(["--rows", str(rows), "--out", str(settings.work)])
+    for split, n in splits(rows):
+        for side in SIDES:
+            write_cache(args.out / "feats", side, split, n, args.width)
+    steps = {"training": train_command(args, "mlp"), "predicting": predict_command(args, "train")}
+    peaks = {name: measured(command)["peak"] for name, command in steps.items()}
+    note = f"{rows:,} rows x {2 * args.width}"
+    return [Figure(f"2 GB / peak of {name}", [2e9 / peak], "bytes", note=note) for name, peak in peaks.items()]
 
 
 # -- steps ------------------------------------------------------------------------------------------------------
