@@ -21,6 +21,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from threading import Event, Thread
 
+from feats.json_files import parse_json
+
 LEASE_SECONDS = 60.0
 GUARD = ".guard"  # ends the name of the file under which a lease is taken over
 BEATS = 4  # touches in the time after which a lease is stale
@@ -160,7 +162,7 @@ def holder_of(path: Path) -> Owner | None:
 def _holder(text: str) -> Owner | None:
     """Who a lease names; None for one that wasn't written to its end."""
     try:
-        return Owner(**json.loads(text))
+        return Owner(**parse_json(text))
     except (ValueError, TypeError):
         return None
 

@@ -16,17 +16,20 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from feats.csv_files import numbered_csv, parse_csv
 from feats.errors import UsageError, first_line
+from feats.json_files import parse_json, read_json
 from feats.strings import BLOCK, Labels, Strings
 from modeling.choices import SplitSettings as SplitSettings
 from modeling.features.joined import FeatureSet, Rows
 
 PARTS = ("train", "val", "test")
+REMEDY = "train again"
+_FOLD = {**dict.fromkeys((f"{part}?" for part in PARTS), [str]), "ids?": str, "how?": dict}
+SHAPE = {**_FOLD, "folds?": [_FOLD]}  # of what `save_split` writes
 MAX_JSON_IDS = 1_000_000  # of a split's file; Python's objects of more would take gigabytes
 ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 # What feats.images.hash64 gives for no bytes: the `text_key` of texts of which cleaning left nothing.
@@ -89,23 +92,49 @@ def save_split(split: Split | Sequence[Split], path: Path | str) -> None:
 
 
 def load_split(path: Path | str) -> Split | list[Split]:
-    """What `save_split` wrote. Raises `OSError`, and `ValueError` or `TypeError` for anything else."""
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
-    if "folds" in content:
-        return [Split(**fold) for fold in _with_ids(content["folds"], Path(path))]
-    return Split(**_with_ids([content], Path(path))[0])
+    """What `save_split` wrote. Raises `UsageError` for anything else."""
+    path = Path(path)
+    content = read_json(path, REMEDY, SHAPE)
+    folds = [_split(fold, path) for fold in _with_ids(content.get("folds", [content]), path)]
+    return folds if "folds" in content else folds[0]
+
+
+def _split(parts: Mapping[str, Any], path: Path) -> Split:
+    if not {"train", "val"} <= parts.keys() <= {*PARTS, "how"}:
+        raise UsageError(f"{path} names {', '.join(parts)[:80] or 'nothing'}, expected {', '.join(PARTS)}; {REMEDY}")
+    return Split(**parts)
 
 
 def _with_ids(folds: Sequence[Any], path: Path) -> list[Any]:
-    """Splits as the JSON file `path` holds them, with ids that lie beside it. Raises as `load_split`."""
+    """Splits as the JSON file `path` holds them, with ids that lie beside it. Raises `UsageError` where these can't be
+    read."""
     found = []
     for k, fold in enumerate(folds):
         if isinstance(fold, dict) and isinstance(fold.get("ids"), str):
-            with np.load(path.with_name(Path(fold["ids"]).name), allow_pickle=False) as beside:
-                parts = {part: Strings(beside[f"{k}/{part}"]) for part in PARTS}
+            parts = _ids_beside(path, Path(fold["ids"]).name, k)
             fold = {**parts, **{key: value for key, value in fold.items() if key != "ids"}}
         found.append(fold)
     return found
+
+
+def _ids_beside(path: Path, name: str, k: int) -> dict[str, Strings]:
+    """The ids of the parts of split `k` in the file `name` beside `path`."""
+    try:
+        file = path.with_name(name)
+        if not file.is_file():
+            raise ValueError(f"there is no file {name}")
+        with np.load(file, allow_pickle=False) as beside:
+            return {part: _as_ids(beside[f"{k}/{part}"]) for part in PARTS}
+    except Exception as error:  # noqa: BLE001 - numpy's readers of archives and headers raise anything
+        raise UsageError(f"{path}: the ids beside it can't be read ({first_line(error)}); copy both files") from None
+
+
+def _as_ids(values: np.ndarray) -> Strings:
+    if values.dtype.kind != "S" or values.ndim != 1 or not values.dtype.itemsize:
+        raise ValueError(f"they are {values.dtype} {values.shape}, no list of text")
+    for low in range(0, len(values), BLOCK):
+        np.char.decode(values[low : low + BLOCK], "utf-8")
+    return Strings(values)
 
 
 # -- splits of features -----------------------------------------------------------------------------------------
@@ -616,17 +645,13 @@ def _parts_of_files(paths: Sequence[Path]) -> list[str]:
 def _read_json(path: Path) -> list[dict[str, Sequence[str]]]:
     """The parts of one split, or of each fold."""
     try:
-        content = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is not JSON ({error}); expected {_FORM}") from None
+        content = parse_json(_read(path))
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON ({first_line(error)}); expected {_FORM}") from None
     folds = content["folds"] if isinstance(content, dict) and set(content) == {"folds"} else [content]
     if not isinstance(folds, list) or not folds:
         raise UsageError(f'{path} names no folds; expected {_FORM}, or {{"folds": [...]}} of such')
-    try:
-        folds = _with_ids(folds, path)
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
-        raise UsageError(f"{path}: the ids beside it can't be read ({first_line(error)}); copy both files") from None
-    return [_parts_of(fold, path) for fold in folds]
+    return [_parts_of(fold, path) for fold in _with_ids(folds, path)]
 
 
 def _parts_of(content: Any, path: Path) -> dict[str, Sequence[str]]:
@@ -685,6 +710,8 @@ def _known(candidates: Sequence[str], known: Collection[str]) -> str:
 def _read(path: Path) -> str:
     """A file's text with the line ends it has there."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise UsageError(f"can't read the split file {path}: it is no regular file")
         return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = "it isn't UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror

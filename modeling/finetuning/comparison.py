@@ -28,6 +28,7 @@ import torch
 from feats.acceleration import peak_bytes
 from feats.errors import UsageError
 from feats.interrupts import held_back
+from feats.json_files import read_json
 from modeling.choices import METHODS as METHODS
 from modeling.experiment import Experiment, Progress, run_of, train_all
 from modeling.features.splits import Split, deal_folds, deal_split
@@ -166,11 +167,8 @@ def claim(folder: Path, experiment: Experiment, config: TrainConfig, **protocol:
         unfinished.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
         os.replace(unfinished, file)
         return
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-    except (ValueError, TypeError, AttributeError):
-        raise UsageError(f"{file} is damaged; give another `name`, or remove {folder} to begin anew") from None
+    found = read_json(file, f"give another `name`, or remove {folder} to begin anew")
+    differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
     if differing:
         facts = [
             key
