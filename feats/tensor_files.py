@@ -16,7 +16,7 @@ SUFFIX = ".safetensors"
 
 def read_safetensors(path: Path, remedy: str, device: str = "cpu") -> dict[str, torch.Tensor]:
     """The tensors of a file by name. Raises `UsageError`, which ends with `remedy`, for anything else."""
-    _check_plain(path, remedy)
+    check_plain(path, remedy)
     try:
         return load_file(path, device=device)
     except torch.OutOfMemoryError:
@@ -39,20 +39,16 @@ def safetensors_metadata(path: Path) -> dict[str, str]:
 def read_pickled(path: Path, remedy: str) -> Any:
     """What torch.save wrote into a file: tensors in plain containers. Raises `UsageError` for all else, and for an
     archive that claims more bytes than it has; no code of a pickle is run."""
-    _check_plain(path, remedy)
+    check_plain(path, remedy)
     try:
         claimed = _claimed_bytes(path)
         if claimed > path.stat().st_size:
             raise ValueError(f"an archive of {path.stat().st_size} bytes that unpacks to {claimed}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - bytes that are no pickle make the unpickler raise anything
-        # torch's own words about what it refuses to unpickle fill a screen.
-        raise UsageError(f"{path} can't be read as tensors ({_what(error)}); {remedy}") from None
-
-
-def _what(error: Exception) -> str:
-    words = first_line(error)
-    return f"{type(error).__name__}: {words if len(words) <= 200 else words[:200] + '...'}"
+        # torch's own words about what it refuses fill a screen, and advise to run the code in it.
+        what = first_line(error) if type(error) is ValueError else type(error).__name__
+        raise UsageError(f"{path} can't be read as tensors ({what}); {remedy}") from None
 
 
 def _claimed_bytes(path: Path) -> int:
@@ -62,7 +58,7 @@ def _claimed_bytes(path: Path) -> int:
         return sum(member.file_size for member in archive.infolist())
 
 
-def _check_plain(path: Path, remedy: str) -> None:
+def check_plain(path: Path, remedy: str) -> None:
     """Raise `UsageError` for what isn't a regular file: a pipe would be waited for."""
     try:
         plain = path.is_file()

@@ -34,7 +34,7 @@ from feats.encoders.weights import (
 from feats.errors import UsageError, first_line
 from feats.images import ResizeCrop
 from feats.json_files import read_json
-from feats.tensor_files import SUFFIX, read_pickled, read_safetensors
+from feats.tensor_files import SUFFIX, check_plain, read_pickled, read_safetensors
 from feats.text import fix_text
 
 with warnings.catch_warnings():
@@ -182,6 +182,8 @@ def read_state_dict(path: Path, sha256: str) -> StateDict:
     an archive runs the code in it, which may do anything.
     """
     try:
+        if not path.is_dir():
+            check_plain(path, "give CLIP weights")
         if path.is_dir():
             state: Any = {}
             for file in weight_files(path):

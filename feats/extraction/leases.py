@@ -154,7 +154,7 @@ def _create(path: Path, owner: Owner) -> bool:
 def holder_of(path: Path) -> Owner | None:
     """Who holds the lease, or the guard of one, at `path`; None for nobody, or one that isn't written to its end."""
     try:
-        return _holder(path.read_text(encoding="utf-8"))
+        return _holder(path.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return None
 
@@ -169,7 +169,7 @@ def _holder(text: str) -> Owner | None:
 
 def _touch(path: Path, owner: Owner) -> None:
     """Through the open file: a lease that another has put in its place meanwhile isn't touched."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         if _holder(file.read()) == owner:
             os.utime(file.fileno() if os.utime in os.supports_fd else path)
 
@@ -202,7 +202,9 @@ def _take_over(path: Path, owner: Owner, seconds: float) -> bool:
 def _is_stale(path: Path, seconds: float) -> bool:
     """Whether a lease's holder is known to be dead, or didn't touch it for so long. What is gone isn't stale."""
     try:
-        with path.open(encoding="utf-8") as file:  # opening makes a network's file system ask for the time anew
+        with path.open(
+            encoding="utf-8", errors="replace"
+        ) as file:  # opening makes a network's file system ask for the time anew
             holder, touched_at = _holder(file.read()), os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return False

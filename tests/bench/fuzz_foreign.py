@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +96,7 @@ def make_given(folder: Path) -> None:
 
     make_cache(folder / "feats", "clip", 40, tokens=True)
     make_cache(folder / "feats", "vader", 40)
-    small = ["--D", "4", "--ep", "1", "--bs", "64", "--val-ratio", "0.3", "--device", "cpu"]
+    small = ["--D", "4", "--ep", "1", "--bs", "64", "--device", "cpu"]
     common = ["--feats", str(folder / "feats"), "--runs", str(folder / "runs"), *small]
     sides = ["--vtype", "clip", "--ttype", "vader"]
     with silent():
@@ -189,7 +189,9 @@ def damaged(rng: random.Random, raw: bytes) -> bytes:
     """Bytes cut, flipped, repeated, exchanged."""
     how = rng.random()
     if not raw or how < 0.05:
-        return rng.choice([b"", b"\0" * 100, b"\xff\xfe", b"[" * 100_000, b'{"a":' * 50_000, b"\xef\xbb\xbf{}", b"null"])
+        return rng.choice(
+            [b"", b"\0" * 100, b"\xff\xfe", b"[" * 100_000, b'{"a":' * 50_000, b"\xef\xbb\xbf{}", b"null"]
+        )
     at = rng.randrange(len(raw))
     if how < 0.3:
         return raw[:at]
@@ -261,7 +263,9 @@ def change_structure(rng: random.Random, path: Path) -> None:
             if how < 0.45 and name in file.attrs and isinstance(file.attrs[name], bytes):
                 file.attrs[name] = np.bytes_(changed_json(rng, file.attrs[name].decode() or "{}"))
             elif how < 0.6:
-                value = rng.choice([b"", b"x", 0, -1, 2**40, 1.5, np.nan, True, "text", np.zeros(3), [b"a", b"b"], b"\xff"])
+                value = rng.choice(
+                    [b"", b"x", 0, -1, 2**40, 1.5, np.nan, True, "text", np.zeros(3), [b"a", b"b"], b"\xff"]
+                )
                 file.attrs[name] = value
             elif how < 0.7 and name in file.attrs:
                 del file.attrs[name]
@@ -335,7 +339,9 @@ def change_values(rng: random.Random, data: dict[str, np.ndarray]) -> None:
     elif how < 0.7:
         values = values[: rng.choice([1, row + 1, len(values) - 1])]
     elif how < 0.8:
-        values = values.astype(rng.choice(["S1", "S200"]) if values.dtype.kind == "S" else rng.choice(["f4", "f2", "i4", "u1"]))
+        values = values.astype(
+            rng.choice(["S1", "S200"]) if values.dtype.kind == "S" else rng.choice(["f4", "f2", "i4", "u1"])
+        )
     elif how < 0.9:
         values = np.repeat(values[:, None], 2, 1) if rng.random() < 0.5 else values.reshape(len(values), -1)[:, :1]
     else:
@@ -364,13 +370,17 @@ def try_run(rng: random.Random, place: Place) -> Any:
     feats = ["--feats", str(place.given / "feats")]
     if door < 0.5:
         which = rng.choice([["--run", str(run)], [], ["--run", "best"]])
-        return script("modeling.inference_head", *which, "--runs", runs, *feats, "--split", "train", "--out", out + "/p.csv")
+        return script(
+            "modeling.inference_head", *which, "--runs", runs, *feats, "--split", "train", "--out", out + "/p.csv"
+        )
     if door < 0.6:
         return script("modeling.list_runs", "--runs", runs)
     if door < 0.7:
         return script("modeling.compare_runs", "--runs", runs, *rng.choice([[], ["--format", "csv"]]))
     if door < 0.78:
-        return script("modeling.inference_head", "--run", str(run), "--runs", runs, *feats, "--ablation-eval", "--absent", "mean")
+        return script(
+            "modeling.inference_head", "--run", str(run), "--runs", runs, *feats, "--ablation-eval", "--absent", "mean"
+        )
     if door < 0.86:
         small = ["--runs", out, *feats, "--ep", "1", "--device", "cpu"]
         return script("modeling.train_head", "--config", str(run / "config.json"), *small)
@@ -438,7 +448,9 @@ def change_tensors(rng: random.Random, path: Path) -> None:
     elif rng.random() < 0.5:
         del tensors[name]
     else:
-        tensors[rng.choice(["extra", "0/head/x", "9/head/out.weight", "0/norm/image/clip/mean/x", "stacking/weight", ""])] = old
+        tensors[
+            rng.choice(["extra", "0/head/x", "9/head/out.weight", "0/norm/image/clip/mean/x", "stacking/weight", ""])
+        ] = old
     save_file(tensors, path)
 
 
@@ -463,10 +475,44 @@ SCRIPTS = {
     "feats.import_feats": (),
 }
 ODD_WORDS = ["0", "-1", "1", "10000000000", "1" + "0" * 30, "nan", "inf", "-inf", "1e308", "1e-308", "", " ", "x" * 300]
-ODD_WORDS += ["../../x", "..", "a/b", "/nowhere/x", "\n", "caf\u00e9", "true", "clip=1e308", "clip=nan", "neutral=1e308"]
-ODD_WORDS += ["neutral=1e-300", "a=b=c", "=", "auto", "all", "last-99999999999999999999", "newest", "best", "None", "1.5", "2"]
+ODD_WORDS += [
+    "../../x",
+    "..",
+    "a/b",
+    "/nowhere/x",
+    "\n",
+    "caf\u00e9",
+    "true",
+    "clip=1e308",
+    "clip=nan",
+    "neutral=1e308",
+]
+ODD_WORDS += [
+    "neutral=1e-300",
+    "a=b=c",
+    "=",
+    "auto",
+    "all",
+    "last-99999999999999999999",
+    "newest",
+    "best",
+    "None",
+    "1.5",
+    "2",
+]
 # What would take long by right, or open doors to the network.
-NEVER = {"--help", "--version", "--port", "--http", "--host", "--auto", "--address", "--ray-workers", "--engine", "--device"}
+NEVER = {
+    "--help",
+    "--version",
+    "--port",
+    "--http",
+    "--host",
+    "--auto",
+    "--address",
+    "--ray-workers",
+    "--engine",
+    "--device",
+}
 
 
 def try_settings(rng: random.Random, place: Place) -> Any:
@@ -477,7 +523,12 @@ def try_settings(rng: random.Random, place: Place) -> Any:
     words = list(SCRIPTS[module])
     names = {name for action in parser._actions for name in action.option_strings}
     feats = str(place.given / "feats")
-    defaults = {"--feats": [feats], "--runs": [str(place.given / "runs")], "--device": ["cpu"], "--out": [str(place.out / "o")]}
+    defaults = {
+        "--feats": [feats],
+        "--runs": [str(place.given / "runs")],
+        "--device": ["cpu"],
+        "--out": [str(place.out / "o")],
+    }
     if module in ("modeling.train_head", "modeling.sweep_heads", "modeling.learning_curve"):
         defaults |= {"--runs": [str(place.out)], "--vtype": ["clip"], "--ttype": ["vader"]}
     for option, values in defaults.items():
@@ -537,19 +588,29 @@ def weights_file(rng: random.Random, state: dict[str, torch.Tensor], proof: Path
     for _ in range(rng.choice([0, 1, 2])):
         name = rng.choice(list(state))
         state[rng.choice([name, "x", "text_model.embeddings.token_embedding.weight", "state_dict"])] = rng.choice(
-            [state[name], torch.zeros(2, 2), torch.tensor(float("nan")), torch.zeros(0), state[name].to(torch.complex64)]
+            [
+                state[name],
+                torch.zeros(2, 2),
+                torch.tensor(float("nan")),
+                torch.zeros(0),
+                state[name].to(torch.complex64),
+            ]
         )
     how = rng.random()
     if how < 0.25:
         raw = save({name: value.contiguous().clone() for name, value in state.items()})
         return damaged(rng, raw) if rng.random() < 0.8 else raw
     if how < 0.45:
-        odd = rng.choice([Runs(proof, rng.randrange(4)), nested(900), {1: torch.zeros(1)}, [state], None, 3, {"a": "b"}])
+        odd = rng.choice(
+            [Runs(proof, rng.randrange(4)), nested(900), {1: torch.zeros(1)}, [state], None, 3, {"a": "b"}]
+        )
         content = odd if rng.random() < 0.5 else {**state, "x": odd}
         raw = pickle.dumps(content, rng.choice([0, 2, 4])) if rng.random() < 0.5 else saved(content, rng)
         return raw if rng.random() < 0.7 else damaged(rng, raw)
     if how < 0.6:
-        return rng.choice([b"\x80\x02.", b"abc", b"", b"hello, this is text\n", b"PK\x03\x04", b"\x80\x04" + rng.randbytes(30)])
+        return rng.choice(
+            [b"\x80\x02.", b"abc", b"", b"hello, this is text\n", b"PK\x03\x04", b"\x80\x04" + rng.randbytes(30)]
+        )
     if how < 0.65:
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -577,13 +638,19 @@ def model_folder(rng: random.Random, place: Place) -> Any:
     record = {"format_version": 1, "encoder": "clip", "model": "m", "options": {"size": 3}, "text_clean": "tweet"}
     picture = {"size": {"height": 8, "width": 8}, "do_center_crop": True, "crop_size": 8, "resample": 2}
     picture |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255}
-    clip = {side: {"hidden_act": "quick_gelu", "num_attention_heads": 1, "hidden_size": 64} for side in ("text_config",)}
+    clip = {
+        side: {"hidden_act": "quick_gelu", "num_attention_heads": 1, "hidden_size": 64} for side in ("text_config",)
+    }
     save_file({"a": torch.zeros(1)}, folder / "model-1.safetensors")
     if rng.random() < 0.5:
         save_file({"b": torch.zeros(1)}, folder / "model-2.safetensors")
     name, content, read = rng.choice(
         [
-            ("model.safetensors.index.json", index, lambda: huggingface_text._lacking(folder, huggingface_text.TEXT, True)),
+            (
+                "model.safetensors.index.json",
+                index,
+                lambda: huggingface_text._lacking(folder, huggingface_text.TEXT, True),
+            ),
             ("encoder.json", record, lambda: saved_encoders.find_saved(folder, "clip")),
             ("preprocessor_config.json", picture, lambda: huggingface_image.read_preprocessor(folder, None)),
             ("sentence_bert_config.json", {"max_seq_length": 12}, lambda: minilm._max_length(folder)),
@@ -618,7 +685,9 @@ def try_json(rng: random.Random, place: Place) -> Any:
         path.write_bytes(changed_json(rng, json.dumps({key: config[key] for key in ("command", "options", "members")})))
         if rng.random() < 0.3:
             path = path.with_suffix(".toml")
-            path.write_bytes(damaged(rng, b'lr = 1e-3\nhead = "fusion"\nD = [4, 8]\n' + b"x = " + b"[" * rng.choice([0, 2000])))
+            path.write_bytes(
+                damaged(rng, b'lr = 1e-3\nhead = "fusion"\nD = [4, 8]\n' + b"x = " + b"[" * rng.choice([0, 2000]))
+            )
         made_by(path)
         return read_options(path)
     if kind == 3:
@@ -651,7 +720,14 @@ def ids_beside(rng: random.Random, path: Path, split: dict[str, Any], read: Call
     """A split whose ids lie in a file of their own."""
     parts = {f"0/{part}": np.array([name.encode() for name in split[part]], "S4") for part in ("train", "val", "test")}
     name = rng.choice(list(parts))
-    odd = [np.arange(3), np.zeros((2, 2), "S3"), np.array([b"\xff\xfe"]), np.array(["p1"]), np.array(b"x"), np.array([], "S")]
+    odd = [
+        np.arange(3),
+        np.zeros((2, 2), "S3"),
+        np.array([b"\xff\xfe"]),
+        np.array(["p1"]),
+        np.array(b"x"),
+        np.array([], "S"),
+    ]
     if rng.random() < 0.5:
         parts[name] = rng.choice([*odd, parts[name]])
     elif rng.random() < 0.2:
@@ -671,6 +747,10 @@ KINDS: dict[str, Try] = {
     "weights": try_weights,
     "json": try_json,
 }
+
+
+# What looks for libraries when it is imported.
+IMPORTED = ("feats.encoders.openai_clip", "feats.encoders.huggingface_text", "feats.encoders.torchvision_image")
 
 
 # -- trying -----------------------------------------------------------------------------------------------------
@@ -712,13 +792,13 @@ def script(module: str, *words: str) -> int:
 
 
 watched: list[str] = []  # what the process did that it shouldn't, as Python's own audit hooks tell
-allowed: list[Path] = []
+own: list[Path] = []  # the place, what in it may be written; what else may: temporary files, the null device
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def watch(event: str, args: tuple[Any, ...]) -> None:
-    """An audit hook: notes files opened for writing, made, moved and removed outside of `allowed`, and processes."""
-    if not allowed:
+    """An audit hook: notes files opened for writing, made, moved and removed outside of `own` places, and processes."""
+    if not own:
         return
     if event in ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "os.fork"):
         watched.append(f"{EXECUTED}: {event} {str(args)[:200]}")
@@ -734,7 +814,10 @@ def watch(event: str, args: tuple[Any, ...]) -> None:
     for path in paths:
         if isinstance(path, str | bytes | os.PathLike) and os.path.isabs(os.fsdecode(path)):
             real = Path(os.path.realpath(os.fsdecode(path)))
-            if not any(real.is_relative_to(folder) for folder in allowed):
+            top, work, *others = own
+            if not real.is_relative_to(work) and (
+                real.is_relative_to(top) or not any(real.is_relative_to(folder) for folder in others)
+            ):
                 watched.append(f"{OUTSIDE}: {event} {real}")
 
 
@@ -777,15 +860,14 @@ def _hang(signum: int, frame: Any) -> None:
 
 def begin(folder: Path) -> Place:
     """A process's place, with the watch set up."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ |= {"HF_HUB_OFFLINE": "1", "MPLCONFIGDIR": str(folder.parent)}
+    for module in IMPORTED:
+        import_module(module)
     torch.set_num_threads(1)
     place = Place(folder)
-    if not allowed:
+    if not own:
         sys.addaudithook(watch)
-    import tempfile
-
-    allowed[:] = [Path(os.path.realpath(folder)) / "a/b/work", Path(os.path.realpath(tempfile.gettempdir())), Path("/dev/null")]
-    allowed[1:2] = [Path(os.path.realpath(tempfile.gettempdir()))] if not str(folder).startswith(tempfile.gettempdir()) else []
+    own[:] = [Path(os.path.realpath(path)) for path in (place.top, place.work, gettempdir(), "/dev/null")]
     return place
 
 
@@ -793,7 +875,7 @@ def _work(folder: Path, inputs: list[tuple[str, int]], pipe: Any) -> None:
     place = begin(folder)
     for kind, number in inputs:
         pipe.send(("begin", kind, number, ""))
-        pipe.send((*attempt(kind, number, place), kind, number)[::1])
+        pipe.send((*attempt(kind, number, place), kind, number))
     pipe.send(("end", "", 0, ""))
 
 
@@ -833,6 +915,8 @@ def fuzz(inputs: list[tuple[str, int]], show: Callable[[int], None] = lambda don
             if child.is_alive() and rest:
                 child.kill()
             child.join()
+            if current is None and rest == todo:
+                raise SystemExit("the process that reads the inputs doesn't come up")
             if current is not None:
                 outcome = CRASH if child.exitcode and child.exitcode != -signal.SIGKILL else HANG
                 result.counts[current[0]][outcome] += 1
