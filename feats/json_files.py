@@ -88,7 +88,7 @@ def parse_json(text: str | bytes) -> Any:
 
 def _deeper_than(value: Any, depth: int) -> bool:
     level = [value]
-    for _ in range(depth + 1):
+    for _ in range(depth):
         level = [
             one
             for outer in level
@@ -135,11 +135,11 @@ def _problem_inside(value: Any, kind: type, parts: list[tuple[Any, Shape, str]] 
 def _is_of(value: Any, kind: Any) -> bool:
     if kind is None:
         return value is None
-    if isinstance(value, bool) or kind not in (int, float):
-        return isinstance(value, kind) if isinstance(kind, type) else False
-    if not isinstance(value, (int, float) if kind is float else int):
+    if kind not in (int, float):
+        return isinstance(value, kind)
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
         return False
-    return math.isfinite(value) and abs(value) < LARGEST if isinstance(value, int) else math.isfinite(value)
+    return abs(value) < LARGEST if isinstance(value, int) else math.isfinite(value)
 
 
 def _wrong(value: Any, shape: Shape, at: str) -> str:
