@@ -21,7 +21,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from feats.errors import UsageError, first_line
+from feats.errors import UsageError, first_line, one_line
 
 MAX_BYTES = 1 << 28
 MAX_DEPTH = 64  # of lists and objects in one another: what copies or writes them calls itself as often
@@ -146,12 +146,7 @@ def _wrong(value: Any, shape: Shape, at: str) -> str:
     expected = " or ".join(WORDS.get(kind, "what belongs there") for kind in get_args(shape) or (shape,))
     found = json.dumps(value, ensure_ascii=True, default=str) if not isinstance(value, dict | list) else ""
     shown = WORDS[type(value)] if not found or len(found) > 60 else found
-    return f"holds {shown}{f' as {_plain(at)}' if at else ''}, expected {expected}"
-
-
-def _plain(at: str) -> str:
-    shown = at if at.isprintable() else ascii(at)
-    return (shown if len(shown) <= 80 else f"{shown[:80]}...").replace("`", "'")
+    return f"holds {shown}{f' as {one_line(at)}' if at else ''}, expected {expected}"
 
 
 def shape_of(kind: type) -> Mapping[str, Shape]:

@@ -79,6 +79,8 @@ class PartsPlan:
             wrong.append("kept.block_rows")
         if not wrong and not all(map(_is_shape, told["features"].values())):
             wrong.append("features")
+        if not wrong and not told["pieces"]:
+            wrong.append("pieces")
         if not wrong and not all(isinstance(piece, dict) for piece in told["pieces"]):
             wrong.append("pieces")
         if wrong:

@@ -324,6 +324,7 @@ class FeatureStore(CacheReader):
                 self._indices: dict[str, str] = _mapping(file, "chunk_indices")
                 if not isinstance(self.plan.get("block_rows"), int) or self.plan["block_rows"] < 1:
                     raise ValueError("its plan tells no block_rows")
+                _ = self.complete
             with _damage(path, "id"):
                 self.ids = _strings(self._dataset("id")[:])
             if lock is not None:

@@ -100,7 +100,7 @@ def test_a_problem_says_where_and_what():
     value = {"members": [{"lr": 1.0}, {"lr": "x"}]}
     assert shape_problem(value, {"members": [{"lr": float}]}) == 'holds "x" as members[1].lr, expected a finite number'
     assert shape_problem(value, {"members": [{"lr": float, "ep": int}]}) == "lacks members[0].ep"
-    assert shape_problem({"a\n`b`": 1}, {str: str}) == "holds 1 as 'a\\n'b'', expected text"
+    assert shape_problem({"a\n`b`": 1}, {str: str}) == "holds 1 as a\\n'b', expected text"
     assert (
         shape_problem({"a": ["x" * 99]}, {"a": [int | None]}) == "holds text as a[0], expected a whole number or null"
     )

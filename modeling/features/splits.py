@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from feats.csv_files import numbered_csv, parse_csv
-from feats.errors import UsageError, first_line
+from feats.errors import UsageError, first_line, one_line
 from feats.json_files import parse_json, read_json
 from feats.strings import BLOCK, Labels, Strings
 from modeling.choices import SplitSettings as SplitSettings
@@ -101,7 +101,9 @@ def load_split(path: Path | str) -> Split | list[Split]:
 
 def _split(parts: Mapping[str, Any], path: Path) -> Split:
     if not {"train", "val"} <= parts.keys() <= {*PARTS, "how"}:
-        raise UsageError(f"{path} names {', '.join(parts)[:80] or 'nothing'}, expected {', '.join(PARTS)}; {REMEDY}")
+        raise UsageError(
+            f"{path} names {one_line(', '.join(parts)) or 'nothing'}, expected {', '.join(PARTS)}; {REMEDY}"
+        )
     return Split(**parts)
 
 

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from feats.errors import UsageError, first_line
+from feats.errors import UsageError, first_line, one_line
 from feats.json_files import read_json
 from feats.tensor_files import read_safetensors
 
@@ -74,8 +74,8 @@ class WorkFolder:
         if differing:
             facts = [f"{k} {json.dumps(found.get(k))}, now {json.dumps(wanted.get(k))}" for k in differing[:5]]
             raise UsageError(
-                f"{self.path} holds checkpoints of another finetuning ({'; '.join(facts)[:400]}); give another `name`, "
-                "or remove that folder to begin anew"
+                f"{self.path} holds checkpoints of another finetuning ({one_line('; '.join(facts), 400)}); give another "
+                "`name`, or remove that folder to begin anew"
             )
 
     def save_step(self, step: int, tensors: Tensors, state: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from feats.acceleration import peak_bytes
-from feats.errors import UsageError
+from feats.errors import UsageError, one_line
 from feats.interrupts import held_back
 from feats.json_files import read_json
 from modeling.choices import METHODS as METHODS
@@ -176,7 +176,7 @@ def claim(folder: Path, experiment: Experiment, config: TrainConfig, **protocol:
             else f"{key} {found.get(key)}, now {wanted.get(key)}"
             for key in differing
         ]
-        raise UsageError(f"{folder} holds another comparison ({'; '.join(facts)}); give another `name`")
+        raise UsageError(f"{folder} holds another comparison ({one_line('; '.join(facts), 400)}); give another `name`")
 
 
 # -- trainings --------------------------------------------------------------------------------------------------

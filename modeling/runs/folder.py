@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 
 from feats.config_file import OPTIONS
 from feats.csv_files import read_csv, read_table, write_csv, write_table
-from feats.errors import UsageError, first_line
+from feats.errors import UsageError, first_line, one_line
 from feats.json_files import read_json, shape_of, shape_problem
 from feats.source import SIDES
 from feats.strings import BLOCK
@@ -381,7 +381,7 @@ def load_run(path: Path | str) -> Run:
         raise UsageError(f"{path} is damaged ({reason}); train again") from None
     if tensors:
         raise UsageError(
-            f"{path / TENSORS} holds tensors no member has ({', '.join(sorted(tensors)[:3])}); train again"
+            f"{path / TENSORS} holds tensors no member has ({one_line(', '.join(sorted(tensors)[:3]))}); train again"
         )
     return run
 
@@ -438,7 +438,7 @@ def _check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch
         if name not in state:
             raise ValueError(f"there is no tensor {name}")
         if name not in expected:
-            raise ValueError(f"there is a tensor {name[:80]}, and the head has none of this name")
+            raise ValueError(f"there is a tensor {one_line(name)}, and the head has none of this name")
         if state[name].shape != expected[name]:
             found, wanted = (tuple(shape[1:]) for shape in (state[name].shape, expected[name]))
             raise ValueError(f"the tensor {name} is {found}, expected {wanted}")

@@ -156,9 +156,12 @@ def places_in(value: Any) -> list[tuple[Any, Any]]:
 
 def changed_json(rng: random.Random, text: str) -> bytes:
     """JSON with one to three values changed, removed, added, swapped; or its bytes damaged."""
-    if rng.random() < 0.12:
-        return damaged(rng, text.encode())
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):  # damaged before
+        value = None
+    if value is None or rng.random() < 0.12:
+        return damaged(rng, text.encode(errors="surrogatepass"))
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         places = places_in(value)
         if not places:
@@ -363,6 +366,7 @@ def try_run(rng: random.Random, place: Place) -> Any:
         change_file(rng, run / rng.choice(names))
     if rng.random() < 0.7 and (run / "head.safetensors").is_file():  # whoever forges a file forges its checksum
         with contextlib.suppress(Exception):
+            assert (run / "config.json").is_file()
             config = json.loads((run / "config.json").read_text())
             config["tensors_sha256"] = hashlib.sha256((run / "head.safetensors").read_bytes()).hexdigest()
             (run / "config.json").write_text(json.dumps(config))
@@ -404,7 +408,7 @@ def change_file(rng: random.Random, path: Path) -> None:
         elif how == 2:
             path.symlink_to(rng.choice(["/dev/zero", "nowhere", path.name, "/dev/stdin"]))
     elif path.suffix == ".json":
-        path.write_bytes(changed_json(rng, path.read_text()))
+        path.write_bytes(changed_json(rng, path.read_text(errors="replace")))
     elif path.suffix == ".safetensors":
         change_tensors(rng, path)
     else:
@@ -424,7 +428,11 @@ def change_tensors(rng: random.Random, path: Path) -> None:
         length = len(header) if rng.random() < 0.9 else rng.choice([0, 2**40, 2**63])
         path.write_bytes(length.to_bytes(8, "little") + header + raw[8 + size :])
         return
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+        name = rng.choice(list(tensors))
+    except Exception:  # damaged before
+        return
     path.unlink()
     name = rng.choice(list(tensors))
     old = tensors[name]
@@ -450,7 +458,7 @@ def change_tensors(rng: random.Random, path: Path) -> None:
     else:
         tensors[
             rng.choice(["extra", "0/head/x", "9/head/out.weight", "0/norm/image/clip/mean/x", "stacking/weight", ""])
-        ] = old
+        ] = old.clone()
     save_file(tensors, path)
 
 
@@ -523,9 +531,10 @@ def try_settings(rng: random.Random, place: Place) -> Any:
     words = list(SCRIPTS[module])
     names = {name for action in parser._actions for name in action.option_strings}
     feats = str(place.given / "feats")
+    shutil.copytree(place.given / "runs", place.work / "runs")
     defaults = {
         "--feats": [feats],
-        "--runs": [str(place.given / "runs")],
+        "--runs": [str(place.work / "runs")],
         "--device": ["cpu"],
         "--out": [str(place.out / "o")],
     }
@@ -539,7 +548,9 @@ def try_settings(rng: random.Random, place: Place) -> Any:
         if action.nargs != 0:
             known = [str(choice) for choice in action.choices or ()]
             count = rng.choice([1, 1, 2]) if action.nargs in ("+", "*") else 1
-            words += [rng.choice([*ODD_WORDS, *known]) for _ in range(count)]
+            # Where a user types a path, it is the user's.
+            odd = [word for word in ODD_WORDS if not (action.type is Path and "/" in word)]
+            words += [rng.choice([*odd, *known]) for _ in range(count)]
     if rng.random() < 0.2:
         words.append(rng.choice(ODD_WORDS))
     with contextlib.chdir(place.out):
@@ -602,7 +613,7 @@ def weights_file(rng: random.Random, state: dict[str, torch.Tensor], proof: Path
         return damaged(rng, raw) if rng.random() < 0.8 else raw
     if how < 0.45:
         odd = rng.choice(
-            [Runs(proof, rng.randrange(4)), nested(900), {1: torch.zeros(1)}, [state], None, 3, {"a": "b"}]
+            [Runs(proof, rng.randrange(4)), nested(200), {1: torch.zeros(1)}, [state], None, 3, {"a": "b"}]
         )
         content = odd if rng.random() < 0.5 else {**state, "x": odd}
         raw = pickle.dumps(content, rng.choice([0, 2, 4])) if rng.random() < 0.5 else saved(content, rng)
@@ -793,6 +804,7 @@ def script(module: str, *words: str) -> int:
 
 watched: list[str] = []  # what the process did that it shouldn't, as Python's own audit hooks tell
 own: list[Path] = []  # the place, what in it may be written; what else may: temporary files, the null device
+HARMLESS = {"/sbin/ldconfig", "fc-list"}  # by which Python finds libraries, and matplotlib fonts
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -801,14 +813,17 @@ def watch(event: str, args: tuple[Any, ...]) -> None:
     if not own:
         return
     if event in ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "os.fork"):
-        watched.append(f"{EXECUTED}: {event} {str(args)[:200]}")
+        if not HARMLESS & {str(args[0])}:
+            watched.append(f"{EXECUTED}: {event} {str(args)[:200]}")
         return
     if event == "open":
         paths = [args[0]] if isinstance(args[2], int) and args[2] & WRITES else []
     elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod"):
         paths = [args[0]]
-    elif event in ("os.rename", "os.link", "os.symlink"):
+    elif event in ("os.rename", "os.link"):
         paths = list(args[:2])
+    elif event == "os.symlink":
+        paths = [args[1]]
     else:
         return
     for path in paths:
