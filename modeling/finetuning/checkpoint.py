@@ -73,8 +73,9 @@ class WorkFolder:
         differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
         if differing:
             facts = [f"{k} {json.dumps(found.get(k))}, now {json.dumps(wanted.get(k))}" for k in differing[:5]]
+            told = one_line("; ".join(facts), 400)
             raise UsageError(
-                f"{self.path} holds checkpoints of another finetuning ({one_line('; '.join(facts), 400)}); give another "
+                f"{self.path} holds checkpoints of another finetuning ({told}); give another "
                 "`name`, or remove that folder to begin anew"
             )
 

@@ -520,7 +520,7 @@ NEVER = {
     "--ray-workers",
     "--engine",
     "--device",
-}
+, "--report", "--tensorboard", "--umap"}
 
 
 def try_settings(rng: random.Random, place: Place) -> Any:
@@ -809,10 +809,10 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def watch(event: str, args: tuple[Any, ...]) -> None:
-    """An audit hook: notes files opened for writing, made, moved and removed outside of `own` places, and processes."""
+    """An audit hook: notes files opened for writing, made, moved, removed outside of `own`, and processes."""
     if not own:
         return
-    if event in ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "os.fork"):
+    if event in ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen"):
         if not HARMLESS & {str(args[0])}:
             watched.append(f"{EXECUTED}: {event} {str(args)[:200]}")
         return
@@ -860,10 +860,10 @@ def attempt(kind: str, number: int, place: Place) -> tuple[str, str]:
             signal.setitimer(signal.ITIMER_REAL, 0)
     if (place.work / "executed").exists():
         watched.append(f"{EXECUTED}: a pickle's command")
-    if not watched and place.state() != place.before:
-        changed = {*place.state().items()} ^ {*place.before.items()}
+    before, place.before = place.before, place.state()
+    if not watched and place.before != before:
+        changed = {*place.before.items()} ^ {*before.items()}
         watched.append(f"{OUTSIDE}: {sorted(name for name, _ in changed)[:3]}")
-        place.before = place.state()
     if watched:
         return watched[0].partition(":")[0], "\n".join(watched[:5])
     return outcome, said
@@ -890,7 +890,10 @@ def _work(folder: Path, inputs: list[tuple[str, int]], pipe: Any) -> None:
     place = begin(folder)
     for kind, number in inputs:
         pipe.send(("begin", kind, number, ""))
-        pipe.send((*attempt(kind, number, place), kind, number))
+        found = attempt(kind, number, place)
+        if found[0] == HANG:  # or the machine was busy
+            found = attempt(kind, number, place)
+        pipe.send((*found, kind, number))
     pipe.send(("end", "", 0, ""))
 
 
