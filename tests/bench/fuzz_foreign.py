@@ -520,7 +520,9 @@ NEVER = {
     "--ray-workers",
     "--engine",
     "--device",
-, "--report", "--tensorboard", "--umap"}
+    "--report",
+    "--tensorboard",
+}
 
 
 def try_settings(rng: random.Random, place: Place) -> Any:
