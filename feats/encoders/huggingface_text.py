@@ -24,7 +24,7 @@ from feats.encoders.base import Blocks, Encoder, Features, Loading, TextSide, To
 from feats.encoders.hidden_layers import find_layers
 from feats.encoders.saved import RECORD
 from feats.encoders.weights import HUB_TIMEOUT, sha256_of, unobtainable, verified_sha256, weight_files
-from feats.errors import UsageError, first_line
+from feats.errors import UsageError, first_line, one_line
 from feats.json_files import read_json
 
 FALLBACK_LENGTH = 512  # for models that state no limit: relative positions, a tokenizer with a sentinel
@@ -199,7 +199,9 @@ def _lacking(folder: Path, kind: Kind, with_weights: bool) -> list[str]:
         indices = (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json")
         index = next((file for file in indices if file.is_file()), None)
         told = read_json(index, "fetch the model again", {"weight_map": {str: str}}) if index else {"weight_map": {}}
-        lacking += [shard for shard in sorted(set(told["weight_map"].values())) if not _is_inside(folder, shard)]
+        lacking += [
+            one_line(shard) for shard in sorted(set(told["weight_map"].values())) if not _is_inside(folder, shard)
+        ]
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
             lacking.append("weights (*.safetensors or pytorch_model*.bin)")
     return lacking

@@ -663,7 +663,9 @@ def _parts_of(content: Any, path: Path) -> dict[str, Sequence[str]]:
     parts = {ALIASES.get(part, part): members for part, members in named.items() if part != "how"}
     foreign = sorted(parts.keys() - set(PARTS))
     if foreign or not all(isinstance(members, list | Strings) for members in parts.values()):
-        raise UsageError(f"{path} holds {', '.join(map(str, foreign)) or 'parts that are no lists'}, expected {_FORM}")
+        raise UsageError(
+            f"{path} holds {one_line(', '.join(map(str, foreign))) or 'parts that are no lists'}, expected {_FORM}"
+        )
     return {
         part: members if isinstance(members, Strings) else [str(i) for i in members] for part, members in parts.items()
     }

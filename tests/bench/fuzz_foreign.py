@@ -806,7 +806,8 @@ def script(module: str, *words: str) -> int:
 
 watched: list[str] = []  # what the process did that it shouldn't, as Python's own audit hooks tell
 own: list[Path] = []  # the place, what in it may be written; what else may: temporary files, the null device
-HARMLESS = {"/sbin/ldconfig", "fc-list"}  # by which Python finds libraries, and matplotlib fonts
+# By which Python finds libraries, and matplotlib fonts; and the program its own scripts.
+HARMLESS = {"/sbin/ldconfig", "fc-list", sys.executable}
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
