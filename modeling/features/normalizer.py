@@ -103,13 +103,7 @@ class Normalizer:
         """Back from `kind` and `state()`. Raises `UsageError` when they don't belong together."""
         if kind not in NORMS or set(state) != ({"mean", "std"} if kind == "standard" else set()):
             raise UsageError(f"normalisation {kind!r} with tensors {', '.join(state) or '(none)'}: the run is damaged")
-        mean, std = state.get("mean"), state.get("std")
-        if mean is None or std is None:
-            return cls(kind)
-        fits = mean.dim() == 1 and mean.shape == std.shape and mean.is_floating_point() and std.is_floating_point()
-        if not fits or not bool(torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
-            raise UsageError("means and deviations that aren't finite numbers of one width: the run is damaged")
-        return cls(kind, mean, std)
+        return cls(kind, state.get("mean"), state.get("std"))
 
     def to(self, device: torch.device | str) -> "Normalizer":
         """The same with its statistics on `device`."""

@@ -428,8 +428,20 @@ def _member(k: int, saved: dict[str, Any], tensors: dict[str, torch.Tensor], n_c
         how["kinds"],
         {name.split("/", 2)[2]: t for name, t in own["norm"].items()},
     )
+    _check_statistics(preprocessing)
     plain = {name: saved[name] for name in ("widths", "temperature", "group", "best_epoch", "facts", "fold")}
     return Member(config, head.eval(), preprocessing, **plain, epochs=saved.get("epochs"))
+
+
+def _check_statistics(preprocessing: Preprocessing) -> None:
+    """Raise `ValueError` for means and deviations that aren't finite numbers of one width."""
+    for key, normalizer in preprocessing.normalizers.items():
+        mean, std = normalizer.mean, normalizer.std
+        if mean is None or std is None:
+            continue
+        fit = mean.dim() == 1 and mean.shape == std.shape and _is_finite(mean) and _is_finite(std)
+        if not fit or not bool((std > 0).all()):
+            raise ValueError(f"mean and std of {one_line(key)} aren't finite numbers of one width")
 
 
 def _check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size]) -> None:
