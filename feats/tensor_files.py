@@ -1,6 +1,7 @@
 """Tensors in files that anybody may have written: the one door for safetensors, and for pickled state dicts, of which
 nothing but tensors is ever unpickled. Each failure is one line that names the file."""
 
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def read_pickled(path: Path, remedy: str) -> Any:
         claimed = _claimed_bytes(path)
         if claimed > path.stat().st_size:
             raise ValueError(f"an archive of {path.stat().st_size} bytes that unpacks to {claimed}")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that torch itself wouldn't write
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - bytes that are no pickle make the unpickler raise anything
         # torch's own words about what it refuses fill a screen, and advise to run the code in it.
         what = first_line(error) if type(error) is ValueError else type(error).__name__

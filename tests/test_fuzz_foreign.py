@@ -2,6 +2,7 @@
 FUZZ_FOREIGN=<inputs of each kind>, or at length by `python -m tests.bench.fuzz_foreign`."""
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from importlib import import_module
@@ -15,13 +16,14 @@ from modeling import finetune, sweep_heads, train_head
 
 fuzz = import_module("tests.bench.fuzz_foreign")
 
-INPUTS = int(os.environ.get("FUZZ_FOREIGN", "25"))
+INPUTS = int(os.environ.get("FUZZ_FOREIGN", "16"))
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fuzz.Place]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fuzz, "SECONDS", 60)  # a busy machine is no hang
+        patch.setattr(fuzz, "IMPORTED", ())
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("MPLCONFIGDIR", str(tmp_path_factory.mktemp("matplotlib")))
         yield fuzz.begin(tmp_path_factory.mktemp("fuzz") / "top")
@@ -40,7 +42,7 @@ def outcomes(kind: str, first: int, count: int, place: fuzz.Place) -> Counter[st
 @pytest.mark.parametrize("kind", fuzz.KINDS)
 def test_every_input_is_accepted_or_refused_in_one_line(kind: str, place: fuzz.Place):
     counts = outcomes(kind, 0, INPUTS, place)
-    assert counts[fuzz.REFUSED] >= 3  # the damage is some
+    assert counts[fuzz.REFUSED] >= 3 or INPUTS < 10  # the damage is some
 
 
 @pytest.mark.slow
@@ -86,7 +88,7 @@ def test_it_sees_tracebacks_hangs_files_and_processes(place: fuzz.Place, monkeyp
 def test_a_process_that_dies_is_seen_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch):
     def dies(rng, where):
         if rng.random() < 0.5:
-            os.abort()
+            os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(fuzz, "make_given", lambda folder: None)
     monkeypatch.setattr(fuzz, "IMPORTED", ())

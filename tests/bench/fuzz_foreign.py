@@ -763,7 +763,12 @@ KINDS: dict[str, Try] = {
 
 
 # What looks for libraries when it is imported.
-IMPORTED = ("feats.encoders.openai_clip", "feats.encoders.huggingface_text", "feats.encoders.torchvision_image")
+IMPORTED = (
+    "cleanlab.filter",
+    "feats.encoders.openai_clip",
+    "feats.encoders.huggingface_text",
+    "feats.encoders.torchvision_image",
+)
 
 
 # -- trying -----------------------------------------------------------------------------------------------------
@@ -933,13 +938,15 @@ def fuzz(inputs: list[tuple[str, int]], show: Callable[[int], None] = lambda don
                         result.findings.append((which[0], which[1], first, second))
                     current, done = None, done + 1
                     show(done)
-            if child.is_alive() and rest:
+            child.join(1)
+            stuck = child.is_alive()
+            if stuck:
                 child.kill()
             child.join()
             if current is None and rest == todo:
                 raise SystemExit("the process that reads the inputs doesn't come up")
             if current is not None:
-                outcome = CRASH if child.exitcode and child.exitcode != -signal.SIGKILL else HANG
+                outcome = HANG if stuck else CRASH
                 result.counts[current[0]][outcome] += 1
                 result.findings.append((*current, outcome, f"exit code {child.exitcode}"))
             todo = rest
