@@ -726,7 +726,9 @@ def _check_disjoint(parts: dict[str, Sequence[str]], source: str) -> None:
     twice = _twice(list(parts.values()))
     if twice:
         where = ", ".join(part for part, members in parts.items() if twice[0] in members)
-        raise UsageError(f"{source}: {_few(twice, 'id')} named more than once ({twice[0]} in {where}); keep one")
+        raise UsageError(
+            f"{source}: {_few(twice, 'id')} named more than once ({one_line(twice[0])} in {where}); keep one"
+        )
 
 
 def _twice(parts: Sequence[Sequence[str]]) -> list[str]:
@@ -738,4 +740,4 @@ def _twice(parts: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _few(ids: Sequence[str], what: str) -> str:
-    return f"{len(ids)} {what}{'s' if len(ids) > 1 else ''} ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''})"
+    return f"{len(ids)} {what}{'s' if len(ids) > 1 else ''} ({', '.join(map(one_line, ids[:5]))}{', ...' if len(ids) > 5 else ''})"
