@@ -740,4 +740,5 @@ def _twice(parts: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _few(ids: Sequence[str], what: str) -> str:
-    return f"{len(ids)} {what}{'s' if len(ids) > 1 else ''} ({', '.join(map(one_line, ids[:5]))}{', ...' if len(ids) > 5 else ''})"
+    some = ", ".join(map(one_line, ids[:5])) + (", ..." if len(ids) > 5 else "")
+    return f"{len(ids)} {what}{'s' if len(ids) > 1 else ''} ({some})"
