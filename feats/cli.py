@@ -477,6 +477,11 @@ def _guarded(work: Callable[[], int], interrupted: str) -> int:
             return EXIT_UNUSABLE
         except ModuleNotFoundError as error:
             return refuse_without_extra(error)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            print(f"error: {as_typed(error)}", file=sys.stderr)  # a name that is too long, a folder of another's
+            return EXIT_UNUSABLE
         except RuntimeError as error:
             said = _resources_spent(error)
             if said is None:

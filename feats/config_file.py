@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from feats.errors import UsageError, first_line
+from feats.json_files import parse_json, read_json, read_text
 
+EXPECTED = "expected TOML with lines like lr = 1e-3, or the config.json of a run"
 OPTIONS = "options"  # where a run's config.json keeps the options that made it
 
 
@@ -18,15 +20,13 @@ def read_options(path: Path) -> dict[str, Any]:
     Raises `UsageError` for a file that can't be read, is neither TOML nor a run's config.json, comes of a run that
     records no options, or holds other values.
     """
+    text = read_text(path, EXPECTED)
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UsageError(
-            f"{path} can't be read as options ({reason}); expected TOML with lines like lr = 1e-3, or the config.json "
-            "of a run"
-        ) from None
+        content = parse_json(text) if path.suffix == ".json" else tomllib.loads(text)
+    except RecursionError:
+        raise UsageError(f"{path} can't be read as options (it is nested too deeply); {EXPECTED}") from None
+    except ValueError as error:
+        raise UsageError(f"{path} can't be read as options ({first_line(error)}); {EXPECTED}") from None
     options = _of_run(path, content) if path.suffix == ".json" else content
     for name, value in options.items():
         if not _is_value(value):
@@ -40,8 +40,8 @@ def read_options(path: Path) -> dict[str, Any]:
 def made_by(path: Path) -> str:
     """The script that made a run's config.json, as it was typed; '' for another file, or where it isn't known."""
     try:
-        words = shlex.split(json.loads(path.read_text(encoding="utf-8"))["command"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        words = shlex.split(read_json(path, "", {"command": str})["command"])
+    except (UsageError, ValueError):
         return ""
     return words[1] if len(words) > 1 else ""
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from feats.errors import UsageError, first_line
+from feats.json_files import parse_json, read_text
 from feats.source import Source, data_identity
 from feats.store import (
     CacheError,
@@ -67,7 +68,7 @@ class PartsPlan:
     @classmethod
     def from_json(cls, text: str) -> "PartsPlan":
         """The plan of that text. Raises `ValueError` that says what is wrong for anything else."""
-        told = json.loads(text)
+        told = parse_json(text)
         if not isinstance(told, dict) or told.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"it isn't a plan of format {FORMAT_VERSION}")
         kinds = {"fingerprint": dict, "kept": dict, "features": dict, "layout": str, "split": str, "pieces": list}
@@ -78,6 +79,8 @@ class PartsPlan:
             wrong.append("kept.block_rows")
         if not wrong and not all(map(_is_shape, told["features"].values())):
             wrong.append("features")
+        if not wrong and not told["pieces"]:
+            wrong.append("pieces")
         if not wrong and not all(isinstance(piece, dict) for piece in told["pieces"]):
             wrong.append("pieces")
         if wrong:
@@ -97,12 +100,13 @@ def plan_path(folder: Path) -> Path:
 def read_plan(folder: Path) -> PartsPlan | None:
     """The plan of a folder of parts; None where there is none yet. Raises `UsageError` for one that is damaged."""
     path = plan_path(folder)
-    try:
-        return PartsPlan.from_json(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    remedy = f"remove {folder} and make it again"
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} can't be read ({first_line(error)}); remove {folder} and make it again") from None
+    try:
+        return PartsPlan.from_json(read_text(path, remedy))
+    except ValueError as error:
+        raise UsageError(f"{path} can't be read ({first_line(error)}); {remedy}") from None
 
 
 def is_plan_of(plan: PartsPlan, folder: Path) -> bool:

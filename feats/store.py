@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 
 from feats.csv_files import parse_csv, write_csv
 from feats.errors import UsageError, first_line
+from feats.json_files import parse_json
 from feats.plain_hdf5 import attribute_problem, dataset_problem
 from feats.source import Source
 from feats.strings import Labels, Strings
@@ -323,6 +324,7 @@ class FeatureStore(CacheReader):
                 self._indices: dict[str, str] = _mapping(file, "chunk_indices")
                 if not isinstance(self.plan.get("block_rows"), int) or self.plan["block_rows"] < 1:
                     raise ValueError("its plan tells no block_rows")
+                _ = self.complete
             with _damage(path, "id"):
                 self.ids = _strings(self._dataset("id")[:])
             if lock is not None:
@@ -478,7 +480,7 @@ class FeatureStore(CacheReader):
     def source(self) -> Source | None:
         """Where the raw pairs lay when the cache was last brought up to date; None where that wasn't told."""
         with _damage(self.path, "source"):
-            told = json.loads(bytes(self._file.attrs.get("source", b"")) or b"{}")
+            told = parse_json(bytes(self._file.attrs.get("source", b"")) or b"{}")
         if not told:
             return None
         with _damage(self.path, "its paths"):
@@ -922,7 +924,7 @@ def _refuse(path: Path, problem: str) -> None:
 def _mapping(file: h5py.File, name: str) -> dict[str, Any]:
     """What an attribute tells as JSON. Raises `ValueError` for anything but an object."""
     value = file.attrs[name]
-    told = json.loads(value) if isinstance(value, bytes | str) else None
+    told = parse_json(value) if isinstance(value, bytes | str) else None
     if not isinstance(told, dict):
         raise ValueError(f"{name} is no JSON object")
     return told

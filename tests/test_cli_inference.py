@@ -379,6 +379,7 @@ def test_ties_of_majorities(said: list[Sequence[float]], tie: int | None, expect
 def test_runs_of_different_classes_dont_vote(home: Path, capsys: pytest.CaptureFixture):
     config = json.loads((home / "runs" / "second" / "config.json").read_text())
     config["classes"][0] = "angry"
+    config["training_rows"]["angry"] = 3
     (home / "runs" / "second" / "config.json").write_text(json.dumps(config))
     line = refused(capsys, infer(home, "--run", "first", "second"))
     assert "different classes" in line and "angry" in line

@@ -238,7 +238,7 @@ def test_a_finetuning_keeps_its_options(tmp_path: Path):
         ("lr = true", "lr = True: expected a value, not true or false"),
         ("[lr]\nx = 1", "lr is .*; expected a string, a number, true, false, or a list"),
         ("lr = ", r"can't be read as options \(Invalid value.*; expected TOML"),
-        (None, r"can't be read as options \(No such file or directory\)"),
+        (None, r"can't be read \(No such file or directory\)"),
     ],
 )
 def test_one_line_says_what_a_file_can_t_hold(

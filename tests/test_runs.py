@@ -250,14 +250,14 @@ def test_the_rewriting_itself_does_no_harm(saved: Path, made: tuple[Run, Feature
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda t: t.pop("0/head/out.weight"), "run is damaged .*Missing key.*out.weight"),
+        (lambda t: t.pop("0/head/out.weight"), "run is damaged .*there is no tensor out.weight"),
         (lambda t: t.pop("0/norm/image/clip/std"), "normalisation 'standard'"),
-        (lambda t: t.update({"0/head/extra": torch.ones(2)}), "run is damaged .*Unexpected key.*extra"),
+        (lambda t: t.update({"0/head/extra": torch.ones(2)}), "run is damaged .*there is a tensor extra"),
         (lambda t: t.update({"0/norm/text/vader/mean": torch.ones(4)}), "normalisation 'l2'"),
         (lambda t: t.update({"0/norm/image/resnet/mean": torch.ones(4)}), "resnet"),
         (lambda t: t.update({"1/head/out.bias": torch.ones(3)}), "no member has .1/head/out.bias"),
         (lambda t: t.update({"stacking/bias": torch.ones(3)}), "no member has .stacking/bias"),
-        (lambda t: t.update({"0/head/out.bias": torch.ones(4)}), "run is damaged .*size mismatch for out.bias"),
+        (lambda t: t.update({"0/head/out.bias": torch.ones(4)}), "run is damaged .*the tensor out.bias is"),
     ],
 )
 def test_tensors_must_be_those_of_the_head(saved: Path, change: Callable, told: str):

@@ -2,15 +2,13 @@
 
 from itertools import pairwise
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from feats.errors import UsageError
+from feats.errors import UsageError, first_line
+from feats.tensor_files import SUFFIX, read_pickled, read_safetensors
 
 
 def load_strictly(network: nn.Module, path: Path, model: str) -> None:
@@ -18,24 +16,16 @@ def load_strictly(network: nn.Module, path: Path, model: str) -> None:
 
     Raises `UsageError` if the file can't be read as one or holds other names or shapes than the network.
     """
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        # torch's own words about what it refuses to unpickle fill a screen. (The message only tells users how such a
-        # file is written; loading above is weights_only.)
-        raise UsageError(
-            f"{path} can't be read as a state dict ({type(error).__name__}); "
-            "expected .safetensors, or .pth/.pt as torch.save(model.state_dict()) writes it"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    remedy = "expected .safetensors, or .pth/.pt as torch.save(model.state_dict()) writes it"
+    state = read_safetensors(path, remedy) if path.suffix == SUFFIX else read_pickled(path, remedy)
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
         raise UsageError(f"{path} holds no plain state dict; save model.state_dict() alone")
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        problems = [line.strip() for line in str(error).splitlines()[1:]]
+        problems = [line.strip() for line in str(error).splitlines()[1:] if line.strip()] or [first_line(error)]
         raise UsageError(
             f"{path} doesn't fit {model} ({problems[0][:200]}); give this model's weights or the model that has these"
         ) from None

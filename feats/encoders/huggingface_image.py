@@ -1,6 +1,5 @@
 """Any Hugging Face image encoder that makes a sequence of patches: ViT, DeiT, DINOv2, Swin and their kin."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from feats.encoders.huggingface_text import (
 from feats.encoders.weights import verified_sha256
 from feats.errors import UsageError
 from feats.images import ResizeCrop
+from feats.json_files import read_json
 
 IMAGE = Kind("an image encoder", "google/vit-base-patch16-224-in21k", tokenizer=False)
 PREPROCESSOR = "preprocessor_config.json"
@@ -96,7 +96,7 @@ def read_preprocessor(folder: Path, config: Any) -> tuple[ResizeCrop, list[float
     """
     path = folder / PREPROCESSOR
     try:
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        settings = read_json(path, f"give a model such as {IMAGE.example}") if path.is_file() else {}
         resize = _square(settings.get("size") or _model_size(config))
         crop = _square(settings.get("crop_size") or resize) if settings.get("do_center_crop") else resize
         interpolation = Image.Resampling(settings.get("resample", Image.Resampling.BILINEAR)).name.lower()

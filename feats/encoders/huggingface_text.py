@@ -1,7 +1,6 @@
 """Any Hugging Face text encoder: BERT, RoBERTa, their kin, the encoder half of T5 and BART, causal models by mean."""
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence, Set
@@ -25,7 +24,8 @@ from feats.encoders.base import Blocks, Encoder, Features, Loading, TextSide, To
 from feats.encoders.hidden_layers import find_layers
 from feats.encoders.saved import RECORD
 from feats.encoders.weights import HUB_TIMEOUT, sha256_of, unobtainable, verified_sha256, weight_files
-from feats.errors import UsageError, first_line
+from feats.errors import UsageError, first_line, one_line
+from feats.json_files import read_json
 
 FALLBACK_LENGTH = 512  # for models that state no limit: relative positions, a tokenizer with a sentinel
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "*.model")
@@ -198,11 +198,21 @@ def _lacking(folder: Path, kind: Kind, with_weights: bool) -> list[str]:
     if with_weights:
         indices = (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json")
         index = next((file for file in indices if file.is_file()), None)
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else []
-        lacking += [shard for shard in shards if not (folder / shard).is_file()]
+        told = read_json(index, "fetch the model again", {"weight_map": {str: str}}) if index else {"weight_map": {}}
+        lacking += [
+            one_line(shard) for shard in sorted(set(told["weight_map"].values())) if not _is_inside(folder, shard)
+        ]
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
             lacking.append("weights (*.safetensors or pytorch_model*.bin)")
     return lacking
+
+
+def _is_inside(folder: Path, shard: str) -> bool:
+    """Whether a shard is a file of the folder itself, as all that save_pretrained writes are."""
+    try:
+        return Path(shard).name == shard and (folder / shard).is_file()
+    except (OSError, ValueError):  # no file's name
+        return False
 
 
 def _wanted(files: Sequence[str], with_weights: bool) -> list[str]:

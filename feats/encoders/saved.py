@@ -12,9 +12,11 @@ from pathlib import Path
 from feats.encoders.base import Encoder
 from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
+from feats.json_files import read_json
 
 RECORD = "encoder.json"
 FORMAT_VERSION = 1
+SHAPE = {"format_version": int, "encoder": str, "model": str, "options": {str: str | int}, "text_clean": str}
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,7 @@ def find_saved(path: Path, name: str) -> Path | None:
 def read_saved(folder: Path) -> SavedEncoder:
     """What `save_encoder` wrote into `folder` beside the weights. Raises `UsageError` for anything else."""
     path = folder / RECORD
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if (version := record["format_version"]) != FORMAT_VERSION:
-            raise UsageError(f"{path} has format version {version}, expected {FORMAT_VERSION}; save the encoder again")
-        return SavedEncoder(folder, record["encoder"], record["model"], dict(record["options"]), record["text_clean"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{path} can't be read as a saved encoder ({type(error).__name__}); save the encoder again"
-        ) from None
+    record = read_json(path, "save the encoder again", SHAPE)
+    if (version := record["format_version"]) != FORMAT_VERSION:
+        raise UsageError(f"{path} has format version {version}, expected {FORMAT_VERSION}; save the encoder again")
+    return SavedEncoder(folder, record["encoder"], record["model"], record["options"], record["text_clean"])

@@ -8,7 +8,6 @@ from urllib.parse import urlparse
 
 import torch
 import torchvision
-from safetensors import SafetensorError, safe_open
 from torchvision.models import ResNet, VisionTransformer, WeightsEnum, get_model, get_model_weights, list_models
 
 from feats.encoders.base import Blocks, Encoder, Features, ImageSide, Loading, count_parameters
@@ -17,6 +16,7 @@ from feats.encoders.stack import map_tokens, stacked
 from feats.encoders.weights import save_weights, sha256_of, unobtainable, verified_sha256, weights_at
 from feats.errors import UsageError, first_line
 from feats.images import ResizeCrop
+from feats.tensor_files import safetensors_metadata
 
 FAMILIES = ("resnet", "resnext", "wide_resnet", "vit_")
 PREPROCESSED_AS = "preprocessed_as"  # in a saved file's metadata: the weights name whose preprocessing it goes on with
@@ -101,11 +101,7 @@ def find_weights(model: str, weights: str | None) -> tuple[WeightsEnum, Path]:
 
 def _entry_saved_in(path: Path, default: WeightsEnum) -> WeightsEnum:
     """The weights that a saved encoder's file names, else `default`. Raises `UsageError` for another model's."""
-    try:
-        with safe_open(path, "pt") as file:
-            name = (file.metadata() or {}).get(PREPROCESSED_AS)
-    except (SafetensorError, OSError):  # no such file: a pickle, or damaged, as `load_strictly` finds out
-        return default
+    name = safetensors_metadata(path).get(PREPROCESSED_AS)
     entries = {entry.name: entry for entry in type(default)}
     if name is None:
         return default

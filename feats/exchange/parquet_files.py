@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from feats.errors import UsageError, first_line
 from feats.exchange.foreign import Batch, Columns, Foreign, dtype_of_files, strings
 from feats.extraction.summary import Progress
+from feats.json_files import parse_json, shape_problem
 from feats.source import SIDES
 from feats.store import DONE, ROW_FACTS, CacheReader
 
@@ -80,7 +81,13 @@ def maker_in(schema: pa.Schema) -> dict[str, Any]:
     told = (schema.metadata or {}).get(MADE_BY)
     if told is None:
         return {}
-    found = json.loads(told)
+    try:
+        found = parse_json(told)
+    except ValueError as error:
+        found = str(error)
+    wrong = shape_problem(found, {"fingerprint": dict, "parameters": (None, {str: int})})
+    if wrong:
+        raise UsageError(f"what the file says of its maker {wrong}; write it again, or leave its metadata out")
     return {"made_by": found["fingerprint"], "parameters": found["parameters"]}
 
 
@@ -186,7 +193,13 @@ def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
 def _own(schema: pa.Schema) -> dict[str, _Column]:
     """The datasets of a file that this program wrote."""
     shapes = {f.name: f.metadata[b"shape"] for f in schema if f.metadata and b"shape" in f.metadata}
-    return {name: _Column(name, tuple(json.loads(shape))) for name, shape in shapes.items()}
+    try:
+        told = {name: parse_json(shape) for name, shape in shapes.items()}
+    except ValueError as error:
+        raise UsageError(f"a column's shape can't be read ({first_line(error)}); write the file again") from None
+    if any(shape_problem(shape, [int]) or min(shape, default=0) < 0 for shape in told.values()):
+        raise UsageError(f"columns of shapes {str(list(told.values()))[:80]}; write the file again")
+    return {name: _Column(name, tuple(shape)) for name, shape in told.items()}
 
 
 def _theirs(path: Path, schema: pa.Schema, columns: Columns) -> dict[str, _Column]:

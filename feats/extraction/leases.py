@@ -21,6 +21,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from threading import Event, Thread
 
+from feats.json_files import parse_json
+
 LEASE_SECONDS = 60.0
 GUARD = ".guard"  # ends the name of the file under which a lease is taken over
 BEATS = 4  # touches in the time after which a lease is stale
@@ -152,7 +154,7 @@ def _create(path: Path, owner: Owner) -> bool:
 def holder_of(path: Path) -> Owner | None:
     """Who holds the lease, or the guard of one, at `path`; None for nobody, or one that isn't written to its end."""
     try:
-        return _holder(path.read_text(encoding="utf-8"))
+        return _holder(path.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return None
 
@@ -160,14 +162,14 @@ def holder_of(path: Path) -> Owner | None:
 def _holder(text: str) -> Owner | None:
     """Who a lease names; None for one that wasn't written to its end."""
     try:
-        return Owner(**json.loads(text))
+        return Owner(**parse_json(text))
     except (ValueError, TypeError):
         return None
 
 
 def _touch(path: Path, owner: Owner) -> None:
     """Through the open file: a lease that another has put in its place meanwhile isn't touched."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         if _holder(file.read()) == owner:
             os.utime(file.fileno() if os.utime in os.supports_fd else path)
 
@@ -200,7 +202,9 @@ def _take_over(path: Path, owner: Owner, seconds: float) -> bool:
 def _is_stale(path: Path, seconds: float) -> bool:
     """Whether a lease's holder is known to be dead, or didn't touch it for so long. What is gone isn't stale."""
     try:
-        with path.open(encoding="utf-8") as file:  # opening makes a network's file system ask for the time anew
+        with path.open(
+            encoding="utf-8", errors="replace"
+        ) as file:  # opening makes a network's file system ask for the time anew
             holder, touched_at = _holder(file.read()), os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return False

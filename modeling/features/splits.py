@@ -10,18 +10,17 @@ import glob
 import hashlib
 import json
 import re
-import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from feats.csv_files import numbered_csv, parse_csv
-from feats.errors import UsageError, first_line
+from feats.errors import UsageError, first_line, one_line
+from feats.json_files import parse_json, read_json
 from feats.regular import check_regular
 from feats.strings import BLOCK, Labels, Strings
 from modeling.choices import SplitSettings as SplitSettings
@@ -29,6 +28,9 @@ from modeling.features.duplicates import Duplicates
 from modeling.features.joined import FeatureSet
 
 PARTS = ("train", "val", "test")
+REMEDY = "train again"
+_FOLD = {**dict.fromkeys((f"{part}?" for part in PARTS), [str]), "ids?": str, "how?": dict}
+SHAPE = {**_FOLD, "folds?": [_FOLD]}  # of what `save_split` writes
 MAX_JSON_IDS = 1_000_000  # of a split's file; Python's objects of more would take gigabytes
 ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 
@@ -88,32 +90,51 @@ def save_split(split: Split | Sequence[Split], path: Path | str) -> None:
 
 
 def load_split(path: Path | str) -> Split | list[Split]:
-    """What `save_split` wrote. Raises `OSError`, and `ValueError` or `TypeError` for anything else."""
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
-    if "folds" in content:
-        return [Split(**fold) for fold in _with_ids(content["folds"], Path(path))]
-    return Split(**_with_ids([content], Path(path))[0])
+    """What `save_split` wrote. Raises `UsageError` for anything else."""
+    path = Path(path)
+    content = read_json(path, REMEDY, SHAPE)
+    folds = [_split(fold, path) for fold in _with_ids(content.get("folds", [content]), path)]
+    return folds if "folds" in content else folds[0]
+
+
+def _split(parts: Mapping[str, Any], path: Path) -> Split:
+    if not {"train", "val"} <= parts.keys() <= {*PARTS, "how"}:
+        raise UsageError(
+            f"{path} names {one_line(', '.join(parts)) or 'nothing'}, expected {', '.join(PARTS)}; {REMEDY}"
+        )
+    return Split(**parts)
 
 
 def _with_ids(folds: Sequence[Any], path: Path) -> list[Any]:
-    """Splits as the JSON file `path` holds them, with ids that lie beside it. Raises as `load_split`."""
+    """Splits as the JSON file `path` holds them, with ids that lie beside it. Raises `UsageError` where these can't be
+    read."""
     found = []
     for k, fold in enumerate(folds):
         if isinstance(fold, dict) and isinstance(fold.get("ids"), str):
-            with np.load(path.with_name(Path(fold["ids"]).name), allow_pickle=False) as beside:
-                parts = {part: _strings(beside[f"{k}/{part}"]) for part in PARTS}
+            parts = _ids_beside(path, Path(fold["ids"]).name, k)
             fold = {**parts, **{key: value for key, value in fold.items() if key != "ids"}}
         found.append(fold)
     return found
 
 
-_OF_ARCHIVES = (OSError, EOFError, ValueError, NotImplementedError, BadZipFile, zlib.error)
+def _ids_beside(path: Path, name: str, k: int) -> dict[str, Strings]:
+    """The ids of the parts of split `k` in the file `name` beside `path`."""
+    try:
+        file = path.with_name(name)
+        if not file.is_file():
+            raise ValueError(f"there is no file {name}")
+        with np.load(file, allow_pickle=False) as beside:
+            return {part: _as_ids(beside[f"{k}/{part}"]) for part in PARTS}
+    except Exception as error:  # noqa: BLE001 - numpy's readers of archives and headers raise anything
+        raise UsageError(f"{path}: the ids beside it can't be read ({first_line(error)}); copy both files") from None
 
 
-def _strings(encoded: np.ndarray) -> Strings:
-    if encoded.ndim != 1 or encoded.dtype.kind != "S":
-        raise ValueError(f"an array {encoded.shape} of {encoded.dtype} is no list of ids")
-    return Strings(encoded)
+def _as_ids(values: np.ndarray) -> Strings:
+    if values.dtype.kind != "S" or values.ndim != 1 or not values.dtype.itemsize:
+        raise ValueError(f"they are {values.dtype} {values.shape}, no list of text")
+    for low in range(0, len(values), BLOCK):
+        np.char.decode(values[low : low + BLOCK], "utf-8")
+    return Strings(values)
 
 
 # -- splits of features -----------------------------------------------------------------------------------------
@@ -551,17 +572,13 @@ def _parts_of_files(paths: Sequence[Path]) -> list[str]:
 def _read_json(path: Path) -> list[dict[str, Sequence[str]]]:
     """The parts of one split, or of each fold."""
     try:
-        content = json.loads(_read(path), object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(_read(path))
+    except ValueError as error:
         raise UsageError(f"{path} is not JSON ({first_line(error)}); expected {_FORM}") from None
     folds = content["folds"] if isinstance(content, dict) and set(content) == {"folds"} else [content]
     if not isinstance(folds, list) or not folds:
         raise UsageError(f'{path} names no folds; expected {_FORM}, or {{"folds": [...]}} of such')
-    try:
-        folds = _with_ids(folds, path)
-    except (*_OF_ARCHIVES, LookupError, TypeError) as error:
-        raise UsageError(f"{path}: the ids beside it can't be read ({first_line(error)}); copy both files") from None
-    return [_parts_of(fold, path) for fold in folds]
+    return [_parts_of(fold, path) for fold in _with_ids(folds, path)]
 
 
 def _parts_of(content: Any, path: Path) -> dict[str, Sequence[str]]:
@@ -574,7 +591,7 @@ def _parts_of(content: Any, path: Path) -> dict[str, Sequence[str]]:
     if len(parts) < len(part_of):  # two names of one part
         foreign += [name for name, part in part_of.items() if list(part_of.values()).count(part) > 1]
     if foreign or not all(map(_are_ids, parts.values())):
-        problem = ", ".join(foreign) or "parts that are no lists of ids"
+        problem = one_line(", ".join(map(str, foreign))) or "parts that are no lists of ids"
         raise UsageError(f"{path} holds {problem}, expected {_FORM}")
     return {
         part: members if isinstance(members, Strings) else [str(i) for i in members] for part, members in parts.items()
@@ -586,14 +603,6 @@ def _are_ids(members: Any) -> bool:
     return isinstance(members, Strings) or (
         isinstance(members, list) and all(isinstance(i, str | int | float) and not isinstance(i, bool) for i in members)
     )
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a key that is there twice the library would take the last."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key is there twice")
-    return found
 
 
 _FORM = '{"train": [ids], "val": [ids], "test": [ids]}'
@@ -651,7 +660,9 @@ def _check_disjoint(parts: dict[str, Sequence[str]], source: str) -> None:
     twice = _twice(list(parts.values()))
     if twice:
         where = ", ".join(part for part, members in parts.items() if twice[0] in members)
-        raise UsageError(f"{source}: {_few(twice, 'id')} named more than once ({twice[0]} in {where}); keep one")
+        raise UsageError(
+            f"{source}: {_few(twice, 'id')} named more than once ({one_line(twice[0])} in {where}); keep one"
+        )
 
 
 def _twice(parts: Sequence[Sequence[str]]) -> list[str]:
@@ -663,4 +674,5 @@ def _twice(parts: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _few(ids: Sequence[str], what: str) -> str:
-    return f"{len(ids)} {what}{'s' if len(ids) > 1 else ''} ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''})"
+    some = ", ".join(map(one_line, ids[:5])) + (", ..." if len(ids) > 5 else "")
+    return f"{len(ids)} {what}{'s' if len(ids) > 1 else ''} ({some})"

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from feats.errors import UsageError, first_line
+from feats.errors import UsageError, first_line, one_line
+from feats.json_files import read_json
+from feats.tensor_files import read_safetensors
 
 SETTINGS, TENSORS, STATE = "settings.json", "tensors.safetensors", "state.json"
 
@@ -66,17 +68,15 @@ class WorkFolder:
         if not file.exists():
             _write(file, json.dumps(self.what, indent=1).encode())
             return
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UsageError(f"{file} is damaged; remove {self.path} to begin anew") from None
+        found = read_json(file, f"remove {self.path} to begin anew")
         found, wanted = _flat(found), _flat(self.what)
         differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
         if differing:
             facts = [f"{k} {json.dumps(found.get(k))}, now {json.dumps(wanted.get(k))}" for k in differing[:5]]
+            told = one_line("; ".join(facts), 400)
             raise UsageError(
-                f"{self.path} holds checkpoints of another finetuning ({'; '.join(facts)[:400]}); give another `name`, "
-                "or remove that folder to begin anew"
+                f"{self.path} holds checkpoints of another finetuning ({told}); give another "
+                "`name`, or remove that folder to begin anew"
             )
 
     def save_step(self, step: int, tensors: Tensors, state: Mapping[str, Any]) -> None:
@@ -94,10 +94,8 @@ class WorkFolder:
     def load_step(self, device: torch.device) -> tuple[Tensors, dict[str, Any]] | None:
         """The newest checkpoint, or None. Raises `UsageError` when it is damaged."""
         for path in reversed(self._steps()):
-            try:
-                return load_file(path / TENSORS, device=str(device)), json.loads((path / STATE).read_text())
-            except (OSError, ValueError, SafetensorError) as error:
-                raise UsageError(f"{path} is damaged ({first_line(error)}); remove {self.path} to begin anew") from None
+            remedy = f"remove {self.path} to begin anew"
+            return read_safetensors(path / TENSORS, remedy, str(device)), read_json(path / STATE, remedy)
         return None
 
     def save_epoch(self, epoch: int, tensors: Tensors) -> None:
@@ -107,8 +105,9 @@ class WorkFolder:
                 _save_tensors(tensors, folder / TENSORS)
 
     def load_epoch(self, epoch: int, device: torch.device) -> Tensors:
-        """What `save_epoch` wrote."""
-        return load_file(self.path / f"epoch-{epoch:04d}" / TENSORS, device=str(device))
+        """What `save_epoch` wrote. Raises `UsageError` when it is damaged."""
+        remedy = f"remove {self.path} to begin anew"
+        return read_safetensors(self.path / f"epoch-{epoch:04d}" / TENSORS, remedy, str(device))
 
     def keep_epochs(self, wanted: list[int]) -> None:
         """Remove the weights of all other epochs."""

@@ -26,8 +26,9 @@ from typing import Any
 import torch
 
 from feats.acceleration import peak_bytes
-from feats.errors import UsageError
+from feats.errors import UsageError, one_line
 from feats.interrupts import held_back
+from feats.json_files import read_json
 from modeling.choices import METHODS as METHODS
 from modeling.experiment import Experiment, Progress, run_of, train_all
 from modeling.features.splits import Split, deal_folds, deal_split
@@ -166,11 +167,8 @@ def claim(folder: Path, experiment: Experiment, config: TrainConfig, **protocol:
         unfinished.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
         os.replace(unfinished, file)
         return
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-    except (ValueError, TypeError, AttributeError):
-        raise UsageError(f"{file} is damaged; give another `name`, or remove {folder} to begin anew") from None
+    found = read_json(file, f"give another `name`, or remove {folder} to begin anew")
+    differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
     if differing:
         facts = [
             key
@@ -178,7 +176,7 @@ def claim(folder: Path, experiment: Experiment, config: TrainConfig, **protocol:
             else f"{key} {found.get(key)}, now {wanted.get(key)}"
             for key in differing
         ]
-        raise UsageError(f"{folder} holds another comparison ({'; '.join(facts)}); give another `name`")
+        raise UsageError(f"{folder} holds another comparison ({one_line('; '.join(facts), 400)}); give another `name`")
 
 
 # -- trainings --------------------------------------------------------------------------------------------------

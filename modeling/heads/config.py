@@ -8,6 +8,7 @@ from feats.errors import UsageError
 from feats.source import SIDES
 from modeling.heads.registry import HEADS
 
+MAX_WIDTH, MAX_LAYERS = 1 << 16, 256  # a head of more than these is a slip of the finger, or fills the memory
 # Of coattention: what stands behind its self-attentions, what is added to the image tokens, how they become one vector.
 ATTENTION_NORMS = ("layer", "batch", "none")
 IMAGE_POSITIONS = ("none", "learnable", "absolute")
@@ -34,12 +35,12 @@ class HeadConfig:
     def __post_init__(self) -> None:
         check_head(self.head)
         object.__setattr__(self, "sides", checked_sides(self.sides))
-        if self.D < 1:
-            raise UsageError(f"D={self.D}: the width of a head must be 1 or more")
+        if not 1 <= self.D <= MAX_WIDTH:
+            raise UsageError(f"D={self.D}: the width of a head must be 1 or more, and at most {MAX_WIDTH}")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise UsageError(f"dropout {self.dropout:g}: expected 0 <= dropout < 1")
-        if self.layers is not None and self.layers < 1:
-            raise UsageError(f"`layers` {self.layers}: expected 1 or more")
+        if self.layers is not None and not 1 <= self.layers <= MAX_LAYERS:
+            raise UsageError(f"`layers` {self.layers}: expected 1 or more, and at most {MAX_LAYERS}")
         known = {"attention_norm": ATTENTION_NORMS, "image_positions": IMAGE_POSITIONS, "image_pooling": IMAGE_POOLINGS}
         for name, values in known.items():
             if getattr(self, name) not in values:

@@ -73,6 +73,18 @@ HEADS = Heads(
 )
 
 
+def head_shapes(config: HeadConfig, widths: Mapping[str, int], n_classes: int) -> dict[str, torch.Size]:
+    """The shapes of a head's tensors by name, of one model (1, ...), without the memory for them. Raises `UsageError`
+    as `build_head`, and torch's `RuntimeError` for more numbers than can be counted."""
+    import torch
+
+    from modeling.heads.base import head_class
+
+    with torch.device("meta"):
+        head = head_class(config.head)(config, widths, n_classes, 1)
+    return {name: tensor.shape for name, tensor in head.state_dict().items()}
+
+
 def build_head(
     config: HeadConfig,
     widths: Mapping[str, int],

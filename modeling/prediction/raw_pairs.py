@@ -139,7 +139,7 @@ def encoder_for(name: str, run: Run, runs: Sequence[Run], weights: str | None, d
     """The encoder of the cache `name` of `run`, with the sides that any of `runs` reads. Raises `UsageError` when it
     can't be loaded as the cache's fingerprint says."""
     fingerprint = run.source.fingerprints[name]
-    tokens = fingerprint["tokens"] and any(r.source.tokens for r in runs)
+    tokens = bool(fingerprint.get("tokens")) and any(r.source.tokens for r in runs)
     chosen = weights or run.encoder_weights(name)
     encoder = encoder_of(name, fingerprint, chosen, device=device, tokens=tokens, trained_by=str(run.path))
     if not any(name in r.source.image for r in runs):

@@ -10,6 +10,7 @@ from feats.acceleration import DTYPES
 from feats.encoders.base import Encoder
 from feats.encoders.registry import ENCODERS, load_encoder
 from feats.errors import UsageError
+from feats.json_files import shape_problem
 from modeling.runs.run import FREE_TO_DIFFER
 
 
@@ -28,6 +29,11 @@ def encoder_of(
 
     Raises `UsageError` when it can't be loaded, or isn't the one that `fingerprint` tells of.
     """
+    wrong = shape_problem(fingerprint, {"encoder": str, "model": str, "dtype": str})
+    if wrong or fingerprint["dtype"] not in DTYPES:
+        raise UsageError(
+            f"what {trained_by} says of the encoder of {name} {wrong or 'has an unknown dtype'}; train again"
+        )
     spec = ENCODERS.get(fingerprint["encoder"])
     # A fingerprint says by what pictures were resized only where that isn't PIL.
     options = {option: fingerprint[option] for option in (spec.options if spec else ()) if option in fingerprint}

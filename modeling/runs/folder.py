@@ -26,13 +26,15 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from feats.config_file import OPTIONS
 from feats.csv_files import read_csv, read_table, write_csv, write_table
-from feats.errors import UsageError, first_line
+from feats.errors import UsageError, first_line, one_line
+from feats.json_files import read_json, shape_of, shape_problem
 from feats.source import SIDES
 from feats.strings import BLOCK
+from feats.tensor_files import read_safetensors
 from modeling.choices import RUNS
 from modeling.features.corrections import corrections_digest, load_corrections, save_corrections
 from modeling.features.inputs import Preprocessing
@@ -40,7 +42,7 @@ from modeling.features.joined import FeatureSource
 from modeling.features.splits import load_split, save_split
 from modeling.features.target import load_target
 from modeling.heads.base import HeadConfig, ablation_number, n_parameters
-from modeling.heads.registry import build_head
+from modeling.heads.registry import build_head, head_shapes
 from modeling.runs.run import Finetuned, FoldTest, Member, Report, Run, Stacking
 from modeling.runs.unfinished import unfinished_folder
 from modeling.training.config import TrainConfig, settings_read
@@ -66,6 +68,47 @@ PREDICTION_COLUMNS = ("id", "tag", "pred")
 FILES = (CONFIG, TENSORS, SPLIT, METRICS, HISTORY, PREDICTIONS)  # what every run has
 CLOCKS_DIFFER = timedelta(hours=1)  # a run made on another machine may seem to be of the future by less
 NAMED = 5  # folders that a warning names
+REMEDY = "train again"
+# What config.json must hold, see `feats.json_files`. Later versions may write more.
+_SIDES = {side: [str] for side in SIDES}
+_MEMBER = {
+    "train": {
+        **shape_of(TrainConfig),
+        "class_weights": (str, [[str | int | float]]),
+        "head": {**shape_of(HeadConfig), "head": str, "sides?": [str]},
+        "seed": int,
+    },
+    "preprocessing": {"caches": _SIDES, "scales": {str: float}, "kinds": {str: str}},
+    "widths": {str: int},
+    "temperature": float,
+    "group": int,
+    "best_epoch": int | None,
+    "epochs?": int | None,
+    "facts": dict,
+    "fold": int | None,
+}
+SHAPE = {
+    "created": str,
+    "classes": [str],
+    "training_rows": {str: int},
+    "features": {
+        **_SIDES,
+        "folder": str,
+        "tokens?": bool,
+        "fingerprints?": {str: {"encoder?": str, "model?": str, "dtype?": str}},
+        "contents?": {str: str},
+        "parameters?": {str: {str: int}},
+    },
+    "features_from_run": str,
+    "split": (dict, [dict]),
+    "stacked": bool,
+    "finetuned?": (None, {"encoders": {str: str}, "data": str, "layout": str, "facts": dict}),
+    "cost?": (None, dict),
+    "corrections?": (None, {"sha256": str}),
+    "target?": (None, {"column": str, "data": str, "sha256": str}),
+    "members": [_MEMBER],
+    "tensors_sha256": str,
+}
 LONGEST_PART = 80  # bytes of the caches in a run's name; a file system takes 255 of the whole
 
 
@@ -303,20 +346,17 @@ def load_run(path: Path | str) -> Run:
         near = ", ".join(beside[:5]) or "none"
         raise UsageError(f"{path} is no run: there is no {CONFIG} in it{hint} (runs beside it: {near})")
     config = read_config(path)
-    odd = [
-        name for name in (TENSORS, SPLIT, CORRECTIONS, TARGET) if (path / name).exists() and not (path / name).is_file()
-    ]
-    if odd:  # a pipe would be waited for
-        raise UsageError(f"{path} is damaged ({odd[0]} is no regular file); train again")
+    _check_plain(path)
     try:
         if _sha256(path / TENSORS) != config["tensors_sha256"]:
             raise UsageError(f"{path / TENSORS} is damaged (its checksum isn't the one in {CONFIG}); train again")
-        tensors = load_file(path / TENSORS)
+        tensors = read_safetensors(path / TENSORS, REMEDY)
         members = [_member(k, m, tensors, len(config["classes"])) for k, m in enumerate(config["members"])]
         split = load_split(path / SPLIT)
         stacking = None
         if config["stacked"]:
             stacking = Stacking(tensors.pop("stacking/weight"), tensors.pop("stacking/bias"))
+            _check_stacking(stacking, len({m.group for m in members}), len(config["classes"]))
         source, nearby = _source(config["features"]), (path / config["features_from_run"]).resolve()
         tuned = config.get("finetuned")
         finetuned = None if tuned is None else Finetuned(**tuned)
@@ -336,14 +376,34 @@ def load_run(path: Path | str) -> Run:
             corrections=corrections,
             target=target,
         )
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:300]  # torch says which tensors don't fit below its first line
         raise UsageError(f"{path} is damaged ({reason}); train again") from None
     if tensors:
         raise UsageError(
-            f"{path / TENSORS} holds tensors no member has ({', '.join(sorted(tensors)[:3])}); train again"
+            f"{path / TENSORS} holds tensors no member has ({one_line(', '.join(sorted(tensors)[:3]))}); train again"
         )
     return run
+
+
+def _check_plain(path: Path) -> None:
+    """Raise `UsageError` where a run's file is none: a pipe would be waited for."""
+    for name in (*FILES, CORRECTIONS, TARGET):
+        if (path / name).exists() and not (path / name).is_file():
+            raise UsageError(f"{path} is damaged ({name} is no regular file); train again")
+
+
+def _check_stacking(stacking: Stacking, groups: int, classes: int) -> None:
+    """Raise `ValueError` for tensors that don't speak of so many groups' opinions."""
+    shapes = {"weight": (groups * classes, classes), "bias": (classes,)}
+    for name, shape in shapes.items():
+        tensor = getattr(stacking, name)
+        if tuple(tensor.shape) != shape or not _is_finite(tensor):
+            raise ValueError(f"stacking/{name} isn't {shape} of finite numbers")
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and bool(torch.isfinite(tensor).all())
 
 
 def _source(saved: Mapping[str, Any]) -> FeatureSource:
@@ -357,17 +417,45 @@ def _member(k: int, saved: dict[str, Any], tensors: dict[str, torch.Tensor], n_c
         part: {name: tensors.pop(name) for name in list(tensors) if name.startswith(f"{k}/{part}/")}
         for part in ("head", "norm")
     }
+    state = {name.split("/", 2)[2]: t[None] for name, t in own["head"].items()}
+    _check_state(state, head_shapes(config.head, saved["widths"], n_classes))
     head = build_head(config.head, saved["widths"], n_classes)
-    head.load_state_dict({name.split("/", 2)[2]: t[None] for name, t in own["head"].items()})
+    head.load_state_dict(state)
     how = saved["preprocessing"]
     preprocessing = Preprocessing.from_state(
-        how["caches"],
+        {side: how["caches"][side] for side in SIDES},
         how["scales"],
         how["kinds"],
         {name.split("/", 2)[2]: t for name, t in own["norm"].items()},
     )
+    _check_statistics(preprocessing)
     plain = {name: saved[name] for name in ("widths", "temperature", "group", "best_epoch", "facts", "fold")}
     return Member(config, head.eval(), preprocessing, **plain, epochs=saved.get("epochs"))
+
+
+def _check_statistics(preprocessing: Preprocessing) -> None:
+    """Raise `ValueError` for means and deviations that aren't finite numbers of one width."""
+    for key, normalizer in preprocessing.normalizers.items():
+        mean, std = normalizer.mean, normalizer.std
+        if mean is None or std is None:
+            continue
+        fit = mean.dim() == 1 and mean.shape == std.shape and _is_finite(mean) and _is_finite(std)
+        if not fit or not bool((std > 0).all()):
+            raise ValueError(f"mean and std of {one_line(key)} aren't finite numbers of one width")
+
+
+def _check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size]) -> None:
+    """Raise `ValueError` for other tensors than a head's, before memory is taken for one."""
+    for name in [*expected, *state]:
+        if name not in state:
+            raise ValueError(f"there is no tensor {name}")
+        if name not in expected:
+            raise ValueError(f"there is a tensor {one_line(name)}, and the head has none of this name")
+        if state[name].shape != expected[name]:
+            found, wanted = (tuple(shape[1:]) for shape in (state[name].shape, expected[name]))
+            raise ValueError(f"the tensor {name} is {found}, expected {wanted}")
+        if not _is_finite(state[name]):
+            raise ValueError(f"the tensor {name} holds what isn't a finite number")
 
 
 def train_config(saved: Mapping[str, Any]) -> TrainConfig:
@@ -381,10 +469,31 @@ def train_config(saved: Mapping[str, Any]) -> TrainConfig:
 
 def read_config(path: Path) -> dict[str, Any]:
     """A run's config.json. Raises `UsageError` when it isn't there or isn't that."""
-    config = _read_json(path / CONFIG)
-    if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION:
+    config: dict[str, Any] = read_json(path / CONFIG, REMEDY)
+    if config.get("format_version") != FORMAT_VERSION:
         raise UsageError(f"{path / CONFIG} isn't of format version {FORMAT_VERSION}; train again with this version")
+    wrong = shape_problem(config, SHAPE) or _contradiction(config)
+    if wrong:
+        raise UsageError(f"{path / CONFIG} {wrong}; {REMEDY}")
     return config
+
+
+def _contradiction(config: Mapping[str, Any]) -> str:
+    """What of a config doesn't fit the rest of it, '' for nothing."""
+    classes = config["classes"]
+    if not classes or len(set(classes)) < len(classes) or not set(classes) <= config["training_rows"].keys():
+        return "names no classes, one twice, or one without training rows"
+    if not config["members"]:
+        return "has no members"
+    for member in config["members"]:
+        if not member["temperature"] > 0:
+            return f"holds a temperature of {member['temperature']:g}, expected one above 0"
+        caches, kinds = member["preprocessing"]["caches"], member["preprocessing"]["kinds"]
+        known = {f"{side}{of}/{name}" for side in SIDES for name in caches[side] for of in ("", "_tokens")}
+        lacking = [name for side in SIDES for name in caches[side] if f"{side}/{name}" not in kinds]
+        if lacking or not set(kinds) <= known:
+            return "normalises other caches than it reads"
+    return ""
 
 
 def is_whole(path: Path) -> bool:
@@ -400,19 +509,8 @@ def is_whole(path: Path) -> bool:
 
 def read_metrics(path: Path) -> dict[str, Any]:
     """A run's metrics.json. Raises `UsageError` when it can't be read."""
-    figures = _read_json(path / METRICS)
-    if not isinstance(figures, dict):
-        raise UsageError(f"{path / METRICS} holds no figures; train again")
+    figures: dict[str, Any] = read_json(path / METRICS, REMEDY)
     return figures
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise UsageError(f"{path} is no regular file; train again")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} can't be read ({first_line(error)}); train again") from None
 
 
 def read_report(path: Path) -> Report:

@@ -18,7 +18,7 @@ from feats.parts import is_cache
 from feats.store import fingerprint_difference
 from modeling.evaluation.metrics import softmax
 from modeling.features.inputs import Preprocessing
-from modeling.features.joined import FeatureSet, FeatureSource, content_digests
+from modeling.features.joined import FeatureSet, FeatureSource, Ragged, content_digests
 from modeling.features.splits import Split
 from modeling.features.target import RAW, Target
 from modeling.heads.base import Head, n_parameters
@@ -60,6 +60,20 @@ class Member:
         own = self._own(features, rows).to(next(self.head.parameters()).device)
         inputs = self.preprocessing.apply(own).for_head(self.config.head)
         return predict_stack(self.head, inputs)[0].cpu().numpy()
+
+    def misfit(self, features: FeatureSet) -> str:
+        """Why features aren't of the widths that the head and its statistics are of, '' where they are."""
+        for key, normalizer in self.preprocessing.normalizers.items():
+            kind, _, name = key.partition("/")
+            x = getattr(features, kind)[name]
+            width = (x.values if isinstance(x, Ragged) else x).shape[-1]
+            if normalizer.mean is not None and len(normalizer.mean) != width:
+                return f"the {kind} features of {name} have {width} columns, its statistics {len(normalizer.mean)}"
+        for side, names in self.preprocessing.caches.items():
+            width = sum(getattr(features, side)[name].shape[-1] for name in names)
+            if width != self.widths.get(side, width):
+                return f"the {side} features have {width} columns, its head reads {self.widths[side]}"
+        return ""
 
     def _own(self, features: FeatureSet, rows: torch.Tensor | None) -> FeatureSet:
         """The tensors `logits` reads: of the member's caches and of `rows` only, without augmented views."""
@@ -277,6 +291,9 @@ class Run:
                     again = "extract it again with `tokens` `overwrite`"
                     remedy = again if data.source.tokens else "load the features with `tokens`"
                 raise UsageError(f"{self.named} reads {what}, and the data from {folder} have none; {remedy}")
+        misfit = next((told for member in self.members if (told := member.misfit(data))), "")
+        if misfit:
+            raise UsageError(f"{self.named} doesn't fit {folder}: {misfit}; name other caches, or train again")
         for name in self.source.names:
             cached, trained = (source.fingerprints.get(name, {}) for source in (data.source, self.source))
             if same_rows and cached.get("data") != trained.get("data"):

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from feats.csv_files import read_table, write_table
-from feats.errors import UsageError
+from feats.errors import UsageError, first_line
+from feats.json_files import read_json
 from feats.source import SIDES
 from modeling.evaluation import metrics
 from modeling.experiment import Experiment
 from modeling.features.corrections import corrected_words
 from modeling.heads.base import ABLATIONS, ablation_number, ablation_words, head_class
 from modeling.runs.entries import read_entry
-from modeling.runs.folder import METRICS, PREDICTIONS, is_whole, read_config, read_predictions, train_config
+from modeling.runs.folder import PREDICTIONS, is_whole, read_config, read_metrics, read_predictions, train_config
 from modeling.runs.tables import spread
 from modeling.training.config import TrainConfig, flat, settings_read
 
@@ -27,6 +28,7 @@ SHOWN = 20  # configurations of the whole table that a terminal shows
 TABLE = "table.csv"
 MARKDOWN = "table.md"
 DIVERGED = "diverged.json"
+DIVERGED_SHAPE = [{"train": dict, "reason": str}]
 SEARCHED = "Searched on "  # how the note on a search on one head begins
 
 
@@ -98,11 +100,12 @@ def read_earlier(folder: Path, experiment: Experiment, data: str) -> Earlier:
         if name_of(config, data) != path.name:
             raise UsageError(_of_others(folder, path, experiment))
         names[config] = path.name
+    remedy = "remove it, or give another `name`"
+    told = read_json(folder / DIVERGED, remedy, DIVERGED_SHAPE) if (folder / DIVERGED).exists() else []
     try:
-        told = json.loads((folder / DIVERGED).read_text(encoding="utf-8")) if (folder / DIVERGED).is_file() else []
-        diverged = {train_config(of["train"]): str(of["reason"]) for of in told}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UsageError(f"{folder / DIVERGED} is damaged; remove it, or give another `name`") from None
+        diverged = {train_config(of["train"]): of["reason"] for of in told}
+    except (UsageError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{folder / DIVERGED} is damaged ({first_line(error)}); {remedy}") from None
     known = {config: reason for config, reason in diverged.items() if config not in names}
     try:
         notes = [line for line in read_notes(folder).splitlines() if line.startswith(SEARCHED)]
@@ -272,7 +275,7 @@ def _entry(folder: Path, setting: TrainConfig, runs: Sequence[str], monitor: str
     figures, predictions, collapsed, trained = [], [], [], []
     ids: list[str] = []  # the same in all
     for name in runs:
-        told = json.loads((folder / name / METRICS).read_text(encoding="utf-8"))
+        told = read_metrics(folder / name)
         figures.append(told["val"])
         collapsed.append(_collapsed_classes(told))
         trained.append(read_config(folder / name)["members"])

@@ -14,6 +14,9 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("constant", "cosine", "onecycle")
 MONITORS = ("accuracy", "weighted_f1", "macro_f1", "loss")
 CLASS_WEIGHTS = ("none", "balanced", "sqrt")
+MOST = 1 << 30  # epochs, or rows of a batch
+MOST_SEEDS = 10_000
+LARGEST_WEIGHT = 1e6  # of a class, and of its reciprocal
 
 ClassWeights = str | tuple[tuple[str, float], ...]  # one of `CLASS_WEIGHTS`, or the weights of named classes
 
@@ -51,8 +54,8 @@ class TrainConfig:
             if getattr(self, name) not in known:
                 raise UsageError(f"unknown {name} {getattr(self, name)!r}; there are {', '.join(known)}")
         for name in ("ep", "bs"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"`{name}` {getattr(self, name)}: expected 1 or more")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise UsageError(f"`{name}` {getattr(self, name)}: expected 1 or more, and at most {MOST}")
         if not 0 < self.lr < math.inf or not 0 <= self.weight_decay < math.inf:
             raise UsageError(f"lr {self.lr:g}, weight decay {self.weight_decay:g}: expected lr > 0 and decay >= 0")
         if not 0 <= self.label_smoothing < 1:
@@ -82,6 +85,11 @@ def _checked_weights(weights: ClassWeights | Mapping[str, float]) -> ClassWeight
     for name, value in named:
         if not 0 < value < math.inf:
             raise UsageError(f"class weight {value:g} of {name}: every weight must be a finite number above 0")
+        if not 1 / LARGEST_WEIGHT <= value <= LARGEST_WEIGHT:
+            raise UsageError(
+                f"class weight {value:g} of {name}: expected {1 / LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}; losses of "
+                "others lose their digits"
+            )
     return named
 
 
@@ -133,8 +141,8 @@ def with_seeds(config: TrainConfig, n: int = 1) -> list[TrainConfig]:
     Raises `UsageError` for fewer than one."""
     from modeling.heads.base import head_class
 
-    if n < 1:
-        raise UsageError(f"`seeds` {n}: expected 1 or more")
+    if not 1 <= n <= MOST_SEEDS:
+        raise UsageError(f"`seeds` {n}: expected 1 or more, and at most {MOST_SEEDS}")
     count = 1 if head_class(config.head.head).closed_form() else n
     return [replace(config, seed=config.seed + k) for k in range(count)]
 
