@@ -1,5 +1,10 @@
 """Write a data set's texts as UTF-8 files <id>.txt, decoded as extraction does it and cleaned at the asked level."""
 
+if __name__ == "__main__":  # before what takes its time to import
+    from feats.interrupts import quiet_start
+
+    quiet_start()
+
 import os
 import sys
 from argparse import ArgumentParser, Namespace
@@ -22,6 +27,7 @@ from feats.records import LAYOUTS, Record, read_dataset
 from feats.text import CLEAN_LEVELS, clean
 from feats.writing import write_bytes
 
+REMEDY = "make room there and use `overwrite`, or name another folder with `out`"
 SHOWN = 50  # rows that can't be read named on stderr
 
 
@@ -120,7 +126,7 @@ def write_texts(out: Path, texts: dict[str, str], level: str, progress: Callable
     """Write each text cleaned, exactly: nothing is added at its end. A file appears when it is whole, and replaces a
     link rather than what that leads to."""
     for done, (name, text) in enumerate(texts.items(), 1):
-        write_bytes(out / name, clean(text, level).encode(), "name another folder with `out`", follow=False)
+        write_bytes(out / name, clean(text, level).encode(), REMEDY, follow=False)
         progress(done, len(texts))
 
 

@@ -3,6 +3,11 @@ parts are missing; --verify reads all."""
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what takes its time to import
+    from feats.interrupts import quiet_start
+
+    quiet_start()
+
 import signal
 import sys
 from argparse import ArgumentParser, Namespace

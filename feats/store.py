@@ -30,7 +30,7 @@ from feats.errors import UsageError, first_line
 from feats.plain_hdf5 import attribute_problem, dataset_problem
 from feats.source import Source
 from feats.strings import Labels, Strings
-from feats.writing import appearing, sync
+from feats.writing import appearing, settle, sync
 
 FORMAT_VERSION = 2
 PENDING, DONE, QUARANTINED = 0, 1, 2
@@ -38,6 +38,7 @@ STATUS_NAMES = {PENDING: "pending", DONE: "done", QUARANTINED: "quarantined"}
 
 PATHS = ("image_path", "text_path")  # a row's files, see `Source`; not every cache has them
 
+_KEPT = "the rows done so far are intact; free some space and run the same command again"
 _REMEDY = "the file is damaged or foreign: make it again with `overwrite`"
 _RESUME = "an interrupted run may have left it so: run the same extraction again to repair it, else use `overwrite`"
 
@@ -327,7 +328,8 @@ class FeatureStore(CacheReader):
             with _damage(path, "id"):
                 self.ids = _strings(self._dataset("id")[:])
             if lock is not None:
-                self._heal()
+                with _disk(path, _KEPT):
+                    self._heal()
             with _damage(path, "status", self._remedy):
                 self.status = self._dataset("status")[:]
         except BaseException:
@@ -384,7 +386,7 @@ class FeatureStore(CacheReader):
                 sync(unfinished)
                 quarantine_path(path).unlink(missing_ok=True)
                 os.replace(unfinished, path)
-                sync(path.parent)
+                settle(path)
                 return cls(path, h5py.File(path, "r+", libver=LIBVER), lock)
         except BaseException:
             unfinished.unlink(missing_ok=True)
@@ -503,7 +505,7 @@ class FeatureStore(CacheReader):
         ids. Features of rows that aren't `DONE` are stored as NaN.
         Raises `CacheError` when the disk is full; what was done before stays readable.
         """
-        with _disk(self.path, "the rows done so far are intact; free some space and run the same command again"):
+        with _disk(self.path, _KEPT):
             neighbours = self._neighbours(rows)
             unsettled = np.union1d(rows, neighbours)
             if self.complete:
@@ -532,7 +534,7 @@ class FeatureStore(CacheReader):
     def finish(self) -> bool:
         """Mark the cache complete if no row is pending; returns whether it is."""
         done = not (self.status == PENDING).any()
-        with _disk(self.path, "the rows done so far are intact"):
+        with _disk(self.path, _KEPT):
             if done and not self.complete:
                 self._file.attrs.modify("complete", True)
             self._sync()
@@ -558,8 +560,9 @@ class FeatureStore(CacheReader):
                 _blank_chunk(dataset, low)
             changed = len(new)
         if changed:
-            dataset[:] = new
-            self._sync()
+            with _disk(self.path, _KEPT):
+                dataset[:] = new
+                self._sync()
         return changed
 
     def update_source(self, source: Source) -> None:
@@ -576,11 +579,13 @@ class FeatureStore(CacheReader):
             except OSError:  # torn by a kill in the midst of an update
                 same = False
             if not same:
-                dataset[:] = new
+                with _disk(self.path, _KEPT):
+                    dataset[:] = new
         told = _source_bytes(source)
-        if self._file.attrs["source"] != told.item():
-            self._file.attrs.modify("source", told)
-        self._sync()
+        with _disk(self.path, _KEPT):
+            if self._file.attrs["source"] != told.item():
+                self._file.attrs.modify("source", told)
+            self._sync()
 
     def _write_ragged(self, rows: np.ndarray, values: np.ndarray) -> None:
         offsets = self._offsets
@@ -962,15 +967,6 @@ def _damage(path: Path, name: str, remedy: str = _REMEDY) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise CacheError(f"{path}: {name} can't be read ({first_line(error)}); {remedy}") from None
-
-
-@contextmanager
-def made_as(unfinished: Path, place: Path) -> Iterator[None]:
-    """What is said in here of a cache in the making names the place it will have."""
-    try:
-        yield
-    except CacheError as error:
-        raise CacheError(str(error).replace(str(unfinished), str(place))) from None
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def appearing(path: Path, *, follow: bool = True) -> Iterator[Path]:
             shutil.copymode(target, unfinished)
         sync(unfinished)
         os.replace(unfinished, target)
-        sync(target.parent)
+        settle(target)
     finally:
         with suppress(OSError):
             unfinished.unlink()
@@ -71,6 +71,18 @@ def replacing(path: Path, remedy: str = REMEDY, *, follow: bool = True) -> Itera
         if in_the_making(path):
             raise
         raise cant_write(path, error, remedy) from None
+
+
+@contextmanager
+def made_as(unfinished: Path, place: Path) -> Iterator[None]:
+    """What is said in here of a file in the making names the place it will have."""
+    try:
+        yield
+    except UsageError as error:
+        error.args = tuple(
+            said.replace(str(unfinished), str(place)) if isinstance(said, str) else said for said in error.args
+        )
+        raise
 
 
 def cant_write(path: Path, error: Exception, remedy: str = REMEDY) -> UsageError:
@@ -112,7 +124,7 @@ def replace_folder(unfinished: Path, path: Path) -> None:
             os.rename(old, path)
         raise
     shutil.rmtree(old, ignore_errors=True)
-    sync(path.parent)
+    settle(path)
 
 
 def sync(path: Path) -> None:
@@ -127,6 +139,12 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(number)
+
+
+def settle(path: Path) -> None:
+    """See that the new name of what is whole is on disk. It has appeared and stays, whatever the file system says."""
+    with suppress(OSError):
+        sync(path.parent)
 
 
 def sync_tree(folder: Path) -> None:

@@ -7,6 +7,11 @@ tune by them. Fill in the column `corrected` and train again with --corrections.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what takes its time to import
+    from feats.interrupts import quiet_start
+
+    quiet_start()
+
 import sys
 import warnings
 from argparse import ArgumentParser, Namespace

@@ -756,6 +756,14 @@ def guarded(
 
 
 def _guarded(work: Callable[[], int], interrupted: str, named: Mapping[str, str], same_bits: bool) -> int:
+    try:
+        return _refusing(work, named, same_bits)
+    except KeyboardInterrupt:
+        print(f"interrupted: {interrupted}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _refusing(work: Callable[[], int], named: Mapping[str, str], same_bits: bool) -> int:
     import torch
 
     from feats.acceleration import deterministic
@@ -773,6 +781,3 @@ def _guarded(work: Callable[[], int], interrupted: str, named: Mapping[str, str]
         except torch.OutOfMemoryError:
             print("error: the GPU's memory is full; use --device cpu, or to train a smaller --bs", file=sys.stderr)
             return EXIT_UNUSABLE
-        except KeyboardInterrupt:
-            print(f"interrupted: {interrupted}", file=sys.stderr)
-            return EXIT_INTERRUPTED

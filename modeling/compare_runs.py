@@ -1,6 +1,11 @@
 """A leaderboard of runs from their stored predictions on validation rows: heads, ensembles, finetuned runs, those
 inside sweeps too, with intervals and paired tests. Only runs on the same rows with the same labels are compared."""
 
+if __name__ == "__main__":  # before what takes its time to import
+    from feats.interrupts import quiet_start
+
+    quiet_start()
+
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence

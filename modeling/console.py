@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 
-from feats.terminal import version_line
+from feats.interrupts import started_quietly
 
 NAME = "mmprobe"
 COMMANDS = {
@@ -39,11 +39,18 @@ EXTRACT = "extract"  # EXTRACT NAME: feats/NAME_extract_feats.py
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the first word names, or two of `extract`, with the rest of the words; returns the exit
     status, 2 with the list of commands for a word that is none."""
+    with started_quietly():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
     if words[0] == "--version":
+        from feats.terminal import version_line
+
         print(version_line())
         return 0
     command, *rest = words

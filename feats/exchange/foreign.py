@@ -13,9 +13,9 @@ import numpy as np
 from feats.errors import UsageError
 from feats.extraction.summary import Progress, Summary
 from feats.source import SIDES, data_identity
-from feats.store import DONE, QUARANTINED, ROW_FACTS, CacheError, FeatureStore, made_as, quarantine_path, repeated
+from feats.store import DONE, QUARANTINED, ROW_FACTS, CacheError, FeatureStore, quarantine_path, repeated
 from feats.strings import Strings
-from feats.writing import cant_write, sync
+from feats.writing import cant_write, made_as, settle
 
 ENCODER = "imported"  # what fingerprints name in place of an encoder
 ID_COLUMNS = ("id", "uid", "key", "image_path")  # of files that don't say which; the first that is there
@@ -245,6 +245,6 @@ def _publish(unfinished: Path, path: Path) -> None:
         else:
             quarantine_path(path).unlink(missing_ok=True)
         os.replace(unfinished, path)
-        sync(path.parent)
+        settle(path)
     except OSError as error:
         raise cant_write(path, error) from None

@@ -47,8 +47,7 @@ from feats.extraction.summary import Progress, Summary
 from feats.parts import PartsPlan, is_plan_of, part_path, parts_folder, read_plan
 from feats.pieces import Pieces, RowPieces
 from feats.records import Pairs
-from feats.store import made_as
-from feats.writing import sync
+from feats.writing import made_as, settle
 
 PIECES_EACH, MOST_ROWS = 4, 32768  # pieces per worker, so that none waits long at the end; rows that a kill may cost
 
@@ -207,7 +206,7 @@ def _publish(unfinished: Path, place: Path) -> None:
     else:
         reasons_path(place).unlink(missing_ok=True)
     os.replace(unfinished, place)
-    sync(place.parent)
+    settle(place)
 
 
 def work(

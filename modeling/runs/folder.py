@@ -33,7 +33,7 @@ from feats.csv_files import read_csv, read_table, write_csv, write_table
 from feats.errors import UsageError, first_line
 from feats.source import SIDES
 from feats.strings import BLOCK
-from feats.writing import reason_of, replace_folder, sync, sync_tree, write_json
+from feats.writing import reason_of, replace_folder, settle, sync_tree, write_json
 from modeling.choices import RUNS
 from modeling.features.corrections import corrections_digest, load_corrections, save_corrections
 from modeling.features.inputs import Preprocessing
@@ -145,7 +145,7 @@ def _under_a_free_name(unfinished: Path, wanted: Path) -> Path:
     while True:
         try:
             os.replace(unfinished, path)
-            sync(path.parent)
+            settle(path)
             return path
         except OSError:
             if not path.exists():
