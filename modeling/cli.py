@@ -745,14 +745,16 @@ def print_lines(lines: Iterable[str], quiet: bool = False) -> None:
             print(as_typed(line, OPTION_OF), file=sys.stderr if line.startswith("note:") else sys.stdout)
 
 
-@interruptible(signal.SIGINT)
 def guarded(
     work: Callable[[], int], interrupted: str, named: Mapping[str, str] = OPTION_OF, *, same_bits: bool = False
 ) -> int:
     """Run a script's work and show what libraries say. Unusable input ends with one line and status 2, an interruption
     with `interrupted` and 130. `named`: settings that the script knows by another name.
     `same_bits`: from the beginning as `feats.acceleration.deterministic`."""
-    return with_messages(partial(_guarded, work, interrupted, named, same_bits))
+    import torch  # noqa: F401 - here Ctrl-C still ends the process at once: torch's import may swallow an exception
+
+    with interruptible(signal.SIGINT):
+        return with_messages(partial(_guarded, work, interrupted, named, same_bits))
 
 
 def _guarded(work: Callable[[], int], interrupted: str, named: Mapping[str, str], same_bits: bool) -> int:
