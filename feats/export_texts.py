@@ -23,6 +23,7 @@ from feats.cli import (
     rows_bar,
 )
 from feats.errors import UsageError
+from feats.escapes import one_line
 from feats.records import LAYOUTS, Record, read_dataset
 from feats.text import CLEAN_LEVELS, clean
 from feats.writing import write_bytes
@@ -78,7 +79,7 @@ def export(args: Namespace) -> int:
     if unread:
         print(f"warning: {len(unread)} of {len(records)} rows can't be read:", file=sys.stderr)
         for name, reason in list(unread.items())[:SHOWN]:
-            print(f"  {name}: {reason}", file=sys.stderr)
+            print(f"  {one_line(name)}: {one_line(reason)}", file=sys.stderr)
         if len(unread) > SHOWN:
             print(f"  ... and {len(unread) - SHOWN} more", file=sys.stderr)
     print(f"{len(texts)} texts of {', '.join(splits)}, UTF-8, cleaning {args.text_clean} -> {args.out}")

@@ -49,6 +49,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="(default: label_audit.csv in the run's folder)")
     cli.add_run_options(parser)
+    cli.add_csv_option(parser)
     return parser
 
 
@@ -77,7 +78,7 @@ def work(args: Namespace) -> int:
     configs = {member.config for member in run.members}
     with cli.progress_bar("train", total_epochs(list(configs), experiment), "epoch") as progress:
         queue = suspects.audit(run, experiment, progress)
-    suspects.write_queue(out, queue, records)
+    suspects.write_queue(out, queue, records, safe=args.csv_safe)
     print(format_table(suspects.summary_rows(queue), ["rows", "n", *suspects.WHYS]))
     print(f"fill in its column corrected, then: python modeling/train_head.py ... --corrections {out}")
     n = sum(bool(row.why) for row in queue)

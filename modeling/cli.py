@@ -22,6 +22,7 @@ from feats.cli import (
     EXIT_UNUSABLE,
     ScriptParser,
     as_typed,
+    error_line,
     positive,
     refuse_without_extra,
     show_warning,
@@ -161,6 +162,16 @@ def add_label_column_options(parser: ScriptParser) -> None:
     )
     group.add_argument(
         "--data", type=Path, metavar="DIR|FILE", help="the table of --label-column (default: where the caches say)"
+    )
+
+
+def add_csv_option(parser: ScriptParser) -> None:
+    """CSV for spreadsheets."""
+    parser.add_argument(
+        "--csv-safe",
+        action="store_true",
+        help="put a ' before texts in CSV that a spreadsheet would take for formulas (= + - @ tab CR first); such a "
+        "file's ids and labels may differ from the data's",
     )
 
 
@@ -776,7 +787,7 @@ def _refusing(work: Callable[[], int], named: Mapping[str, str], same_bits: bool
             with deterministic(same_bits):
                 return work()
         except (UsageError, OSError) as error:  # what can't be read or written names its file
-            print(f"error: {as_typed(error, named)}", file=sys.stderr)
+            print(error_line(error, named), file=sys.stderr)
             return EXIT_UNUSABLE
         except ModuleNotFoundError as error:
             return refuse_without_extra(error)

@@ -38,6 +38,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--against", metavar="RUN", help="test against this run (default: the best on its rows)")
     parser.add_argument("--format", choices=tuple(LAYOUTS), help="(default: by --out, or terminal)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write it (default: on the screen)")
+    cli.add_csv_option(parser)
     return parser
 
 
@@ -61,7 +62,7 @@ def work(args: Namespace) -> int:
     runs = [run_path(args.runs, name) for name in args.run] or args.runs
     against = run_path(args.runs, args.against) if args.against else None
     board = compare_runs(runs, by=args.by, against=against)
-    text = board.text(layout) + "\n"
+    text = board.text(layout, csv_safe=args.csv_safe) + "\n"
     if not args.out:
         print(text, end="")
     else:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 
+from feats.escapes import one_line
 from feats.interrupts import started_quietly
 
 NAME = "mmprobe"
@@ -60,7 +61,9 @@ def _run(argv: Sequence[str] | None) -> int:
         command, module = f"{EXTRACT} {encoder}", f"feats.{encoder}_extract_feats" if encoder in encoders() else None
     if module is None:
         print(usage(), file=sys.stderr)
-        what = f"{command} is no command" if command != EXTRACT else f"{EXTRACT} what? {', '.join(encoders())}"
+        what = (
+            f"{one_line(command)} is no command" if command != EXTRACT else f"{EXTRACT} what? {', '.join(encoders())}"
+        )
         print(f"error: {what}; {NAME} --help lists them", file=sys.stderr)
         return 2
     script = import_module(module)

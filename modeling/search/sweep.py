@@ -168,9 +168,9 @@ class Tables:
         parts += [f"{title}\n{metrics.format_table(*pivot)}" for title, pivot in self.pivots.items()]
         return "\n\n".join([*parts, self.notes])
 
-    def write(self, folder: Path) -> None:
-        """table.csv, with every number in full, and table.md."""
-        write_table(folder / TABLE, self.rows)
+    def write(self, folder: Path, *, safe: bool = False) -> None:
+        """table.csv, with every number in full, and table.md; `safe` as in `feats.csv_files.write_rows`."""
+        write_table(folder / TABLE, self.rows, safe=safe)
         parts = [metrics.format_table(rows, columns, markdown=True) for rows, columns in self._of_rows()]
         parts += [
             f"### {title}\n\n{metrics.format_table(*pivot, markdown=True)}" for title, pivot in self.pivots.items()
