@@ -157,7 +157,8 @@ def predict(args: Namespace, stream: TextIO | None) -> int:
         prediction.write_predictions(stream, predictions, args.proba, header=header, form=form, safe=args.csv_safe)
         stream.flush()
     elif out:
-        prediction.write_submission(out, predictions, args.proba, header=header, own=args.out is None, form=form)
+        own, safe = args.out is None, args.csv_safe
+        prediction.write_submission(out, predictions, args.proba, header=header, own=own, form=form, safe=safe)
         print(f"{len(predictions)} predictions -> {out}")
     return EXIT_DONE
 

@@ -259,11 +259,12 @@ def write_submission(
     header: bool = True,
     own: bool = False,
     form: str = "csv",
+    safe: bool = False,
 ) -> None:
     """The file that `write_predictions` fills. For what is there already see `user_file`. Raises `UsageError` when it
     can't be written."""
     with user_file(path, SUBMISSION, own=own, begins=FORMATS[form]) as file:
-        write_predictions(file, predictions, proba, header=header, form=form)
+        write_predictions(file, predictions, proba, header=header, form=form, safe=safe)
 
 
 def write_predictions(
