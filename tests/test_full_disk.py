@@ -12,7 +12,7 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -248,7 +248,7 @@ def disturbed(
     fresh(before, root, parts)
     earlier = tree(root)
     err = io.StringIO()
-    with redirect_stderr(err), full:
+    with redirect_stderr(err), redirect_stdout(io.StringIO()), full:
         status = run(module, words)
     if status == 0:  # it could do without: a folder's sync after all has appeared, the removal of joined parts
         assert {name: content for name, content in tree(root).items() if ".parts/" not in name} == undisturbed
