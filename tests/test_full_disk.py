@@ -56,7 +56,6 @@ SCRIPTS: dict[str, tuple[str, Sequence[str], Sequence[str]]] = {
     ),
     "bad cases": ("modeling.bad_cases", ("--runs", "runs", "--folds", "2"), ("feats", "runs")),
     "compare": ("modeling.compare_runs", ("--runs", "runs", "--out", "new.csv"), ("feats", "runs")),
-    "report": ("modeling.make_report", ("--runs", "runs", "--out", "new.html"), ("feats", "runs")),
 }
 
 
@@ -274,11 +273,10 @@ def test_a_full_disk_is_one_line_and_nothing_half(script: str, before: Before, r
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_full_from_any_change_on(script: str, before: Before, root: Path):
-    """At every fifth, all of which would take two minutes; of a report, which takes seconds each time, at three."""
+    """At every fifth, all of which would take two minutes."""
     undisturbed, changes = undisturbed_result(script, before, root)
     failed = [
-        disturbed(script, full_from(fails, root), before, root, undisturbed)
-        for fails in range(1, changes + 1, changes // 2 if script == "report" else STEP)
+        disturbed(script, full_from(fails, root), before, root, undisturbed) for fails in range(1, changes + 1, STEP)
     ]
     assert changes > 2 and failed[0] and failed.count(False) <= 2
 
