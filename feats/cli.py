@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from feats.config_file import as_plain, made_by, read_options, toml_lines
 from feats.errors import NoWeightsError, UsageError
+from feats.escapes import one_line, printable
 from feats.extraction.settings import ExtractionSettings
 from feats.extras import remedy
 from feats.interrupts import interruptible
@@ -73,7 +74,13 @@ def columns_from(args: Namespace) -> dict[str, str]:
 
 def remark(text: object) -> str:
     """A library's remark as a line of stderr: a warning, or the note it calls itself."""
-    return str(text) if str(text).startswith("note: ") else f"warning: {text}"
+    line = one_line(str(text))
+    return line if line.startswith("note: ") else f"warning: {line}"
+
+
+def error_line(error: object, named: Mapping[str, str] = {}) -> str:
+    """What can't be done as a line of stderr, in the words of a command line: see `as_typed`."""
+    return f"error: {one_line(as_typed(error, named))}"
 
 
 def positive(text: str) -> int:
@@ -174,8 +181,11 @@ class ScriptParser(ArgumentParser):
                 print("\n".join(self._config_lines(found)))
                 self.exit()
         except UsageError as error:
-            self.exit(EXIT_UNUSABLE, f"error: {as_typed(error)}\n")
+            self.exit(EXIT_UNUSABLE, f"{error_line(error)}\n")
         return found
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(printable(message), file)  # what was typed wrong may be anything
 
     def error(self, message: str) -> NoReturn:
         """One line, instead of the usage too, where a file may be the reason."""
@@ -463,7 +473,7 @@ def with_messages(work: Callable[[], int]) -> int:
         with showing():
             return work()
     except UsageError as error:  # of the log file
-        print(f"error: {as_typed(error)}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return EXIT_UNUSABLE
 
 
@@ -473,7 +483,7 @@ def _guarded(work: Callable[[], int], interrupted: str) -> int:
         try:
             return work()
         except UsageError as error:
-            print(f"error: {as_typed(error)}", file=sys.stderr)
+            print(error_line(error), file=sys.stderr)
             return EXIT_UNUSABLE
         except ModuleNotFoundError as error:
             return refuse_without_extra(error)

@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from feats.writing import replacing
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 LONGEST_CELL = (1 << 31) - 1  # the csv module's own limit is 128 KB; this is the most that every platform takes
 
 
@@ -34,21 +37,31 @@ class _LineFeeds:
         self._file.write(line.removesuffix("\r\n") + "\n")
 
 
-def write_rows(file: Writable, rows: Iterable[Iterable[object]]) -> None:
-    """Write rows to a text file opened with `newline=""`. Numbers are written as Python shows them, None as ''."""
+def write_rows(file: Writable, rows: Iterable[Iterable[object]], *, safe: bool = False) -> None:
+    """Write rows to a text file opened with `newline=""`. Numbers are written as Python shows them, None as ''.
+
+    `safe`: for a spreadsheet, which takes texts that begin like a formula for one, and runs it; they get a ' first."""
+    if safe:
+        rows = ([_no_formula(cell) for cell in row] for row in rows)
     csv.writer(_LineFeeds(file), lineterminator="\r\n").writerows(rows)
 
 
-def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
-    """Write rows, the header among them, as the file `path`."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        write_rows(file, rows)
+def _no_formula(cell: object) -> object:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
 
 
-def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write one line for each mapping, with a column for every key of any; '' where a mapping lacks it."""
+def write_csv(path: Path, rows: Iterable[Iterable[object]], *, safe: bool = False) -> None:
+    """Write rows, the header among them, as the file `path`; `safe` as in `write_rows`. Raises as
+    `feats.writing.replacing`."""
+    with replacing(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
+        write_rows(file, rows, safe=safe)
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]], *, safe: bool = False) -> None:
+    """Write one line for each mapping, with a column for every key of any; '' where a mapping lacks it. `safe` as in
+    `write_rows`."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    write_csv(path, [columns, *([row.get(name, "") for name in columns] for row in rows)])
+    write_csv(path, [columns, *([row.get(name, "") for name in columns] for row in rows)], safe=safe)
 
 
 def read_csv(path: Path) -> list[list[str]]:

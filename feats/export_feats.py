@@ -1,5 +1,10 @@
 """Write feature caches as Parquet, or as NumPy matrices in the folders that clip-retrieval reads."""
 
+if __name__ == "__main__":  # before what takes its time to import
+    from feats.interrupts import quiet_start
+
+    quiet_start()
+
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence

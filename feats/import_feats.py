@@ -1,5 +1,10 @@
 """Make a feature cache of another program's features: Parquet, or NumPy matrices as clip-retrieval writes them."""
 
+if __name__ == "__main__":  # before what takes its time to import
+    from feats.interrupts import quiet_start
+
+    quiet_start()
+
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence

@@ -3,6 +3,11 @@ parts are missing; --verify reads all."""
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what takes its time to import
+    from feats.interrupts import quiet_start
+
+    quiet_start()
+
 import signal
 import sys
 from argparse import ArgumentParser, Namespace
@@ -11,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from feats.cli import EXIT_DONE, EXIT_UNUSABLE, ScriptParser, as_typed, guarded
+from feats.cli import EXIT_DONE, EXIT_UNUSABLE, ScriptParser, error_line, guarded
 from feats.errors import UsageError
 
 if TYPE_CHECKING:
@@ -58,11 +63,11 @@ def inspect_all(args: Namespace) -> int:
                 if args.verify:
                     problems = store.verify()
                     for problem in problems:
-                        print(f"error: {path}: {as_typed(problem)}", file=sys.stderr)
+                        print(error_line(f"{path}: {problem}"), file=sys.stderr)
                     print(f"  verify: {f'{len(problems)} problems' if problems else 'every chunk is sound'}")
                     sound &= not problems
         except UsageError as error:
-            print(f"error: {as_typed(error)}", file=sys.stderr)
+            print(error_line(error), file=sys.stderr)
             sound = False
     return EXIT_DONE if sound else EXIT_UNUSABLE
 

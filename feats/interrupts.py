@@ -5,6 +5,7 @@ it: it would be printed as a traceback and forgotten, and the work would go on.
 """
 
 import atexit
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -92,3 +93,27 @@ def _is_inside(function: CodeType, frame: FrameType | None) -> bool:
 def _end_at_once(signals: Iterable[signal.Signals]) -> None:
     for number in signals:
         signal.signal(number, signal.SIG_DFL)
+
+
+def quiet_start() -> None:
+    """For a script's first lines: while its libraries are imported nothing is begun, and Ctrl-C ends it at once, with
+    status 130. `interruptible` has its own way then."""
+    for number in _usual():
+        signal.signal(number, _end_without_a_word_more)
+
+
+@contextmanager
+def started_quietly() -> Iterator[None]:
+    """As `quiet_start`, in here."""
+    with _handled(_usual(), _end_without_a_word_more):
+        yield
+
+
+def _usual() -> list[signal.Signals]:
+    """Ctrl-C, where it would raise `KeyboardInterrupt`."""
+    return [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
+
+
+def _end_without_a_word_more(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(128 + number)

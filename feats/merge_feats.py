@@ -1,5 +1,10 @@
 """Join caches that several processes made in parts, <name>_<split>.parts, into one file each, <name>_<split>.h5."""
 
+if __name__ == "__main__":  # before what takes its time to import
+    from feats.interrupts import quiet_start
+
+    quiet_start()
+
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence

@@ -1,5 +1,10 @@
 """Encode texts with all-MiniLM-L6-v2, weights from its Python package, into saved/feats/minilm_<split>.h5."""
 
+if __name__ == "__main__":  # before what takes its time to import
+    from feats.interrupts import quiet_start
+
+    quiet_start()
+
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence

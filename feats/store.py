@@ -25,12 +25,13 @@ import h5py
 import numpy as np
 from filelock import FileLock, Timeout
 
-from feats.csv_files import parse_csv, write_csv
+from feats.csv_files import parse_csv, write_rows
 from feats.errors import UsageError, first_line
 from feats.json_files import parse_json
 from feats.plain_hdf5 import attribute_problem, dataset_problem
 from feats.source import Source
 from feats.strings import Labels, Strings
+from feats.writing import appearing, settle, sync
 
 FORMAT_VERSION = 2
 PENDING, DONE, QUARANTINED = 0, 1, 2
@@ -38,6 +39,7 @@ STATUS_NAMES = {PENDING: "pending", DONE: "done", QUARANTINED: "quarantined"}
 
 PATHS = ("image_path", "text_path")  # a row's files, see `Source`; not every cache has them
 
+_KEPT = "the rows done so far are intact; free some space and run the same command again"
 _REMEDY = "the file is damaged or foreign: make it again with `overwrite`"
 _RESUME = "an interrupted run may have left it so: run the same extraction again to repair it, else use `overwrite`"
 
@@ -328,7 +330,8 @@ class FeatureStore(CacheReader):
             with _damage(path, "id"):
                 self.ids = _strings(self._dataset("id")[:])
             if lock is not None:
-                self._heal()
+                with _disk(path, _KEPT):
+                    self._heal()
             with _damage(path, "status", self._remedy):
                 self.status = self._dataset("status")[:]
         except BaseException:
@@ -382,9 +385,10 @@ class FeatureStore(CacheReader):
                     if parameters is not None:
                         file.attrs["parameters"] = np.bytes_(json.dumps(dict(parameters)))
                     file.attrs["plan"] = np.bytes_(json.dumps({**(plan or {}), "block_rows": block_rows}))
-                _sync_path(unfinished)
+                sync(unfinished)
                 quarantine_path(path).unlink(missing_ok=True)
                 os.replace(unfinished, path)
+                settle(path)
                 return cls(path, h5py.File(path, "r+", libver=LIBVER), lock)
         except BaseException:
             unfinished.unlink(missing_ok=True)
@@ -503,7 +507,7 @@ class FeatureStore(CacheReader):
         ids. Features of rows that aren't `DONE` are stored as NaN.
         Raises `CacheError` when the disk is full; what was done before stays readable.
         """
-        with _disk(self.path, "the rows done so far are intact; free some space and run the same command again"):
+        with _disk(self.path, _KEPT):
             neighbours = self._neighbours(rows)
             unsettled = np.union1d(rows, neighbours)
             if self.complete:
@@ -532,7 +536,7 @@ class FeatureStore(CacheReader):
     def finish(self) -> bool:
         """Mark the cache complete if no row is pending; returns whether it is."""
         done = not (self.status == PENDING).any()
-        with _disk(self.path, "the rows done so far are intact"):
+        with _disk(self.path, _KEPT):
             if done and not self.complete:
                 self._file.attrs.modify("complete", True)
             self._sync()
@@ -558,8 +562,9 @@ class FeatureStore(CacheReader):
                 _blank_chunk(dataset, low)
             changed = len(new)
         if changed:
-            dataset[:] = new
-            self._sync()
+            with _disk(self.path, _KEPT):
+                dataset[:] = new
+                self._sync()
         return changed
 
     def update_source(self, source: Source) -> None:
@@ -576,11 +581,13 @@ class FeatureStore(CacheReader):
             except OSError:  # torn by a kill in the midst of an update
                 same = False
             if not same:
-                dataset[:] = new
+                with _disk(self.path, _KEPT):
+                    dataset[:] = new
         told = _source_bytes(source)
-        if self._file.attrs["source"] != told.item():
-            self._file.attrs.modify("source", told)
-        self._sync()
+        with _disk(self.path, _KEPT):
+            if self._file.attrs["source"] != told.item():
+                self._file.attrs.modify("source", told)
+            self._sync()
 
     def _write_ragged(self, rows: np.ndarray, values: np.ndarray) -> None:
         offsets = self._offsets
@@ -978,11 +985,6 @@ def _disk(path: Path, state: str) -> Iterator[None]:
         raise CacheError(f"{path}: {what}; {state}") from None
 
 
-def _sync_path(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def is_complete(path: Path) -> bool:
     """Whether every row of the cache at `path` is done or in quarantine; False, too, where none can be read. Takes no
     lock: whoever is writing it isn't disturbed."""
@@ -1012,9 +1014,8 @@ def _write_reasons(path: Path, reasons: Mapping[str, str]) -> None:
     if not reasons:
         path.unlink(missing_ok=True)
         return
-    unfinished = path.with_name(path.name + ".writing")
-    write_csv(unfinished, [["id", "reason"], *reasons.items()])
-    os.replace(unfinished, path)
+    with appearing(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
+        write_rows(file, [["id", "reason"], *reasons.items()])
 
 
 def _selection(rows: np.ndarray) -> slice | np.ndarray:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from feats.errors import UsageError
+from feats.escapes import of_terminal, one_line
 
 PROJECT = "multimodal-feature-probe"
 LIBRARIES = ("torch", "torchvision", "transformers", "numpy", "h5py", "scikit-learn")
@@ -41,16 +42,17 @@ def ask(asked: Asked) -> None:
 
 @contextmanager
 def showing() -> Iterator[None]:
-    """While the block runs, stdout and stderr show what `ask` was told. Raises `UsageError` for a log file that can't
-    be written."""
-    if _asked == Asked():
-        yield
-        return
+    """While the block runs, stdout and stderr show what `ask` was told, as `feats.escapes` has it: but what goes from
+    stdout into a file or a pipe stays as it is. Raises `UsageError` for a log file that can't be written."""
     with ExitStack() as stack:
         log = stack.enter_context(_opened(_asked.log)) if _asked.log else None
-        streams = _Stream(sys.stdout, log), _Stream(sys.stderr, log, errors_only=_asked.quiet)
-        stack.enter_context(redirect_stdout(streams[0]))  # type: ignore[type-var]
-        stack.enter_context(redirect_stderr(streams[1]))  # type: ignore[type-var]
+        streams: list[_Stream] = []
+        if sys.stdout is not None:  # None: it was closed
+            streams.append(_Stream(sys.stdout, log))
+            stack.enter_context(redirect_stdout(streams[-1]))  # type: ignore[type-var]
+        if sys.stderr is not None:
+            streams.append(_Stream(sys.stderr, log, errors_only=_asked.quiet))
+            stack.enter_context(redirect_stderr(streams[-1]))  # type: ignore[type-var]
         try:
             yield
         finally:
@@ -72,11 +74,15 @@ class _Stream:
         self.shown, self.log, self.errors_only = shown, log, errors_only
         self.begun = ""  # a line without its end
         self.in_error = False
+        self.escapes = errors_only or shown is not sys.stdout or shown.isatty()
 
     def write(self, text: str) -> int:
+        safe = of_terminal(text)
         if not self.errors_only:
-            self.shown.write(text)
-        *lines, self.begun = (self.begun + text).split("\n")
+            self.shown.write(safe if self.escapes else text)
+            if self.log is None:
+                return len(text)
+        *lines, self.begun = (self.begun + safe).split("\n")
         for line in lines:
             self._take(line)
         return len(text)
@@ -118,11 +124,14 @@ class Progress:
     def __init__(self, title: str, total: int, unit: str, weight: float | None = None, *, stay: bool = False):
         from tqdm import tqdm
 
-        self.title, self.total, self.unit = title, total, unit
+        self.total, self.unit = total, unit
         self.weight = float(total) if weight is None else weight
         self.done, self.weighed, self.now = 0, 0.0, ""
         self.began = self.told = time.monotonic()
-        stream = getattr(sys.stderr, "shown", sys.stderr)
+        self.title = title = one_line(title)
+        stream = sys.stderr
+        while isinstance(stream, _Stream):
+            stream = stream.shown
         self.bar: Any = None
         if stream.isatty() and not _asked.quiet:
             layout = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
@@ -131,7 +140,7 @@ class Progress:
 
     def add(self, steps: int, weight: float | None = None, now: str = "") -> None:
         """So many steps more are done, `now` by the name of what did them."""
-        self.done, self.now = self.done + steps, now or self.now
+        self.done, self.now = self.done + steps, one_line(now) or self.now
         before, self.weighed = self.weighed, min(self.weight, self.weighed + (steps if weight is None else weight))
         if self.bar is not None:
             self.bar.set_postfix_str(self._steps(), refresh=False)

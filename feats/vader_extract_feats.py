@@ -1,5 +1,10 @@
 """Score texts with VADER (pos, neu, neg, compound) into saved/feats/vader_<split>.h5."""
 
+if __name__ == "__main__":  # before what takes its time to import
+    from feats.interrupts import quiet_start
+
+    quiet_start()
+
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence

@@ -7,6 +7,11 @@ tune by them. Fill in the column `corrected` and train again with --corrections.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what takes its time to import
+    from feats.interrupts import quiet_start
+
+    quiet_start()
+
 import sys
 import warnings
 from argparse import ArgumentParser, Namespace
@@ -44,6 +49,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="(default: label_audit.csv in the run's folder)")
     cli.add_run_options(parser)
+    cli.add_csv_option(parser)
     return parser
 
 
@@ -72,7 +78,7 @@ def work(args: Namespace) -> int:
     configs = {member.config for member in run.members}
     with cli.progress_bar("train", total_epochs(list(configs), experiment), "epoch") as progress:
         queue = suspects.audit(run, experiment, progress)
-    suspects.write_queue(out, queue, records)
+    suspects.write_queue(out, queue, records, safe=args.csv_safe)
     print(format_table(suspects.summary_rows(queue), ["rows", "n", *suspects.WHYS]))
     print(f"fill in its column corrected, then: python modeling/train_head.py ... --corrections {out}")
     n = sum(bool(row.why) for row in queue)

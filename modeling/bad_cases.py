@@ -6,6 +6,11 @@ figures stop being honest.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what takes its time to import
+    from feats.interrupts import quiet_start
+
+    quiet_start()
+
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -41,6 +46,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--min-confidence", type=float, default=0.0, metavar="P", help="list rows as sure, 0 to 1")
     parser.add_argument("--out", type=Path, metavar="FILE", help="(default: bad_cases.csv in the run's folder)")
     cli.add_run_options(parser)
+    cli.add_csv_option(parser)
     return parser
 
 
@@ -90,7 +96,7 @@ def export_of(run: Run, args: Namespace) -> int:
     ids = [train_ids[k] for k in listed]
     tags = experiment.features.tags_of(ids)
     with user_file(out, PREDICTION_COLUMNS) as file:
-        write_rows(file, prediction_rows(ids, tags, probabilities[listed], run.classes))
+        write_rows(file, prediction_rows(ids, tags, probabilities[listed], run.classes), safe=args.csv_safe)
     confusion = confusion_matrix(labels, predicted, len(run.classes))
     print(f"confusion, {len(train_ids)} training rows, each by a head that hasn't seen it")
     print(confusion_text(confusion.tolist(), run.classes))

@@ -22,6 +22,7 @@ from feats.cli import (
     EXIT_UNUSABLE,
     ScriptParser,
     as_typed,
+    error_line,
     positive,
     refuse_without_extra,
     show_warning,
@@ -161,6 +162,16 @@ def add_label_column_options(parser: ScriptParser) -> None:
     )
     group.add_argument(
         "--data", type=Path, metavar="DIR|FILE", help="the table of --label-column (default: where the caches say)"
+    )
+
+
+def add_csv_option(parser: ScriptParser) -> None:
+    """CSV for spreadsheets."""
+    parser.add_argument(
+        "--csv-safe",
+        action="store_true",
+        help="put a ' before texts in CSV that a spreadsheet would take for formulas (= + - @ tab CR first); such a "
+        "file's ids and labels may differ from the data's",
     )
 
 
@@ -745,17 +756,27 @@ def print_lines(lines: Iterable[str], quiet: bool = False) -> None:
             print(as_typed(line, OPTION_OF), file=sys.stderr if line.startswith("note:") else sys.stdout)
 
 
-@interruptible(signal.SIGINT)
 def guarded(
     work: Callable[[], int], interrupted: str, named: Mapping[str, str] = OPTION_OF, *, same_bits: bool = False
 ) -> int:
     """Run a script's work and show what libraries say. Unusable input ends with one line and status 2, an interruption
     with `interrupted` and 130. `named`: settings that the script knows by another name.
     `same_bits`: from the beginning as `feats.acceleration.deterministic`."""
-    return with_messages(partial(_guarded, work, interrupted, named, same_bits))
+    import torch  # noqa: F401 - here Ctrl-C still ends the process at once: torch's import may swallow an exception
+
+    with interruptible(signal.SIGINT):
+        return with_messages(partial(_guarded, work, interrupted, named, same_bits))
 
 
 def _guarded(work: Callable[[], int], interrupted: str, named: Mapping[str, str], same_bits: bool) -> int:
+    try:
+        return _refusing(work, named, same_bits)
+    except KeyboardInterrupt:
+        print(f"interrupted: {interrupted}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _refusing(work: Callable[[], int], named: Mapping[str, str], same_bits: bool) -> int:
     import torch
 
     from feats.acceleration import deterministic
@@ -766,13 +787,10 @@ def _guarded(work: Callable[[], int], interrupted: str, named: Mapping[str, str]
             with deterministic(same_bits):
                 return work()
         except (UsageError, OSError) as error:  # what can't be read or written names its file
-            print(f"error: {as_typed(error, named)}", file=sys.stderr)
+            print(error_line(error, named), file=sys.stderr)
             return EXIT_UNUSABLE
         except ModuleNotFoundError as error:
             return refuse_without_extra(error)
         except torch.OutOfMemoryError:
             print("error: the GPU's memory is full; use --device cpu, or to train a smaller --bs", file=sys.stderr)
             return EXIT_UNUSABLE
-        except KeyboardInterrupt:
-            print(f"interrupted: {interrupted}", file=sys.stderr)
-            return EXIT_INTERRUPTED

@@ -1,6 +1,11 @@
 """A leaderboard of runs from their stored predictions on validation rows: heads, ensembles, finetuned runs, those
 inside sweeps too, with intervals and paired tests. Only runs on the same rows with the same labels are compared."""
 
+if __name__ == "__main__":  # before what takes its time to import
+    from feats.interrupts import quiet_start
+
+    quiet_start()
+
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -33,6 +38,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--against", metavar="RUN", help="test against this run (default: the best on its rows)")
     parser.add_argument("--format", choices=tuple(LAYOUTS), help="(default: by --out, or terminal)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write it (default: on the screen)")
+    cli.add_csv_option(parser)
     return parser
 
 
@@ -56,7 +62,7 @@ def work(args: Namespace) -> int:
     runs = [run_path(args.runs, name) for name in args.run] or args.runs
     against = run_path(args.runs, args.against) if args.against else None
     board = compare_runs(runs, by=args.by, against=against)
-    text = board.text(layout) + "\n"
+    text = board.text(layout, csv_safe=args.csv_safe) + "\n"
     if not args.out:
         print(text, end="")
     else:

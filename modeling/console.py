@@ -8,7 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 
-from feats.terminal import version_line
+from feats.escapes import one_line
+from feats.interrupts import started_quietly
 
 NAME = "mmprobe"
 COMMANDS = {
@@ -39,11 +40,18 @@ EXTRACT = "extract"  # EXTRACT NAME: feats/NAME_extract_feats.py
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the first word names, or two of `extract`, with the rest of the words; returns the exit
     status, 2 with the list of commands for a word that is none."""
+    with started_quietly():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
     if words[0] == "--version":
+        from feats.terminal import version_line
+
         print(version_line())
         return 0
     command, *rest = words
@@ -53,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, module = f"{EXTRACT} {encoder}", f"feats.{encoder}_extract_feats" if encoder in encoders() else None
     if module is None:
         print(usage(), file=sys.stderr)
-        what = f"{command} is no command" if command != EXTRACT else f"{EXTRACT} what? {', '.join(encoders())}"
+        what = (
+            f"{one_line(command)} is no command" if command != EXTRACT else f"{EXTRACT} what? {', '.join(encoders())}"
+        )
         print(f"error: {what}; {NAME} --help lists them", file=sys.stderr)
         return 2
     script = import_module(module)

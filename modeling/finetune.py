@@ -2,6 +2,11 @@
 (default: the newest with one head), a reference study's model (--model), or any encoders with any head
 (--image-encoder, --text-encoder, --head). Started by torchrun, several processes share the work."""
 
+if __name__ == "__main__":  # before what takes its time to import
+    from feats.interrupts import quiet_start
+
+    quiet_start()
+
 import sys
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Sequence

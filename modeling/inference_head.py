@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what takes its time to import
+    from feats.interrupts import quiet_start
+
+    quiet_start()
+
 import shutil
 import sys
 from argparse import ArgumentParser, Namespace
@@ -21,6 +26,7 @@ import feats.threads  # noqa: F401
 
 from feats.cli import EXIT_DONE, add_columns_option, as_typed, columns_from, remark, rows_bar
 from feats.errors import UsageError
+from feats.escapes import one_line
 from modeling import choices, cli
 from modeling.choices import VoteSettings
 
@@ -90,6 +96,7 @@ def build_parser() -> ArgumentParser:
     output.add_argument("--format", choices=choices.FORMATS, help="(default: what the suffix of --out says, else csv)")
     output.add_argument("--no-header", action="store_true", help="leave out the line of the columns' names")
     output.add_argument("--proba", action="store_true", help="add a column of probabilities for each class")
+    cli.add_csv_option(parser)
     return parser
 
 
@@ -147,10 +154,11 @@ def predict(args: Namespace, stream: TextIO | None) -> int:
         print_figures(predictions, runs)
     header = not args.no_header
     if stream is not None:
-        prediction.write_predictions(stream, predictions, args.proba, header=header, form=form)
+        prediction.write_predictions(stream, predictions, args.proba, header=header, form=form, safe=args.csv_safe)
         stream.flush()
     elif out:
-        prediction.write_submission(out, predictions, args.proba, header=header, own=args.out is None, form=form)
+        own, safe = args.out is None, args.csv_safe
+        prediction.write_submission(out, predictions, args.proba, header=header, own=own, form=form, safe=safe)
         print(f"{len(predictions)} predictions -> {out}")
     return EXIT_DONE
 
@@ -293,7 +301,7 @@ def warn_of_gaps(predictions: Predictions) -> None:
         if rows:
             print(f"warning: {len(rows)} of {len(predictions)} rows {what}:", file=sys.stderr)
             for name, reason in list(rows.items())[:SHOWN]:
-                print(f"  {name}: {reason}", file=sys.stderr)
+                print(f"  {one_line(name)}: {one_line(reason)}", file=sys.stderr)
             if len(rows) > SHOWN:
                 print(f"  ... and {len(rows) - SHOWN} more", file=sys.stderr)
 

@@ -4,6 +4,11 @@ on from there, as far as that can be told.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what takes its time to import
+    from feats.interrupts import quiet_start
+
+    quiet_start()
+
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -50,6 +55,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--figure", choices=AVERAGES, default=AVERAGES[0], help="what is shown")
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"(default: {choices.CURVE_FILE} in the run's folder)")
     cli.add_run_options(parser)
+    cli.add_csv_option(parser)
     return parser
 
 
@@ -85,7 +91,7 @@ def work_of(run: Run, args: Namespace) -> int:
     with cli.progress_bar("train", curves.curve_epochs(configs, experiment, *how), "epoch") as progress:
         found = curves.learning_curve(experiment, configs, *how, progress)
     rows = curves.table(found, args.figure)
-    curves.write_curve(out, rows)
+    curves.write_curve(out, rows, safe=args.csv_safe)
     print(format_table(rows, SHOWN))
     print(f"\n{curves.notes(rows)}")
     print("\n".join(curves.answers(rows)))

@@ -1,5 +1,10 @@
 """List all runs, those inside sweeps and comparisons too: age, kind, head, caches, validation figure and folder."""
 
+if __name__ == "__main__":  # before what takes its time to import
+    from feats.interrupts import quiet_start
+
+    quiet_start()
+
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence

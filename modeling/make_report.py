@@ -1,6 +1,11 @@
 """Write a run's report: one page that opens from disk, with every figure as SVG and PNG beside it. It reads the run's
 folder and caches; pictures and texts come from the raw pairs, where they are still there."""
 
+if __name__ == "__main__":  # before what takes its time to import
+    from feats.interrupts import quiet_start
+
+    quiet_start()
+
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence

@@ -4,6 +4,11 @@ Every step is an ordinary command of this project and is printed before it runs.
 encoders.
 """
 
+if __name__ == "__main__":  # before what takes its time to import
+    from feats.interrupts import quiet_start
+
+    quiet_start()
+
 import hashlib
 import shlex
 import subprocess

@@ -3,6 +3,11 @@ its figures stand beside ours, with intervals and what differs. Without a table:
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what takes its time to import
+    from feats.interrupts import quiet_start
+
+    quiet_start()
+
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence

@@ -4,6 +4,11 @@ line by line on standard output; or, with --http, requests to a small endpoint t
 A line is {"id": ..., "image": a file or its bytes in base64, "text": ...}; its answer is {"id", "label",
 "probabilities"} or {"id", "error"}."""
 
+if __name__ == "__main__":  # before what takes its time to import
+    from feats.interrupts import quiet_start
+
+    quiet_start()
+
 import os
 import sys
 from argparse import ArgumentParser, Namespace

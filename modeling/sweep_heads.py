@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what takes its time to import
+    from feats.interrupts import quiet_start
+
+    quiet_start()
+
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
@@ -52,6 +57,7 @@ def build_parser() -> ArgumentParser:
         help="train the grid on this one of --head only, and the others at its best settings",
     )
     parser.add_argument("--name", help=f"folder of the sweep's runs and tables, inside --runs (default: {NAME})")
+    cli.add_csv_option(parser)
     return parser
 
 
@@ -102,7 +108,7 @@ def compare_on(experiment: Experiment, args: Namespace, grid: cli.Grid, searched
     notes = dict.fromkeys(filter(None, [tables.notes, *earlier.notes, chosen]))
     tables = replace(tables, notes="\n".join(notes))
     cli.print_lines(tables.text.splitlines())
-    tables.write(folder)
+    tables.write(folder, safe=args.csv_safe)
     best = folder / tables.best
     sweep.write_diverged(folder, {config: diverged[name] for config, name in names.items() if name in diverged})
     before = f" ({len(names) - own} of earlier sweeps)" if len(names) > own else ""

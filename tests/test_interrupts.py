@@ -5,9 +5,10 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ENVIRONMENT, ROOT
 
 from feats.interrupts import held_back, interruptible
 
@@ -92,3 +93,57 @@ def test_later_ones_end_the_process_at_once_and_silently(moment: str):
     code += f"from feats.interrupts import interruptible\n{moment}"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
+
+
+# -- while libraries are imported ---------------------------------------------------------------------------------
+
+SCRIPTS = sorted([*ROOT.glob("feats/*_feats.py"), ROOT / "feats/export_texts.py"]) + sorted(
+    path for path in ROOT.glob("modeling/*.py") if "def build_parser" in path.read_text(encoding="utf-8")
+)
+# Ctrl-C when the module is first asked for, by whoever does so.
+STARTED = """
+import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+path, module, *sys.argv[1:] = sys.argv[1:]
+left = [module]
+def pressed(event, told):
+    if event == "import" and told[0] in left:
+        left.clear()
+        os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(pressed)
+sys.argv[0] = path
+if path == "mmprobe":
+    from modeling.console import main
+    sys.exit(main())
+runpy.run_path(path, run_name="__main__")
+"""
+
+
+def interrupted_at(script: Path | str, module: str, *words: str) -> None:
+    command = [sys.executable, "-c", STARTED, str(script), module, *words]
+    ended = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert (ended.returncode, ended.stdout) == (130, ""), ended
+    assert ended.stderr.startswith("interrupted") and len(ended.stderr.splitlines()) == 1, ended
+
+
+@pytest.mark.parametrize("module", ["argparse", "feats.cli", "feats.errors"])
+def test_ctrl_c_while_libraries_are_imported(module: str):
+    interrupted_at(ROOT / "modeling/train_head.py", module)
+
+
+def test_ctrl_c_while_mmprobe_finds_its_command():
+    interrupted_at("mmprobe", "feats.cli", "train")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_ctrl_c_while_any_script_starts(script: Path):
+    interrupted_at(script, "feats.cli")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["numpy", "torch", "torch.nn", "h5py"])
+def test_ctrl_c_within_the_heavy_libraries(module: str, tmp_path: Path):
+    words = ["--feats", str(tmp_path), "--runs", str(tmp_path)]
+    interrupted_at("mmprobe", module, "train", *words)
+    interrupted_at(ROOT / "modeling/sweep_heads.py", module, *words)

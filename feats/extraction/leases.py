@@ -144,10 +144,15 @@ def leased(path: Path, seconds: float = LEASE_SECONDS) -> Iterator[bool]:
 
 def _create(path: Path, owner: Owner) -> bool:
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(owner)))
+        file = path.open("x", encoding="utf-8")
     except FileExistsError:
         return False
+    try:
+        with file:
+            file.write(json.dumps(asdict(owner)))
+    except OSError:  # a full disk: nobody could tell whose the empty one is
+        path.unlink(missing_ok=True)
+        raise
     return True
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from feats.errors import UsageError
 from feats.extraction.summary import Progress, Summary
 from feats.parts import PartedStore, joined_path, parts_folder, plan_path
 from feats.store import (
@@ -24,6 +25,7 @@ from feats.store import (
     FeatureStore,
     fingerprint_difference,
 )
+from feats.writing import reason_of
 
 COPY_BYTES = 64 << 20  # of features copied at a time, about; one block at least
 
@@ -40,7 +42,7 @@ def merge(
     `path` is `<name>_<split>.h5` or the folder of parts. What an interrupted joining did isn't done again; where the
     cache is whole already, only the parts are removed. With `overwrite` a cache of anything else is replaced.
     Raises `CacheError` when parts are missing or damaged, when something else lies at `path`, when somebody else is
-    writing it, and when the disk is full.
+    writing it, and when the disk is full; `UsageError` when the parts can't be removed.
     """
     start = time.perf_counter()
     path = joined_path(path)
@@ -48,7 +50,6 @@ def merge(
         with PartedStore(path) as parts, _joined(parts, path, overwrite) as store:
             _copy(parts, store, progress)
             store.finish()
-            _sync_folder(path.parent)
             summary = _summary(store, start)
     except CacheError:
         if not path.is_file() or plan_path(parts_folder(path)).is_file():
@@ -148,19 +149,11 @@ def _summary(store: FeatureStore, start: float) -> Summary:
 def _remove(folder: Path) -> None:
     """Remove the parts: all of them at once, for whoever looks. What a killed removal left goes, too."""
     bin_name = f".{folder.name}.removed-"
-    with suppress(FileNotFoundError):  # another has joined and removed them
-        place = Path(tempfile.mkdtemp(prefix=bin_name, dir=folder.parent))
-        os.rename(folder, place / folder.name)
+    try:
+        with suppress(FileNotFoundError):  # another has joined and removed them
+            place = Path(tempfile.mkdtemp(prefix=bin_name, dir=folder.parent))
+            os.rename(folder, place / folder.name)
+    except OSError as error:
+        raise UsageError(f"{folder} is joined and can't be removed ({reason_of(error)}); remove it") from None
     for old in folder.parent.glob(f"{bin_name}*"):
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """See that the names in a folder are on disk, where the system can do that."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

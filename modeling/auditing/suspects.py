@@ -174,9 +174,10 @@ def check_unedited(path: Path) -> None:
         raise UsageError(f"{path} holds {edited} corrected labels, which would be lost; give another file with `out`")
 
 
-def write_queue(path: Path, queue: Sequence[Audited], records: Sequence[Record]) -> None:
+def write_queue(path: Path, queue: Sequence[Audited], records: Sequence[Record], *, safe: bool = False) -> None:
     """CSV of the queue, in its order, with an empty column for corrected labels; texts and pictures' paths from
-    `records`, '' where these lack a row. For what is there already see `user_file`."""
+    `records`, '' where these lack a row. For what is there already see `user_file`; `safe` as in
+    `write_rows`."""
     record_of = {record.id: record for record in records}
     with user_file(path, HEADER) as file:
         write_rows(file, [HEADER])
@@ -195,7 +196,7 @@ def write_queue(path: Path, queue: Sequence[Audited], records: Sequence[Record])
                 text,
                 image,
             )
-            write_rows(file, [cells])
+            write_rows(file, [cells], safe=safe)
 
 
 def _path_of(record: Record) -> str:

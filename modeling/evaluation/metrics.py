@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from feats.escapes import one_line
 from modeling.choices import AVERAGES as AVERAGES
 
 BINS = 15
@@ -387,7 +388,7 @@ def constants(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], digits:
     """The columns behind the first that say the same in all of three rows or more, with what they say."""
     if len(rows) < 3:
         return {}
-    of_column = {name: {_cell(row.get(name), digits) for row in rows} for name in columns[1:]}
+    of_column = {name: {one_line(_cell(row.get(name), digits)) for row in rows} for name in columns[1:]}
     return {name: next(iter(cells)) for name, cells in of_column.items() if len(cells) == 1 and cells != {""}}
 
 
@@ -431,8 +432,8 @@ def _plain_lines(
 ) -> list[str]:
     """A table's lines; headings, then the longest texts are broken as far as `width` asks."""
     right = _right(rows, columns)
-    heads = [[name] for name in columns]
-    cells = [[[_cell(row.get(column), digits)] for column in columns] for row in rows]
+    heads = [[one_line(name)] for name in columns]
+    cells = [[[one_line(_cell(row.get(column), digits))] for column in columns] for row in rows]
     if width is not None and _total([heads, *cells]) > width:
         heads = [_broken(name, max([3, *(len(row[k][0]) for row in cells)])) for k, name in enumerate(columns)]
         for k in sorted(range(len(columns)), key=lambda k: -max(map(len, (row[k][0] for row in cells)), default=0)):

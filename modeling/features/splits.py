@@ -8,7 +8,6 @@ scikit-learn's StratifiedGroupKFold, whose folds are multiples of 1/k and vary i
 
 import glob
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from feats.errors import UsageError, first_line, one_line
 from feats.json_files import parse_json, read_json
 from feats.regular import check_regular
 from feats.strings import BLOCK, Labels, Strings
+from feats.writing import replacing, write_json
 from modeling.choices import SplitSettings as SplitSettings
 from modeling.features.duplicates import Duplicates
 from modeling.features.joined import FeatureSet
@@ -80,13 +80,14 @@ def save_split(split: Split | Sequence[Split], path: Path | str) -> None:
         beside = path.with_suffix(".npz")
         parts = {f"{k}/{part}": getattr(one, part) for k, one in enumerate(splits) for part in PARTS}
         arrays: dict[str, Any] = {name: Strings.of(ids).encoded for name, ids in parts.items()}
-        np.savez(beside, **arrays)
+        with replacing(beside) as unfinished, unfinished.open("wb") as file:
+            np.savez(file, **arrays)
         folds: list[dict[str, Any]] = [{"ids": beside.name, "how": one.how} for one in splits]
     else:
         folds = [{**{part: list(getattr(one, part)) for part in PARTS}, "how": one.how} for one in splits]
     content = folds[0] if isinstance(split, Split) else {"folds": folds}
     # On one line: with an indent Python's encoder takes seven times as long, a second for a million ids.
-    path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, content, indent=None)
 
 
 def load_split(path: Path | str) -> Split | list[Split]:

@@ -29,6 +29,7 @@ from feats.acceleration import peak_bytes
 from feats.errors import UsageError, one_line
 from feats.interrupts import held_back
 from feats.json_files import read_json
+from feats.writing import write_json
 from modeling.choices import METHODS as METHODS
 from modeling.experiment import Experiment, Progress, run_of, train_all
 from modeling.features.splits import Split, deal_folds, deal_split
@@ -162,10 +163,7 @@ def claim(folder: Path, experiment: Experiment, config: TrainConfig, **protocol:
     wanted = json.loads(json.dumps(wanted))
     file = folder / SETTINGS
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / f".{SETTINGS}"
-        unfinished.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, file)
+        write_json(file, wanted)
         return
     found = read_json(file, f"give another `name`, or remove {folder} to begin anew")
     differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]

@@ -261,24 +261,32 @@ def write_submission(
     header: bool = True,
     own: bool = False,
     form: str = "csv",
+    safe: bool = False,
 ) -> None:
     """The file that `write_predictions` fills. For what is there already see `user_file`. Raises `UsageError` when it
     can't be written."""
     with user_file(path, SUBMISSION, own=own, begins=FORMATS[form]) as file:
-        write_predictions(file, predictions, proba, header=header, form=form)
+        write_predictions(file, predictions, proba, header=header, form=form, safe=safe)
 
 
 def write_predictions(
-    file: Writable, predictions: Predictions, proba: bool = False, *, header: bool = True, form: str = "csv"
+    file: Writable,
+    predictions: Predictions,
+    proba: bool = False,
+    *,
+    header: bool = True,
+    form: str = "csv",
+    safe: bool = False,
 ) -> None:
     """Guid and tag of each row in the data set's order, in a format of `FORMATS`.
 
     csv: with `proba` also a column "p_<class>" for each class; without `header` its first line, the columns' names, is
-    left out. json: a list of objects {"guid", "tag"}, with `proba` also "probabilities" {class: p}; jsonl: one a line.
+    left out, and `safe` is as in `write_rows`. json: a list of objects {"guid", "tag"}, with `proba` also
+    "probabilities" {class: p}; jsonl: one a line.
     """
     names = np.array(predictions.classes, object)
     if form == "csv" and header:
-        write_rows(file, [[*SUBMISSION, *(f"p_{name}" for name in names if proba)]])
+        write_rows(file, [[*SUBMISSION, *(f"p_{name}" for name in names if proba)]], safe=safe)
     for low in range(0, len(predictions), WRITE_ROWS):
         rows = slice(low, low + WRITE_ROWS)
         columns = [predictions.rows.ids[rows], names[predictions.predicted[rows]]]
@@ -288,7 +296,7 @@ def write_predictions(
             continue
         if proba:
             columns += [map("%.6f".__mod__, column) for column in probabilities.T.tolist()]
-        write_rows(file, zip(*columns, strict=True))
+        write_rows(file, zip(*columns, strict=True), safe=safe)
     if form == "json":
         file.write("\n]\n" if len(predictions) else "[]\n")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from feats.csv_files import write_rows
 from feats.errors import UsageError
+from feats.escapes import one_line
 from modeling.evaluation.metrics import AVERAGES, WIDTH, format_table
 from modeling.runs.entries import Entry, age_of, figure_words
 from modeling.runs.leaderboard import Group, Leaderboard, Place
@@ -49,21 +50,17 @@ SPECIAL = {
 }
 
 
-def written(board: Leaderboard, layout: str) -> str:
-    """One of `LAYOUTS`, ending without a line feed. Raises `UsageError` for another."""
+def written(board: Leaderboard, layout: str, csv_safe: bool = False) -> str:
+    """One of `LAYOUTS`, ending without a line feed; `csv_safe` as `safe` of `write_rows`. Raises `UsageError` for
+    another."""
     if layout not in LAYOUTS:
         raise UsageError(f"`format` {layout}: expected one of {', '.join(LAYOUTS)}")
-    return LAYOUTS[layout](board)
+    return csv(board, safe=csv_safe) if layout == "csv" else LAYOUTS[layout](board)
 
 
 def first_line_of(layout: str) -> str:
     """How a file of a layout begins."""
     return ",".join(CSV_COLUMNS) if layout == "csv" else FIRST[layout]
-
-
-def shown(text: str) -> str:
-    """A name on one line: what a terminal would obey, and line ends, are shown by their codes."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 # -- terminal ---------------------------------------------------------------------------------------------------
@@ -92,9 +89,9 @@ def _terminal_group(group: Group) -> str:
     always = f"always {group.majority['class']}"
     figures = {figure_words(name): [f"{group.majority[name]:.3f}"] for name in AVERAGES}
     rows += _lines({head: _wrapped(always, HEAD), **figures})
-    folders = [f"{rank:>3}  {shown(place.name)}" for rank, place in enumerate(group.places, 1)]
-    notes = [line for note in group.notes for line in wrap(shown(note), WIDTH, break_on_hyphens=False)]
-    title = wrap(shown(group.rows), WIDTH, break_on_hyphens=False)
+    folders = [f"{rank:>3}  {one_line(place.name)}" for rank, place in enumerate(group.places, 1)]
+    notes = [line for note in group.notes for line in wrap(one_line(note), WIDTH, break_on_hyphens=False)]
+    title = wrap(one_line(group.rows), WIDTH, break_on_hyphens=False)
     return "\n".join([*title, "", format_table(rows, columns, width=None), "", *folders, "", *notes])
 
 
@@ -106,7 +103,7 @@ def _lines(cells: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
 def _wrapped(text: str, width: int) -> list[str]:
     """Broken behind commas and plus signs where that is possible."""
     lines: list[str] = []
-    for word in re.findall(r"[^,+ ]*[,+ ]?", shown(text)):
+    for word in re.findall(r"[^,+ ]*[,+ ]?", one_line(text)):
         if lines and len(lines[-1]) + len(word.rstrip()) <= width:
             lines[-1] += word
         elif word:
@@ -160,7 +157,7 @@ def markdown(board: Leaderboard) -> str:
 
 def _of_markdown(text: str) -> str:
     """Plain text; pipes are left to `format_table`, and an underscore inside a word means nothing."""
-    return re.sub(r"([\\`*<>\[\]&~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", shown(text))
+    return re.sub(r"([\\`*<>\[\]&~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", one_line(text))
 
 
 def latex(board: Leaderboard) -> str:
@@ -182,17 +179,17 @@ def _latex_row(cells: Sequence[str]) -> str:
 
 def _of_latex(text: str) -> str:
     """Plain text; between digits a hyphen is a dash."""
-    escaped = "".join(SPECIAL.get(c, c) for c in shown(text))
+    escaped = "".join(SPECIAL.get(c, c) for c in one_line(text))
     return re.sub(r"(?<=\.\d{3})-(?=\d\.)", "--", escaped)
 
 
 # -- CSV --------------------------------------------------------------------------------------------------------
 
 
-def csv(board: Leaderboard) -> str:
+def csv(board: Leaderboard, *, safe: bool = False) -> str:
     """One table of all groups with every number in full, a line for each run and each group's majority class."""
     file = io.StringIO()
-    write_rows(file, [CSV_COLUMNS, *(row for group in board.groups for row in _csv_rows(group))])
+    write_rows(file, [CSV_COLUMNS, *(row for group in board.groups for row in _csv_rows(group))], safe=safe)
     return file.getvalue().removesuffix("\n")
 
 
@@ -234,6 +231,6 @@ def runs_table(entries: Sequence[Entry], names: Sequence[str]) -> str:
     lines = format_table([row for of_run in rows for row in of_run], columns, width=None).splitlines()
     table, place = lines[:2], 2
     for of_run, name in zip(rows, names, strict=True):
-        table += [*lines[place : place + len(of_run)], f"  {shown(name)}"]
+        table += [*lines[place : place + len(of_run)], f"  {one_line(name)}"]
         place += len(of_run)
     return "\n".join(table)

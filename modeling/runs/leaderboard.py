@@ -97,11 +97,12 @@ class Leaderboard:
     groups: list[Group]
     left_out: dict[Path, str] = field(default_factory=dict)
 
-    def text(self, layout: str = "terminal") -> str:
-        """As one of `modeling.runs.layouts.LAYOUTS`. Raises `UsageError` for another."""
+    def text(self, layout: str = "terminal", *, csv_safe: bool = False) -> str:
+        """As one of `modeling.runs.layouts.LAYOUTS`; `csv_safe`: as `safe` of `feats.csv_files.write_rows`. Raises
+        `UsageError` for another."""
         from modeling.runs.layouts import written  # which is built on this module
 
-        return written(self, layout)
+        return written(self, layout, csv_safe)
 
     def __str__(self) -> str:
         return self.text()

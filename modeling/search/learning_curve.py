@@ -472,10 +472,10 @@ def notes(rows: Sequence[Mapping[str, Any]]) -> str:
     return words
 
 
-def write_curve(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """CSV of a `table`, every number in full. For what is there already see `user_file`."""
+def write_curve(path: Path, rows: Sequence[Mapping[str, Any]], *, safe: bool = False) -> None:
+    """CSV of a `table`, every number in full. For what is there already see `user_file`; `safe` as in `write_rows`."""
     with user_file(path, HEADER) as file:
-        write_rows(file, [HEADER, *([row[name] for name in HEADER] for row in rows)])
+        write_rows(file, [HEADER, *([row[name] for name in HEADER] for row in rows)], safe=safe)
 
 
 def read_curve(path: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from feats.csv_files import read_table, write_table
 from feats.errors import UsageError, first_line
 from feats.json_files import read_json
 from feats.source import SIDES
+from feats.writing import write_json, write_text
 from modeling.evaluation import metrics
 from modeling.experiment import Experiment
 from modeling.features.corrections import corrected_words
@@ -134,7 +135,7 @@ def write_diverged(folder: Path, diverged: Mapping[TrainConfig, str]) -> None:
     """Keep what diverged, of which there is no run, for sweeps that go on in the folder."""
     told = [{"train": asdict(config), "reason": reason} for config, reason in diverged.items()]
     if told or (folder / DIVERGED).exists():
-        (folder / DIVERGED).write_text(json.dumps(told, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        write_json(folder / DIVERGED, told)
 
 
 # -- tables -----------------------------------------------------------------------------------------------------
@@ -170,14 +171,14 @@ class Tables:
         parts += [f"{title}\n{metrics.format_table(*pivot)}" for title, pivot in self.pivots.items()]
         return "\n\n".join([*parts, self.notes])
 
-    def write(self, folder: Path) -> None:
-        """table.csv, with every number in full, and table.md."""
-        write_table(folder / TABLE, self.rows)
+    def write(self, folder: Path, *, safe: bool = False) -> None:
+        """table.csv, with every number in full, and table.md; `safe` as in `feats.csv_files.write_rows`."""
+        write_table(folder / TABLE, self.rows, safe=safe)
         parts = [metrics.format_table(rows, columns, markdown=True) for rows, columns in self._of_rows()]
         parts += [
             f"### {title}\n\n{metrics.format_table(*pivot, markdown=True)}" for title, pivot in self.pivots.items()
         ]
-        (folder / MARKDOWN).write_text("\n\n".join([*parts, self.notes]) + "\n", encoding="utf-8")
+        write_text(folder / MARKDOWN, "\n\n".join([*parts, self.notes]) + "\n")
 
     def _of_rows(self) -> list[tuple[list[dict[str, Any]], list[str]]]:
         """The two tables of all configurations; the majority class isn't trained."""

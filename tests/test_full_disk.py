@@ -1,0 +1,290 @@
+"""A disk that is full at any moment of any script: one line that names a file, nothing half in place, and the same
+command afterwards gives what it would have given.
+"""
+
+import builtins
+import errno
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from caches import make_cache
+from conftest import make_course
+
+from feats.store import FeatureStore
+
+SHORT = ("--head", "concat", "--D", "4", "--ep", "2", "--bs", "32", "--val-ratio", "0.3")
+FROM_CACHE = ("--vtype", "clip", "--feats", "feats", "--runs", "runs")
+STEP = 5
+VALUES = {"created", "command", "options", "seconds", "cost", "updated"}  # that differ from time to time
+
+# -- scripts, each with what lies there before --------------------------------------------------------------------
+
+SCRIPTS: dict[str, tuple[str, Sequence[str], Sequence[str]]] = {
+    "extract": ("feats.pixels_extract_feats", ("--data", "set", "--out", "new", "--workers", "0"), ("set",)),
+    "extract by parts": (
+        "feats.pixels_extract_feats",
+        ("--data", "set", "--out", "new", "--workers", "0", "--piece-rows", "1", "--splits", "train"),
+        ("set",),
+    ),
+    "merge": ("feats.merge_feats", ("new/pixels_train.parts",), ("set", "new")),
+    "export": ("feats.export_feats", ("feats/clip_train.h5", "--out", "new"), ("feats",)),
+    "export npy": ("feats.export_feats", ("feats/clip_train.h5", "--out", "new", "--format", "npy"), ("feats",)),
+    "import": ("feats.import_feats", ("parquet/clip_train.parquet", "--out", "new"), ("feats", "parquet")),
+    "export texts": ("feats.export_texts", ("--data", "set", "--out", "new"), ("set",)),
+    "train": ("modeling.train_head", (*FROM_CACHE, *SHORT), ("feats",)),
+    "sweep": (
+        "modeling.sweep_heads",
+        (*FROM_CACHE, *SHORT[2:], "--head", "concat", "mlp", "--name", "two"),
+        ("feats",),
+    ),
+    "predict": (
+        "modeling.inference_head",
+        ("--runs", "runs", "--split", "train", "--out", "out/out.csv"),
+        ("feats", "runs", "out"),
+    ),
+    "bad cases": ("modeling.bad_cases", ("--runs", "runs", "--folds", "2"), ("feats", "runs")),
+    "compare": ("modeling.compare_runs", ("--runs", "runs", "--out", "new.csv"), ("feats", "runs")),
+}
+
+
+class Before:
+    """What may lie there before, each thing made when it is first asked for."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def copy(self, name: str, to: Path) -> None:
+        if not (self.root / name).exists():
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(self.root)
+                getattr(self, name)()
+        if to != self.root / name:
+            shutil.copytree(self.root / name, to)
+
+    def set(self) -> None:
+        make_course(Path("set"), 4, 1)
+        Path("set/data/3.jpg").write_bytes(b"no picture")
+
+    def feats(self) -> None:
+        make_cache(Path("feats"), "clip", 60, quarantined=(5,))
+
+    def runs(self) -> None:
+        self.copy("feats", self.root / "feats")
+        assert run("modeling.train_head", (*FROM_CACHE, *SHORT)) == 0
+
+    def parquet(self) -> None:
+        self.copy("feats", self.root / "feats")
+        assert run("feats.export_feats", ("feats/clip_train.h5", "--out", "parquet")) == 0
+
+    def new(self) -> None:
+        """Parts that nobody joined."""
+        self.copy("set", self.root / "set")
+        words = ("--data", "set", "--out", "new", "--workers", "0", "--piece-rows", "1", "--no-join")
+        assert run("feats.pixels_extract_feats", (*words, "--splits", "train")) == 0
+
+    def out(self) -> None:
+        """Older predictions."""
+        Path("out").mkdir()
+        Path("out/out.csv").write_text("guid,tag\nold,positive\n")
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> Before:
+    return Before(tmp_path_factory.mktemp("before"))
+
+
+def fresh(before: Before, root: Path, parts: Sequence[str]) -> Path:
+    """The folder with copies of these, and nothing else."""
+    for left in root.iterdir():
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for part in parts:
+        before.copy(part, root / part)
+    return root
+
+
+def run(module: str, words: Sequence[str]) -> int:
+    status: int = import_module(module).main(list(words))
+    return status
+
+
+def tree(root: Path) -> dict[str, Any]:
+    """What readers find there: files by name, runs without their dates."""
+    found: dict[str, Any] = {}
+    for path in sorted(root.rglob("*")):
+        name = re.sub(r"\d{8}-\d{6}", "DATE", str(path.relative_to(root)))
+        if path.is_file() and not path.name.endswith(".lock"):
+            found[name] = plain(path)
+    return found
+
+
+def plain(path: Path) -> Any:
+    if path.suffix == ".json" and path.name != "plan.json":
+        return undated(json.loads(path.read_text()))
+    text = re.sub(rb"\d{8}-\d{6}", b"DATE", path.read_bytes())
+    return text if path.suffix != ".html" else len(text) > 1000
+
+
+def undated(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: undated(value) for name, value in content.items() if name not in VALUES}
+    return [undated(value) for value in content] if isinstance(content, list) else content
+
+
+# -- the disk -----------------------------------------------------------------------------------------------------
+
+
+class FullDisk:
+    """From the `fails`-th change below `root` on nothing can be written there: files that are opened for that are
+    empty and stay so, and what needs a new entry in a folder, or a sync, is refused."""
+
+    CALLS = {"fsync": 1, "replace": 2, "rename": 2, "link": 2, "mkdir": 1}
+
+    def __init__(self, root: Path, fails: int, patch: pytest.MonkeyPatch):
+        self.root, self.fails, self.changes = str(root), fails, 0
+        for name in self.CALLS:
+            patch.setattr(os, name, partial(self._call, getattr(os, name)))
+        patch.setattr(os, "open", partial(self._os_open, os.open))
+        for module in (io, builtins):
+            patch.setattr(module, "open", partial(self._open, open))
+
+    def _refuses(self, place: Any) -> bool:
+        if isinstance(place, int):
+            place = os.readlink(f"/proc/self/fd/{place}")
+        if not os.path.abspath(os.fspath(place)).startswith(self.root):
+            return False
+        self.changes += 1
+        return self.changes >= self.fails
+
+    def _call(self, function: Callable[..., Any], place: Any, *rest: Any, **how: Any) -> Any:
+        if self._refuses(place):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), place)
+        return function(place, *rest, **how)
+
+    def _os_open(self, function: Callable[..., Any], place: Any, flags: int, *rest: Any, **how: Any) -> Any:
+        if flags & os.O_CREAT and self._refuses(place):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), place)
+        return function(place, flags, *rest, **how)
+
+    def _open(self, function: Callable[..., Any], place: Any, mode: str = "r", *rest: Any, **how: Any) -> Any:
+        if isinstance(place, int) or not set(mode) & set("wxa") or not self._refuses(place):
+            return function(place, mode, *rest, **how)
+        function(place, mode, *rest, **how).close()
+        return function("/dev/full", mode.replace("x", "w"), *rest, **how)
+
+
+def said_in_one_line(err: str) -> None:
+    errors = [line for line in err.splitlines() if not line.startswith(("warning:", "note:", "  "))]
+    assert len(errors) == 1 and errors[0].startswith("error: ") and "Traceback" not in err, err
+    named = re.findall(r"[\w./-]*(?:new|runs|out/)[\w./-]*", errors[0])
+    assert named and ".writing" not in errors[0] and ".creating" not in errors[0], err
+
+
+def nothing_half(found: dict[str, Any], earlier: dict[str, Any], undisturbed: dict[str, Any], root: Path) -> None:
+    """Every file is as it was or as it will be, but for caches in the making, which open; hidden ones are gone."""
+    for name, content in found.items():
+        if name.endswith((".h5", ".quarantine.csv", "plan.json")) and content != earlier.get(name):
+            continue
+        assert not re.search(r"/\.|^\.", name), name
+        assert content in (earlier.get(name), undisturbed.get(name)), name
+    for path in root.rglob("[!.]*.h5"):
+        with FeatureStore.open(path) as store:
+            store.read_rows(next(iter(store.features)), (store.status == 1).nonzero()[0])
+
+
+@contextmanager
+def full_from(fails: int, root: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        FullDisk(root, fails, patch)
+        yield
+
+
+@contextmanager
+def small_files(size: int) -> Iterator[None]:
+    """No file grows beyond `size` bytes, whoever writes it: the libraries of HDF5, safetensors and Parquet, too."""
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "at").mkdir()
+    monkeypatch.chdir(tmp_path / "at")
+    return tmp_path / "at"
+
+
+def undisturbed_result(script: str, before: Before, root: Path) -> tuple[dict[str, Any], int]:
+    """What a script leaves, and the number of its changes."""
+    module, words, parts = SCRIPTS[script]
+    fresh(before, root, parts)
+    with pytest.MonkeyPatch.context() as patch:
+        disk = FullDisk(root, 1 << 30, patch)
+        assert run(module, words) == 0
+    return tree(root), disk.changes
+
+
+def disturbed(
+    script: str, full: AbstractContextManager[None], before: Before, root: Path, undisturbed: dict[str, Any]
+) -> bool:
+    """Run a script on a full disk, then on one with room; whether the first failed."""
+    module, words, parts = SCRIPTS[script]
+    fresh(before, root, parts)
+    earlier = tree(root)
+    err = io.StringIO()
+    with redirect_stderr(err), redirect_stdout(io.StringIO()), full:
+        status = run(module, words)
+    if status == 0:  # it could do without: a folder's sync after all has appeared, the removal of joined parts
+        assert {name: content for name, content in tree(root).items() if ".parts/" not in name} == undisturbed
+        return False
+    assert status == 2, err.getvalue()
+    said_in_one_line(err.getvalue())
+    nothing_half(tree(root), earlier, undisturbed, root)
+    again = ["--overwrite"] if "--overwrite" in err.getvalue() else []
+    assert run(module, [*words, *again]) == 0
+    assert tree(root) == undisturbed
+    return True
+
+
+@pytest.mark.parametrize("script", ["extract", "train", "export", "export texts"])
+def test_a_full_disk_is_one_line_and_nothing_half(script: str, before: Before, root: Path):
+    undisturbed, changes = undisturbed_result(script, before, root)
+    assert disturbed(script, full_from(1, root), before, root, undisturbed)
+    assert disturbed(script, full_from(changes // 2, root), before, root, undisturbed)
+    if script != "export texts":  # whose files are all small
+        assert disturbed(script, small_files(600), before, root, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_full_from_any_change_on(script: str, before: Before, root: Path):
+    """At every fifth, all of which would take two minutes."""
+    undisturbed, changes = undisturbed_result(script, before, root)
+    failed = [
+        disturbed(script, full_from(fails, root), before, root, undisturbed) for fails in range(1, changes + 1, STEP)
+    ]
+    assert changes > 2 and failed[0] and failed.count(False) <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["extract", "extract by parts", "merge", "export npy", "import", "predict"])
+def test_files_that_grow_beyond_what_there_is_room_for(script: str, before: Before, root: Path):
+    undisturbed, _ = undisturbed_result(script, before, root)
+    sizes = (0, 100, 2_000, 8_000, 16_000, 1 << 20)
+    failed = [disturbed(script, small_files(size), before, root, undisturbed) for size in sizes]
+    assert failed[0] and not failed[-1]
