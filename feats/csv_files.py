@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from feats.writing import replacing
+
 LONGEST_CELL = (1 << 31) - 1  # the csv module's own limit is 128 KB; this is the most that every platform takes
 
 
@@ -40,8 +42,8 @@ def write_rows(file: Writable, rows: Iterable[Iterable[object]]) -> None:
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
-    """Write rows, the header among them, as the file `path`."""
-    with path.open("w", encoding="utf-8", newline="") as file:
+    """Write rows, the header among them, as the file `path`. Raises as `feats.writing.replacing`."""
+    with replacing(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
         write_rows(file, rows)
 
 

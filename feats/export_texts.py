@@ -1,7 +1,6 @@
 """Write a data set's texts as UTF-8 files <id>.txt, decoded as extraction does it and cleaned at the asked level."""
 
 import os
-import secrets
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +20,7 @@ from feats.cli import (
 from feats.errors import UsageError
 from feats.records import LAYOUTS, Record, read_dataset
 from feats.text import CLEAN_LEVELS, clean
+from feats.writing import write_bytes
 
 SHOWN = 50  # rows that can't be read named on stderr
 
@@ -67,13 +67,8 @@ def export(args: Namespace) -> int:
     check_not_the_data(args.out, args.data, records)
     texts, unread = texts_of(records)
     check_free(args.out, texts, args.overwrite)
-    try:
-        with rows_bar("texts") as progress:
-            write_texts(args.out, texts, args.text_clean, progress)
-    except OSError as error:
-        raise UsageError(
-            f"can't write {error.filename or args.out} ({error.strerror or error}); name another folder with `out`"
-        ) from None
+    with rows_bar("texts") as progress:
+        write_texts(args.out, texts, args.text_clean, progress)
     if unread:
         print(f"warning: {len(unread)} of {len(records)} rows can't be read:", file=sys.stderr)
         for name, reason in list(unread.items())[:SHOWN]:
@@ -124,16 +119,8 @@ def check_free(out: Path, names: Iterable[str], overwrite: bool) -> None:
 def write_texts(out: Path, texts: dict[str, str], level: str, progress: Callable[[int, int], None]) -> None:
     """Write each text cleaned, exactly: nothing is added at its end. A file appears when it is whole, and replaces a
     link rather than what that leads to."""
-    out.mkdir(parents=True, exist_ok=True)
     for done, (name, text) in enumerate(texts.items(), 1):
-        path = out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{secrets.token_hex(8)}.writing")
-        try:
-            unfinished.write_bytes(clean(text, level).encode("utf-8"))
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_bytes(out / name, clean(text, level).encode(), "name another folder with `out`", follow=False)
         progress(done, len(texts))
 
 

@@ -25,11 +25,12 @@ import h5py
 import numpy as np
 from filelock import FileLock, Timeout
 
-from feats.csv_files import parse_csv, write_csv
+from feats.csv_files import parse_csv, write_rows
 from feats.errors import UsageError, first_line
 from feats.plain_hdf5 import attribute_problem, dataset_problem
 from feats.source import Source
 from feats.strings import Labels, Strings
+from feats.writing import appearing, sync
 
 FORMAT_VERSION = 2
 PENDING, DONE, QUARANTINED = 0, 1, 2
@@ -380,9 +381,10 @@ class FeatureStore(CacheReader):
                     if parameters is not None:
                         file.attrs["parameters"] = np.bytes_(json.dumps(dict(parameters)))
                     file.attrs["plan"] = np.bytes_(json.dumps({**(plan or {}), "block_rows": block_rows}))
-                _sync_path(unfinished)
+                sync(unfinished)
                 quarantine_path(path).unlink(missing_ok=True)
                 os.replace(unfinished, path)
+                sync(path.parent)
                 return cls(path, h5py.File(path, "r+", libver=LIBVER), lock)
         except BaseException:
             unfinished.unlink(missing_ok=True)
@@ -963,6 +965,15 @@ def _damage(path: Path, name: str, remedy: str = _REMEDY) -> Iterator[None]:
 
 
 @contextmanager
+def made_as(unfinished: Path, place: Path) -> Iterator[None]:
+    """What is said in here of a cache in the making names the place it will have."""
+    try:
+        yield
+    except CacheError as error:
+        raise CacheError(str(error).replace(str(unfinished), str(place))) from None
+
+
+@contextmanager
 def _disk(path: Path, state: str) -> Iterator[None]:
     """Turn a write that the disk refused into one clear error."""
     try:
@@ -974,11 +985,6 @@ def _disk(path: Path, state: str) -> Iterator[None]:
         )
         what = "the disk is full" if full else f"writing failed ({first_line(error)})"
         raise CacheError(f"{path}: {what}; {state}") from None
-
-
-def _sync_path(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def is_complete(path: Path) -> bool:
@@ -1010,9 +1016,8 @@ def _write_reasons(path: Path, reasons: Mapping[str, str]) -> None:
     if not reasons:
         path.unlink(missing_ok=True)
         return
-    unfinished = path.with_name(path.name + ".writing")
-    write_csv(unfinished, [["id", "reason"], *reasons.items()])
-    os.replace(unfinished, path)
+    with appearing(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
+        write_rows(file, [["id", "reason"], *reasons.items()])
 
 
 def _selection(rows: np.ndarray) -> slice | np.ndarray:

@@ -12,6 +12,7 @@ from pathlib import Path
 from feats.encoders.base import Encoder
 from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
+from feats.writing import write_json
 
 RECORD = "encoder.json"
 FORMAT_VERSION = 1
@@ -65,7 +66,7 @@ def save_encoder(encoder: Encoder, folder: Path) -> str:
         "text_clean": encoder.text_clean,
         "identity": {**encoder.identity, "weights_sha256": digest},
     }
-    (folder / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / RECORD, record)
     return digest
 
 

@@ -13,8 +13,9 @@ import numpy as np
 from feats.errors import UsageError
 from feats.extraction.summary import Progress, Summary
 from feats.source import SIDES, data_identity
-from feats.store import DONE, QUARANTINED, ROW_FACTS, CacheError, FeatureStore, quarantine_path, repeated
+from feats.store import DONE, QUARANTINED, ROW_FACTS, CacheError, FeatureStore, made_as, quarantine_path, repeated
 from feats.strings import Strings
+from feats.writing import cant_write, sync
 
 ENCODER = "imported"  # what fingerprints name in place of an encoder
 ID_COLUMNS = ("id", "uid", "key", "image_path")  # of files that don't say which; the first that is there
@@ -101,17 +102,20 @@ def bring_in(
     unfinished = path.with_name(f"{path.name}.importing")
     summary = Summary(path)
     try:
-        with FeatureStore.create(
-            unfinished,
-            ids,
-            foreign.labels,
-            _fingerprint(foreign, ids, model),
-            foreign.features,
-            block_rows=BLOCK_ROWS,
-            token_counts=foreign.token_counts,
-            parameters=foreign.parameters,
-            overwrite=True,
-        ) as store:
+        with (
+            made_as(unfinished, path),
+            FeatureStore.create(
+                unfinished,
+                ids,
+                foreign.labels,
+                _fingerprint(foreign, ids, model),
+                foreign.features,
+                block_rows=BLOCK_ROWS,
+                token_counts=foreign.token_counts,
+                parameters=foreign.parameters,
+                overwrite=True,
+            ) as store,
+        ):
             _write(foreign, ids, store, progress)
             store.finish()
             summary.done = summary.encoded = int((store.status == DONE).sum())
@@ -235,8 +239,12 @@ def _facts(store: FeatureStore, batch: Batch) -> dict[str, np.ndarray]:
 
 def _publish(unfinished: Path, path: Path) -> None:
     """Give a finished cache its name, after its reasons have theirs."""
-    if quarantine_path(unfinished).exists():
-        os.replace(quarantine_path(unfinished), quarantine_path(path))
-    else:
-        quarantine_path(path).unlink(missing_ok=True)
-    os.replace(unfinished, path)
+    try:
+        if quarantine_path(unfinished).exists():
+            os.replace(quarantine_path(unfinished), quarantine_path(path))
+        else:
+            quarantine_path(path).unlink(missing_ok=True)
+        os.replace(unfinished, path)
+        sync(path.parent)
+    except OSError as error:
+        raise cant_write(path, error) from None

@@ -4,7 +4,6 @@
 each of theirs. `<k>` counts files from 0, with leading zeros where there are many.
 """
 
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from feats.exchange.parquet_files import facts_in, facts_of, maker_in, told_of
 from feats.extraction.summary import Progress
 from feats.store import DONE, CacheReader
 from feats.strings import Labels
+from feats.writing import cant_write, replace_folder, sync_tree
 
 FOLDERS = {"image_feats": "img_emb", "text_feats": "text_emb"}
 METADATA = "metadata"
@@ -69,11 +69,10 @@ def write_npy(
                 _write_matrix(store, dataset, chosen, unfinished, name)
             _write_metadata(store, tags, images, chosen, unfinished, name)
             progress(number * file_rows + len(chosen), len(rows))
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(unfinished, path)
+        sync_tree(unfinished)
+        replace_folder(unfinished, path)
     except OSError as error:
-        raise UsageError(f"{path} can't be written ({first_line(error)}); name another folder with `out`") from None
+        raise cant_write(path, error, "name another folder with `out`") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return len(rows)

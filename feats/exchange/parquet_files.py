@@ -7,7 +7,6 @@ Read are these, and files of others with one column of lists of floats for each 
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from feats.exchange.foreign import Batch, Columns, Foreign, dtype_of_files, stri
 from feats.extraction.summary import Progress
 from feats.source import SIDES
 from feats.store import DONE, ROW_FACTS, CacheReader
+from feats.writing import replacing
 
 GROUP_BYTES = 64 << 20  # of features in a row group, about
 READ_ROWS = 4096
@@ -40,18 +40,13 @@ def write_parquet(
     """
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists; name another folder with `out`, or replace it with `overwrite`")
-    unfinished = path.with_name(f".{path.name}.writing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with pq.ParquetWriter(unfinished, _schema(store), use_dictionary=["label"]) as writer:
-            for table, stop in _tables(store, writer.schema):
-                writer.write_table(table, row_group_size=len(table))
-                progress(stop, len(store))
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise UsageError(f"{path} can't be written ({first_line(error)}); name another folder with `out`") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with (
+        replacing(path, "name another folder with `out`") as unfinished,
+        pq.ParquetWriter(unfinished, _schema(store), use_dictionary=["label"]) as writer,
+    ):
+        for table, stop in _tables(store, writer.schema):
+            writer.write_table(table, row_group_size=len(table))
+            progress(stop, len(store))
     return int((store.status == DONE).sum())
 
 

@@ -14,6 +14,7 @@ from feats.errors import UsageError
 from feats.extraction.leases import GUARD, LEASE_SECONDS, Owner, folder_time, holder_of, leased
 from feats.parts import PartsPlan, part_path, parts_folder, plan_path, read_plan
 from feats.store import fingerprint_difference, is_complete, quarantine_path
+from feats.writing import sync
 
 POLL = 1.0  # seconds between two looks at what others do
 
@@ -143,10 +144,8 @@ def _publish(plan: PartsPlan, folder: Path) -> bool:
     place = plan_path(folder)
     unfinished = folder / f".plan.{Owner.here().name}"
     try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(plan.text)
-            file.flush()
-            os.fsync(file.fileno())
+        unfinished.write_text(plan.text, encoding="utf-8")
+        sync(unfinished)
         try:
             os.link(unfinished, place)
         except FileExistsError:

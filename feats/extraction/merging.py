@@ -48,7 +48,6 @@ def merge(
         with PartedStore(path) as parts, _joined(parts, path, overwrite) as store:
             _copy(parts, store, progress)
             store.finish()
-            _sync_folder(path.parent)
             summary = _summary(store, start)
     except CacheError:
         if not path.is_file() or plan_path(parts_folder(path)).is_file():
@@ -153,14 +152,3 @@ def _remove(folder: Path) -> None:
         os.rename(folder, place / folder.name)
     for old in folder.parent.glob(f"{bin_name}*"):
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """See that the names in a folder are on disk, where the system can do that."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

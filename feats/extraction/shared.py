@@ -47,6 +47,8 @@ from feats.extraction.summary import Progress, Summary
 from feats.parts import PartsPlan, is_plan_of, part_path, parts_folder, read_plan
 from feats.pieces import Pieces, RowPieces
 from feats.records import Pairs
+from feats.store import made_as
+from feats.writing import sync
 
 PIECES_EACH, MOST_ROWS = 4, 32768  # pieces per worker, so that none waits long at the end; rows that a kill may cost
 
@@ -183,7 +185,7 @@ def make_part(
         return None
     unfinished = unfinished_path(folder, number)
     try:
-        with touched(lease_seconds / 4, lambda: os.utime(unfinished)):
+        with made_as(unfinished, place), touched(lease_seconds / 4, lambda: os.utime(unfinished)):
             features = {name: tuple(shape) for name, shape in plan.features.items()}
             rows = plan_rows(encoder, pieces.read(number), settings, kept=plan.kept, features=features)
             rows = replace(rows, fingerprint={**rows.fingerprint, "versions": plan.fingerprint["versions"]})
@@ -205,12 +207,7 @@ def _publish(unfinished: Path, place: Path) -> None:
     else:
         reasons_path(place).unlink(missing_ok=True)
     os.replace(unfinished, place)
-    if os.name == "posix":
-        descriptor = os.open(place.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    sync(place.parent)
 
 
 def work(

@@ -1,6 +1,5 @@
 """An explanation as a picture for papers and mail: what was read, maps over it, words as bars."""
 
-import secrets
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from feats.errors import UsageError
+from feats.writing import replacing
 from modeling.explanations.explanation import Explanation, PartExplanation
 from modeling.explanations.methods import METHODS
 from modeling.explanations.telling import verdict_words
@@ -49,17 +49,9 @@ def draw(explanation: Explanation) -> Figure:
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG, whole or not at all. Raises `UsageError` as `check_png`, and when it can't be written."""
     check_png(path)
-    unfinished = path.with_name(f".{secrets.token_hex(8)}.png")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # emoji: a box stands there
-            figure.savefig(unfinished, dpi=150, format="png")
-        unfinished.replace(path)
-    except OSError as error:
-        raise UsageError(f"can't write {path} ({error.strerror or error}); give another file with `out`") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path, "give another file with `out`") as unfinished, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # emoji: a box stands there
+        figure.savefig(unfinished, dpi=150, format="png")
 
 
 def check_png(path: Path) -> None:

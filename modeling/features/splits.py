@@ -23,6 +23,7 @@ import numpy as np
 from feats.csv_files import numbered_csv, parse_csv
 from feats.errors import UsageError, first_line
 from feats.strings import BLOCK, Labels, Strings
+from feats.writing import replacing, write_json
 from modeling.choices import SplitSettings as SplitSettings
 from modeling.features.joined import FeatureSet, Rows
 
@@ -79,13 +80,14 @@ def save_split(split: Split | Sequence[Split], path: Path | str) -> None:
         beside = path.with_suffix(".npz")
         parts = {f"{k}/{part}": getattr(one, part) for k, one in enumerate(splits) for part in PARTS}
         arrays: dict[str, Any] = {name: Strings.of(ids).encoded for name, ids in parts.items()}
-        np.savez(beside, **arrays)
+        with replacing(beside) as unfinished, unfinished.open("wb") as file:
+            np.savez(file, **arrays)
         folds: list[dict[str, Any]] = [{"ids": beside.name, "how": one.how} for one in splits]
     else:
         folds = [{**{part: list(getattr(one, part)) for part in PARTS}, "how": one.how} for one in splits]
     content = folds[0] if isinstance(split, Split) else {"folds": folds}
     # On one line: with an indent Python's encoder takes seven times as long, a second for a million ids.
-    path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, content, indent=None)
 
 
 def load_split(path: Path | str) -> Split | list[Split]:

@@ -8,7 +8,6 @@ A folder in it appears only when it is whole and on disk, and only then is its p
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from feats.errors import UsageError, first_line
+from feats.writing import reason_of, replace_folder, sync_tree, write_json
 
 SETTINGS, TENSORS, STATE = "settings.json", "tensors.safetensors", "state.json"
 
@@ -64,7 +64,7 @@ class WorkFolder:
     def _check_settings(self) -> None:
         file = self.path / SETTINGS
         if not file.exists():
-            _write(file, json.dumps(self.what, indent=1).encode())
+            write_json(file, self.what)
             return
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
@@ -86,7 +86,7 @@ class WorkFolder:
         older = self._steps()
         with self._new(f"step-{step:08d}") as folder:
             _save_tensors(tensors, folder / TENSORS)
-            _write(folder / STATE, json.dumps(state).encode())
+            (folder / STATE).write_text(json.dumps(state))
         for path in older:
             if path != self.path / f"step-{step:08d}":
                 shutil.rmtree(path, ignore_errors=True)
@@ -133,12 +133,8 @@ class WorkFolder:
             unfinished.mkdir()
             try:
                 yield unfinished
-                for file in unfinished.iterdir():
-                    _sync(file)
-                _sync(unfinished)
-                shutil.rmtree(self.path / name, ignore_errors=True)
-                os.replace(unfinished, self.path / name)
-                _sync(self.path)
+                sync_tree(unfinished)
+                replace_folder(unfinished, self.path / name)
             except BaseException:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 raise
@@ -149,7 +145,7 @@ class WorkFolder:
         try:
             yield
         except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or first_line(error)
+            reason = reason_of(error)
             steps = self._steps() if self.path.is_dir() else []
             left = f"the checkpoint {steps[-1]} is intact" if steps else "there is no checkpoint yet"
             raise UsageError(
@@ -169,18 +165,3 @@ def _flat(what: Mapping[str, Any]) -> dict[str, Any]:
 
 def _save_tensors(tensors: Tensors, path: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)  # it takes no channels_last
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

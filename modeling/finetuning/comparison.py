@@ -28,6 +28,7 @@ import torch
 from feats.acceleration import peak_bytes
 from feats.errors import UsageError
 from feats.interrupts import held_back
+from feats.writing import write_json
 from modeling.choices import METHODS as METHODS
 from modeling.experiment import Experiment, Progress, run_of, train_all
 from modeling.features.splits import Split, deal_folds, deal_split
@@ -161,10 +162,7 @@ def claim(folder: Path, experiment: Experiment, config: TrainConfig, **protocol:
     wanted = json.loads(json.dumps(wanted))
     file = folder / SETTINGS
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / f".{SETTINGS}"
-        unfinished.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, file)
+        write_json(file, wanted)
         return
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

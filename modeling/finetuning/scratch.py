@@ -5,7 +5,6 @@ sizes: with BERT-base's and ViT-B/16's width and seven layers each, the head `cr
 127.229 M in use.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import BertConfig, BertModel, PreTrainedModel, ViTConfig, ViTM
 from feats.encoders.huggingface_image import MEAN_AND_STD, PREPROCESSOR, SIZE
 from feats.encoders.huggingface_text import quiet
 from feats.errors import UsageError
+from feats.writing import write_json
 
 LAYERS, WIDTH, HEADS = 7, 768, 12
 PATCHES = (16, 32)
@@ -76,7 +76,7 @@ def untrained_vit(
         "image_mean": MEAN_AND_STD,
         "image_std": MEAN_AND_STD,
     }
-    (folder / PREPROCESSOR).write_text(json.dumps(preprocessing, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / PREPROCESSOR, preprocessing, indent=2)
     return folder
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from feats.csv_files import write_table
 from feats.errors import UsageError
+from feats.writing import write_text
 from modeling.evaluation import metrics
 from modeling.experiment import Experiment
 from modeling.finetuning.comparison import FROZEN, STARTED, Cell
@@ -89,7 +90,7 @@ class Comparison:
     def write(self, folder: Path) -> None:
         """table.csv, with every number in full, and table.md."""
         write_table(folder / TABLE, [*self.rows, *self.points])
-        (folder / MARKDOWN).write_text(self.text(markdown=True) + "\n", encoding="utf-8")
+        write_text(folder / MARKDOWN, self.text(markdown=True) + "\n")
 
 
 # -- reading ----------------------------------------------------------------------------------------------------

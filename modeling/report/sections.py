@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from feats.writing import write_bytes, write_text
+
 
 @dataclass(frozen=True)
 class FigureFile:
@@ -14,11 +16,11 @@ class FigureFile:
     svg: str
     png: bytes
 
-    def write(self, folder: Path) -> list[Path]:
-        """Both files in `folder`, which exists."""
+    def write(self, folder: Path, remedy: str) -> list[Path]:
+        """Both files in `folder`. Raises `UsageError`, with the `remedy`, where they can't be written."""
         svg, png = folder / f"{self.name}.svg", folder / f"{self.name}.png"
-        svg.write_text('<?xml version="1.0" encoding="utf-8"?>\n' + self.svg, encoding="utf-8")
-        png.write_bytes(self.png)
+        write_text(svg, '<?xml version="1.0" encoding="utf-8"?>\n' + self.svg, remedy)
+        write_bytes(png, self.png, remedy)
         return [svg, png]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from feats.csv_files import write_table
 from feats.errors import UsageError
+from feats.writing import write_text
 from modeling.choices import SEEDS as SEEDS
 from modeling.evaluation import metrics
 from modeling.experiment import (
@@ -254,10 +255,9 @@ class Comparison:
         return "\n\n".join([heading, table, "\n".join(f"- {note}" for note in self.notes)])
 
     def write(self, folder: Path) -> None:
-        """table.csv, with every number in full, and table.md. Raises `OSError` where that can't be written."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """table.csv, with every number in full, and table.md. Raises `UsageError` where that can't be written."""
         write_table(folder / "table.csv", self.rows)
-        (folder / "table.md").write_text(self.text(markdown=True) + "\n", encoding="utf-8")
+        write_text(folder / "table.md", self.text(markdown=True) + "\n")
 
 
 @dataclass(frozen=True)

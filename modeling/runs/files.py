@@ -2,8 +2,6 @@
 
 import errno
 import os
-import secrets
-import shutil
 import stat
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,9 +10,11 @@ from pathlib import Path
 from typing import TextIO
 
 from feats.errors import UsageError
+from feats.writing import appearing, cant_write
 
 # A data set's own lists (layout course) have the header of our predictions. They hold labels: nothing may replace them.
 DATA_SET_FILES = ("train.txt", "test_without_label.txt")
+_REMEDY = "give another file with `out`"
 
 
 @contextmanager
@@ -31,11 +31,10 @@ def user_file(
     """
     check_replaceable(path, header, own=own, what=what, begins=begins)
     try:
-        target = Path(os.path.realpath(path))  # only a name where there is a stream: a pipe has none
-        with _stream(path) if _is_stream(path) else _replacement(target) as file:
+        with _stream(path) if _is_stream(path) else _replacement(path) as file:
             yield file
     except OSError as error:
-        raise _cant_write(path, error) from None
+        raise cant_write(path, error, _REMEDY) from None
 
 
 def check_replaceable(
@@ -51,7 +50,7 @@ def check_replaceable(
             wanted = (",".join(header) if begins is None else begins).encode()
             found = file.read(len(wanted) + 1)
     except OSError as error:
-        raise _cant_write(path, error) from None
+        raise cant_write(path, error, _REMEDY) from None
     ends = found[len(wanted) :] in (b"", b",", b"\n", b"\r")
     same_kind = own or (found[: len(wanted)] == wanted and (ends or begins is not None))
     if begins is not None:
@@ -96,17 +95,5 @@ def _stream(path: Path) -> TextIO:
 
 @contextmanager
 def _replacement(path: Path) -> Iterator[TextIO]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{secrets.token_hex(8)}.writing")
-    try:
-        with unfinished.open("x", encoding="utf-8", newline="") as file:
-            yield file
-        if path.exists():
-            shutil.copymode(path, unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _cant_write(path: Path, error: OSError) -> UsageError:
-    return UsageError(f"can't write {path} ({error.strerror or error}); give another file with `out`")
+    with appearing(path) as unfinished, unfinished.open("x", encoding="utf-8", newline="") as file:
+        yield file

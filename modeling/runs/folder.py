@@ -33,6 +33,7 @@ from feats.csv_files import read_csv, read_table, write_csv, write_table
 from feats.errors import UsageError, first_line
 from feats.source import SIDES
 from feats.strings import BLOCK
+from feats.writing import reason_of, replace_folder, sync, sync_tree, write_json
 from modeling.choices import RUNS
 from modeling.features.corrections import corrections_digest, load_corrections, save_corrections
 from modeling.features.inputs import Preprocessing
@@ -102,8 +103,8 @@ def save_run(
             save_file(_tensors(run), unfinished / TENSORS)
             made_by = {"command": command, OPTIONS: None if options is None else dict(options)}
             config = _config(run, path, made_by, _sha256(unfinished / TENSORS))
-            _write_json(unfinished / CONFIG, config)
-            _write_json(unfinished / METRICS, report.figures)
+            write_json(unfinished / CONFIG, config)
+            write_json(unfinished / METRICS, report.figures)
             save_split(run.split, unfinished / SPLIT)
             write_table(unfinished / HISTORY, report.history)
             if report.batches:
@@ -120,12 +121,14 @@ def save_run(
                 save_corrections(run.corrections, unfinished / CORRECTIONS)
             if encoders is not None:
                 shutil.move(encoders, unfinished / ENCODERS)
+            sync_tree(unfinished)
             if overwrite:
-                shutil.rmtree(path, ignore_errors=True)
-            return replace(run, path=_under_a_free_name(unfinished, path), report=report)
+                replace_folder(unfinished, path)
+            else:
+                path = _under_a_free_name(unfinished, path)
+            return replace(run, path=path, report=report)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UsageError(f"can't write the run {path}: {reason}; give another folder for `runs`") from None
+        raise UsageError(f"can't write the run {path}: {reason_of(error)}; give another folder for `runs`") from None
 
 
 def _check_replaceable(path: Path) -> None:
@@ -142,6 +145,7 @@ def _under_a_free_name(unfinished: Path, wanted: Path) -> Path:
     while True:
         try:
             os.replace(unfinished, path)
+            sync(path.parent)
             return path
         except OSError:
             if not path.exists():
@@ -232,10 +236,6 @@ def _tensors(run: Run) -> dict[str, torch.Tensor]:
         tensors |= {f"{k}/head/{name}": t[0].cpu().clone() for name, t in member.head.state_dict().items()}
         tensors |= {f"{k}/norm/{name}": t.cpu().clone() for name, t in member.preprocessing.state().items()}
     return tensors
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def write_tensorboard(run: Run) -> None:

@@ -6,11 +6,12 @@ itself. (So `filelock` won't do: where a file system has no locks it judges by t
 """
 
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from feats.writing import hidden_name
 
 try:
     import fcntl
@@ -24,7 +25,7 @@ def unfinished_folder(parent: Path) -> Iterator[Path]:
     Before that, what dead processes left in `parent` is removed. Raises `OSError` when `parent` can't be written."""
     parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(parent)
-    path = parent / f".{secrets.token_hex(8)}.writing"
+    path = parent / hidden_name()
     with _held(_lock_of(path)):
         try:
             path.mkdir()

@@ -13,6 +13,7 @@ import numpy as np
 from feats.csv_files import read_table, write_table
 from feats.errors import UsageError
 from feats.source import SIDES
+from feats.writing import write_json, write_text
 from modeling.evaluation import metrics
 from modeling.experiment import Experiment
 from modeling.features.corrections import corrected_words
@@ -131,7 +132,7 @@ def write_diverged(folder: Path, diverged: Mapping[TrainConfig, str]) -> None:
     """Keep what diverged, of which there is no run, for sweeps that go on in the folder."""
     told = [{"train": asdict(config), "reason": reason} for config, reason in diverged.items()]
     if told or (folder / DIVERGED).exists():
-        (folder / DIVERGED).write_text(json.dumps(told, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        write_json(folder / DIVERGED, told)
 
 
 # -- tables -----------------------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ class Tables:
         parts += [
             f"### {title}\n\n{metrics.format_table(*pivot, markdown=True)}" for title, pivot in self.pivots.items()
         ]
-        (folder / MARKDOWN).write_text("\n\n".join([*parts, self.notes]) + "\n", encoding="utf-8")
+        write_text(folder / MARKDOWN, "\n\n".join([*parts, self.notes]) + "\n")
 
     def _of_rows(self) -> list[tuple[list[dict[str, Any]], list[str]]]:
         """The two tables of all configurations; the majority class isn't trained."""

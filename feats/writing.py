@@ -1,0 +1,137 @@
+"""Files written whole or not at all: the one door for them.
+
+A file appears under its name, or replaces what was there, once it is on disk. What the file system refuses becomes one
+line that names the file as the user knows it. What is written into a folder that itself appears only when it is whole
+(see `in_the_making`) goes straight to its place, and to disk with its folder: `sync_tree`.
+
+Caches, which are written block by block, have `feats.store`.
+"""
+
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from feats.errors import UsageError, first_line
+
+REMEDY = "make room there, or give another place"
+_HIDDEN = re.compile(r"\.[0-9a-f]{16}\.writing")
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # what file systems without it answer to syncing a folder
+
+
+def hidden_name() -> str:
+    """A new name for a file or folder in the making. It is short whatever the final name: that may be of any length."""
+    return f".{secrets.token_hex(8)}.writing"
+
+
+def in_the_making(path: Path) -> bool:
+    """Whether it lies in a folder that has a `hidden_name`: nobody looks into that before it is whole."""
+    return any(_HIDDEN.fullmatch(parent.name) for parent in path.parents)
+
+
+@contextmanager
+def appearing(path: Path, *, follow: bool = True) -> Iterator[Path]:
+    """A path to write a file at, which is at `path` when the block ends and is gone when it fails.
+
+    Folders above are made. What is replaced gives its permissions. A link stays: its target is written; without
+    `follow` the link itself is replaced. Raises `OSError`.
+    """
+    if in_the_making(path):
+        yield path
+        return
+    target = Path(os.path.realpath(path)) if follow else path
+    unfinished = target.with_name(hidden_name())
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        if target.exists():
+            shutil.copymode(target, unfinished)
+        sync(unfinished)
+        os.replace(unfinished, target)
+        sync(target.parent)
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
+
+
+@contextmanager
+def replacing(path: Path, remedy: str = REMEDY, *, follow: bool = True) -> Iterator[Path]:
+    """As `appearing`, but raises `UsageError` for what can't be written, with what to do next: `remedy`. In a folder in
+    the making it stays an `OSError`, for whoever makes that folder and knows its name."""
+    try:
+        with appearing(path, follow=follow) as unfinished:
+            yield unfinished
+    except OSError as error:
+        if in_the_making(path):
+            raise
+        raise cant_write(path, error, remedy) from None
+
+
+def cant_write(path: Path, error: Exception, remedy: str = REMEDY) -> UsageError:
+    """The one line for a file or folder that the file system refuses."""
+    return UsageError(f"can't write {path} ({reason_of(error)}); {remedy}")
+
+
+def reason_of(error: Exception) -> str:
+    """Why something can't be written, without the name of a file, which may be a hidden one."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+def write_bytes(path: Path, content: bytes, remedy: str = REMEDY, *, follow: bool = True) -> None:
+    """A whole file. Raises as `replacing`."""
+    with replacing(path, remedy, follow=follow) as unfinished:
+        unfinished.write_bytes(content)
+
+
+def write_text(path: Path, text: str, remedy: str = REMEDY) -> None:
+    """As `write_bytes`, in UTF-8, with lines ended as they are."""
+    write_bytes(path, text.encode(), remedy)
+
+
+def write_json(path: Path, content: Any, remedy: str = REMEDY, *, indent: int | None = 1) -> None:
+    """As `write_text`, with a line end."""
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=indent) + "\n", remedy)
+
+
+def replace_folder(unfinished: Path, path: Path) -> None:
+    """Move a whole folder to `path`, in place of the one that may be there. Raises `OSError`; that one is then still
+    there."""
+    old = path.with_name(hidden_name())
+    with suppress(FileNotFoundError):
+        os.rename(path, old)
+    try:
+        os.replace(unfinished, path)
+    except OSError:
+        with suppress(FileNotFoundError):
+            os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """See that a file, or the names in a folder, are on disk. Raises `OSError`."""
+    if os.name != "posix" and path.is_dir():  # Windows opens no folders
+        return
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(number)
+
+
+def sync_tree(folder: Path) -> None:
+    """As `sync`, for all there is in a folder, and the folder."""
+    for root, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            sync(Path(root) / name)
+        sync(Path(root))
