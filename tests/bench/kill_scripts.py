@@ -12,6 +12,7 @@ processes are found in /proc. Workers of extractions by parts are killed by `kil
 """
 
 import argparse
+import atexit
 import contextlib
 import gc
 import importlib
@@ -25,12 +26,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -53,21 +56,31 @@ UNDER_WAY = (".creating", ".writing", ".importing", ".parts", ".lock")  # ends o
 
 def nursery() -> int:
     """Fork for each line of standard input, a command as JSON: tell the process's number and, when it has ended, its
-    status. The fork returns as the script does, so that it ends as an interpreter ends."""
-    gc.freeze()
+    status."""
     for line in sys.stdin:
         told = json.loads(line)
         for name in told.get("imports", ()):
             with contextlib.suppress(Exception):  # a module that only another could import
                 importlib.import_module(name)
+        gc.freeze()
         pid = os.fork()
         if pid == 0:
-            return child(told)
+            end(child(told))
         with contextlib.suppress(PermissionError, ProcessLookupError):  # the child does it, too: who comes first
             os.setpgid(pid, pid)
         print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
     return 0
+
+
+def end(status: int) -> NoReturn:
+    """End as an interpreter does, but leave its memory as it is: to take it apart would last longer than most scripts,
+    of all that was imported."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def child(told: dict[str, Any]) -> int:
@@ -81,7 +94,12 @@ def child(told: dict[str, Any]) -> int:
     script = importlib.import_module(told["module"])
     sys.argv = [str(script.__file__), *told["options"]]
     try:
-        return script.main()
+        return int(script.main())
+    except SystemExit as error:  # of argparse
+        return int(error.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
     finally:
         if "modules" in told:
             Path(told["modules"]).write_text(json.dumps(sorted(sys.modules)))
@@ -257,15 +275,13 @@ def manifest(home: Path, commands: Commands) -> None:
 
     (home / "start" / "runs").mkdir(parents=True)
     make_course(home / "given" / "small", 60)
-    make_course(home / "given" / "set", 3000, size=(24, 16))
     data = ["--data", "../given/small", "--out", "../given/feats", "--device", "cpu", "--workers", "0"]
     commands.warm_up("feats.vader_extract_feats", data, home / "start")
     first = ["--feats", "../given/feats", "--ttype", "vader", "--head", "linear", "--val-ratio", "0.2"]
     commands.warm_up("modeling.train_head", [*first, "--runs", "runs", "--device", "cpu"], home / "start")
     [run] = (home / "start" / "runs").iterdir()
     run.rename(run.with_name("before"))
-    texts = sorted((home / "given" / "set" / "data").glob("*.txt"))
-    rows = [json.dumps({"id": path.stem, "text": path.read_text().strip()}) for path in texts]
+    rows = [json.dumps({"id": f"r{k}", "text": f"a {'good' if k % 3 else 'sad'} day, number {k}"}) for k in range(2000)]
     (home / "given" / "pairs.jsonl").write_text("\n".join(rows) + "\n")
 
 
@@ -308,7 +324,7 @@ SCRIPTS = {
     "vader": Script(
         "feats.vader_extract_feats",
         ["--data", "../given/set", "--out", ".", *CPU, "--workers", "0", "--batch-size", "16"],
-        course(2500, size=(24, 16)),
+        course(1500, size=(24, 16)),
         [
             *inspected("vader_train.h5"),
             Reader("feats.export_feats", ["vader_train.h5", "--out", "../read", "--overwrite"], (0, 2)),
@@ -329,15 +345,14 @@ SCRIPTS = {
     ),
     "sweep": Script(
         "modeling.sweep_heads",
-        [*FEATS, "--head", "fusion", "mlp", "linear", "--D", "8", "16", "--lr", "1e-3", "1e-2", "--ep", "4"]
-        + ["--val-ratio", "0.2"],
-        caches(2000),
+        [*FEATS, "--head", "fusion", "mlp", "linear", "--D", "8", "16", "--ep", "4"] + ["--val-ratio", "0.2"],
+        caches(1200),
         [*OF_RUNS[:2], *OF_SWEEP],
         rounds=True,
     ),
     "auto": Script(
         "modeling.sweep_heads",
-        [*FEATS, "--auto", "--head", "linear", "kernel", "--norm", "l2", "--val-ratio", "0.2"],
+        [*FEATS, "--auto", "--head", "linear", "--val-ratio", "0.2"],
         caches(200),
         OF_RUNS,
     ),
@@ -585,6 +600,16 @@ def line(outcome: Outcome) -> str:
     return f"{outcome.name:11}{cells} {outcome.calm_seconds:6.2f} {outcome.seconds:8.0f}"
 
 
+def summed(outcomes: Sequence[Outcome]) -> Outcome:
+    """All scripts together; seconds are those of a lane."""
+    total = Outcome("all")
+    for outcome in outcomes:
+        for name, value in vars(outcome).items():
+            if name != "name":
+                setattr(total, name, getattr(total, name) + value)
+    return total
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=300, help="of all scripts together (default: %(default)s)")
@@ -611,19 +636,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             ]
             for of_script in started:
                 outcomes.append(of_script.result())
-                print(line(outcomes[-1]), flush=True)
+                told = (outcomes[-1].readers, outcomes[-1].differs, outcomes[-1].left)
+                print("\n".join([line(outcomes[-1]), *(f"  {what}" for faults in told for what in faults)]), flush=True)
     finally:
         shutil.rmtree(root, ignore_errors=True)
-    faults = [what for outcome in outcomes for what in (*outcome.readers, *outcome.differs, *outcome.left)]
-    total = Outcome(
-        "all", 0.0, *(sum(getattr(o, f) for o in outcomes) for f in ("kills", "before", "middle", "after", "repeats"))
-    )
-    for name in ("readers", "differs", "left"):
-        getattr(total, name).extend(what for outcome in outcomes for what in getattr(outcome, name))
-    total.seconds = sum(outcome.seconds for outcome in outcomes)
+    total = summed(outcomes)
     print(line(total))
-    print("\n".join(faults))
-    return 1 if faults else 0
+    return 1 if total.readers or total.differs or total.left else 0
 
 
 if __name__ == "__main__":
