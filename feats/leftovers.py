@@ -1,13 +1,15 @@
-"""What killed processes leave: files and folders in the making. While a process makes one it holds a lock on a file
-beside it, which the kernel lets go when the process dies: what is locked is alive, wherever its process runs; what
-isn't was left behind.
+"""What killed processes leave: files and folders in the making, and temporary folders. While a process makes one it
+holds a lock on a file beside it, which the kernel lets go when the process dies: what is locked is alive, wherever its
+process runs; what isn't was left behind.
 
 A process's number or its machine's name tell nothing of the kind: containers share names, and count processes each for
 itself. (So `filelock` won't do: where a file system has no locks it judges by these.)
 """
 
 import os
+import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -18,13 +20,13 @@ try:
 except ImportError:  # Windows; nothing is judged there, and nothing removed
     fcntl = None  # type: ignore[assignment]
 
-IN_THE_MAKING = ".*.writing"
+IN_THE_MAKING, TEMPORARY = ".*.writing", "feats-*.temporary"  # names of what may be left
 LOCK = ".lock"
 
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Hold the lock of what is made in here at the new hidden name `path`. On a file system without locks there is no
+    """Hold the lock of what is made in here at the new name `path`. On a file system without locks there is no
     file of one, so that nobody judges by it. Raises `OSError` when the folder can't be written."""
     place = _lock_of(path)
     lock = _locked(place)
@@ -35,12 +37,27 @@ def held(path: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what dead processes left in `folder`: locks that nobody holds, and what was made under them. What has no
-    lock, or one that can't be asked for, can't be judged and stays."""
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A new folder where the system keeps temporary files (`tempfile.gettempdir`), removed at the end. Before that,
+    those that dead processes left there are removed. Raises `OSError` when none can be made."""
+    root = Path(tempfile.gettempdir())
+    remove_leftovers(root, TEMPORARY)
+    path = root / TEMPORARY.replace("*", secrets.token_hex(8))
+    with held(path):
+        try:
+            path.mkdir(0o700)
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, names: str = IN_THE_MAKING) -> None:
+    """Remove what dead processes left in `folder` under such `names`: locks that nobody holds, and what was made under
+    them. What has no lock, or one that can't be asked for, can't be judged and stays."""
     if fcntl is None:
         return
-    for place in folder.glob(IN_THE_MAKING + LOCK):
+    for place in folder.glob(names + LOCK):
         path = place.with_name(place.name.removesuffix(LOCK))
         try:
             lock = os.open(place, os.O_RDWR)

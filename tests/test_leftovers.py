@@ -4,13 +4,14 @@ import fcntl
 import multiprocessing
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from feats import leftovers
-from feats.leftovers import held, remove_leftovers
+from feats.leftovers import held, remove_leftovers, temporary_folder
 from feats.writing import appearing, hidden_name, replace_folder, write_text
 
 fork = multiprocessing.get_context("fork")
@@ -81,6 +82,22 @@ def test_what_a_living_process_makes_stays(tmp_path: Path):
         remove_leftovers(tmp_path)
         assert names(tmp_path) == before
     assert names(tmp_path) == ["a.csv"]
+
+
+def test_a_temporary_folder_goes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "feats-mine.temporary").mkdir()  # without a lock: nobody knows whose
+
+    def work() -> None:
+        with temporary_folder() as folder:
+            (folder / "picture").touch()
+            die()
+
+    killed(work)
+    assert len(names(tmp_path)) == 3
+    with temporary_folder() as folder:
+        assert len(names(tmp_path)) == 3 and names(folder) == []
+    assert names(tmp_path) == ["feats-mine.temporary"]
 
 
 def test_a_lock_that_is_taken_away_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -3,8 +3,12 @@
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 from multiprocessing import get_all_start_methods
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,6 +21,7 @@ from feats.errors import RowError
 from feats.extraction.settings import ExtractionSettings
 from feats.images import augment, hash64, read_image
 from feats.interrupts import INTERRUPTS, held_back
+from feats.leftovers import temporary_folder
 from feats.records import Record, TarSlice
 from feats.text import clean_with_key
 
@@ -118,8 +123,10 @@ def prepare(dataset: Dataset[Made], workers: int, pin_memory: bool) -> Iterator[
     if "fork" not in get_all_start_methods():  # tokenisers and preprocessing are closures: they can't be sent
         workers = 0
     workers = min(workers, len(dataset))  # type: ignore[arg-type]  # torch's own base class promises no length
+    own = ExitStack()
+    folder = own.enter_context(temporary_folder()) if workers else None
     with held_back():
-        return iter(
+        items = iter(
             DataLoader(
                 dataset,
                 batch_size=None,
@@ -127,9 +134,15 @@ def prepare(dataset: Dataset[Made], workers: int, pin_memory: bool) -> Iterator[
                 collate_fn=_as_made,
                 pin_memory=pin_memory,
                 multiprocessing_context="fork" if workers else None,
-                worker_init_fn=_start_worker,
+                worker_init_fn=partial(_start_worker, folder) if folder else None,
             )
         )
+    return _all_of(items, own)
+
+
+def _all_of(items: Iterator[Made], own: ExitStack) -> Iterator[Made]:
+    with own:
+        yield from items
 
 
 def _as_made(prepared: Any) -> Any:
@@ -137,9 +150,11 @@ def _as_made(prepared: Any) -> Any:
     return prepared
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(folder: Path, worker: int) -> None:
     """Leave interruptions to the main process, and end with it however it ends: a worker that outlives a killed run
-    would keep that run's file locks, which it inherits."""
+    would keep that run's file locks, which it inherits. Its temporary files (the sockets by which tensors are handed
+    over) go into the main process's `folder`, which the next run removes if nobody could."""
+    tempfile.tempdir = str(folder)
     for number in INTERRUPTS:
         signal.signal(number, signal.SIG_IGN)
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]

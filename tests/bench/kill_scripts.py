@@ -619,6 +619,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--lanes", type=int, default=2, help="scripts side by side")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, metavar="DIR", help="where trials are made; quick on a disk in memory")
     parser.add_argument("--nursery", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.nursery:
@@ -626,7 +627,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = args.script
     counts = [args.kills // len(names) + (k < args.kills % len(names)) for k in range(len(names))]
     print(f"{args.kills} kills, seed {args.seed}\n{HEAD}", flush=True)
-    root = Path(tempfile.mkdtemp(prefix="kills-"))
+    root = Path(tempfile.mkdtemp(prefix="kills-", dir=args.work))
     outcomes = []
     try:
         with ThreadPoolExecutor(args.lanes) as lanes:
