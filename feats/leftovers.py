@@ -28,12 +28,13 @@ LOCK = ".lock"
 def held(path: Path) -> Iterator[None]:
     """Hold the lock of what is made in here at the new name `path`. On a file system without locks there is no
     file of one, so that nobody judges by it. Raises `OSError` when the folder can't be written."""
-    place = _lock_of(path)
+    place, owner = _lock_of(path), os.getpid()
     lock = _locked(place)
     try:
         yield
     finally:
-        place.unlink(missing_ok=True)
+        if os.getpid() == owner:  # a forked process ends this, too, when it forgets it
+            place.unlink(missing_ok=True)
         os.close(lock)
 
 
@@ -43,13 +44,14 @@ def temporary_folder() -> Iterator[Path]:
     those that dead processes left there are removed. Raises `OSError` when none can be made."""
     root = Path(tempfile.gettempdir())
     remove_leftovers(root, TEMPORARY)
-    path = root / TEMPORARY.replace("*", secrets.token_hex(8))
+    path, owner = root / TEMPORARY.replace("*", secrets.token_hex(8)), os.getpid()
     with held(path):
         try:
             path.mkdir(0o700)
             yield path
         finally:
-            shutil.rmtree(path, ignore_errors=True)
+            if os.getpid() == owner:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path, names: str = IN_THE_MAKING) -> None:

@@ -5,7 +5,7 @@ comes of it with what an undisturbed run leaves.
     python -m tests.bench.kill_scripts --kills 40 --script sweep auto
 
 Each script runs in a process group of its own, a fork of a process that has imported all that the script needs: a
-moment is drawn from the undisturbed run's time after its imports; every other one from the time after its first output,
+moment is drawn from the undisturbed run's time after its imports; every other one from the time after the first output,
 since some write theirs in the last moment only. The signal is SIGKILL, to the whole group, or for every fourth kill to
 the script's own process alone (as when memory runs out). Exit status 0 if nothing was found, else 1. Linux only:
 processes are found in /proc. Workers of extractions by parts are killed by `kill_parts.py`.
@@ -40,8 +40,9 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from kill_parts import ENVIRONMENT, kill  # noqa: E402
 
+CALM_RUNS = 3  # of which the quickest tells how long a run takes
 PATIENCE = 60.0  # seconds after which a script hangs
-POLL = 0.002
+POLL = 0.001
 ORPHANS_END = 5.0  # seconds after which a process of a killed script has outlived it
 MAIN_ALONE = 4  # every so many kills only the script's own process dies
 OF_TIME = {"created", "cost", "tensors_sha256"}  # of a run's config.json
@@ -146,12 +147,14 @@ class Commands:
         options: Sequence[str],
         *,
         kill_at: float | None = None,
+        from_first: bool = False,
         alone: bool = False,
         watch: bool = False,
         folder: Path | None = None,
         modules: str | None = None,
     ) -> Ended:
-        """Run a command to its end, or kill it after `kill_at` seconds, its main process `alone`."""
+        """Run a command to its end, or kill it after `kill_at` seconds (`from_first`: from when it writes something),
+        its main process `alone`."""
         said = self.home / "said.txt"
         told = {"module": module, "options": list(options), "folder": str(folder or self.work), "said": str(said)}
         if self.imports:
@@ -162,18 +165,21 @@ class Commands:
         self.process.stdin.write(json.dumps(told) + "\n")
         self.process.stdin.flush()
         pid = int(self.process.stdout.readline())
-        start, first, killed = time.monotonic(), None, False
+        start, first, killed, watch = time.monotonic(), None, False, watch or from_first
         while not select.select([self.process.stdout], [], [], POLL)[0]:
             elapsed = time.monotonic() - start
             if watch and first is None and outputs(self.work) != before:
                 first = elapsed
-            if not killed and elapsed > (PATIENCE if kill_at is None else kill_at):
+            due = kill_at is not None and elapsed > kill_at + (
+                0 if not from_first else PATIENCE if first is None else first
+            )
+            if not killed and (due or elapsed > PATIENCE):
                 killed = True
                 if alone:
                     kill([pid])
                 else:
                     os.killpg(pid, signal.SIGKILL)
-                if kill_at is not None and outputs(self.work) != before:
+                if first is None and outputs(self.work) != before:
                     first = elapsed
         status = int(self.process.stdout.readline())
         killed &= status == -signal.SIGKILL
@@ -340,7 +346,7 @@ SCRIPTS = {
     "train": Script(
         "modeling.train_head",
         [*FEATS, "--head", "fusion", "--D", "16", "--ep", "6", "--folds", "3"],
-        caches(2000),
+        caches(6000),
         OF_RUNS,
     ),
     "sweep": Script(
@@ -447,10 +453,23 @@ def half_made(work: Path, start: Path, calm: Path, rounds: bool) -> Iterator[str
             continue
         wanted = [path for known in whole for path in known.get(name, ())]
         for path in paths:
-            if path.suffix == ".h5" and not is_finished(path):
-                continue
-            if not any(same(path, other, rounds) for other in wanted):
+            if path.suffix == ".h5":
+                fine = not is_finished(path) or any(same_cache(path, other) for other in wanted)
+            else:
+                fine = any(same(path, other, rounds) for other in wanted)
+            if not fine:
                 yield f"half: {path.relative_to(work)}"
+
+
+def same_cache(a: Path, b: Path) -> bool:
+    """Whether two caches hold the same. (While one is open for writing, a flag in its head says so, after a kill as
+    well.)"""
+    import h5py
+
+    with h5py.File(a, locking=False) as left, h5py.File(b, locking=False) as right:
+        if left.keys() != right.keys() or dict(left.attrs) != dict(right.attrs):
+            return False
+        return all(left[name][:].tobytes() == right[name][:].tobytes() for name in left)
 
 
 def is_finished(cache: Path) -> bool:
@@ -522,11 +541,14 @@ def undisturbed(script: Script, home: Path, commands: Commands) -> Ended:
         commands.warm_up(reader.module, reader.options)
     reset(home)
     commands.run(script.module, ["--help"])  # takes the imports
-    ended = commands.run(script.module, script.options, watch=True)
-    if ended.status or ended.first is None:
-        raise SystemExit(f"{script.module} failed by itself:\n{ended.said}")
+    runs = []
+    for _ in range(CALM_RUNS):
+        reset(home)
+        runs.append(commands.run(script.module, script.options, watch=True))
+        if runs[-1].status or runs[-1].first is None:
+            raise SystemExit(f"{script.module} failed by itself:\n{runs[-1].said}")
     shutil.copytree(home / "work", home / "calm")
-    return ended
+    return min(runs, key=lambda run: run.seconds)
 
 
 def unreadable(reader: Reader, ended: Ended) -> Iterator[str]:
@@ -554,12 +576,13 @@ def trial(name: str, kills: int, home: Path, seed: int, every: int) -> Outcome:
         outcome.calm_seconds = calm.seconds
         reset(home)
         for number in range(kills):
-            at = draw.uniform(calm.first if number % 2 else 0, calm.seconds)
+            late = number % 2 == 1
+            at = draw.uniform(0, calm.seconds - (calm.first if late else 0))
             alone = number % MAIN_ALONE == MAIN_ALONE - 1
-            ended = commands.run(script.module, script.options, kill_at=at, alone=alone)
+            ended = commands.run(script.module, script.options, kill_at=at, from_first=late, alone=alone)
             pids.append(ended.pid)
             outcome.kills += 1
-            where = f"{name}, kill {number} at {at:.3f} of {calm.seconds:.3f} s{', alone' if alone else ''}"
+            where = f"{name}, kill {number} at {at:.3f} s{' from its output' * late}{', alone' * alone}"
             if not ended.killed and ended.status:
                 outcome.differs.append(f"{where}: failed by itself\n{ended.said[-2000:]}")
             outcome.after += not ended.killed
