@@ -383,7 +383,7 @@ SCRIPTS = {
     "merge": Script("feats.merge_feats", ["both_train.h5"], parts, inspected("both_train.h5")),
     "parquet": Script(
         "feats.export_feats",
-        ["../given/clip_train.h5", "--out", "."],
+        ["../given/clip_train.h5", "--out", ".", "--overwrite"],
         one_cache,
         [
             Reader(
