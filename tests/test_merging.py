@@ -191,6 +191,15 @@ def test_what_a_killed_removal_left_goes_with_the_next(parted: Path, plain: Path
     assert_joined(parted, plain)
 
 
+def test_a_removal_that_was_killed_is_ended_by_the_next(parted: Path, plain: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(merging.shutil, "rmtree", lambda *args, **options: None)
+    merge(parted)
+    monkeypatch.undo()
+    assert list(parted.parent.glob(".*.removed-*")) and not parts_folder(parted).exists()
+    assert merge(parted).done == 67
+    assert_joined(parted, plain)
+
+
 def test_two_joiners(parted: Path, plain: Path):
     """The second says that the first is at it, or finds it done."""
     process = joiner(parted, "32")

@@ -4,6 +4,7 @@ The joined cache is created with every row pending and filled by blocks, as an e
 on with one that was killed. The parts are removed when all of it is on disk.
 """
 
+import glob
 import os
 import shutil
 import tempfile
@@ -52,9 +53,10 @@ def merge(
     except CacheError:
         if not path.is_file() or plan_path(parts_folder(path)).is_file():
             raise
-        with FeatureStore.open(path) as store:  # another has joined and removed them
+        with FeatureStore.open(path) as store:  # another has joined and removed them, or was killed while it did
             if not store.complete:
                 raise
+            _empty_bins(parts_folder(path))
             return _summary(store, start)
     if not keep_parts:
         _remove(parts_folder(path))
@@ -146,9 +148,16 @@ def _summary(store: FeatureStore, start: float) -> Summary:
 
 def _remove(folder: Path) -> None:
     """Remove the parts: all of them at once, for whoever looks. What a killed removal left goes, too."""
-    bin_name = f".{folder.name}.removed-"
     with suppress(FileNotFoundError):  # another has joined and removed them
-        place = Path(tempfile.mkdtemp(prefix=bin_name, dir=folder.parent))
+        place = Path(tempfile.mkdtemp(prefix=_bin_name(folder), dir=folder.parent))
         os.rename(folder, place / folder.name)
-    for old in folder.parent.glob(f"{bin_name}*"):
+    _empty_bins(folder)
+
+
+def _empty_bins(folder: Path) -> None:
+    for old in folder.parent.glob(f"{glob.escape(_bin_name(folder))}*"):
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _bin_name(folder: Path) -> str:
+    return f".{folder.name}.removed-"
