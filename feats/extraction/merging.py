@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from feats.extraction.agreement import join_lease
+from feats.extraction.leases import holder_of, host_name
 from feats.extraction.summary import Progress, Summary
 from feats.parts import PartedStore, joined_path, parts_folder, plan_path
 from feats.store import (
@@ -22,6 +24,7 @@ from feats.store import (
     QUARANTINED,
     ROW_FACTS,
     CacheError,
+    CacheInUseError,
     FeatureStore,
     fingerprint_difference,
 )
@@ -50,6 +53,8 @@ def merge(
             _copy(parts, store, progress)
             store.finish()
             summary = _summary(store, start)
+    except CacheInUseError:
+        raise CacheInUseError(f"{path} is being joined by {_joiner(path)}; wait for it to end") from None
     except CacheError:
         if not path.is_file() or plan_path(parts_folder(path)).is_file():
             raise
@@ -61,6 +66,14 @@ def merge(
     if not keep_parts:
         _remove(parts_folder(path))
     return summary
+
+
+def _joiner(path: Path) -> str:
+    """Who joins the parts of the cache at `path`: a worker says so by its lease."""
+    owner = holder_of(join_lease(path))
+    if owner is None:
+        return "another process"
+    return f"process {owner.pid}, the last worker" + ("" if owner.host == host_name() else ", on another machine")
 
 
 def _joined(parts: PartedStore, path: Path, overwrite: bool) -> FeatureStore:
