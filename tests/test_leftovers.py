@@ -9,8 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.data import Dataset
 
 from feats import leftovers
+from feats.extraction.preparation import prepare
 from feats.leftovers import held, remove_leftovers, temporary_folder
 from feats.writing import appearing, hidden_name, replace_folder, write_text
 
@@ -98,6 +101,28 @@ def test_a_temporary_folder_goes_with_the_next(tmp_path: Path, monkeypatch: pyte
     with temporary_folder() as folder:
         assert len(names(tmp_path)) == 3 and names(folder) == []
     assert names(tmp_path) == ["feats-mine.temporary"]
+
+
+class Tensors(Dataset[torch.Tensor]):
+    """Such as pass through shared memory, which asks for sockets."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.full((1000,), index)
+
+
+@pytest.mark.parametrize("taken", [3, 8])
+def test_workers_sockets_are_gone_with_them(
+    taken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    items = prepare(Tensors(), 1, pin_memory=False)
+    assert [int(next(items)[0]) for _ in range(taken)] == list(range(taken))
+    assert list(tmp_path.glob("feats-*.temporary/pymp-*/listener-*"))
+    del items
+    assert names(tmp_path) == [] and capfd.readouterr().err == ""
 
 
 def test_a_lock_that_is_taken_away_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -142,7 +142,10 @@ def prepare(dataset: Dataset[Made], workers: int, pin_memory: bool) -> Iterator[
 
 def _all_of(items: Iterator[Made], own: ExitStack) -> Iterator[Made]:
     with own:
-        yield from items
+        try:
+            yield from items
+        finally:
+            del items  # ends its processes, before what is their `own` goes
 
 
 def _as_made(prepared: Any) -> Any:

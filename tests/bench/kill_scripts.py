@@ -178,7 +178,8 @@ class Commands:
                 if alone:
                     kill([pid])
                 else:
-                    os.killpg(pid, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):  # it has ended just now
+                        os.killpg(pid, signal.SIGKILL)
                 if first is None and outputs(self.work) != before:
                     first = elapsed
         status = int(self.process.stdout.readline())
@@ -583,7 +584,7 @@ def trial(name: str, kills: int, home: Path, seed: int, every: int) -> Outcome:
             pids.append(ended.pid)
             outcome.kills += 1
             where = f"{name}, kill {number} at {at:.3f} s{' from its output' * late}{', alone' * alone}"
-            if not ended.killed and ended.status:
+            if (not ended.killed and ended.status) or "Traceback" in ended.said:
                 outcome.differs.append(f"{where}: failed by itself\n{ended.said[-2000:]}")
             outcome.after += not ended.killed
             outcome.before += ended.killed and ended.first is None
@@ -598,7 +599,7 @@ def trial(name: str, kills: int, home: Path, seed: int, every: int) -> Outcome:
                 again = commands.run(script.module, script.options)
                 pids.append(again.pid)
                 outcome.repeats += 1
-                if again.status:
+                if again.status or "Traceback" in again.said:
                     outcome.differs.append(f"{where}: repeated, status {again.status}\n{again.said[-2000:]}")
                 outcome.differs += [f"{where}: {w}" for w in differences(home / "work", home / "calm", script.rounds)]
                 left = left_over(home / "work", home / "calm", commands.temporary, shared_memory(pids))
