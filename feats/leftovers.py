@@ -20,7 +20,7 @@ try:
 except ImportError:  # Windows; nothing is judged there, and nothing removed
     fcntl = None  # type: ignore[assignment]
 
-IN_THE_MAKING, TEMPORARY = ".*.writing", "feats-*.temporary"  # names of what may be left
+IN_THE_MAKING, TEMPORARY = ".*.writing", "feats-*.tmp"  # names of what may be left
 LOCK = ".lock"
 
 
@@ -44,7 +44,7 @@ def temporary_folder() -> Iterator[Path]:
     those that dead processes left there are removed. Raises `OSError` when none can be made."""
     root = Path(tempfile.gettempdir())
     remove_leftovers(root, TEMPORARY)
-    path, owner = root / TEMPORARY.replace("*", secrets.token_hex(8)), os.getpid()
+    path, owner = root / TEMPORARY.replace("*", secrets.token_hex(4)), os.getpid()
     with held(path):
         try:
             path.mkdir(0o700)

@@ -3,6 +3,7 @@
 import fcntl
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable
@@ -89,7 +90,7 @@ def test_what_a_living_process_makes_stays(tmp_path: Path):
 
 def test_a_temporary_folder_goes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (tmp_path / "feats-mine.temporary").mkdir()  # without a lock: nobody knows whose
+    (tmp_path / "feats-mine.tmp").mkdir()  # without a lock: nobody knows whose
 
     def work() -> None:
         with temporary_folder() as folder:
@@ -100,7 +101,7 @@ def test_a_temporary_folder_goes_with_the_next(tmp_path: Path, monkeypatch: pyte
     assert len(names(tmp_path)) == 3
     with temporary_folder() as folder:
         assert len(names(tmp_path)) == 3 and names(folder) == []
-    assert names(tmp_path) == ["feats-mine.temporary"]
+    assert names(tmp_path) == ["feats-mine.tmp"]
 
 
 class Tensors(Dataset[torch.Tensor]):
@@ -115,14 +116,16 @@ class Tensors(Dataset[torch.Tensor]):
 
 @pytest.mark.parametrize("taken", [3, 8])
 def test_workers_sockets_are_gone_with_them(
-    taken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    taken: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    short = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own folders are too long for sockets
+    request.addfinalizer(lambda: shutil.rmtree(short))
+    monkeypatch.setattr(tempfile, "tempdir", str(short))
     items = prepare(Tensors(), 1, pin_memory=False)
     assert [int(next(items)[0]) for _ in range(taken)] == list(range(taken))
-    assert list(tmp_path.glob("feats-*.temporary/pymp-*/listener-*"))
+    assert list(short.glob("feats-*.tmp/pymp-*/listener-*"))
     del items
-    assert names(tmp_path) == [] and capfd.readouterr().err == ""
+    assert names(short) == [] and capfd.readouterr().err == ""
 
 
 def test_a_lock_that_is_taken_away_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

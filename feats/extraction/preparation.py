@@ -26,6 +26,7 @@ from feats.records import Record, TarSlice
 from feats.text import clean_with_key
 
 Made = TypeVar("Made")
+LONGEST_PLACE = 70  # bytes of a folder's path; a socket's takes 107 in all, in a folder of its own there
 
 
 class Texts(NamedTuple):
@@ -157,7 +158,8 @@ def _start_worker(folder: Path, worker: int) -> None:
     """Leave interruptions to the main process, and end with it however it ends: a worker that outlives a killed run
     would keep that run's file locks, which it inherits. Its temporary files (the sockets by which tensors are handed
     over) go into the main process's `folder`, which the next run removes if nobody could."""
-    tempfile.tempdir = str(folder)
+    if len(os.fsencode(folder)) <= LONGEST_PLACE:
+        tempfile.tempdir = str(folder)
     for number in INTERRUPTS:
         signal.signal(number, signal.SIG_IGN)
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
