@@ -80,6 +80,10 @@ class CacheError(UsageError):
     """A cache file that is damaged, foreign or in use."""
 
 
+class CacheInUseError(CacheError):
+    """A cache file that another process is writing."""
+
+
 class MissingRowsError(UsageError):
     """Rows asked for that the cache doesn't hold. `absent`, `pending` and `quarantined` list their ids."""
 
@@ -943,7 +947,7 @@ def _open(path: Path, mode: str) -> h5py.File:
     try:
         return h5py.File(path, mode, libver=LIBVER if mode == "r+" else None)
     except BlockingIOError:
-        raise CacheError(f"{path} is being written by another process; wait for it to end") from None
+        raise CacheInUseError(f"{path} is being written by another process; wait for it to end") from None
     except OSError as error:
         raise CacheError(f"{path} can't be opened as HDF5 ({first_line(error)}); {_REMEDY}") from None
 
@@ -954,7 +958,7 @@ def _acquire(path: Path) -> FileLock:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=1)  # what a killed run held may take a moment to go
     except Timeout:
-        raise CacheError(
+        raise CacheInUseError(
             f"{path} is being written by another process; wait for it to end, or use another `name`"
         ) from None
     except (OSError, ValueError, NotImplementedError) as error:  # no folder, no permission, a file system without locks

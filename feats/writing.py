@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from feats.errors import UsageError, first_line
+from feats.leftovers import held, remove_leftovers_once
 
 REMEDY = "make room there, or give another place"
 _HIDDEN = re.compile(r"\.[0-9a-f]{16}\.writing")
@@ -46,18 +47,20 @@ def appearing(path: Path, *, follow: bool = True) -> Iterator[Path]:
         yield path
         return
     target = Path(os.path.realpath(path)) if follow else path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers_once(target.parent)
     unfinished = target.with_name(hidden_name())
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield unfinished
-        if target.exists():
-            shutil.copymode(target, unfinished)
-        sync(unfinished)
-        os.replace(unfinished, target)
-        settle(target)
-    finally:
-        with suppress(OSError):
-            unfinished.unlink()
+    with held(unfinished):
+        try:
+            yield unfinished
+            if target.exists():
+                shutil.copymode(target, unfinished)
+            sync(unfinished)
+            os.replace(unfinished, target)
+            settle(target)
+        finally:
+            with suppress(OSError):
+                unfinished.unlink()
 
 
 @contextmanager
@@ -115,15 +118,16 @@ def replace_folder(unfinished: Path, path: Path) -> None:
     """Move a whole folder to `path`, in place of the one that may be there. Raises `OSError`; that one is then still
     there."""
     old = path.with_name(hidden_name())
-    with suppress(FileNotFoundError):
-        os.rename(path, old)
-    try:
-        os.replace(unfinished, path)
-    except OSError:
+    with held(old):
         with suppress(FileNotFoundError):
-            os.rename(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+            os.rename(path, old)
+        try:
+            os.replace(unfinished, path)
+        except OSError:
+            with suppress(FileNotFoundError):
+                os.rename(old, path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     settle(path)
 
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import feats.threads  # noqa: F401
@@ -22,6 +21,7 @@ import feats.threads  # noqa: F401
 
 from feats.cli import EXIT_DONE, ScriptParser, as_typed, rows_bar
 from feats.errors import UsageError
+from feats.leftovers import temporary_folder
 from feats.names import checked_name
 from modeling import cli
 from modeling.finetuning.settings import TuneSettings
@@ -117,8 +117,8 @@ def work(args: Namespace, command: str) -> int:
     from modeling.finetuning.distributed import team  # with these torch, transformers and peft: slow to import
     from modeling.finetuning.finetune import finetune_model, no_bar
 
-    with team(args.device) as (mates, device), TemporaryDirectory() as scratch:
-        start = begin(args, cli.tuning_settings(args), device, Path(scratch), told=mates.leads)
+    with team(args.device) as (mates, device), temporary_folder() as scratch:
+        start = begin(args, cli.tuning_settings(args), device, scratch, told=mates.leads)
         run = finetune_model(
             start,
             cli.tuning_settings(args, start.experiment.classes),

@@ -16,7 +16,6 @@ from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TextIO
 
 import feats.threads  # noqa: F401
@@ -27,6 +26,7 @@ import feats.threads  # noqa: F401
 from feats.cli import EXIT_DONE, add_columns_option, as_typed, columns_from, remark, rows_bar
 from feats.errors import UsageError
 from feats.escapes import one_line
+from feats.leftovers import temporary_folder
 from modeling import choices, cli
 from modeling.choices import VoteSettings
 
@@ -259,13 +259,13 @@ def predict_raw(
         print(remark(as_typed(told)), file=sys.stderr)
     raw_pairs.check_pictures(runs, records)
     kept = None if args.csv is None or out is None or not is_plain(out) else out.with_name(f".{out.name}.encoding")
-    with nullcontext(str(kept)) if kept else TemporaryDirectory() as folder:
+    with nullcontext(kept) if kept else temporary_folder() as folder:
         if kept:
             kept.mkdir(parents=True, exist_ok=True)
         bar = partial(rows_bar, passing=True)
-        raw_pairs.encode(runs, records, Path(folder), weights=weights, device=device, bar=bar)
+        raw_pairs.encode(runs, records, folder, weights=weights, device=device, bar=bar)
         try:
-            predictions = prediction.predict_caches(runs, Path(folder), raw_pairs.SPLIT, voting, device)
+            predictions = prediction.predict_caches(runs, folder, raw_pairs.SPLIT, voting, device)
         except UsageError:  # nothing that a second time would go on with
             shutil.rmtree(folder, ignore_errors=True)
             raise

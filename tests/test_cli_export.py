@@ -191,6 +191,16 @@ def test_files_that_aren_t_what_they_should_be(tmp_path: Path, capsys: pytest.Ca
     assert "can't be a file's name" in error_line(capsys)
 
 
+def test_nothing_is_imported_beside_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Who reads the cache would get either."""
+    file = write_table(tmp_path / "a.parquet")
+    (tmp_path / "imported_train.parts").mkdir()
+    assert run(import_feats, file, "--image", "emb", "--out", tmp_path, "--overwrite") == 2
+    told = error_line(capsys)
+    assert "imported_train.parts holds parts of a cache of this name; choose another --name" in told
+    assert "merge_feats.py" in told and not (tmp_path / "imported_train.h5").exists()
+
+
 def test_nothing_is_replaced_unless_asked(both: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = write_table(tmp_path / "a.parquet")
     for options, status in ([], 0), ([], 2), (["--overwrite"], 0):

@@ -17,6 +17,8 @@ from parted import ROWS, SETTINGS, both_sides, make_parts, pairs_with_faults
 from feats import merge_feats
 from feats.encoders.registry import load_encoder
 from feats.extraction import merging
+from feats.extraction.agreement import join_lease
+from feats.extraction.leases import leased
 from feats.extraction.local import extract
 from feats.extraction.merging import merge
 from feats.extraction.settings import ExtractionSettings
@@ -191,13 +193,25 @@ def test_what_a_killed_removal_left_goes_with_the_next(parted: Path, plain: Path
     assert_joined(parted, plain)
 
 
+def test_a_removal_that_was_killed_is_ended_by_the_next(parted: Path, plain: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(merging.shutil, "rmtree", lambda *args, **options: None)
+    merge(parted)
+    monkeypatch.undo()
+    assert list(parted.parent.glob(".*.removed-*")) and not parts_folder(parted).exists()
+    assert merge(parted).done == 67
+    assert_joined(parted, plain)
+
+
 def test_two_joiners(parted: Path, plain: Path):
     """The second says that the first is at it, or finds it done."""
     process = joiner(parted, "32")
     wait_for(process, "32")
     with pytest.raises(CacheError) as error:
         merge(parted)
-    assert "is being written by another process; wait for it to end" in one_line(error)
+    assert one_line(error) == f"{parted} is being joined by another process; wait for it to end"
+    with leased(join_lease(parted)), pytest.raises(CacheError) as error:
+        merge(parted)
+    assert f"is being joined by process {os.getpid()}, the last worker; wait for it to end" in one_line(error)
     out, err = process.communicate("\n\n\n\n")
     assert process.returncode == 0, err
     assert merge(parted).done == 67

@@ -456,7 +456,7 @@ def test_a_copy_lives_as_long_as_its_pairs(tmp_path, temporary):
     shards(tmp_path / "set")
     pieces = open_pieces(in_memory(tmp_path / "set", "copies"), rows=1)["train"]
     pairs = pieces.read(0)
-    (folder,) = temporary.iterdir()
+    (folder,) = (path for path in temporary.iterdir() if path.is_dir())
     assert [path.name for path in folder.iterdir()] == ["train-1.tar"]
     first = pairs[:1]
     del pairs

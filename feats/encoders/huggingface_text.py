@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from feats.encoders.saved import RECORD
 from feats.encoders.weights import HUB_TIMEOUT, sha256_of, unobtainable, verified_sha256, weight_files
 from feats.errors import UsageError, first_line, one_line
 from feats.json_files import read_json
+from feats.leftovers import temporary_folder
 
 FALLBACK_LENGTH = 512  # for models that state no limit: relative positions, a tokenizer with a sentinel
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "*.model")
@@ -279,7 +279,7 @@ def _read_folder(
 
 def read_network(folder: Path, weights_file: Path | None, kind: Kind) -> tuple[transformers.PreTrainedModel, list[str]]:
     """The model, and the names of the weights that the checkpoint lacks (left random by transformers)."""
-    with TemporaryDirectory() as assembled, _refused_if_unreadable(weights_file or folder, kind):
+    with temporary_folder() as assembled, _refused_if_unreadable(weights_file or folder, kind):
         if weights_file is not None:
             # transformers reads folders: make one of the configuration and this file.
             safe = weights_file.suffix == ".safetensors"

@@ -12,6 +12,7 @@ import numpy as np
 
 from feats.errors import UsageError
 from feats.extraction.summary import Progress, Summary
+from feats.parts import parts_folder
 from feats.source import SIDES, data_identity
 from feats.store import DONE, QUARANTINED, ROW_FACTS, CacheError, FeatureStore, quarantine_path, repeated
 from feats.strings import Strings
@@ -93,12 +94,17 @@ def bring_in(
     files with their sha256. Values are rounded to float16; rows beyond its range, and rows without features, go into
     quarantine. Memory: ids, labels and one batch.
     Raises `UsageError` for ids that are missing or repeated and for values that aren't finite, `CacheError` when the
-    cache exists (without `overwrite`) or can't be written.
+    cache exists (without `overwrite`), lies there in parts, or can't be written.
     """
     start = time.perf_counter()
     ids = _checked(foreign)
     if path.exists() and not overwrite:
         raise CacheError(f"{path} exists; choose another `name`, or replace it with `overwrite`")
+    if parts_folder(path).exists():
+        raise CacheError(
+            f"{parts_folder(path)} holds parts of a cache of this name; choose another `name`, join them with "
+            f"python feats/merge_feats.py {path}, or remove that folder"
+        )
     unfinished = path.with_name(f"{path.name}.importing")
     summary = Summary(path)
     try:

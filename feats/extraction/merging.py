@@ -4,6 +4,7 @@ The joined cache is created with every row pending and filled by blocks, as an e
 on with one that was killed. The parts are removed when all of it is on disk.
 """
 
+import glob
 import os
 import shutil
 import tempfile
@@ -14,6 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from feats.errors import UsageError
+from feats.extraction.agreement import join_lease
+from feats.extraction.leases import holder_of, host_name
 from feats.extraction.summary import Progress, Summary
 from feats.parts import PartedStore, joined_path, parts_folder, plan_path
 from feats.store import (
@@ -22,6 +25,7 @@ from feats.store import (
     QUARANTINED,
     ROW_FACTS,
     CacheError,
+    CacheInUseError,
     FeatureStore,
     fingerprint_difference,
 )
@@ -51,16 +55,27 @@ def merge(
             _copy(parts, store, progress)
             store.finish()
             summary = _summary(store, start)
+    except CacheInUseError:
+        raise CacheInUseError(f"{path} is being joined by {_joiner(path)}; wait for it to end") from None
     except CacheError:
         if not path.is_file() or plan_path(parts_folder(path)).is_file():
             raise
-        with FeatureStore.open(path) as store:  # another has joined and removed them
+        with FeatureStore.open(path) as store:  # another has joined and removed them, or was killed while it did
             if not store.complete:
                 raise
+            _empty_bins(parts_folder(path))
             return _summary(store, start)
     if not keep_parts:
         _remove(parts_folder(path))
     return summary
+
+
+def _joiner(path: Path) -> str:
+    """Who joins the parts of the cache at `path`: a worker says so by its lease."""
+    owner = holder_of(join_lease(path))
+    if owner is None:
+        return "another process"
+    return f"process {owner.pid}, the last worker" + ("" if owner.host == host_name() else ", on another machine")
 
 
 def _joined(parts: PartedStore, path: Path, overwrite: bool) -> FeatureStore:
@@ -148,12 +163,19 @@ def _summary(store: FeatureStore, start: float) -> Summary:
 
 def _remove(folder: Path) -> None:
     """Remove the parts: all of them at once, for whoever looks. What a killed removal left goes, too."""
-    bin_name = f".{folder.name}.removed-"
     try:
         with suppress(FileNotFoundError):  # another has joined and removed them
-            place = Path(tempfile.mkdtemp(prefix=bin_name, dir=folder.parent))
+            place = Path(tempfile.mkdtemp(prefix=_bin_name(folder), dir=folder.parent))
             os.rename(folder, place / folder.name)
     except OSError as error:
         raise UsageError(f"{folder} is joined and can't be removed ({reason_of(error)}); remove it") from None
-    for old in folder.parent.glob(f"{bin_name}*"):
+    _empty_bins(folder)
+
+
+def _empty_bins(folder: Path) -> None:
+    for old in folder.parent.glob(f"{glob.escape(_bin_name(folder))}*"):
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _bin_name(folder: Path) -> str:
+    return f".{folder.name}.removed-"

@@ -5,8 +5,10 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 from multiprocessing import get_all_start_methods
-from multiprocessing.util import get_temp_dir
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,13 +21,15 @@ from feats.errors import RowError, UsageError
 from feats.extraction.settings import ExtractionSettings
 from feats.images import augment, hash64, read_image
 from feats.interrupts import INTERRUPTS, held_back
+from feats.leftovers import temporary_folder
 from feats.records import Record, TarSlice
 from feats.text import clean_with_key
 
 Made = TypeVar("Made")
 
-# A socket's path has 107 bytes on Linux and 103 elsewhere; of these "/pymp-xxxxxxxx/listener-xxxxxxxx" takes 32.
-_LONGEST_TMPDIR = 70
+# A socket's path has 107 bytes on Linux and 103 elsewhere, of which "/feats-xxxxxxxx.tmp/pymp-xxxxxxxx/listener-xxxxxxxx"
+# takes 51.
+_LONGEST_TMPDIR = 51
 _SHORT_TMPDIR = "/tmp"
 
 
@@ -124,10 +128,10 @@ def prepare(dataset: Dataset[Made], workers: int, pin_memory: bool) -> Iterator[
     if "fork" not in get_all_start_methods():  # tokenisers and preprocessing are closures: they can't be sent
         workers = 0
     workers = min(workers, len(dataset))  # type: ignore[arg-type]  # torch's own base class promises no length
-    if workers:
-        _short_sockets()
+    own = ExitStack()
+    folder = _place_of_sockets(own) if workers else None
     with held_back():
-        return iter(
+        items = iter(
             DataLoader(
                 dataset,
                 batch_size=None,
@@ -135,28 +139,35 @@ def prepare(dataset: Dataset[Made], workers: int, pin_memory: bool) -> Iterator[
                 collate_fn=_as_made,
                 pin_memory=pin_memory,
                 multiprocessing_context="fork" if workers else None,
-                worker_init_fn=_start_worker,
+                worker_init_fn=partial(_start_worker, folder) if folder else None,
             )
         )
+    return _all_of(items, own)
 
 
-def _short_sockets() -> None:
-    """Have multiprocessing make its sockets in a folder of a short name: one of a longer path can't be, and a worker
-    that can't hand over what it made waits for ever. Raises `UsageError` where there is no such folder."""
+def _all_of(items: Iterator[Made], own: ExitStack) -> Iterator[Made]:
+    with own:
+        try:
+            yield from items
+        finally:
+            del items  # ends its processes, before what is their `own` goes
+
+
+def _place_of_sockets(own: ExitStack) -> Path:
+    """A temporary folder of a short name, which is `own`: a socket of a longer path can't be made, and a worker that
+    can't hand over what it made waits for ever. Raises `UsageError` where there is no such place."""
     usual = tempfile.gettempdir()
-    if len(os.fsencode(usual)) <= _LONGEST_TMPDIR:
-        return
+    short = len(os.fsencode(usual)) <= _LONGEST_TMPDIR
     try:
-        tempfile.tempdir = _SHORT_TMPDIR
-        get_temp_dir()  # kept for this process and those it starts
+        return own.enter_context(temporary_folder(Path(usual if short else _SHORT_TMPDIR)))
     except OSError as error:
+        if short:
+            raise
         raise UsageError(
             f"decoding processes need a folder of {_LONGEST_TMPDIR} bytes at most for their sockets; TMPDIR is "
             f"{len(os.fsencode(usual))} bytes long, and {_SHORT_TMPDIR} can't be written ({error.strerror}): set "
             "TMPDIR to a shorter one, or `workers` to 0"
         ) from None
-    finally:
-        tempfile.tempdir = usual
 
 
 def _as_made(prepared: Any) -> Any:
@@ -164,9 +175,11 @@ def _as_made(prepared: Any) -> Any:
     return prepared
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(folder: Path, worker: int) -> None:
     """Leave interruptions to the main process, and end with it however it ends: a worker that outlives a killed run
-    would keep that run's file locks, which it inherits."""
+    would keep that run's file locks, which it inherits. Its temporary files (the sockets by which tensors are handed
+    over) go into the main process's `folder`, which the next run removes if nobody could."""
+    tempfile.tempdir = str(folder)
     for number in INTERRUPTS:
         signal.signal(number, signal.SIG_IGN)
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]

@@ -6,11 +6,11 @@ What fails is tried again; what goes on failing, or can't get better, is a `Usag
 import errno
 import os
 import re
-import shutil
 import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from feats.errors import UsageError, first_line
+from feats.leftovers import temporary_folder
 from feats.regular import check_regular
 
 WAITS = (1.0, 4.0, 15.0)  # seconds before each further try
@@ -66,9 +67,10 @@ class Copy:
 
 def fetched(url: str) -> Copy:
     """Copy a file into the folder for temporary files, in chunks, and check its length where the server tells it."""
-    folder = Path(tempfile.mkdtemp(prefix="feats-copy-"))
+    held = ExitStack()
+    folder = held.enter_context(temporary_folder())
     copy = Copy(folder / (base_name(url) or "copy"), public_url(url))
-    remove = weakref.finalize(copy, _remove, folder, os.getpid())
+    remove = weakref.finalize(copy, _remove, held, os.getpid())
     try:
         _retried(url, partial(_copy_to, copy.path))
     except BaseException:
@@ -87,10 +89,10 @@ def _copy_to(local: Path, system: Any, path: str) -> None:
         raise ConnectionError(f"{local.stat().st_size} of {size} bytes arrived")
 
 
-def _remove(folder: Path, owner: int) -> None:
+def _remove(held: ExitStack, owner: int) -> None:
     # A worker process has a twin of the object.
     if os.getpid() == owner:
-        shutil.rmtree(folder, ignore_errors=True)
+        held.close()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ calls need no encoder. It follows from the neighbour and is made anew when that 
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from feats.errors import UsageError
 from feats.extraction.local import extract
 from feats.extraction.settings import ExtractionSettings
 from feats.images import hash64
+from feats.leftovers import temporary_folder
 from feats.records import Record
 from feats.store import DONE, FeatureStore
 from modeling.features.joined import FeatureSet, FeatureSource, load_features
@@ -73,7 +73,7 @@ def _encode(name: str, fingerprint: Mapping[str, Any], path: Path, weights: str 
     except UsageError as error:
         raise UsageError(f"{error}; or take the training rows' mean with `absent` mean") from None
     settings = ExtractionSettings(workers=0, text_clean=fingerprint.get("text_clean") or "none")
-    with TemporaryDirectory() as folder:
-        picture = Path(folder) / "black.bmp"
+    with temporary_folder() as folder:
+        picture = folder / "black.bmp"
         picture.write_bytes(BLACK)
         extract(encoder, [Record(ROW, picture, "")], path, settings, overwrite=True)

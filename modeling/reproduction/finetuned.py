@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from feats.errors import UsageError
+from feats.leftovers import temporary_folder
 from feats.parts import open_cache
 from feats.records import Pairs, read_dataset
 from modeling.finetuning.pairs import DataPlace
@@ -145,7 +145,7 @@ def _tune(
 
     head, tuning = tuning_of(table, row)
     model = MODELS[row.model or ""]
-    with TemporaryDirectory() as scratch:
+    with temporary_folder() as scratch:
         start = start_from_encoders(
             model.image,
             model.text,
