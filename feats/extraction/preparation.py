@@ -27,8 +27,8 @@ from feats.text import clean_with_key
 
 Made = TypeVar("Made")
 
-# A socket's path has 107 bytes on Linux and 103 elsewhere, of which "/feats-xxxxxxxx.tmp/pymp-xxxxxxxx/listener-xxxxxxxx"
-# takes 51.
+# A socket's path has 107 bytes on Linux and 103 elsewhere. Behind the folder's come 51 of them:
+# "/feats-xxxxxxxx.tmp/pymp-xxxxxxxx/listener-xxxxxxxx".
 _LONGEST_TMPDIR = 51
 _SHORT_TMPDIR = "/tmp"
 
