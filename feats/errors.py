@@ -40,12 +40,6 @@ class RowError(Exception):
     """One pair that can't be encoded. The row is quarantined with this message as its reason; the run goes on."""
 
 
-def one_line(text: str, most: int = 80) -> str:
-    """A name out of a foreign file as a message shows it: cut, without backquotes, what can't be printed by codes."""
-    shown = text if text.isprintable() else ascii(text)[1:-1]
-    return (shown if len(shown) <= most else f"{shown[:most]}...").replace("`", "'")
-
-
 def first_line(error: BaseException) -> str:
     """The first line of a library's message that says anything, for one-line errors; the error's type if none does.
     Without backquotes, which name our own settings."""

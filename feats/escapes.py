@@ -18,6 +18,13 @@ def one_line(text: str) -> str:
     return printable(text.replace("\n", r"\n").replace("\t", r"\t"))
 
 
+def short_name(text: str, most: int = 80) -> str:
+    """A name out of a foreign file as a message shows it: on one line, cut, without backquotes, which name our own
+    settings."""
+    shown = one_line(text)
+    return (shown if len(shown) <= most else f"{shown[:most]}...").replace("`", "'")
+
+
 def of_terminal(text: str) -> str:
     """As `printable`, for what libraries write, too: a bar begins at the start of its line, and moves among others."""
     if _OF_BARS.fullmatch(text):

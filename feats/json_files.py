@@ -21,7 +21,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from feats.errors import UsageError, first_line, one_line
+from feats.errors import UsageError, first_line
+from feats.escapes import short_name
 from feats.regular import check_regular
 
 MAX_BYTES = 1 << 28
@@ -154,7 +155,7 @@ def _wrong(value: Any, shape: Shape, at: str) -> str:
     expected = " or ".join(WORDS.get(kind, "what belongs there") for kind in get_args(shape) or (shape,))
     found = json.dumps(value, ensure_ascii=True, default=str) if not isinstance(value, dict | list) else ""
     shown = WORDS[type(value)] if not found or len(found) > 60 else found
-    return f"holds {shown}{f' as {one_line(at)}' if at else ''}, expected {expected}"
+    return f"holds {shown}{f' as {short_name(at)}' if at else ''}, expected {expected}"
 
 
 def shape_of(kind: type) -> Mapping[str, Shape]:

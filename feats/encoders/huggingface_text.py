@@ -23,7 +23,8 @@ from feats.encoders.base import Blocks, Encoder, Features, Loading, TextSide, To
 from feats.encoders.hidden_layers import find_layers
 from feats.encoders.saved import RECORD
 from feats.encoders.weights import HUB_TIMEOUT, sha256_of, unobtainable, verified_sha256, weight_files
-from feats.errors import UsageError, first_line, one_line
+from feats.errors import UsageError, first_line
+from feats.escapes import short_name
 from feats.json_files import read_json
 from feats.leftovers import temporary_folder
 
@@ -200,7 +201,7 @@ def _lacking(folder: Path, kind: Kind, with_weights: bool) -> list[str]:
         index = next((file for file in indices if file.is_file()), None)
         told = read_json(index, "fetch the model again", {"weight_map": {str: str}}) if index else {"weight_map": {}}
         lacking += [
-            one_line(shard) for shard in sorted(set(told["weight_map"].values())) if not _is_inside(folder, shard)
+            short_name(shard) for shard in sorted(set(told["weight_map"].values())) if not _is_inside(folder, shard)
         ]
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
             lacking.append("weights (*.safetensors or pytorch_model*.bin)")

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from feats.errors import UsageError
+from feats.escapes import short_name
 from feats.reading.rows import MANIFEST_COLUMNS, label_of, scalar
 
 # After our own name, which wins where it is there, what others call the same.
@@ -52,7 +53,7 @@ def plain(column: str) -> str:
 @lru_cache
 def shown(column: str) -> str:
     """A column's name in a message of one line."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in column[:_LONGEST])
+    return short_name(column, _LONGEST)
 
 
 def recognised(columns: Sequence[str], asked: Mapping[str, str]) -> int:

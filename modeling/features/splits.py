@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from feats.csv_files import numbered_csv, parse_csv
-from feats.errors import UsageError, first_line, one_line
+from feats.errors import UsageError, first_line
+from feats.escapes import short_name
 from feats.json_files import parse_json, read_json
 from feats.regular import check_regular
 from feats.strings import BLOCK, Labels, Strings
@@ -101,7 +102,7 @@ def load_split(path: Path | str) -> Split | list[Split]:
 def _split(parts: Mapping[str, Any], path: Path) -> Split:
     if not {"train", "val"} <= parts.keys() <= {*PARTS, "how"}:
         raise UsageError(
-            f"{path} names {one_line(', '.join(parts)) or 'nothing'}, expected {', '.join(PARTS)}; {REMEDY}"
+            f"{path} names {short_name(', '.join(parts)) or 'nothing'}, expected {', '.join(PARTS)}; {REMEDY}"
         )
     return Split(**parts)
 
@@ -592,7 +593,7 @@ def _parts_of(content: Any, path: Path) -> dict[str, Sequence[str]]:
     if len(parts) < len(part_of):  # two names of one part
         foreign += [name for name, part in part_of.items() if list(part_of.values()).count(part) > 1]
     if foreign or not all(map(_are_ids, parts.values())):
-        problem = one_line(", ".join(map(str, foreign))) or "parts that are no lists of ids"
+        problem = short_name(", ".join(map(str, foreign))) or "parts that are no lists of ids"
         raise UsageError(f"{path} holds {problem}, expected {_FORM}")
     return {
         part: members if isinstance(members, Strings) else [str(i) for i in members] for part, members in parts.items()
@@ -662,7 +663,7 @@ def _check_disjoint(parts: dict[str, Sequence[str]], source: str) -> None:
     if twice:
         where = ", ".join(part for part, members in parts.items() if twice[0] in members)
         raise UsageError(
-            f"{source}: {_few(twice, 'id')} named more than once ({one_line(twice[0])} in {where}); keep one"
+            f"{source}: {_few(twice, 'id')} named more than once ({short_name(twice[0])} in {where}); keep one"
         )
 
 
@@ -675,5 +676,5 @@ def _twice(parts: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _few(ids: Sequence[str], what: str) -> str:
-    some = ", ".join(map(one_line, ids[:5])) + (", ..." if len(ids) > 5 else "")
+    some = ", ".join(map(short_name, ids[:5])) + (", ..." if len(ids) > 5 else "")
     return f"{len(ids)} {what}{'s' if len(ids) > 1 else ''} ({some})"

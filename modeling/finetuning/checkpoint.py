@@ -19,7 +19,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from feats.errors import UsageError, one_line
+from feats.errors import UsageError
+from feats.escapes import short_name
 from feats.json_files import read_json
 from feats.tensor_files import read_safetensors
 from feats.writing import reason_of, replace_folder, sync_tree, write_json
@@ -73,7 +74,7 @@ class WorkFolder:
         differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
         if differing:
             facts = [f"{k} {json.dumps(found.get(k))}, now {json.dumps(wanted.get(k))}" for k in differing[:5]]
-            told = one_line("; ".join(facts), 400)
+            told = short_name("; ".join(facts), 400)
             raise UsageError(
                 f"{self.path} holds checkpoints of another finetuning ({told}); give another "
                 "`name`, or remove that folder to begin anew"

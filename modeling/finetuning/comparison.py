@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from feats.acceleration import peak_bytes
-from feats.errors import UsageError, one_line
+from feats.errors import UsageError
+from feats.escapes import short_name
 from feats.interrupts import held_back
 from feats.json_files import read_json
 from feats.writing import write_json
@@ -174,7 +175,9 @@ def claim(folder: Path, experiment: Experiment, config: TrainConfig, **protocol:
             else f"{key} {found.get(key)}, now {wanted.get(key)}"
             for key in differing
         ]
-        raise UsageError(f"{folder} holds another comparison ({one_line('; '.join(facts), 400)}); give another `name`")
+        raise UsageError(
+            f"{folder} holds another comparison ({short_name('; '.join(facts), 400)}); give another `name`"
+        )
 
 
 # -- trainings --------------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 
 from feats.config_file import OPTIONS
 from feats.csv_files import read_csv, read_table, write_csv, write_table
-from feats.errors import UsageError, first_line, one_line
+from feats.errors import UsageError, first_line
+from feats.escapes import short_name
 from feats.json_files import read_json, shape_of, shape_problem
 from feats.source import SIDES
 from feats.strings import BLOCK
@@ -380,7 +381,7 @@ def load_run(path: Path | str) -> Run:
         raise UsageError(f"{path} is damaged ({reason}); train again") from None
     if tensors:
         raise UsageError(
-            f"{path / TENSORS} holds tensors no member has ({one_line(', '.join(sorted(tensors)[:3]))}); train again"
+            f"{path / TENSORS} holds tensors no member has ({short_name(', '.join(sorted(tensors)[:3]))}); train again"
         )
     return run
 
@@ -440,7 +441,7 @@ def _check_statistics(preprocessing: Preprocessing) -> None:
             continue
         fit = mean.dim() == 1 and mean.shape == std.shape and _is_finite(mean) and _is_finite(std)
         if not fit or not bool((std > 0).all()):
-            raise ValueError(f"mean and std of {one_line(key)} aren't finite numbers of one width")
+            raise ValueError(f"mean and std of {short_name(key)} aren't finite numbers of one width")
 
 
 def _check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size]) -> None:
@@ -449,7 +450,7 @@ def _check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch
         if name not in state:
             raise ValueError(f"there is no tensor {name}")
         if name not in expected:
-            raise ValueError(f"there is a tensor {one_line(name)}, and the head has none of this name")
+            raise ValueError(f"there is a tensor {short_name(name)}, and the head has none of this name")
         if state[name].shape != expected[name]:
             found, wanted = (tuple(shape[1:]) for shape in (state[name].shape, expected[name]))
             raise ValueError(f"the tensor {name} is {found}, expected {wanted}")
