@@ -350,6 +350,23 @@ def test_another_plan_is_refused_with_both_sides(
     assert "choose another `name`, or replace them with `overwrite`" in one_line(refused)
 
 
+def test_a_joiner_that_hasnt_let_the_cache_go_yet_is_waited_for(tmp_path: Path, pairs: Pairs):
+    """It has said that all is there, and still has the file open; or it was killed, and a thread of it isn't gone."""
+    path = tmp_path / "x_train.h5"
+    agreed(both_sides(), pairs, path)
+    work(both_sides(), RowPieces(pairs, 16), path, ALONE)
+    code = (
+        "import sys, time; from feats.store import FeatureStore as S; s = S.append(sys.argv[1]); print(); time.sleep(2)"
+    )
+    command = [sys.executable, "-uc", code, str(path)]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE) as joiner:
+        assert joiner.stdout is not None and joiner.stdout.readline()
+        assert work(both_sides(), RowPieces(pairs, 16), path, ALONE).done == ROWS
+        assert joiner.poll() is not None
+    with FeatureStore.append(path), pytest.raises(UsageError, match="being written by another process"):
+        work(both_sides(), RowPieces(pairs, 16), path, ALONE, lease_seconds=0.2)
+
+
 def test_parts_without_a_plan_are_refused(tmp_path: Path, pairs: Pairs):
     path = tmp_path / "x_train.h5"
     pieces, plan = agreed(both_sides(), pairs, path)

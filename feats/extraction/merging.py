@@ -9,13 +9,15 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from feats.errors import UsageError
-from feats.extraction.agreement import join_lease
+from feats.extraction.agreement import POLL, join_lease
 from feats.extraction.leases import holder_of, host_name
 from feats.extraction.summary import Progress, Summary
 from feats.parts import PartedStore, joined_path, parts_folder, plan_path
@@ -31,6 +33,7 @@ from feats.store import (
 )
 from feats.writing import reason_of
 
+Made = TypeVar("Made")
 COPY_BYTES = 64 << 20  # of features copied at a time, about; one block at least
 
 
@@ -68,6 +71,19 @@ def merge(
     if not keep_parts:
         _remove(parts_folder(path))
     return summary
+
+
+def patiently(work: Callable[[], Made], seconds: float) -> Made:
+    """What `work` makes; tried again for so many seconds while another has the cache open. Who joined it has for a
+    moment after all can see that it is whole, and a killed one until the last of its threads is gone."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return work()
+        except CacheInUseError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(min(POLL, seconds / 8))
 
 
 def _joiner(path: Path) -> str:

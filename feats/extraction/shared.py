@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from feats.extraction.local import (
     make_cache,
     reasons_path,
 )
-from feats.extraction.merging import merge
+from feats.extraction.merging import merge, patiently
 from feats.extraction.plan import (
     as_begun,
     block_rows_of,
@@ -262,7 +263,8 @@ def work(
         if not is_joined(path):  # else the parts were removed under our hands, and rightly so
             raise
     places = [path] if is_joined(path) else [part_path(shared.folder, number) for number in range(len(pieces))]
-    share.done, share.quarantined, share.truncated = map(sum, zip(*map(count_rows, places), strict=True))
+    counted = (patiently(partial(count_rows, place), lease_seconds) for place in places)
+    share.done, share.quarantined, share.truncated = map(sum, zip(*counted, strict=True))
     share.seconds = time.perf_counter() - start
     return share
 
@@ -312,13 +314,14 @@ def _by_one(
                 f"{path} is incomplete, and its pairs aren't in memory: run the extraction that began it again, or "
                 "replace it with `overwrite`"
             )
-        share.done, share.quarantined, share.truncated = count_rows(path)
+        share.done, share.quarantined, share.truncated = patiently(partial(count_rows, path), lease_seconds)
         share.whole = True
         return share
     while True:
         with leased(path.with_name(f".{path.name}.lease"), lease_seconds) as mine:
             if mine:
-                told = extract(encoder, pieces.pairs, path, settings, progress=progress)
+                going_on = partial(extract, encoder, pieces.pairs, path, settings, progress=progress)
+                told = patiently(going_on, lease_seconds)
                 known = {field.name: getattr(told, field.name) for field in fields(Summary)}
                 return replace(share, **known, whole=True)
         time.sleep(_patience(lease_seconds))
@@ -418,7 +421,7 @@ class _Work:
         with leased(join_lease(self.path), self.lease_seconds) as mine:
             if mine:
                 before = is_joined(self.path)  # else its parts are still to be removed
-                merge(self.path, overwrite=self.overwrite and not before)
+                patiently(partial(merge, self.path, overwrite=self.overwrite and not before), self.lease_seconds)
                 self.share.whole = not before
                 if self.encoder.text and isinstance(self.pieces, RowPieces):
                     self.share.encodings.update(r.encoding for r in self.pieces.pairs if r.encoding)
