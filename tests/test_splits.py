@@ -263,6 +263,11 @@ def test_duplicate_groups_tie_through_others():
         duplicate_groups(None, None)
 
 
+def test_no_rows_are_no_duplicates():
+    none = np.zeros(0, np.uint64)
+    assert duplicate_groups(none, none).tolist() == []
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_duplicate_groups_are_connected_components(seed: int):
     rng = np.random.default_rng(seed)
