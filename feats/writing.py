@@ -37,11 +37,12 @@ def in_the_making(path: Path) -> bool:
 
 
 @contextmanager
-def appearing(path: Path, *, follow: bool = True) -> Iterator[Path]:
+def appearing(path: Path, *, follow: bool = True, durable: bool = True) -> Iterator[Path]:
     """A path to write a file at, which is at `path` when the block ends and is gone when it fails.
 
     Folders above are made. What is replaced gives its permissions. A link stays: its target is written; without
-    `follow` the link itself is replaced. Raises `OSError`.
+    `follow` the link itself is replaced. Without `durable` a power cut may empty it: syncs take milliseconds each, too
+    long for very many small files that can be made again. Raises `OSError`.
     """
     if in_the_making(path):
         yield path
@@ -55,20 +56,22 @@ def appearing(path: Path, *, follow: bool = True) -> Iterator[Path]:
             yield unfinished
             if target.exists():
                 shutil.copymode(target, unfinished)
-            sync(unfinished)
+            if durable:
+                sync(unfinished)
             os.replace(unfinished, target)
-            settle(target)
+            if durable:
+                settle(target)
         finally:
             with suppress(OSError):
                 unfinished.unlink()
 
 
 @contextmanager
-def replacing(path: Path, remedy: str = REMEDY, *, follow: bool = True) -> Iterator[Path]:
+def replacing(path: Path, remedy: str = REMEDY, *, follow: bool = True, durable: bool = True) -> Iterator[Path]:
     """As `appearing`, but raises `UsageError` for what can't be written, with what to do next: `remedy`. In a folder in
     the making it stays an `OSError`, for whoever makes that folder and knows its name."""
     try:
-        with appearing(path, follow=follow) as unfinished:
+        with appearing(path, follow=follow, durable=durable) as unfinished:
             yield unfinished
     except OSError as error:
         if in_the_making(path):
@@ -93,14 +96,9 @@ def cant_write(path: Path, error: Exception, remedy: str = REMEDY) -> UsageError
     return UsageError(f"can't write {path} ({reason_of(error)}); {remedy}")
 
 
-def reason_of(error: Exception) -> str:
-    """Why something can't be written, without the name of a file, which may be a hidden one."""
-    return getattr(error, "strerror", None) or first_line(error)
-
-
-def write_bytes(path: Path, content: bytes, remedy: str = REMEDY, *, follow: bool = True) -> None:
+def write_bytes(path: Path, content: bytes, remedy: str = REMEDY, *, follow: bool = True, durable: bool = True) -> None:
     """A whole file. Raises as `replacing`."""
-    with replacing(path, remedy, follow=follow) as unfinished:
+    with replacing(path, remedy, follow=follow, durable=durable) as unfinished:
         unfinished.write_bytes(content)
 
 
