@@ -67,7 +67,7 @@ def remove_leftovers(folder: Path, names: str = IN_THE_MAKING) -> None:
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(path)
+            remove(path)
             if not os.path.lexists(path):
                 place.unlink(missing_ok=True)
         except OSError:  # held; or the file system has no locks
@@ -82,7 +82,8 @@ def remove_leftovers_once(folder: Path) -> None:
     remove_leftovers(folder)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all in it, as far as that is possible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

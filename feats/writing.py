@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from feats.errors import UsageError, first_line
-from feats.leftovers import held, remove_leftovers_once
+from feats.errors import UsageError, reason_of
+from feats.leftovers import held, remove, remove_leftovers_once
 
 REMEDY = "make room there, or give another place"
 _HIDDEN = re.compile(r"\.[0-9a-f]{16}\.writing")
@@ -125,7 +125,7 @@ def replace_folder(unfinished: Path, path: Path) -> None:
             with suppress(FileNotFoundError):
                 os.rename(old, path)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
     settle(path)
 
 

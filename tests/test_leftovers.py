@@ -79,6 +79,16 @@ def test_a_replaced_folder_goes_with_the_next(tmp_path: Path, monkeypatch: pytes
     assert names(tmp_path) == ["old"]
 
 
+def test_a_folder_in_the_place_of_a_link_leaves_nothing_beside_it(tmp_path: Path):
+    for name in ("elsewhere", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "which").write_text(name)
+    (tmp_path / "run").symlink_to("elsewhere")
+    replace_folder(tmp_path / "new", tmp_path / "run")
+    assert names(tmp_path) == ["elsewhere", "run"]
+    assert [(tmp_path / name / "which").read_text() for name in names(tmp_path)] == ["elsewhere", "new"]
+
+
 def test_what_a_living_process_makes_stays(tmp_path: Path):
     with appearing(tmp_path / "a.csv") as unfinished:
         unfinished.write_text("half")

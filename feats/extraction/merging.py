@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from feats.errors import UsageError
+from feats.errors import UsageError, reason_of
 from feats.extraction.agreement import join_lease
 from feats.extraction.leases import holder_of, host_name
 from feats.extraction.summary import Progress, Summary
@@ -29,7 +29,6 @@ from feats.store import (
     FeatureStore,
     fingerprint_difference,
 )
-from feats.writing import reason_of
 
 COPY_BYTES = 64 << 20  # of features copied at a time, about; one block at least
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from feats.csv_files import numbered_csv, parse_csv
-from feats.errors import UsageError, first_line
+from feats.errors import UsageError, first_line, reason_of
 from feats.escapes import short_name
 from feats.json_files import parse_json, read_json
 from feats.regular import check_regular
@@ -653,8 +653,7 @@ def _read(path: Path) -> str:
         check_regular(path)
         return path.read_bytes().decode("utf-8-sig")
     except (OSError, ValueError) as error:
-        reason = "it isn't UTF-8 text" if isinstance(error, UnicodeDecodeError) else first_line(error)
-        reason = getattr(error, "strerror", None) or reason
+        reason = "it isn't UTF-8 text" if isinstance(error, UnicodeDecodeError) else reason_of(error)
         raise UsageError(f"can't read the split file {path}: {reason}") from None
 
 
