@@ -52,10 +52,10 @@ def test_a_table_of_given_figures():
         "A Processor With A Very Long Name , 2 cores, no GPU",
         "torch 2.14.1, 1 threads, synthetic pairs, quick, load 0.5 at the end",
         "",
-        "         ratio                                   median quartiles  n limit",
-        "extract  end to end / slower of encoder, decode    0.92 0.91-0.94  3 JPEG decode",
-        "heads    training / usual loop                     12.0 11.0-21.5  3 import",
-        "heads    sweep / usual loops                        123   123-123  1 FLOPs",
+        "          ratio                                  median quartiles  n limit",
+        "extract   end to end / slower of encoder, decode   0.92 0.91-0.94  3 JPEG decode",
+        "heads     training / usual loop                    12.0 11.0-21.5  3 import",
+        "heads     sweep / usual loops                       123   123-123  1 FLOPs",
     ]
     assert max(map(len, lines)) <= 80
 

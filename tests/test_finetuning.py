@@ -529,7 +529,7 @@ def test_a_damaged_checkpoint_is_refused(root: Path):
     [step] = (root / "work").glob("step-*")
     content = (step / "tensors.safetensors").read_bytes()
     (step / "tensors.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UsageError, match="is damaged .*remove .* to begin anew") as refused:
+    with pytest.raises(UsageError, match="can't be read as safetensors .*remove .* to begin anew") as refused:
         tuned(root, replace(PLAIN, checkpoint_steps=1))
     assert one_line(refused)
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from multiprocessing import get_all_start_methods
+from multiprocessing import current_process, get_all_start_methods
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from feats.encoders.base import Encoder, TextSide, Tokens
 from feats.errors import RowError, UsageError
@@ -27,9 +28,8 @@ from feats.text import clean_with_key
 
 Made = TypeVar("Made")
 
-# A socket's path has 107 bytes on Linux and 103 elsewhere. Behind the folder's come 51 of them:
-# "/feats-xxxxxxxx.tmp/pymp-xxxxxxxx/listener-xxxxxxxx".
-_LONGEST_TMPDIR = 51
+# A socket's path has 107 bytes on Linux and 103 elsewhere; "/feats-xxxxxxxx.tmp/listener-xxxxxxxx" takes 37 of them.
+_LONGEST_TMPDIR = 66
 _SHORT_TMPDIR = "/tmp"
 
 
@@ -150,7 +150,9 @@ def _all_of(items: Iterator[Made], own: ExitStack) -> Iterator[Made]:
         try:
             yield from items
         finally:
-            del items  # ends its processes, before what is their `own` goes
+            # Its processes end before what is `own` goes; an interruption's traceback may keep `items` for longer.
+            if isinstance(items, _MultiProcessingDataLoaderIter):
+                items._shutdown_workers()
 
 
 def _place_of_sockets(own: ExitStack) -> Path:
@@ -179,7 +181,8 @@ def _start_worker(folder: Path, worker: int) -> None:
     """Leave interruptions to the main process, and end with it however it ends: a worker that outlives a killed run
     would keep that run's file locks, which it inherits. Its temporary files (the sockets by which tensors are handed
     over) go into the main process's `folder`, which the next run removes if nobody could."""
-    tempfile.tempdir = str(folder)
+    # Its own setting for such a place: one that multiprocessing makes it would also remove, and complain if it is gone.
+    current_process()._config["tempdir"] = str(folder)  # type: ignore[attr-defined]
     for number in INTERRUPTS:
         signal.signal(number, signal.SIG_IGN)
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
