@@ -26,8 +26,11 @@ LOCK = ".lock"
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Hold the lock of what is made in here at the new name `path`. On a file system without locks there is no
-    file of one, so that nobody judges by it. Raises `OSError` when the folder can't be written."""
+    """Hold the lock of what is made in here at the new name `path`. Where there are no locks there is no file of one,
+    so that nobody judges by it. Raises `OSError` when the folder can't be written."""
+    if fcntl is None:
+        yield
+        return
     place, owner = _lock_of(path), os.getpid()
     lock = _locked(place)
     try:
@@ -100,8 +103,6 @@ def _locked(place: Path) -> int:
     the file away."""
     while True:
         lock = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        if fcntl is None:
-            return lock
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:

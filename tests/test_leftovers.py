@@ -89,6 +89,13 @@ def test_a_folder_in_the_place_of_a_link_leaves_nothing_beside_it(tmp_path: Path
     assert [(tmp_path / name / "which").read_text() for name in names(tmp_path)] == ["elsewhere", "new"]
 
 
+def test_without_locks_there_are_no_files_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On Windows, where no file can be removed that is open."""
+    monkeypatch.setattr(leftovers, "fcntl", None)
+    with held(tmp_path / "a"):
+        assert names(tmp_path) == []
+
+
 def test_what_a_living_process_makes_stays(tmp_path: Path):
     with appearing(tmp_path / "a.csv") as unfinished:
         unfinished.write_text("half")
