@@ -20,7 +20,7 @@ try:
 except ImportError:  # Windows; nothing is judged there, and nothing removed
     fcntl = None  # type: ignore[assignment]
 
-IN_THE_MAKING, TEMPORARY = ".*.writing", "feats-*.tmp"  # names of what may be left
+IN_THE_MAKING, TEMPORARY = f".{'[0-9a-f]' * 16}.writing", "feats-*.tmp"  # names of what may be left
 LOCK = ".lock"
 
 

@@ -10,19 +10,18 @@ Caches, which are written block by block, have `feats.store`.
 import errno
 import json
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from feats.errors import UsageError, reason_of
-from feats.leftovers import held, remove, remove_leftovers_once
+from feats.leftovers import IN_THE_MAKING, held, remove, remove_leftovers_once
 
 REMEDY = "make room there, or give another place"
-_HIDDEN = re.compile(r"\.[0-9a-f]{16}\.writing")
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # what file systems without it answer to syncing a folder
 
 
@@ -33,7 +32,7 @@ def hidden_name() -> str:
 
 def in_the_making(path: Path) -> bool:
     """Whether it lies in a folder that has a `hidden_name`: nobody looks into that before it is whole."""
-    return any(_HIDDEN.fullmatch(parent.name) for parent in path.parents)
+    return any(fnmatchcase(parent.name, IN_THE_MAKING) for parent in path.parents)
 
 
 @contextmanager

@@ -96,6 +96,13 @@ def test_without_locks_there_are_no_files_of_them(tmp_path: Path, monkeypatch: p
         assert names(tmp_path) == []
 
 
+def test_a_users_own_files_stay(tmp_path: Path):
+    for name in (".novel.writing", ".novel.writing.lock"):
+        (tmp_path / name).write_text("mine")
+    write_text(tmp_path / "b.csv", "whole")
+    assert names(tmp_path) == [".novel.writing", ".novel.writing.lock", "b.csv"]
+
+
 def test_what_a_living_process_makes_stays(tmp_path: Path):
     with appearing(tmp_path / "a.csv") as unfinished:
         unfinished.write_text("half")
