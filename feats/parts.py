@@ -104,12 +104,14 @@ def read_plan(folder: Path) -> PartsPlan | None:
     """The plan of a folder of parts; None where there is none yet. Raises `UsageError` for one that is damaged."""
     path = plan_path(folder)
     remedy = f"remove {folder} and make it again"
-    if not path.exists():
-        return None
     try:
         return PartsPlan.from_json(read_text(path, remedy))
     except ValueError as error:
         raise UsageError(f"{path} can't be read ({first_line(error)}); {remedy}") from None
+    except UsageError:
+        if path.exists():  # asked afterwards: parts that are joined may go at any moment
+            raise
+        return None
 
 
 def publish(unfinished: Path, path: Path) -> None:
