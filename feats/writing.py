@@ -113,9 +113,9 @@ def write_json(path: Path, content: Any, remedy: str = REMEDY, *, indent: int | 
 
 def replace_folder(unfinished: Path, path: Path) -> None:
     """Move a whole folder to `path`, in place of the one that may be there. Raises `OSError`; that one is then still
-    there."""
+    there, or is again once what a killed process left is removed."""
     old = path.with_name(hidden_name())
-    with held(old):
+    with held(old, path.name):
         with suppress(FileNotFoundError):
             os.rename(path, old)
         try:

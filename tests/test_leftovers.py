@@ -79,6 +79,19 @@ def test_a_replaced_folder_goes_with_the_next(tmp_path: Path, monkeypatch: pytes
     assert names(tmp_path) == ["old"]
 
 
+def test_a_folder_that_was_to_be_replaced_is_there_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The kill came when it had made room."""
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "which").write_text(name)
+    monkeypatch.setattr("feats.writing.os.replace", lambda *args: die())
+    killed(lambda: replace_folder(tmp_path / "new", tmp_path / "old"))
+    monkeypatch.undo()
+    assert not (tmp_path / "old").exists()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["new", "old"] and (tmp_path / "old" / "which").read_text() == "old"
+
+
 def test_a_folder_in_the_place_of_a_link_leaves_nothing_beside_it(tmp_path: Path):
     for name in ("elsewhere", "new"):
         (tmp_path / name).mkdir()
