@@ -184,8 +184,10 @@ class ScriptParser(ArgumentParser):
             self.exit(EXIT_UNUSABLE, f"{error_line(error)}\n")
         return found
 
-    def _print_message(self, message: str, file: Any = None) -> None:
-        super()._print_message(printable(message), file)  # what was typed wrong may be anything
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """As any parser's. The message is escaped: what was typed wrong may be anything. Help isn't: Pythons from 3.14
+        on colour it."""
+        super().exit(status, message and printable(message))
 
     def error(self, message: str) -> NoReturn:
         """One line, instead of the usage too, where a file may be the reason."""
@@ -490,7 +492,7 @@ def _guarded(work: Callable[[], int], interrupted: str) -> int:
         except OSError as error:
             if error.filename is None:
                 raise
-            print(f"error: {as_typed(error)}", file=sys.stderr)  # a name that is too long, a folder of another's
+            print(error_line(error), file=sys.stderr)  # a name that is too long, a folder of another's
             return EXIT_UNUSABLE
         except RuntimeError as error:
             said = _resources_spent(error)

@@ -45,3 +45,8 @@ def first_line(error: BaseException) -> str:
     Without backquotes, which name our own settings."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line.replace("`", "'")
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file can't be read or written, without its name, which may be a hidden one."""
+    return getattr(error, "strerror", None) or first_line(error)

@@ -127,7 +127,7 @@ def write_texts(out: Path, texts: dict[str, str], level: str, progress: Callable
     """Write each text cleaned, exactly: nothing is added at its end. A file appears when it is whole, and replaces a
     link rather than what that leads to."""
     for done, (name, text) in enumerate(texts.items(), 1):
-        write_bytes(out / name, clean(text, level).encode(), REMEDY, follow=False)
+        write_bytes(out / name, clean(text, level).encode(), REMEDY, follow=False, durable=False)
         progress(done, len(texts))
 
 

@@ -16,12 +16,12 @@ import json
 import math
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from feats.errors import UsageError, first_line
+from feats.errors import UsageError, first_line, reason_of
 from feats.escapes import short_name
 from feats.regular import check_regular
 
@@ -54,7 +54,7 @@ def read_text(path: Path, remedy: str, limit: int = MAX_BYTES) -> str:
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} isn't UTF-8 text (at byte {error.start}); {remedy}") from None
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
-        raise UsageError(f"{path} can't be read ({_reason(error)}); {remedy}") from None
+        raise UsageError(f"{path} can't be read ({reason_of(error)}); {remedy}") from None
 
 
 def read_json(path: Path, remedy: str, shape: Shape = dict, limit: int = MAX_BYTES) -> Any:
@@ -116,15 +116,17 @@ def shape_problem(value: Any, shape: Shape, at: str = "") -> str:
         problems = [shape_problem(value, one, at) for one in shape]
         return "" if "" in problems else problems[-1]
     if isinstance(shape, list):
-        parts = [(each, shape[0], f"{at}[{k}]") for k, each in enumerate(value)] if isinstance(value, list) else None
-        return _problem_inside(value, list, parts, at)
+        if not isinstance(value, list):
+            return _wrong(value, list, at)
+        if shape[0] is str and set(map(type, value)) <= {str}:  # a million ids
+            return ""
+        return _first((each, shape[0], f"{at}[{k}]") for k, each in enumerate(value))
     if not isinstance(shape, dict):
         return "" if any(_is_of(value, kind) for kind in get_args(shape) or (shape,)) else _wrong(value, shape, at)
     if not isinstance(value, dict):
         return _wrong(value, dict, at)
     if str in shape:
-        parts = [(each, shape[str], f"{at}.{name}".lstrip(".")) for name, each in value.items()]
-        return _problem_inside(value, dict, parts, at)
+        return _first((each, shape[str], f"{at}.{name}".lstrip(".")) for name, each in value.items())
     parts = []
     for named, kind in shape.items():
         name, here = named.removesuffix("?"), f"{at}.{named.removesuffix('?')}".lstrip(".")
@@ -132,12 +134,11 @@ def shape_problem(value: Any, shape: Shape, at: str = "") -> str:
             parts.append((value[name], kind, here))
         elif name == named:
             return f"lacks {here}"
-    return _problem_inside(value, dict, parts, at)
+    return _first(parts)
 
 
-def _problem_inside(value: Any, kind: type, parts: list[tuple[Any, Shape, str]] | None, at: str) -> str:
-    if parts is None:
-        return _wrong(value, kind, at)
+def _first(parts: Iterable[tuple[Any, Shape, str]]) -> str:
+    """The first problem of some parts of a value."""
     return next((problem for part in parts if (problem := shape_problem(*part))), "")
 
 
@@ -169,7 +170,3 @@ def shape_of(kind: type) -> Mapping[str, Shape]:
         for name, hint in found.items()
         if (set(get_args(hint)) if isinstance(hint, types.UnionType) else {hint}) <= plain
     }
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or first_line(error)

@@ -20,17 +20,23 @@ try:
 except ImportError:  # Windows; nothing is judged there, and nothing removed
     fcntl = None  # type: ignore[assignment]
 
-IN_THE_MAKING, TEMPORARY = ".*.writing", "feats-*.tmp"  # names of what may be left
+IN_THE_MAKING, TEMPORARY = f".{'[0-9a-f]' * 16}.writing", "feats-*.tmp"  # names of what may be left
 LOCK = ".lock"
+LONGEST_NAME = 1024  # bytes; file systems take 255
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Hold the lock of what is made in here at the new name `path`. On a file system without locks there is no
-    file of one, so that nobody judges by it. Raises `OSError` when the folder can't be written."""
+def held(path: Path, home: str = "") -> Iterator[None]:
+    """Hold the lock of what is made in here at the new name `path`. Where there are no locks there is no file of one,
+    so that nobody judges by it. `home` is the name beside it of what is moved to `path` only to make room: it goes back
+    there if the process dies before anything else has that name. Raises `OSError` when the folder can't be written."""
+    if fcntl is None:
+        yield
+        return
     place, owner = _lock_of(path), os.getpid()
     lock = _locked(place)
     try:
+        os.write(lock, os.fsencode(home))
         yield
     finally:
         if os.getpid() == owner:  # a forked process ends this, too, when it forgets it
@@ -56,7 +62,8 @@ def temporary_folder(root: Path | None = None) -> Iterator[Path]:
 
 def remove_leftovers(folder: Path, names: str = IN_THE_MAKING) -> None:
     """Remove what dead processes left in `folder` under such `names`: locks that nobody holds, and what was made under
-    them. What has no lock, or one that can't be asked for, can't be judged and stays."""
+    them; what has a free `home` goes there, see `held`. What has no lock, or one that can't be asked for, can't be
+    judged and stays."""
     if fcntl is None:
         return
     for place in folder.glob(names + LOCK):
@@ -67,10 +74,13 @@ def remove_leftovers(folder: Path, names: str = IN_THE_MAKING) -> None:
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(path)
+            home = os.fsdecode(os.read(lock, LONGEST_NAME))
+            if home and Path(home).name == home and not os.path.lexists(folder / home):
+                os.rename(path, folder / home)
+            remove(path)
             if not os.path.lexists(path):
                 place.unlink(missing_ok=True)
-        except OSError:  # held; or the file system has no locks
+        except OSError:  # held, can't be moved, or the file system has no locks
             continue
         finally:
             os.close(lock)
@@ -82,7 +92,8 @@ def remove_leftovers_once(folder: Path) -> None:
     remove_leftovers(folder)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all in it, as far as that is possible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -99,8 +110,6 @@ def _locked(place: Path) -> int:
     the file away."""
     while True:
         lock = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        if fcntl is None:
-            return lock
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:

@@ -6,6 +6,7 @@ appears under its name only when it is whole.
 """
 
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -25,10 +26,12 @@ from feats.store import (
     FeatureStore,
     fingerprint_difference,
     pieces,
+    quarantine_path,
     repeated,
     split_where,
 )
 from feats.strings import Labels, Strings
+from feats.writing import settle
 
 FORMAT_VERSION = 1
 OPEN_PARTS = 16  # files a reader holds open at a time
@@ -101,12 +104,25 @@ def read_plan(folder: Path) -> PartsPlan | None:
     """The plan of a folder of parts; None where there is none yet. Raises `UsageError` for one that is damaged."""
     path = plan_path(folder)
     remedy = f"remove {folder} and make it again"
-    if not path.exists():
-        return None
     try:
         return PartsPlan.from_json(read_text(path, remedy))
     except ValueError as error:
         raise UsageError(f"{path} can't be read ({first_line(error)}); {remedy}") from None
+    except UsageError:
+        if path.exists():  # asked afterwards: parts that are joined may go at any moment
+            raise
+        return None
+
+
+def publish(unfinished: Path, path: Path) -> None:
+    """Give a finished cache its name, after its reasons have theirs; both are on disk when this returns. Raises
+    `OSError`."""
+    if quarantine_path(unfinished).exists():
+        os.replace(quarantine_path(unfinished), quarantine_path(path))
+    else:
+        quarantine_path(path).unlink(missing_ok=True)
+    os.replace(unfinished, path)
+    settle(path)
 
 
 def is_plan_of(plan: PartsPlan, folder: Path) -> bool:

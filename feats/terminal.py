@@ -77,12 +77,11 @@ class _Stream:
         self.escapes = errors_only or shown is not sys.stdout or shown.isatty()
 
     def write(self, text: str) -> int:
-        safe = of_terminal(text)
         if not self.errors_only:
-            self.shown.write(safe if self.escapes else text)
+            self.shown.write(of_terminal(text) if self.escapes else text)
             if self.log is None:
                 return len(text)
-        *lines, self.begun = (self.begun + safe).split("\n")
+        *lines, self.begun = (self.begun + of_terminal(text)).split("\n")
         for line in lines:
             self._take(line)
         return len(text)

@@ -10,19 +10,18 @@ Caches, which are written block by block, have `feats.store`.
 import errno
 import json
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from feats.errors import UsageError, first_line
-from feats.leftovers import held, remove_leftovers_once
+from feats.errors import UsageError, reason_of
+from feats.leftovers import IN_THE_MAKING, held, remove, remove_leftovers_once
 
 REMEDY = "make room there, or give another place"
-_HIDDEN = re.compile(r"\.[0-9a-f]{16}\.writing")
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # what file systems without it answer to syncing a folder
 
 
@@ -33,15 +32,16 @@ def hidden_name() -> str:
 
 def in_the_making(path: Path) -> bool:
     """Whether it lies in a folder that has a `hidden_name`: nobody looks into that before it is whole."""
-    return any(_HIDDEN.fullmatch(parent.name) for parent in path.parents)
+    return any(fnmatchcase(parent.name, IN_THE_MAKING) for parent in path.parents)
 
 
 @contextmanager
-def appearing(path: Path, *, follow: bool = True) -> Iterator[Path]:
+def appearing(path: Path, *, follow: bool = True, durable: bool = True) -> Iterator[Path]:
     """A path to write a file at, which is at `path` when the block ends and is gone when it fails.
 
     Folders above are made. What is replaced gives its permissions. A link stays: its target is written; without
-    `follow` the link itself is replaced. Raises `OSError`.
+    `follow` the link itself is replaced. Without `durable` a power cut may empty it: syncs take milliseconds each, too
+    long for very many small files that can be made again. Raises `OSError`.
     """
     if in_the_making(path):
         yield path
@@ -55,20 +55,22 @@ def appearing(path: Path, *, follow: bool = True) -> Iterator[Path]:
             yield unfinished
             if target.exists():
                 shutil.copymode(target, unfinished)
-            sync(unfinished)
+            if durable:
+                sync(unfinished)
             os.replace(unfinished, target)
-            settle(target)
+            if durable:
+                settle(target)
         finally:
             with suppress(OSError):
                 unfinished.unlink()
 
 
 @contextmanager
-def replacing(path: Path, remedy: str = REMEDY, *, follow: bool = True) -> Iterator[Path]:
+def replacing(path: Path, remedy: str = REMEDY, *, follow: bool = True, durable: bool = True) -> Iterator[Path]:
     """As `appearing`, but raises `UsageError` for what can't be written, with what to do next: `remedy`. In a folder in
     the making it stays an `OSError`, for whoever makes that folder and knows its name."""
     try:
-        with appearing(path, follow=follow) as unfinished:
+        with appearing(path, follow=follow, durable=durable) as unfinished:
             yield unfinished
     except OSError as error:
         if in_the_making(path):
@@ -93,14 +95,9 @@ def cant_write(path: Path, error: Exception, remedy: str = REMEDY) -> UsageError
     return UsageError(f"can't write {path} ({reason_of(error)}); {remedy}")
 
 
-def reason_of(error: Exception) -> str:
-    """Why something can't be written, without the name of a file, which may be a hidden one."""
-    return getattr(error, "strerror", None) or first_line(error)
-
-
-def write_bytes(path: Path, content: bytes, remedy: str = REMEDY, *, follow: bool = True) -> None:
+def write_bytes(path: Path, content: bytes, remedy: str = REMEDY, *, follow: bool = True, durable: bool = True) -> None:
     """A whole file. Raises as `replacing`."""
-    with replacing(path, remedy, follow=follow) as unfinished:
+    with replacing(path, remedy, follow=follow, durable=durable) as unfinished:
         unfinished.write_bytes(content)
 
 
@@ -116,9 +113,9 @@ def write_json(path: Path, content: Any, remedy: str = REMEDY, *, indent: int | 
 
 def replace_folder(unfinished: Path, path: Path) -> None:
     """Move a whole folder to `path`, in place of the one that may be there. Raises `OSError`; that one is then still
-    there."""
+    there, or is again once what a killed process left is removed."""
     old = path.with_name(hidden_name())
-    with held(old):
+    with held(old, path.name):
         with suppress(FileNotFoundError):
             os.rename(path, old)
         try:
@@ -127,7 +124,7 @@ def replace_folder(unfinished: Path, path: Path) -> None:
             with suppress(FileNotFoundError):
                 os.rename(old, path)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
     settle(path)
 
 

@@ -81,6 +81,13 @@ def test_a_parser_shows_what_was_typed_wrong_escaped(capsys: pytest.CaptureFixtu
     assert r"\x1b]0;owned" in err and not obeyed(err)
 
 
+def test_a_parser_leaves_the_colours_of_help(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ScriptParser, "format_help", lambda parser: "\x1b[1musage\x1b[0m\n")
+    with pytest.raises(SystemExit):
+        ScriptParser().parse_args(["--help"])
+    assert capsys.readouterr().out == "\x1b[1musage\x1b[0m\n"
+
+
 # -- spreadsheets -------------------------------------------------------------------------------------------------
 
 

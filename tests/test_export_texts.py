@@ -64,6 +64,14 @@ def test_texts_as_extraction_reads_and_cleans_them(
     assert "  5: text cannot be decoded: NUL bytes" in shown.err and "  6: no text file 6.txt in data" in shown.err
 
 
+def test_texts_wait_for_no_disk(course: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A sync for each of a million would take hours."""
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    assert export(course, tmp_path / "out") == 0
+    assert len(contents(tmp_path / "out")) == 5 and not synced
+
+
 def test_status_and_splits(course: Path, tmp_path: Path):
     assert export(course, tmp_path / "a", "--strict") == 3
     assert export(course, tmp_path / "b", "--strict", "--split", "test") == 0

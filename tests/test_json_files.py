@@ -62,6 +62,16 @@ def test_what_is_no_regular_file_is_refused_unread(kind: str, tmp_path: Path):
     one_line(raised)
 
 
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="no names of descriptors")
+def test_a_pipe_from_the_shell_is_read():
+    """As in `--config <(echo lr = 1)`."""
+    end, begin = os.pipe()
+    os.write(begin, b"lr = 1")
+    os.close(begin)
+    assert read_text(Path(f"/dev/fd/{end}"), "do this") == "lr = 1"
+    os.close(end)
+
+
 def test_what_is_well_formed_is_read(tmp_path: Path):
     deep: Any = 1
     for _ in range(MAX_DEPTH):

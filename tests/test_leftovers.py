@@ -79,6 +79,43 @@ def test_a_replaced_folder_goes_with_the_next(tmp_path: Path, monkeypatch: pytes
     assert names(tmp_path) == ["old"]
 
 
+def test_a_folder_that_was_to_be_replaced_is_there_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The kill came when it had made room."""
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "which").write_text(name)
+    monkeypatch.setattr("feats.writing.os.replace", lambda *args: die())
+    killed(lambda: replace_folder(tmp_path / "new", tmp_path / "old"))
+    monkeypatch.undo()
+    assert not (tmp_path / "old").exists()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["new", "old"] and (tmp_path / "old" / "which").read_text() == "old"
+
+
+def test_a_folder_in_the_place_of_a_link_leaves_nothing_beside_it(tmp_path: Path):
+    for name in ("elsewhere", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "which").write_text(name)
+    (tmp_path / "run").symlink_to("elsewhere")
+    replace_folder(tmp_path / "new", tmp_path / "run")
+    assert names(tmp_path) == ["elsewhere", "run"]
+    assert [(tmp_path / name / "which").read_text() for name in names(tmp_path)] == ["elsewhere", "new"]
+
+
+def test_without_locks_there_are_no_files_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On Windows, where no file can be removed that is open."""
+    monkeypatch.setattr(leftovers, "fcntl", None)
+    with held(tmp_path / "a"):
+        assert names(tmp_path) == []
+
+
+def test_a_users_own_files_stay(tmp_path: Path):
+    for name in (".novel.writing", ".novel.writing.lock"):
+        (tmp_path / name).write_text("mine")
+    write_text(tmp_path / "b.csv", "whole")
+    assert names(tmp_path) == [".novel.writing", ".novel.writing.lock", "b.csv"]
+
+
 def test_what_a_living_process_makes_stays(tmp_path: Path):
     with appearing(tmp_path / "a.csv") as unfinished:
         unfinished.write_text("half")

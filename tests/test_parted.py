@@ -16,6 +16,7 @@ from feats import inspect_feats, parts
 from feats.errors import UsageError
 from feats.extraction.local import extract
 from feats.extraction.merging import merge
+from feats.json_files import read_text
 from feats.parts import PartedStore, PartsPlan, cache_paths, is_cache, open_cache, part_path, plan_path, read_plan
 from feats.store import ROW_FACTS, CacheError, CacheReader, FeatureStore, MissingRowsError
 from modeling.experiment import fit_head
@@ -338,6 +339,18 @@ def test_a_plan_survives_its_file(tmp_path: Path):
     plan = PartsPlan.from_json(json.dumps(PLAN))
     plan_path(tmp_path).write_text(plan.text)
     assert read_plan(tmp_path) == plan and plan.features == {"image_feats": [3]}
+
+
+def test_a_plan_that_goes_while_it_is_read_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The last worker has joined the parts, and removes them."""
+    plan_path(tmp_path).write_text("{}")
+
+    def gone(path: Path, remedy: str) -> str:
+        path.unlink()
+        return read_text(path, remedy)
+
+    monkeypatch.setattr("feats.parts.read_text", gone)
+    assert read_plan(tmp_path) is None
 
 
 # -- stage 2 -----------------------------------------------------------------------------------------------------

@@ -263,6 +263,11 @@ def test_duplicate_groups_tie_through_others():
         duplicate_groups(None, None)
 
 
+def test_no_rows_are_no_duplicates():
+    none = np.zeros(0, np.uint64)
+    assert duplicate_groups(none, none).tolist() == []
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_duplicate_groups_are_connected_components(seed: int):
     rng = np.random.default_rng(seed)
@@ -542,8 +547,9 @@ def test_splits_are_those_of_every_version(seed: int, grouped: bool):
     assert digest_of_splits(seed, grouped) == GOLDEN[seed, grouped]
 
 
-def test_ids_of_large_splits_lie_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("modeling.features.splits.MAX_JSON_IDS", 3)
+@pytest.mark.parametrize(("limit", "most"), [("MAX_JSON_IDS", 3), ("MAX_JSON_BYTES", 5)])
+def test_ids_of_large_splits_lie_beside(limit: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(f"modeling.features.splits.{limit}", most)
     folds = [Split(["a", "é"], ["c"], ["d"], {"fold": 1}), Split(["c", "d"], ["a", "é"], [], {"fold": 2})]
     for name, split in (("one", folds[0]), ("folds", folds)):
         save_split(split, tmp_path / f"{name}.json")

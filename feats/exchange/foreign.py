@@ -1,7 +1,6 @@
 """Features that another program made, brought into a cache: the steps that all formats share."""
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -12,11 +11,11 @@ import numpy as np
 
 from feats.errors import UsageError
 from feats.extraction.summary import Progress, Summary
-from feats.parts import parts_folder
+from feats.parts import parts_folder, publish
 from feats.source import SIDES, data_identity
 from feats.store import DONE, QUARANTINED, ROW_FACTS, CacheError, FeatureStore, quarantine_path, repeated
 from feats.strings import Strings
-from feats.writing import cant_write, made_as, settle
+from feats.writing import cant_write, made_as
 
 ENCODER = "imported"  # what fingerprints name in place of an encoder
 ID_COLUMNS = ("id", "uid", "key", "image_path")  # of files that don't say which; the first that is there
@@ -127,7 +126,10 @@ def bring_in(
             summary.done = summary.encoded = int((store.status == DONE).sum())
             summary.quarantined = int((store.status == QUARANTINED).sum())
             summary.truncated = int((store.facts("truncated") > 0).sum()) if "text_feats" in store.features else 0
-        _publish(unfinished, path)
+        try:
+            publish(unfinished, path)
+        except OSError as error:
+            raise cant_write(path, error) from None
     finally:
         for left in (unfinished, quarantine_path(unfinished), unfinished.with_name(f".{unfinished.name}.lock")):
             left.unlink(missing_ok=True)
@@ -241,16 +243,3 @@ def _facts(store: FeatureStore, batch: Batch) -> dict[str, np.ndarray]:
             for name, dtype in ROW_FACTS[side].items():
                 found[name] = np.asarray(batch.facts.get(name, np.zeros(batch.rows)), dtype)
     return found
-
-
-def _publish(unfinished: Path, path: Path) -> None:
-    """Give a finished cache its name, after its reasons have theirs."""
-    try:
-        if quarantine_path(unfinished).exists():
-            os.replace(quarantine_path(unfinished), quarantine_path(path))
-        else:
-            quarantine_path(path).unlink(missing_ok=True)
-        os.replace(unfinished, path)
-        settle(path)
-    except OSError as error:
-        raise cant_write(path, error) from None

@@ -159,12 +159,12 @@ def _create(path: Path, owner: Owner) -> bool:
 def holder_of(path: Path) -> Owner | None:
     """Who holds the lease, or the guard of one, at `path`; None for nobody, or one that isn't written to its end."""
     try:
-        return _holder(path.read_text(encoding="utf-8", errors="replace"))
+        return _holder(path.read_bytes())
     except OSError:
         return None
 
 
-def _holder(text: str) -> Owner | None:
+def _holder(text: bytes) -> Owner | None:
     """Who a lease names; None for one that wasn't written to its end."""
     try:
         return Owner(**parse_json(text))
@@ -174,7 +174,7 @@ def _holder(text: str) -> Owner | None:
 
 def _touch(path: Path, owner: Owner) -> None:
     """Through the open file: a lease that another has put in its place meanwhile isn't touched."""
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open("rb") as file:
         if _holder(file.read()) == owner:
             os.utime(file.fileno() if os.utime in os.supports_fd else path)
 
@@ -207,9 +207,7 @@ def _take_over(path: Path, owner: Owner, seconds: float) -> bool:
 def _is_stale(path: Path, seconds: float) -> bool:
     """Whether a lease's holder is known to be dead, or didn't touch it for so long. What is gone isn't stale."""
     try:
-        with path.open(
-            encoding="utf-8", errors="replace"
-        ) as file:  # opening makes a network's file system ask for the time anew
+        with path.open("rb") as file:  # opening makes a network's file system ask for the time anew
             holder, touched_at = _holder(file.read()), os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return False

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from feats.errors import UsageError
+from feats.errors import UsageError, reason_of
 from feats.extraction.agreement import POLL, join_lease
 from feats.extraction.leases import holder_of, host_name
 from feats.extraction.summary import Progress, Summary
@@ -31,7 +31,6 @@ from feats.store import (
     FeatureStore,
     fingerprint_difference,
 )
-from feats.writing import reason_of
 
 Made = TypeVar("Made")
 COPY_BYTES = 64 << 20  # of features copied at a time, about; one block at least

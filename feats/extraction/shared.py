@@ -45,10 +45,10 @@ from feats.extraction.plan import (
 )
 from feats.extraction.settings import ExtractionSettings
 from feats.extraction.summary import Progress, Summary
-from feats.parts import PartsPlan, is_plan_of, part_path, parts_folder, read_plan
+from feats.parts import PartsPlan, is_plan_of, part_path, parts_folder, publish, read_plan
 from feats.pieces import Pieces, RowPieces
 from feats.records import Pairs
-from feats.writing import made_as, settle
+from feats.writing import made_as
 
 PIECES_EACH, MOST_ROWS = 4, 32768  # pieces per worker, so that none waits long at the end; rows that a kill may cost
 
@@ -193,21 +193,11 @@ def make_part(
             counts = count_rows(unfinished)
         if not is_plan_of(plan, folder):
             raise UsageError(f"{folder} was taken over by an extraction with other settings; nothing of it was changed")
-        _publish(unfinished, place)
+        publish(unfinished, place)
     finally:
         for left in (unfinished, reasons_path(unfinished), unfinished.with_name(unfinished.name + ".creating")):
             left.unlink(missing_ok=True)
     return counts
-
-
-def _publish(unfinished: Path, place: Path) -> None:
-    """Give a finished part its name, after its reasons have theirs; both are on disk when this returns."""
-    if reasons_path(unfinished).exists():
-        os.replace(reasons_path(unfinished), reasons_path(place))
-    else:
-        reasons_path(place).unlink(missing_ok=True)
-    os.replace(unfinished, place)
-    settle(place)
 
 
 def work(

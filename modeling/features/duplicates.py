@@ -80,8 +80,9 @@ def duplicate_sets(column: np.ndarray, ignored: Sequence[int]) -> tuple[np.ndarr
     those of one key side by side, and where in them each such set starts, (S,)."""
     order = np.argsort(column)
     keys = column[order]
-    first = np.concatenate([[True], keys[1:] != keys[:-1]])
-    last = np.concatenate([first[1:], [True]])
+    first, last = np.ones((2, len(keys)), bool)
+    first[1:] = keys[1:] != keys[:-1]
+    last[:-1] = first[1:]
     shared = ~(first & last)
     for key in ignored:
         shared &= keys != np.uint64(key)

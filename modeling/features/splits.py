@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from feats.csv_files import numbered_csv, parse_csv
-from feats.errors import UsageError, first_line
+from feats.errors import UsageError, first_line, reason_of
 from feats.escapes import short_name
-from feats.json_files import parse_json, read_json
+from feats.json_files import MAX_BYTES, parse_json, read_json
 from feats.regular import check_regular
 from feats.strings import BLOCK, Labels, Strings
 from feats.writing import replacing, write_json
@@ -32,7 +32,8 @@ PARTS = ("train", "val", "test")
 REMEDY = "train again"
 _FOLD = {**dict.fromkeys((f"{part}?" for part in PARTS), [str]), "ids?": str, "how?": dict}
 SHAPE = {**_FOLD, "folds?": [_FOLD]}  # of what `save_split` writes
-MAX_JSON_IDS = 1_000_000  # of a split's file; Python's objects of more would take gigabytes
+# Of a split's file: Python's objects of more ids would take gigabytes, and a longer file isn't read.
+MAX_JSON_IDS, MAX_JSON_BYTES = 1_000_000, MAX_BYTES // 2
 ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 
 
@@ -73,14 +74,16 @@ def check_split(split: Split) -> None:
 def save_split(split: Split | Sequence[Split], path: Path | str) -> None:
     """Write a split, or several of the same rows, as JSON that `load_split` and `read_split_file` read.
 
-    With more than `MAX_JSON_IDS` ids these lie beside it in `<path's stem>.npz`, fixed-width UTF-8 as "<number>/<part>"
-    for each split from 0, and the JSON has `{"ids": "<file>"}` in place of the parts."""
+    With more than `MAX_JSON_IDS` ids, or `MAX_JSON_BYTES` of them, these lie beside it in `<path's stem>.npz`,
+    fixed-width UTF-8 as "<number>/<part>" for each split from 0, and the JSON has `{"ids": "<file>"}` in place of the
+    parts."""
     path = Path(path)
     splits = [split] if isinstance(split, Split) else list(split)
-    if sum(len(getattr(one, part)) for one in splits for part in PARTS) > MAX_JSON_IDS:
+    parts = {f"{k}/{part}": Strings.of(getattr(one, part)) for k, one in enumerate(splits) for part in PARTS}
+    count, size = sum(map(len, parts.values())), sum(ids.encoded.nbytes for ids in parts.values())
+    if count > MAX_JSON_IDS or size > MAX_JSON_BYTES:
         beside = path.with_suffix(".npz")
-        parts = {f"{k}/{part}": getattr(one, part) for k, one in enumerate(splits) for part in PARTS}
-        arrays: dict[str, Any] = {name: Strings.of(ids).encoded for name, ids in parts.items()}
+        arrays: dict[str, Any] = {name: ids.encoded for name, ids in parts.items()}
         with replacing(beside) as unfinished, unfinished.open("wb") as file:
             np.savez(file, **arrays)
         folds: list[dict[str, Any]] = [{"ids": beside.name, "how": one.how} for one in splits]
@@ -653,8 +656,7 @@ def _read(path: Path) -> str:
         check_regular(path)
         return path.read_bytes().decode("utf-8-sig")
     except (OSError, ValueError) as error:
-        reason = "it isn't UTF-8 text" if isinstance(error, UnicodeDecodeError) else first_line(error)
-        reason = getattr(error, "strerror", None) or reason
+        reason = "it isn't UTF-8 text" if isinstance(error, UnicodeDecodeError) else reason_of(error)
         raise UsageError(f"can't read the split file {path}: {reason}") from None
 
 

@@ -19,11 +19,11 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from feats.errors import UsageError
+from feats.errors import UsageError, reason_of
 from feats.escapes import short_name
 from feats.json_files import read_json
 from feats.tensor_files import read_safetensors
-from feats.writing import reason_of, replace_folder, sync_tree, write_json
+from feats.writing import replace_folder, sync_tree, write_json
 
 SETTINGS, TENSORS, STATE = "settings.json", "tensors.safetensors", "state.json"
 
@@ -145,12 +145,11 @@ class WorkFolder:
         try:
             yield
         except (OSError, SafetensorError) as error:
-            reason = reason_of(error)
             steps = self._steps() if self.path.is_dir() else []
             left = f"the checkpoint {steps[-1]} is intact" if steps else "there is no checkpoint yet"
             raise UsageError(
-                f"a checkpoint in {self.path} can't be {state} ({reason}); {left}: make room there, or give another "
-                "folder with `runs`, and run the same command again"
+                f"a checkpoint in {self.path} can't be {state} ({reason_of(error)}); {left}: make room there, or "
+                "give another folder with `runs`, and run the same command again"
             ) from None
 
 

@@ -29,13 +29,13 @@ from safetensors.torch import save_file
 
 from feats.config_file import OPTIONS
 from feats.csv_files import read_csv, read_table, write_csv, write_table
-from feats.errors import UsageError, first_line
+from feats.errors import UsageError, first_line, reason_of
 from feats.escapes import short_name
 from feats.json_files import read_json, shape_of, shape_problem
 from feats.source import SIDES
 from feats.strings import BLOCK
 from feats.tensor_files import read_safetensors
-from feats.writing import reason_of, replace_folder, settle, sync_tree, write_json
+from feats.writing import replace_folder, settle, sync_tree, write_json
 from modeling.choices import RUNS
 from modeling.features.corrections import corrections_digest, load_corrections, save_corrections
 from modeling.features.inputs import Preprocessing
