@@ -5,8 +5,9 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
-from queue import Queue
+from queue import Full, Queue
 from threading import Event, Thread
 from typing import Any, BinaryIO, NamedTuple
 
@@ -15,6 +16,7 @@ from modeling.prediction.warm import Answer, Picture, WarmPredictor
 from modeling.serving.json_pairs import DATA_URL, as_json, picture_data, text_of
 
 LONGEST_LINE = 64 << 20  # bytes; a picture of 48 MB in base64
+PATIENCE = 1.0  # seconds for who writes the answers to end, after an interruption
 AHEAD = 4  # batches that are read before the first of them is answered
 _BASE64 = re.compile(r"[A-Za-z0-9+/]{32,}={0,2}")
 
@@ -48,12 +50,19 @@ def answer_lines(predictor: WarmPredictor, lines: BinaryIO, write: Callable[[str
     writer = Thread(target=answer, name="answers", daemon=True)
     writer.start()
     count = 0
-    for number, line in enumerate(_lines_of(lines), 1):
-        if line is None or line.strip():
-            asked.put(_ask(predictor, line, number))
-            count += 1
-        if failed.is_set():
-            break
+    try:
+        for number, line in enumerate(_lines_of(lines), 1):
+            if line is None or line.strip():
+                asked.put(_ask(predictor, line, number))
+                count += 1
+            if failed.is_set():
+                break
+    except BaseException:  # an interruption: answers that wait aren't wanted any more, and whoever writes one may hang
+        failed.set()
+        with suppress(Full):
+            asked.put_nowait(None)
+        writer.join(PATIENCE)
+        raise
     asked.put(None)
     writer.join()
     for error in errors:
