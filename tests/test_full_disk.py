@@ -11,6 +11,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
@@ -20,9 +22,11 @@ from typing import Any
 
 import pytest
 from caches import make_cache
-from conftest import make_course
+from conftest import ENVIRONMENT, ROOT, make_course
+from test_help import MODULES
 
 from feats.store import FeatureStore
+from modeling.runs.folder import load_run
 
 SHORT = ("--head", "concat", "--D", "4", "--ep", "2", "--bs", "32", "--val-ratio", "0.3")
 FROM_CACHE = ("--vtype", "clip", "--feats", "feats", "--runs", "runs")
@@ -288,3 +292,53 @@ def test_files_that_grow_beyond_what_there_is_room_for(script: str, before: Befo
     sizes = (0, 100, 2_000, 8_000, 16_000, 1 << 20)
     failed = [disturbed(script, small_files(size), before, root, undisturbed) for size in sizes]
     assert failed[0] and not failed[-1]
+
+
+# -- behind stdout ------------------------------------------------------------------------------------------------
+
+NO_ROOM = "error: can't write to standard output (No space left on device); make room there, or send it elsewhere\n"
+MMPROBE = "import sys; from modeling.console import main; sys.exit(main())"
+
+
+def shown_on_a_full_disk(*python: str) -> None:
+    with open("/dev/full", "w") as full:
+        environment = {**ENVIRONMENT, "PYTHONUNBUFFERED": ""}
+        words = [sys.executable, *python]
+        done = subprocess.run(words, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (2, NO_ROOM), words
+
+
+@pytest.mark.parametrize("python", [("-m", "modeling.train_head", "--version"), ("-c", MMPROBE, "--help")])
+def test_what_cant_be_shown_is_one_line(python: Sequence[str]):
+    """And nothing more of it when Python ends."""
+    shown_on_a_full_disk(*python)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_script_ends_well_whose_help_cant_be_shown(module: str, capsys: pytest.CaptureFixture):
+    with open("/dev/full", "w") as full, redirect_stdout(full), pytest.raises(SystemExit) as ended:
+        run(module, ("--help",))
+    assert ended.value.code == 2 and capsys.readouterr().err == NO_ROOM
+
+
+@pytest.mark.parametrize("words", [(), ("--quiet",)])
+def test_a_result_that_cant_be_shown_is_no_success(words: Sequence[str], before: Before, root: Path):
+    fresh(before, root, ("feats",))
+    err = io.StringIO()
+    with open("/dev/full", "w") as full, redirect_stdout(full), redirect_stderr(err):
+        assert run("feats.inspect_feats", ("feats/clip_train.h5", *words)) == 2
+    assert err.getvalue() == NO_ROOM
+
+
+@pytest.mark.slow
+def test_scripts_whose_results_cant_be_shown(before: Before, root: Path):
+    fresh(before, root, ("feats", "runs"))
+    for words in (
+        ("list_runs", "--runs", "runs"),
+        ("train_head", *FROM_CACHE, *SHORT),
+        ("train_head", "--show-config"),
+    ):
+        shown_on_a_full_disk("-m", f"modeling.{words[0]}", *words[1:])
+    for path in (root / "runs").iterdir():  # of training, too, either nothing or a whole run
+        load_run(path)
+    shown_on_a_full_disk(str(ROOT / "data/make_sample.py"), "--n", "20", "--n-test", "1")
