@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from feats.errors import UsageError, first_line
+from feats.errors import CantWriteError, UsageError, first_line
 from feats.leftovers import held, remove_leftovers_once
 
 REMEDY = "make room there, or give another place"
@@ -88,9 +88,9 @@ def made_as(unfinished: Path, place: Path) -> Iterator[None]:
         raise
 
 
-def cant_write(path: Path, error: Exception, remedy: str = REMEDY) -> UsageError:
+def cant_write(path: Path, error: Exception, remedy: str = REMEDY) -> CantWriteError:
     """The one line for a file or folder that the file system refuses."""
-    return UsageError(f"can't write {path} ({reason_of(error)}); {remedy}")
+    return CantWriteError(f"can't write {path} ({reason_of(error)}); {remedy}")
 
 
 def reason_of(error: Exception) -> str:
