@@ -34,7 +34,7 @@ FROM_CACHE = ("--vtype", "clip", "--feats", "feats", "--runs", "runs")
 TINY_WEIGHTS = ("--weights", "vit=pairs/vit", "roberta=pairs/bert")
 TINY = ("--ep", "1", "--bs", "8", "--dtype", "fp32", "--device", "cpu")
 STEP = 5  # all changes would take minutes
-LONG_STEPS = {"report": 101, "finetune": 31, "compare finetuning": 53, "reproduce": 17}  # of scripts that take seconds
+LONG_STEPS = {"report": 129, "finetune": 45, "compare finetuning": 80, "reproduce": 25}  # of scripts that take seconds
 VALUES = {"created", "command", "options", "seconds", "peak_bytes", "cost", "updated"}  # that differ from time to time
 
 # -- scripts, each with what lies there before --------------------------------------------------------------------
