@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from feats.errors import UsageError
+from feats.terminal import written_out
 
 VERSION = 1  # of what a seed gives
 SHARES = {"positive": 0.55, "neutral": 0.15, "negative": 0.30}
@@ -51,11 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         written = make_sample(args.out, args.n, args.n_test, args.seed)
+        pairs = f"{args.n} labelled and {args.n_test} unlabelled synthetic pairs (seed {args.seed})"
+        with written_out():
+            print(f"{args.out}: {'wrote' if written else 'nothing to do, there are already'} {pairs}", flush=True)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    pairs = f"{args.n} labelled and {args.n_test} unlabelled synthetic pairs (seed {args.seed})"
-    print(f"{args.out}: {'wrote' if written else 'nothing to do, there are already'} {pairs}")
     return 0
 
 

@@ -25,7 +25,7 @@ from feats.extraction.settings import ExtractionSettings
 from feats.extras import remedy
 from feats.interrupts import interruptible
 from feats.names import checked_name
-from feats.terminal import Asked, ask, rows_progress, showing, version_line
+from feats.terminal import Asked, ask, rows_progress, showing, version_line, written_out
 
 if TYPE_CHECKING:
     from feats.extraction.job import Job
@@ -166,7 +166,7 @@ class ScriptParser(ArgumentParser):
         self.fillers.append(filler)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As any parser's. One line and exit status 2 for what a file holds and can't."""
+        """As any parser's. One line and exit status 2 for what a file holds and can't, and for what can't be shown."""
         typed = list(sys.argv[1:] if args is None else args)
         finder = ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config", nargs="?", type=Path)
@@ -178,9 +178,8 @@ class ScriptParser(ArgumentParser):
             self._refuse_two_names(typed)
             ask(Asked(found.quiet, found.log_file))
             if found.show_config:
-                print("\n".join(self._config_lines(found)))
-                self.exit()
-        except UsageError as error:
+                self.end_with("\n".join(self._config_lines(found)))
+        except (UsageError, BrokenPipeError) as error:
             self.exit(EXIT_UNUSABLE, f"{error_line(error)}\n")
         return found
 
@@ -188,6 +187,18 @@ class ScriptParser(ArgumentParser):
         """As any parser's. The message is escaped: what was typed wrong may be anything. Help isn't: Pythons from 3.14
         on colour it."""
         super().exit(status, message and printable(message))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if file is not sys.stdout:
+            super()._print_message(message, file)
+            return
+        with written_out():
+            print(message, end="", flush=True)
+
+    def end_with(self, text: str) -> NoReturn:
+        """Print the text alone, and end. Raises as `written_out`."""
+        self._print_message(f"{text}\n", sys.stdout)
+        self.exit()
 
     def error(self, message: str) -> NoReturn:
         """One line, instead of the usage too, where a file may be the reason."""
@@ -297,8 +308,8 @@ def _long(action: Action) -> list[str]:
 
 class _ShowVersion(Action):
     def __call__(self, parser: ArgumentParser, *given: Any) -> None:
-        print(version_line())
-        parser.exit()
+        assert isinstance(parser, ScriptParser)  # whose option it is
+        parser.end_with(version_line())
 
 
 def _about(action: Action) -> str:
@@ -474,7 +485,7 @@ def with_messages(work: Callable[[], int]) -> int:
     try:
         with showing():
             return work()
-    except UsageError as error:  # of the log file
+    except (UsageError, BrokenPipeError) as error:  # of the log file, or stdout
         print(error_line(error), file=sys.stderr)
         return EXIT_UNUSABLE
 

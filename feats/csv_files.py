@@ -40,14 +40,20 @@ class _LineFeeds:
 def write_rows(file: Writable, rows: Iterable[Iterable[object]], *, safe: bool = False) -> None:
     """Write rows to a text file opened with `newline=""`. Numbers are written as Python shows them, None as ''.
 
-    `safe`: for a spreadsheet, which takes texts that begin like a formula for one, and runs it; they get a ' first."""
+    `safe`: for a spreadsheet, which takes texts that begin like a formula for one, and runs it; they get a ' first, and
+    so do those that look as if they had got one: `unquoted` takes it away."""
     if safe:
         rows = ([_no_formula(cell) for cell in row] for row in rows)
     csv.writer(_LineFeeds(file), lineterminator="\r\n").writerows(rows)
 
 
 def _no_formula(cell: object) -> object:
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
+    return f"'{cell}" if isinstance(cell, str) and cell.lstrip("'").startswith(FORMULA) else cell
+
+
+def unquoted(cell: str) -> str:
+    """The text that `write_rows` made this cell of, if it was `safe`; what it leaves alone as it is."""
+    return cell.removeprefix("'") if cell.lstrip("'").startswith(FORMULA) else cell
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[object]], *, safe: bool = False) -> None:

@@ -12,6 +12,11 @@ class UsageError(Exception):
     """
 
 
+class CantWriteError(UsageError):
+    """What the file system refuses to take, as when the disk is full. Whoever goes on after other errors, with the next
+    row of a table, stops at this one: the next would fare no better."""
+
+
 @dataclass(frozen=True)
 class Remedy:
     """What makes a failed call work: what to do, and how the call then differs, by environment variables and settings,

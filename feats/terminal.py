@@ -2,24 +2,34 @@
 and errors, with a copy in a log file if one is asked for. With the command lines this module alone knows stderr and the
 bars."""
 
+import os
 import platform
 import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
-from feats.errors import UsageError
+from feats.errors import UsageError, reason_of
 from feats.escapes import of_terminal, one_line
 
 PROJECT = "multimodal-feature-probe"
 LIBRARIES = ("torch", "torchvision", "transformers", "numpy", "h5py", "scikit-learn")
 PERIOD = 30.0  # seconds between two lines of progress where there is no terminal
+STDOUT = "standard output"
 ERRORS, REMARKS = ("error:", "interrupted:"), ("warning:", "note:")  # how a message of several lines begins
 
 
@@ -43,21 +53,43 @@ def ask(asked: Asked) -> None:
 @contextmanager
 def showing() -> Iterator[None]:
     """While the block runs, stdout and stderr show what `ask` was told, as `feats.escapes` has it: but what goes from
-    stdout into a file or a pipe stays as it is. Raises `UsageError` for a log file that can't be written."""
+    stdout into a file or a pipe stays as it is. Raises `UsageError` for a log file that can't be written, and as
+    `written_out`."""
     with ExitStack() as stack:
         log = stack.enter_context(_opened(_asked.log)) if _asked.log else None
-        streams: list[_Stream] = []
         if sys.stdout is not None:  # None: it was closed
-            streams.append(_Stream(sys.stdout, log))
-            stack.enter_context(redirect_stdout(streams[-1]))  # type: ignore[type-var]
+            out = _Stream(sys.stdout, log)
+            stack.enter_context(redirect_stdout(out))  # type: ignore[type-var]
+            stack.callback(out.end)
         if sys.stderr is not None:
-            streams.append(_Stream(sys.stderr, log, errors_only=_asked.quiet))
-            stack.enter_context(redirect_stderr(streams[-1]))  # type: ignore[type-var]
-        try:
-            yield
-        finally:
-            for stream in streams:
-                stream.end()
+            err = _Stream(sys.stderr, log, errors_only=_asked.quiet)
+            stack.enter_context(redirect_stderr(err))  # type: ignore[type-var]
+            stack.callback(err.end)
+        yield
+
+
+@contextmanager
+def written_out(stream: TextIO | None = None) -> Iterator[None]:
+    """Raises `UsageError` when stdout (`stream`: what stands for it) doesn't take what is written in here, as on a full
+    disk, and a `BrokenPipeError` that names it when whoever read it has gone."""
+    try:
+        yield
+    except OSError as error:
+        let_go(stream or sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            raise BrokenPipeError(error.errno, error.strerror, STDOUT) from None
+        raise UsageError(
+            f"can't write to {STDOUT} ({reason_of(error)}); make room there, or send it elsewhere"
+        ) from None
+
+
+def let_go(stream: TextIO) -> None:
+    """Send all that `stream` still gets nowhere. What it holds already Python would write when it ends, and show a
+    traceback when that fails, too."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def _opened(path: Path) -> TextIO:
@@ -74,11 +106,12 @@ class _Stream:
         self.shown, self.log, self.errors_only = shown, log, errors_only
         self.begun = ""  # a line without its end
         self.in_error = False
-        self.escapes = errors_only or shown is not sys.stdout or shown.isatty()
+        self.is_stdout = shown is sys.stdout
+        self.escapes = errors_only or not self.is_stdout or shown.isatty()
 
     def write(self, text: str) -> int:
         if not self.errors_only:
-            self.shown.write(of_terminal(text) if self.escapes else text)
+            self._show(of_terminal(text) if self.escapes else text)
             if self.log is None:
                 return len(text)
         *lines, self.begun = (self.begun + of_terminal(text)).split("\n")
@@ -94,16 +127,24 @@ class _Stream:
         self.flush()
 
     def flush(self) -> None:
-        self.shown.flush()
+        with self._written():
+            self.shown.flush()
         if self.log:
             self.log.flush()
+
+    def _show(self, text: str) -> None:
+        with self._written():
+            self.shown.write(text)
+
+    def _written(self) -> AbstractContextManager[None]:
+        return written_out(self.shown) if self.is_stdout else nullcontext()
 
     def _take(self, line: str) -> None:
         if self.errors_only:
             self.in_error = line.startswith(ERRORS) or (self.in_error and not line.startswith(REMARKS))
             if not self.in_error:
                 return
-            self.shown.write(f"{line}\n")
+            self._show(f"{line}\n")
         if self.log and line.strip():
             self.log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
 

@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from feats.errors import UsageError, reason_of
+from feats.errors import CantWriteError, UsageError, reason_of
 from feats.leftovers import IN_THE_MAKING, held, remove, remove_leftovers_once
 
 REMEDY = "make room there, or give another place"
@@ -90,9 +90,9 @@ def made_as(unfinished: Path, place: Path) -> Iterator[None]:
         raise
 
 
-def cant_write(path: Path, error: Exception, remedy: str = REMEDY) -> UsageError:
+def cant_write(path: Path, error: Exception, remedy: str = REMEDY) -> CantWriteError:
     """The one line for a file or folder that the file system refuses."""
-    return UsageError(f"can't write {path} ({reason_of(error)}); {remedy}")
+    return CantWriteError(f"can't write {path} ({reason_of(error)}); {remedy}")
 
 
 def write_bytes(path: Path, content: bytes, remedy: str = REMEDY, *, follow: bool = True, durable: bool = True) -> None:

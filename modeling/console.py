@@ -47,13 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
+        return _shown(usage())
     if words[0] == "--version":
         from feats.terminal import version_line
 
-        print(version_line())
-        return 0
+        return _shown(version_line())
     command, *rest = words
     module = COMMANDS.get(command)
     if command == EXTRACT and rest:
@@ -70,6 +68,20 @@ def _run(argv: Sequence[str] | None) -> int:
     sys.argv = [script.__file__ or module, *rest]  # runs record the script, so that the record repeats them
     status: int = script.main(rest)
     return status
+
+
+def _shown(text: str) -> int:
+    """Print it; returns the exit status."""
+    from feats.errors import UsageError
+    from feats.terminal import written_out
+
+    try:
+        with written_out():
+            print(text, flush=True)
+    except (UsageError, BrokenPipeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def usage() -> str:

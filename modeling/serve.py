@@ -9,7 +9,6 @@ if __name__ == "__main__":  # before what takes its time to import
 
     quiet_start()
 
-import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import feats.threads  # noqa: F401
 
 from feats.cli import EXIT_DONE, guarded, positive
 from feats.errors import UsageError
+from feats.terminal import let_go
 from modeling import cli
 from modeling.choices import VOTES, VoteSettings
 
@@ -115,7 +115,7 @@ def answer_stdin(warm: "WarmPredictor") -> int:
     try:
         answer_lines(warm, sys.stdin.buffer, lambda line: print(line, flush=True))
     except BrokenPipeError:  # whoever read has gone, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        let_go(sys.stdout)
     return EXIT_DONE
 
 

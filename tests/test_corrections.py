@@ -12,9 +12,12 @@ from conftest import content
 from pairs import cached_pairs
 from safetensors.torch import load_file
 
+from feats.csv_files import write_csv
 from feats.errors import UsageError
 from modeling import audit_labels, bad_cases, evaluate, finetune, inference_head, load_features, sweep_heads, train_head
 from modeling.experiment import fit_head
+from modeling.features.corrections import read_corrections
+from modeling.features.joined import Rows
 from modeling.features.splits import make_split
 from modeling.runs.folder import load_run, newest_run
 
@@ -197,6 +200,30 @@ def test_an_edited_queue_is_a_file_of_corrections(root: Path):
     queue = edit(second / "label_audit.csv", {"p20": "neutral", "p8": make_tags(90)[8]})
     third = train(root, *FAST, "--corrections", str(queue))
     assert load_run(third).corrections == {"p3": "positive", "p20": "neutral"}  # what was corrected before stays so
+
+
+@pytest.mark.parametrize("safe", [[], ["--csv-safe"]])
+def test_a_queue_for_spreadsheets_says_the_same(safe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture):
+    signs = dict(zip(CLASSES, ("-1", "=0", "+1"), strict=True))
+    make_cache(tmp_path / "feats", "clip", tags=[signs[tag] for tag in make_tags(90)])
+    run = train(tmp_path, *FAST)
+    assert audit_labels.main(["--runs", str(tmp_path / "runs"), "--folds", "2", *safe]) == 0
+    rows = rows_of(run / "label_audit.csv")
+    assert {row["given"] for row in rows} == {f"'{sign}" if safe else sign for sign in signs.values()}
+    wanted = {"p3": "+1", "p8": "-1"}
+    with (run / "label_audit.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.DictWriter(file, list(rows[0])).writeheader()
+        typed = {"p3": "+1", "p8": "'-1" if safe else "-1"}  # by hand, and pasted from another row
+        csv.DictWriter(file, list(rows[0])).writerows({**row, "corrected": typed.get(row["id"], "")} for row in rows)
+    assert load_run(train(tmp_path, *FAST, "--corrections", str(run / "label_audit.csv"))).corrections == wanted
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("twins", [("=x", "'=x"), ("'@", "''@"), ("'x", "x"), ("\tx", "'\tx")])
+def test_ids_come_back_from_a_file_for_spreadsheets(safe: bool, twins: tuple[str, str], tmp_path: Path):
+    rows = Rows.of([*twins, "other"], ["-", "'-", "a"], np.arange(3, dtype=np.uint64), np.arange(3, dtype=np.uint64))
+    write_csv(tmp_path / "c.csv", [["id", "label"], [twins[0], "'-"], [twins[1], "-"], ["other", "a"]], safe=safe)
+    assert read_corrections(tmp_path / "c.csv", rows) == {twins[0]: "'-", twins[1]: "-"}
 
 
 def test_from_python_the_run_keeps_what_its_data_had_corrected(root: Path):

@@ -9,7 +9,7 @@ import pytest
 from caches import make_cache
 
 from feats.cli import ScriptParser, error_line, remark
-from feats.csv_files import read_csv, write_csv
+from feats.csv_files import read_csv, unquoted, write_csv
 from feats.errors import UsageError
 from feats.escapes import of_terminal, one_line, printable
 from feats.terminal import Asked, Progress, ask, showing
@@ -92,13 +92,14 @@ def test_a_parser_leaves_the_colours_of_help(capsys: pytest.CaptureFixture, monk
 
 
 def test_formulas_get_an_apostrophe_if_asked(tmp_path: Path):
-    rows: list[list[object]] = [["id", "n"], *([text, -1.5] for text in FORMULAS), ["a=b", "'=x"]]
+    rows: list[list[object]] = [["id", "n"], *([text, -1.5] for text in FORMULAS), ["a=b", "'x"], ["'=x", 1]]
     write_csv(tmp_path / "plain.csv", rows)
     write_csv(tmp_path / "safe.csv", rows, safe=True)
     texts = [[str(cell) for cell in row] for row in rows]
     assert read_csv(tmp_path / "plain.csv") == texts
     safe = read_csv(tmp_path / "safe.csv")
-    assert [row[0] for row in safe] == ["id", *(f"'{text}" for text in FORMULAS), "a=b"]
+    assert [row[0] for row in safe] == ["id", *(f"'{text}" for text in FORMULAS), "a=b", "''=x"]
+    assert [[unquoted(cell) for cell in row] for row in safe] == texts
     assert [row[1] for row in safe] == [row[1] for row in texts]  # numbers stay numbers
 
 

@@ -11,6 +11,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
@@ -19,15 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from caches import make_cache
-from conftest import make_course
+from caches import light_course, make_cache
+from conftest import ENVIRONMENT, ROOT, make_course
+from pairs import cached_pairs
+from test_help import MODULES
 
 from feats.store import FeatureStore
+from modeling.runs.folder import load_run
 
 SHORT = ("--head", "concat", "--D", "4", "--ep", "2", "--bs", "32", "--val-ratio", "0.3")
 FROM_CACHE = ("--vtype", "clip", "--feats", "feats", "--runs", "runs")
-STEP = 5
-VALUES = {"created", "command", "options", "seconds", "cost", "updated"}  # that differ from time to time
+TINY_WEIGHTS = ("--weights", "vit=pairs/vit", "roberta=pairs/bert")
+TINY = ("--ep", "1", "--bs", "8", "--dtype", "fp32", "--device", "cpu")
+STEP = 5  # all changes would take minutes
+LONG_STEPS = {"report": 129, "finetune": 45, "compare finetuning": 80, "reproduce": 25}  # of scripts that take seconds
+VALUES = {"created", "command", "options", "seconds", "peak_bytes", "cost", "updated"}  # that differ from time to time
 
 # -- scripts, each with what lies there before --------------------------------------------------------------------
 
@@ -56,6 +64,36 @@ SCRIPTS: dict[str, tuple[str, Sequence[str], Sequence[str]]] = {
     ),
     "bad cases": ("modeling.bad_cases", ("--runs", "runs", "--folds", "2"), ("feats", "runs")),
     "compare": ("modeling.compare_runs", ("--runs", "runs", "--out", "new.csv"), ("feats", "runs")),
+    "learning curve": (
+        "modeling.learning_curve",
+        ("--runs", "runs", "--shares", "0.7", "--draws", "1"),
+        ("feats", "runs"),
+    ),
+    "audit": ("modeling.audit_labels", ("--runs", "runs", "--folds", "2"), ("feats", "runs")),
+    "report": ("modeling.make_report", ("--runs", "light/runs", "--explain", "1"), ("light",)),
+    "explain": (
+        "modeling.explain",
+        ("--runs", "light/runs", "--image", "light/set/data/24.jpg", "--text", "sun", "--orders", "1"),
+        ("light",),
+    ),
+    "finetune": (
+        "modeling.finetune",
+        ("--runs", "pairs/runs", "--name", "new", *TINY_WEIGHTS, *TINY),
+        ("pairs",),
+    ),
+    "compare finetuning": (
+        "modeling.compare_finetuning",
+        (
+            *("--runs", "pairs/runs", "--name", "new", "--methods", "frozen", "last-1"),
+            *("--folds", "2", "--only", "1", "--val-ratio", "0.25", *TINY_WEIGHTS, *TINY),
+        ),
+        ("pairs",),
+    ),
+    "reproduce": (
+        "modeling.reproduce",
+        ("D-ablation", "--feats", "feats", "--runs", "runs", "--seeds", "1", "--device", "cpu"),
+        ("feats",),
+    ),
 }
 
 
@@ -94,6 +132,16 @@ class Before:
         words = ("--data", "set", "--out", "new", "--workers", "0", "--piece-rows", "1", "--no-join")
         assert run("feats.pixels_extract_feats", (*words, "--splits", "train")) == 0
 
+    def light(self) -> None:
+        """Pairs, their caches, and a run of encoders that need no weights."""
+        light_course(Path("light"))
+
+    def pairs(self) -> None:
+        """Pairs, tiny transformers, their caches and a run."""
+        cached_pairs(Path("pairs"))
+        words = ("--vtype", "vit", "--ttype", "roberta", "--feats", "pairs/feats", "--runs", "pairs/runs")
+        assert run("modeling.train_head", (*words, *SHORT)) == 0
+
     def out(self) -> None:
         """Older predictions."""
         Path("out").mkdir()
@@ -130,9 +178,13 @@ def tree(root: Path) -> dict[str, Any]:
 
 
 def plain(path: Path) -> Any:
-    if path.suffix == ".json" and path.name != "plan.json":
+    if path.suffix == ".log":  # all it was ever said
+        return True
+    if path.suffix == ".json" and path.name != "plan.json" and ".tuning/" not in str(path):
         return undated(json.loads(path.read_text()))
     text = re.sub(rb"\d{8}-\d{6}", b"DATE", path.read_bytes())
+    if b"peak GB" in text:  # beside seconds, and a line on those that went on
+        text = re.sub(rb" *\d+\.\d+|- fold 1 .* went on .*\n", b"", text)
     return text if path.suffix != ".html" else len(text) > 1000
 
 
@@ -142,17 +194,52 @@ def undated(content: Any) -> Any:
     return [undated(value) for value in content] if isinstance(content, list) else content
 
 
+class InThisProcess:
+    """In place of a process of its own: `feats.threads`'s line, then a script and its words."""
+
+    def __init__(self, command: Sequence[str], stdout: Any, **_: Any):
+        script, *words = command[4:]
+        with open(os.dup(stdout.fileno()), "w") as shown, redirect_stdout(shown), redirect_stderr(shown):
+            self.status = run(f"modeling.{Path(script).stem}", words)
+
+    def wait(self) -> int:
+        return self.status
+
+    poll = wait
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what takes seconds and writes nothing below `root`: figures in memory, processes."""
+    from matplotlib.figure import Figure
+
+    from modeling.finetuning import comparison
+
+    def save(figure: Figure, file: Any, format: str, **how: Any) -> None:
+        if hasattr(file, "getvalue"):
+            file.write("<svg></svg>" if format == "svg" else b"png")
+        else:
+            usual(figure, file, format=format, **how)
+
+    usual = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", save)
+    monkeypatch.setattr(comparison.subprocess, "Popen", InThisProcess)
+    for name in ("_tsne", "_umap"):
+        monkeypatch.setattr(f"modeling.report.embedding.{name}", lambda components, seed: components[:, :2])
+
+
 # -- the disk -----------------------------------------------------------------------------------------------------
 
 
 class FullDisk:
     """From the `fails`-th change below `root` on nothing can be written there: files that are opened for that are
-    empty and stay so, and what needs a new entry in a folder, or a sync, is refused."""
+    empty and stay so, and what needs a new entry in a folder, or a sync, is refused. `once`: then there is room again.
+    """
 
     CALLS = {"fsync": 1, "replace": 2, "rename": 2, "link": 2, "mkdir": 1}
 
-    def __init__(self, root: Path, fails: int, patch: pytest.MonkeyPatch):
-        self.root, self.fails, self.changes = str(root), fails, 0
+    def __init__(self, root: Path, fails: int, patch: pytest.MonkeyPatch, once: bool = False):
+        self.root, self.fails, self.once, self.changes = str(root), fails, once, 0
         for name in self.CALLS:
             patch.setattr(os, name, partial(self._call, getattr(os, name)))
         patch.setattr(os, "open", partial(self._os_open, os.open))
@@ -165,7 +252,7 @@ class FullDisk:
         if not os.path.abspath(os.fspath(place)).startswith(self.root):
             return False
         self.changes += 1
-        return self.changes >= self.fails
+        return self.changes == self.fails if self.once else self.changes >= self.fails
 
     def _call(self, function: Callable[..., Any], place: Any, *rest: Any, **how: Any) -> Any:
         if self._refuses(place):
@@ -192,8 +279,11 @@ def said_in_one_line(err: str) -> None:
 
 
 def nothing_half(found: dict[str, Any], earlier: dict[str, Any], undisturbed: dict[str, Any], root: Path) -> None:
-    """Every file is as it was or as it will be, but for caches in the making, which open; hidden ones are gone."""
+    """Every file is as it was or as it will be, but for caches in the making, which open, and the working folder that a
+    finetuning goes on with; hidden ones are gone."""
     for name, content in found.items():
+        if ".tuning/" in name:
+            continue
         if name.endswith((".h5", ".quarantine.csv", "plan.json")) and content != earlier.get(name):
             continue
         assert not re.search(r"/\.|^\.", name), name
@@ -204,9 +294,9 @@ def nothing_half(found: dict[str, Any], earlier: dict[str, Any], undisturbed: di
 
 
 @contextmanager
-def full_from(fails: int, root: Path) -> Iterator[None]:
+def full_from(fails: int, root: Path, once: bool = False) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        FullDisk(root, fails, patch)
+        FullDisk(root, fails, patch, once)
         yield
 
 
@@ -271,14 +361,23 @@ def test_a_full_disk_is_one_line_and_nothing_half(script: str, before: Before, r
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_full_from_any_change_on(script: str, before: Before, root: Path):
-    """At every fifth, all of which would take two minutes."""
     undisturbed, changes = undisturbed_result(script, before, root)
-    failed = [
-        disturbed(script, full_from(fails, root), before, root, undisturbed) for fails in range(1, changes + 1, STEP)
-    ]
+    some = range(1, changes + 1, LONG_STEPS.get(script, STEP))
+    failed = [disturbed(script, full_from(fails, root), before, root, undisturbed) for fails in some]
     assert changes > 2 and failed[0] and failed.count(False) <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["extract by parts", "merge"])
+def test_one_write_that_fails_before_there_is_room_again(script: str, before: Before, root: Path):
+    """It is made up for, or it ends the work: no lease is left that others would wait for, and no part that is none."""
+    undisturbed, changes = undisturbed_result(script, before, root)
+    some = range(1, changes + 1, STEP)
+    failed = [disturbed(script, full_from(fails, root, once=True), before, root, undisturbed) for fails in some]
+    assert any(failed)
 
 
 @pytest.mark.slow
@@ -288,3 +387,53 @@ def test_files_that_grow_beyond_what_there_is_room_for(script: str, before: Befo
     sizes = (0, 100, 2_000, 8_000, 16_000, 1 << 20)
     failed = [disturbed(script, small_files(size), before, root, undisturbed) for size in sizes]
     assert failed[0] and not failed[-1]
+
+
+# -- behind stdout ------------------------------------------------------------------------------------------------
+
+NO_ROOM = "error: can't write to standard output (No space left on device); make room there, or send it elsewhere\n"
+MMPROBE = "import sys; from modeling.console import main; sys.exit(main())"
+
+
+def shown_on_a_full_disk(*python: str) -> None:
+    with open("/dev/full", "w") as full:
+        environment = {**ENVIRONMENT, "PYTHONUNBUFFERED": ""}
+        words = [sys.executable, *python]
+        done = subprocess.run(words, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (2, NO_ROOM), words
+
+
+@pytest.mark.parametrize("python", [("-m", "modeling.train_head", "--version"), ("-c", MMPROBE, "--help")])
+def test_what_cant_be_shown_is_one_line(python: Sequence[str]):
+    """And nothing more of it when Python ends."""
+    shown_on_a_full_disk(*python)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_script_ends_well_whose_help_cant_be_shown(module: str, capsys: pytest.CaptureFixture):
+    with open("/dev/full", "w") as full, redirect_stdout(full), pytest.raises(SystemExit) as ended:
+        run(module, ("--help",))
+    assert ended.value.code == 2 and capsys.readouterr().err == NO_ROOM
+
+
+@pytest.mark.parametrize("words", [(), ("--quiet",)])
+def test_a_result_that_cant_be_shown_is_no_success(words: Sequence[str], before: Before, root: Path):
+    fresh(before, root, ("feats",))
+    err = io.StringIO()
+    with open("/dev/full", "w") as full, redirect_stdout(full), redirect_stderr(err):
+        assert run("feats.inspect_feats", ("feats/clip_train.h5", *words)) == 2
+    assert err.getvalue() == NO_ROOM
+
+
+@pytest.mark.slow
+def test_scripts_whose_results_cant_be_shown(before: Before, root: Path):
+    fresh(before, root, ("feats", "runs"))
+    for words in (
+        ("list_runs", "--runs", "runs"),
+        ("train_head", *FROM_CACHE, *SHORT),
+        ("train_head", "--show-config"),
+    ):
+        shown_on_a_full_disk("-m", f"modeling.{words[0]}", *words[1:])
+    for path in (root / "runs").iterdir():  # of training, too, either nothing or a whole run
+        load_run(path)
+    shown_on_a_full_disk(str(ROOT / "data/make_sample.py"), "--n", "20", "--n-test", "1")

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from feats.encoders.base import Encoder
 from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
 from feats.json_files import read_json
-from feats.writing import write_json
+from feats.writing import cant_write, write_json
 
 RECORD = "encoder.json"
 FORMAT_VERSION = 1
@@ -49,15 +51,18 @@ def save_encoder(encoder: Encoder, folder: Path) -> str:
     """Save a trainable encoder with its present weights as `folder`; returns their sha256.
 
     `load_encoder(name, weights=folder)` gives the same identity, but for `weights_sha256`, and the same features.
-    Raises `UsageError` for a folder that isn't empty and an encoder without anything to save.
+    Raises `UsageError` for a folder that isn't empty or can't be written and an encoder without anything to save.
     """
     name = encoder.identity["encoder"]
     if encoder.save is None:
         raise UsageError(f"encoder {name} has no trained weights to save; load one that learns, with `trainable`")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is there already, and isn't an empty folder; save the encoder elsewhere")
-    folder.mkdir(parents=True, exist_ok=True)
-    encoder.save(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        encoder.save(folder)
+    except (OSError, SafetensorError) as error:
+        raise cant_write(folder, error) from None
     digest = sha256_of(folder)
     record = {
         "format_version": FORMAT_VERSION,

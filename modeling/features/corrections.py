@@ -4,10 +4,10 @@ a run is trained with the corrected ones and keeps them."""
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from feats.csv_files import numbered_csv, read_table, write_csv
+from feats.csv_files import numbered_csv, read_table, unquoted, write_csv
 from feats.errors import UsageError
 from feats.regular import check_regular
 from modeling.features.joined import FeatureSet, Rows
@@ -17,18 +17,21 @@ COLUMNS = ("id", "label")
 # The columns that may say a label, the first that isn't empty wins. A label audit has `given`, the label it audited:
 # where that was corrected before, it stays so.
 LABEL_COLUMNS = ("corrected", "label", "given")
+Line = tuple[int, str, str]  # its number, an id, a label or ''
 
 
 def read_corrections(path: Path, dataset: Rows) -> dict[str, str]:
     """The labels in a file that differ from those of `dataset`, by id.
 
     The file is CSV with the columns id and label, or the queue of a label audit with labels in its column corrected;
-    empty cells change nothing. Raises `UsageError` for an unreadable file, one of other columns, an id named twice, ids
-    that aren't among the labelled rows, and labels that none of these has.
+    empty cells change nothing. It may have been written `safe` for spreadsheets (see `feats.csv_files.write_rows`): it
+    is read as such where more of its ids and labels are known then. Raises `UsageError` for an unreadable file, one of
+    other columns, an id named twice, ids that aren't among the labelled rows, and labels that none of these has.
     """
     label_of = {name: tag for name, tag in zip(dataset.ids, dataset.tags, strict=True) if tag}
+    classes = sorted(set(label_of.values()))
     found: dict[str, str] = {}
-    for line, name, label in _lines(path):
+    for line, name, label in _as_meant(_lines(path), label_of.keys(), {*classes, ""}):
         if name in found:
             raise UsageError(f"{path}, line {line}: id {name} is named twice; keep one")
         found[name] = label
@@ -39,14 +42,19 @@ def read_corrections(path: Path, dataset: Rows) -> dict[str, str]:
             f"{path}: {len(unknown)} of {len(found)} ids ({some}) aren't among the {len(label_of)} labelled rows; "
             "corrections change labels, they add none"
         )
-    classes = sorted(set(label_of.values()))
     foreign = sorted(set(found.values()) - {*classes, ""})
     if foreign:
         raise UsageError(f"{path}: label {foreign[0]!r} is no class of the data; expected {', '.join(classes)}")
     return {name: label for name, label in found.items() if label not in ("", label_of[name])}
 
 
-def _lines(path: Path) -> list[tuple[int, str, str]]:
+def _as_meant(lines: list[Line], ids: Collection[str], labels: Collection[str]) -> list[Line]:
+    """The lines as they are, or without the quotes of a `safe` file where that makes more of them known."""
+    readings = lines, [(line, unquoted(name), unquoted(label)) for line, name, label in lines]
+    return max(readings, key=lambda reading: sum((i in ids) + (label in labels) for _, i, label in reading))
+
+
+def _lines(path: Path) -> list[Line]:
     """Line number, id and label, '' for none, of each row."""
     try:
         check_regular(path)

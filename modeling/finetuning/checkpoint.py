@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from feats.errors import UsageError, reason_of
+from feats.errors import CantWriteError, UsageError, reason_of
 from feats.escapes import short_name
 from feats.json_files import read_json
 from feats.tensor_files import read_safetensors
@@ -147,7 +147,7 @@ class WorkFolder:
         except (OSError, SafetensorError) as error:
             steps = self._steps() if self.path.is_dir() else []
             left = f"the checkpoint {steps[-1]} is intact" if steps else "there is no checkpoint yet"
-            raise UsageError(
+            raise CantWriteError(
                 f"a checkpoint in {self.path} can't be {state} ({reason_of(error)}); {left}: make room there, or "
                 "give another folder with `runs`, and run the same command again"
             ) from None

@@ -30,7 +30,7 @@ from feats.errors import UsageError
 from feats.escapes import short_name
 from feats.interrupts import held_back
 from feats.json_files import read_json
-from feats.writing import write_json
+from feats.writing import cant_write, write_json
 from modeling.choices import METHODS as METHODS
 from modeling.experiment import Experiment, Progress, run_of, train_all
 from modeling.features.splits import Split, deal_folds, deal_split
@@ -210,11 +210,9 @@ def finetune(cell: Cell, command: Sequence[str]) -> None:
 
     Raises `UsageError` with its last error when it fails.
     """
-    cell.path.parent.mkdir(parents=True, exist_ok=True)
+    _begin_log(cell, command)
     code = f"import feats.threads; from {__name__} import run_script; run_script()"
     with cell.log.open("a+b") as log:
-        log.write(f"{STARTED}{' '.join(command)}\n".encode())
-        log.flush()
         before = log.tell()
         process = None
         try:
@@ -237,6 +235,15 @@ def finetune(cell: Cell, command: Sequence[str]) -> None:
     if status or not cell.done:
         reason = _reason(status, said)
         raise UsageError(f"{cell.candidate.name} of fold {cell.fold} failed: {reason} (all it said: {cell.log})")
+
+
+def _begin_log(cell: Cell, command: Sequence[str]) -> None:
+    try:
+        cell.path.parent.mkdir(parents=True, exist_ok=True)
+        with cell.log.open("ab") as log:
+            log.write(f"{STARTED}{' '.join(command)}\n".encode())
+    except OSError as error:
+        raise cant_write(cell.log, error) from None
 
 
 def run_script() -> None:

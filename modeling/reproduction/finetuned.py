@@ -8,7 +8,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from feats.errors import UsageError
+from feats.errors import CantWriteError, UsageError
 from feats.leftovers import temporary_folder
 from feats.parts import open_cache
 from feats.records import Pairs, read_dataset
@@ -86,6 +86,8 @@ def tuned_results(
                     raise UsageError(f"{path} is damaged; remove it, and run the command again")
                 _tune(table, row, path, place, own, settings, scored_without, made_by, say, bar)
                 found[row.label] = replace(_result(row, path), made=(path,))
+            except CantWriteError:
+                raise
             except UsageError as error:
                 found[row.label] = Result(row, TUNED, reason=" ".join(str(error).split()))
     for row in rows:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from feats.csv_files import write_table
-from feats.errors import UsageError
+from feats.errors import CantWriteError, UsageError
 from feats.writing import write_text
 from modeling.choices import SEEDS as SEEDS
 from modeling.evaluation import metrics
@@ -129,7 +129,7 @@ def frozen_results(
 
     A row that can't be trained has a result that says why. `made_by` is what `save_run` keeps of the command and its
     options, `say` hears what is read, `bar` shows progress. Raises `UsageError` for caches that were named and can't be
-    used.
+    used, and for runs that can't be written.
     """
     caches = {cache.name: cache for cache in caches_in(settings.feats)}
     named = {"image": settings.image, "text": settings.text}
@@ -153,6 +153,8 @@ def frozen_results(
         try:
             source, removed = sources[members[0].label], [row for row in rows if row.cached and row.ablation_of]
             results = _trained(table, members, removed, source, caches, settings, made_by, say, bar)
+        except CantWriteError:
+            raise
         except UsageError as error:
             if settings.image is not None or settings.text is not None:
                 raise

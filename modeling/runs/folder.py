@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 from feats.config_file import OPTIONS
 from feats.csv_files import read_csv, read_table, write_csv, write_table
-from feats.errors import UsageError, first_line, reason_of
+from feats.errors import CantWriteError, UsageError, first_line, reason_of
 from feats.escapes import short_name
 from feats.json_files import read_json, shape_of, shape_problem
 from feats.source import SIDES
@@ -171,7 +171,8 @@ def save_run(
                 path = _under_a_free_name(unfinished, path)
             return replace(run, path=path, report=report)
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"can't write the run {path}: {reason_of(error)}; give another folder for `runs`") from None
+        why = f"can't write the run {path}: {reason_of(error)}"
+        raise CantWriteError(f"{why}; give another folder for `runs`") from None
 
 
 def _check_replaceable(path: Path) -> None:
