@@ -408,7 +408,7 @@ def test_a_plan_isn_t_written_beside_a_finished_cache(tmp_path: Path, pairs: Pai
 
 
 @pytest.mark.parametrize(
-    ("world", "asked", "rows"), [(1, None, 16), (4, None, 16), (1, 1, 16), (1, 17, 32), (1, 64, 64), (2, 1000, 1008)]
+    ("world", "asked", "rows"), [(1, None, 256), (4, None, 16), (1, 1, 16), (1, 17, 32), (1, 64, 64), (2, 1000, 1008)]
 )
 def test_pieces_are_whole_blocks(tmp_path: Path, pairs: Pairs, world: int, asked: int | None, rows: int):
     pieces = row_pieces(both_sides(), pairs, tmp_path / "x_train.h5", ALONE, world=world, piece_rows=asked)
@@ -418,6 +418,7 @@ def test_pieces_are_whole_blocks(tmp_path: Path, pairs: Pairs, world: int, asked
 def test_pieces_are_few_of_many_rows(tmp_path: Path, pairs: Pairs):
     many = Pairs(list(pairs) * 30, pairs.data, pairs.layout, pairs.split)
     assert row_pieces(both_sides(), many, tmp_path / "x_train.h5", ALONE, world=2).rows == 30 * ROWS // 8 // 16 * 16
+    assert row_pieces(both_sides(), many, tmp_path / "x_train.h5", ALONE).rows == 30 * ROWS // 4 // 16 * 16
 
 
 def test_pieces_are_cut_as_the_plan_has_it_however_many_come(tmp_path: Path, pairs: Pairs):
@@ -427,7 +428,7 @@ def test_pieces_are_cut_as_the_plan_has_it_however_many_come(tmp_path: Path, pai
         assert row_pieces(both_sides(), pairs, path, ALONE, world=world).rows == 48
         assert row_pieces(both_sides(), pairs, path, ALONE, world=world, overwrite=True).rows == 48
     other = row_pieces(both_sides(tokens=False), pairs, path, ALONE, overwrite=True)
-    assert other.rows == 16  # what will be replaced decides nothing
+    assert other.rows == 256  # what will be replaced decides nothing
 
 
 # -- parts -------------------------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ from feats.records import Pairs
 from feats.writing import made_as
 
 PIECES_EACH, MOST_ROWS = 4, 32768  # pieces per worker, so that none waits long at the end; rows that a kill may cost
+LONE_BLOCKS = 16  # of a piece at least, where no other worker is known of
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def row_pieces(
     overwrite: bool = False,
 ) -> RowPieces:
     """Pairs in memory cut for `work`: as the plan at `path` has it, else in pieces of `piece_rows`, rounded up to whole
-    blocks; without, at least four for each of `world` workers, of one block at least and 32768 rows at most."""
+    blocks; without, at least four for each of `world` workers, of one block at least and 32768 rows at most. A lone
+    worker's have 16 blocks at least: each part begins with a block that nothing was prepared ahead for."""
     block = block_rows_of(settings.batch_size or default_batch_size(encoder))
     known = read_plan(parts_folder(Path(path)))
     if piece_rows is None and known is not None and (not overwrite or _made_alike(known, encoder, settings)):
@@ -133,7 +135,8 @@ def row_pieces(
             return RowPieces(pairs, rows)
     if piece_rows is not None:
         return RowPieces(pairs, whole_blocks(encoder, settings, piece_rows))
-    return RowPieces(pairs, max(1, min(MOST_ROWS, len(pairs) // (PIECES_EACH * world)) // block) * block)
+    rows = max(len(pairs) // (PIECES_EACH * world), LONE_BLOCKS * block if world == 1 else 0)
+    return RowPieces(pairs, max(1, min(MOST_ROWS, rows) // block) * block)
 
 
 def whole_blocks(encoder: Encoder, settings: ExtractionSettings, rows: int) -> int:
