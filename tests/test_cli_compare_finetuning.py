@@ -327,7 +327,7 @@ def test_a_cell_that_fails_shows_its_last_error_and_its_log(cell: Cell, tmp_path
     assert cell.log.read_text().splitlines()[0] == f"started: {script} --x 1"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_cell_ends_with_the_comparison(tmp_path: Path, number: int, in_foreground: None):
     """Ctrl-C is passed on, so that the finetuning ends in its own way; a comparison that is killed takes it along."""
     script = tmp_path / "script.py"

@@ -55,6 +55,7 @@ def test_a_pair_is_explained(course: Path, capsys: pytest.CaptureFixture):
         assert picture.format == "PNG" and picture.width > 800
 
 
+@pytest.mark.slow
 def test_target_method_and_place_can_be_chosen(course: Path, capsys: pytest.CaptureFixture, tmp_path: Path):
     out = tmp_path / "figures" / "x.png"
     chosen = ["--target", "neutral", "--method", "occlusion", "--out", str(out)]
@@ -77,6 +78,7 @@ def test_a_run_of_one_side(course: Path, capsys: pytest.CaptureFixture, tmp_path
     assert "reads minilm; give --text, too" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_caches_and_data_that_are_gone(course: Path, capsys: pytest.CaptureFixture, tmp_path: Path):
     """Sides and neighbours need the caches, the neighbours' texts the data."""
     moved = tmp_path / "moved"

@@ -359,10 +359,9 @@ def test_the_same_command_goes_on_under_overwrite(tmp_path: Path, capsys: pytest
     "change",
     [
         "nothing",
-        "text",
         *(
             pytest.param(what, marks=pytest.mark.slow)
-            for what in ("batches", "label", "picture", "chunk", "version", "views")
+            for what in ("text", "batches", "label", "picture", "chunk", "version", "views")
         ),
     ],
 )

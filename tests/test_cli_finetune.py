@@ -193,7 +193,7 @@ def test_ways_to_tune(how: list[str], root: Path):
         ("vit", "roberta", "fusion"),
         ("clip", "clip", "gated_transformer"),
         ("vit", None, "mlp"),
-        ("clip", "minilm", "late"),
+        pytest.param("clip", "minilm", "late", marks=pytest.mark.slow),
     ],
 )
 def test_encoders_and_heads_of_the_registries(image: str, text: str | None, head: str, tmp_path: Path):

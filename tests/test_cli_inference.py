@@ -790,7 +790,7 @@ def test_what_cant_be_is_said_before_an_encoder_is_loaded(
     assert sorted(tmp_path.iterdir()) == before and Path("data.json").read_text() == '{"mine": 1}\n'
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("kind", [pytest.param("csv", marks=pytest.mark.slow), "jsonl"])
 def test_a_pipe_in_and_out(light: Path, tmp_path: Path, kind: str):
     """As typed: paths are relative to the working directory, and standard output holds nothing but predictions."""
     manifest = raw_manifest(light, tmp_path / "pairs.csv")

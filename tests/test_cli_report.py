@@ -80,7 +80,9 @@ def test_train_head_ends_with_it(tmp_path: Path, capsys: pytest.CaptureFixture, 
     assert capsys.readouterr().out.endswith(f"{run / 'report.html'}\n")
 
 
-@pytest.mark.parametrize("argv", [["--folds", "3"], ["--seeds", "2", "--test-ratio", "0.2"]])
+@pytest.mark.parametrize(
+    "argv", [["--folds", "3"], pytest.param(["--seeds", "2", "--test-ratio", "0.2"], marks=pytest.mark.slow)]
+)
 def test_runs_of_several_heads(argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     fast(monkeypatch)
     make_cache(tmp_path / "feats", "clip", 60)
@@ -136,7 +138,7 @@ def chromium() -> Iterator[Any]:
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [pytest.param(1280, marks=pytest.mark.slow), 390])
 def test_the_page_in_a_browser(width: int, chromium: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     fast(monkeypatch)
     run = with_pairs(tmp_path)

@@ -30,6 +30,7 @@ def test_every_script_has_a_command():
     assert {*console.COMMANDS.values(), *extraction} == set(map(dotted, SCRIPTS))
 
 
+@pytest.mark.slow
 def test_commands_do_what_scripts_do(tmp_path: Path):
     make_course(tmp_path / "data", rows=40)
     encoded = mmprobe("extract", "vader", "--data", "data", cwd=tmp_path)

@@ -135,6 +135,7 @@ def test_minilm_weights_may_be_another_folder(tmp_path):
     assert load_encoder("minilm", weights=str(folder)).identity == load_encoder("minilm").identity
 
 
+@pytest.mark.slow
 def test_minilm_does_not_import_sentence_transformers():
     script = "import sys, feats.encoders.minilm; sys.exit('sentence_transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0

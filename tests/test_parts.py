@@ -356,7 +356,7 @@ def test_a_joiner_that_hasnt_let_the_cache_go_yet_is_waited_for(tmp_path: Path, 
     agreed(both_sides(), pairs, path)
     work(both_sides(), RowPieces(pairs, 16), path, ALONE)
     code = (
-        "import sys, time; from feats.store import FeatureStore as S; s = S.append(sys.argv[1]); print(); time.sleep(2)"
+        "import sys, time; from feats.store import FeatureStore as S; s = S.append(sys.argv[1]); print(); time.sleep(1)"
     )
     command = [sys.executable, "-uc", code, str(path)]
     with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE) as joiner:

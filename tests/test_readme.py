@@ -99,6 +99,7 @@ def test_the_layout_names_every_room():
             assert f"\n  {room.parent.name}/ " in layout, room.parent
 
 
+@pytest.mark.slow
 def test_the_first_script_runs_as_written(tmp_path: Path):
     script = next(block for kind, block in BLOCKS if kind == "python" and block.startswith("from pathlib"))
     (tmp_path / "first.py").write_text(script, encoding="utf-8")

@@ -469,6 +469,7 @@ def test_many_single_labels_are_not_a_flood(tmp_path):
     assert len(warnings) == 11 and warnings[-1] == "140 more labels are seen only once"
 
 
+@pytest.mark.slow
 def test_many_rows_are_linear(tmp_path):
     write(tmp_path, {"m.csv": "id,image,text,label\n" + "".join(f"{i},{i}.jpg,hello {i},a\n" for i in range(100_000))})
     start = time.perf_counter()

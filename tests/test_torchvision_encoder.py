@@ -21,6 +21,7 @@ from feats.errors import UsageError
 from feats.images import ResizeCrop
 
 MODELS = ["resnet18", "vit_b_16"]
+EACH = [MODELS[0], pytest.param(MODELS[1], marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[torch.nn
     return made
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_equals_plain_torchvision(models, pictures, name: str):
     network, path = models[name]
     transform = get_model_weights(name).DEFAULT.transforms()
@@ -113,7 +114,7 @@ def test_folding_keeps_the_values():
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_bf16_stays_close_and_rows_do_not_depend_on_the_batch(models, pictures, name: str):
     encoder = load_encoder("resnet", name, str(models[name][1]))
     pictures = pictures[:2]
