@@ -399,6 +399,12 @@ def test_dropout_s_gradient_is_its_mask():
     assert 0 < (x.grad == 0).sum() < 60
 
 
+@pytest.mark.parametrize("p", [1e-9, 1 - 1e-9])
+def test_a_dropout_near_its_bounds_leaves_nearly_all_or_nothing(p: float):
+    mask = Noise([1]).keep_mask((1, 20_000), p)
+    assert abs(float((mask > 0).float().mean()) - (1 - p)) < 1e-3
+
+
 @pytest.mark.parametrize("seeds", [SEEDS, [5, 3, 5, 8, 3], [1, 2], [4, 4]], ids=str)
 def test_a_model_s_mask_is_the_same_alone_and_in_a_stack(seeds: list[int]):
     shapes = [(6, 5), (1, 3), (7, 2, 3)]  # sizes that don't fill the random words

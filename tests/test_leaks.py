@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from caches import make_cache
 
+from feats.errors import UsageError
 from modeling.features.duplicates import EMPTY_TEXT_KEY
 from modeling.features.joined import FeatureSet, load_features
 from modeling.features.leaks import Twins, find_leaks
@@ -105,3 +107,11 @@ def test_splits_of_this_program_leak_nothing_unless_told(tmp_path: Path):
     leaking = sum(i ^ 1 not in val for i in val)
     found = find_leaks(data, [apart]).pictures
     assert found == Twins(60, 0, leaking, 0, leaking, 0) and leaking > 5
+
+
+def test_an_id_that_is_there_twice_is_no_row_to_split(tmp_path: Path):
+    make_cache(tmp_path, "clip", tags=TAGS)
+    with h5py.File(tmp_path / "clip_train.h5", "r+") as file:
+        file["id"][1] = file["id"][0]
+    with pytest.raises(UsageError, match="more than once in clip; make the caches again"):
+        make_split(load_features(tmp_path, "train", "clip"))

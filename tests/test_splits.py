@@ -230,6 +230,8 @@ def test_refusals():
         deal_folds(list(map(str, range(100))), ["a", "b"] * 48 + ["c"] * 4, 5)
     with pytest.raises(UsageError, match=r"class 'c' \(4 rows in 2 duplicate groups\) .* none is left for fold 3 of 5"):
         deal_folds(list(map(str, range(100))), ["a", "b"] * 48 + ["c"] * 4, 5, groups=[*range(98), 96, 97])
+    with pytest.raises(UsageError, match=f"{10**30} folds of .* rows: there can be no more"):
+        deal_folds(IDS, LABELS, 10**30)
     with pytest.raises(UsageError, match="1 folds: there must be at least 2"):
         deal_folds(IDS, LABELS, 1)
     for ratios in (

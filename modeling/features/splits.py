@@ -170,12 +170,15 @@ def make_folds(
 
 def make_splits(data: FeatureSet, settings: SplitSettings) -> list[Split]:
     """One split of the labelled rows or several. Rows in quarantine are dealt out too and left out afterwards, so that
-    every choice of caches gets the same split. Raises `UsageError` when there is nothing to split, or a part has no row
-    left."""
+    every choice of caches gets the same split. Raises `UsageError` when there is nothing to split, when an id is there
+    twice, and when a part has no row left."""
     dataset = data.dataset
     rows = dataset.labelled
     if not len(rows.ids):
         raise UsageError("none of the rows has a label; there is nothing to train on")
+    if not rows.ids.unique:
+        where = ", ".join(data.source.names)
+        raise UsageError(f"ids are there more than once in {where}; make the caches again with `overwrite`")
     groups = rows.duplicates.groups if settings.duplicates_together and rows.duplicates is not None else None
     if settings.files:
         splits = read_split_file(settings.files, dataset.ids, dataset.tags)
@@ -283,6 +286,8 @@ def fold_numbers(
     """Of each row the fold, from 0, that validates it in `deal_folds`, (N,) int8. Raises as that."""
     if k < 2:
         raise UsageError(f"{k} folds: there must be at least 2")
+    if k > len(ids):
+        raise UsageError(f"{k} folds of {len(ids)} rows: there can be no more than rows; give fewer `folds`")
     classes = _check_labels(labels)
     fold_of = _assign(ids, labels, groups, [1 / k] * k, seed)
     _check_every_class_in(labels, classes, fold_of, groups, [f"fold {fold + 1} of {k}" for fold in range(k)])

@@ -232,12 +232,12 @@ class Noise:
         self.masks: dict[float, Tensor] = {}  # of all bits, by p
 
     def keep_mask(self, shape: Sequence[int], p: float) -> Tensor:
-        """1/(1-p) with probability 1-p, else 0, float32 of `shape` (M, ...). p is met to within 2^-17."""
+        """1/(1-p) with probability 1-p, else 0, float32 of `shape` (M, ...). p is met to within 2^-16."""
         size = math.prod(shape[1:])
         if self.used + size > self.bits.shape[1]:
             self._draw(max(size, self.ahead))
         if p not in self.masks:
-            least = round(p * 2**16) - 2**15
+            least = min(max(1, round(p * 2**16)), 2**16 - 1) - 2**15
             # bits >= least as 0 and 1; by comparing, it would take four times as long on a CPU
             mask = self.bits.clamp(least - 1, least).float().sub_(least - 1).mul_(1 / (1 - p))
             self.masks[p] = mask[self.stream] if self.shared else mask
