@@ -69,7 +69,8 @@ def remove_leftovers(folder: Path, names: str = IN_THE_MAKING) -> None:
     for place in folder.glob(names + LOCK):
         path = place.with_name(place.name.removesuffix(LOCK))
         try:
-            lock = os.open(place, os.O_RDWR)
+            # Others write temporary folders, too: a pipe of such a name isn't waited for, and no link followed.
+            lock = os.open(place, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
         except OSError:
             continue
         try:

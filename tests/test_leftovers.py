@@ -165,6 +165,15 @@ def test_workers_sockets_are_gone_with_them(
     assert names(short) == [] and capfd.readouterr().err == ""
 
 
+def test_what_another_put_where_temporary_files_are_is_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "feats-0.tmp.lock")
+    (tmp_path / "kept").write_text("kept")
+    (tmp_path / "feats-1.tmp.lock").symlink_to(tmp_path / "kept")
+    with temporary_folder(tmp_path) as folder:
+        assert folder.is_dir()
+    assert names(tmp_path) == ["feats-0.tmp.lock", "feats-1.tmp.lock", "kept"]
+
+
 def test_a_lock_that_is_taken_away_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Who removes left-overs may come between a lock's creation and its locking."""
     lock, taken = fcntl.flock, []
