@@ -39,7 +39,7 @@ OPEN_PARTS = 16  # files a reader holds open at a time
 
 def parts_folder(path: Path) -> Path:
     """Where the parts of the cache at `path` lie."""
-    return path.with_suffix(".parts")
+    return path.with_suffix(".parts") if path.name else path / ".parts"  # "." has no name to put an end to
 
 
 def part_path(folder: Path, number: int) -> Path:

@@ -74,6 +74,7 @@ _KNOWN: dict[str, Any] = {
     **{name: dtype for facts in ROW_FACTS.values() for name, dtype in facts.items()},
 }
 _LENGTHS = {"text_offsets": 1, "text_tokens": None}
+_DIMENSIONS = {"image_feats": 1, "text_feats": 1, "text_tokens": 1, "image_views": 2, "image_tokens": 2}  # of a row
 
 
 class CacheError(UsageError):
@@ -325,6 +326,7 @@ class FeatureStore(CacheReader):
                 if version != FORMAT_VERSION:
                     raise CacheError(f"{path} has cache format {version}, expected {FORMAT_VERSION}; {_REMEDY}")
                 _refuse(path, dataset_problem(file, _KNOWN, _LENGTHS))
+                _refuse(path, _shape_problem(self.features))
                 self.fingerprint = _mapping(file, "fingerprint")
                 self.plan = _mapping(file, "plan")
                 self._indices: dict[str, str] = _mapping(file, "chunk_indices")
@@ -930,6 +932,16 @@ def _strings(values: np.ndarray) -> Strings:
 def _refuse(path: Path, problem: str) -> None:
     if problem:
         raise CacheError(f"{path}: {problem}; {_REMEDY}")
+
+
+def _shape_problem(features: Mapping[str, tuple[int, ...]]) -> str:
+    """What is wrong with the shapes of rows, '' for nothing."""
+    for name, shape in features.items():
+        if len(shape) != _DIMENSIONS.get(name, len(shape)):
+            return f"a row of {name} has {len(shape)} dimensions, expected {_DIMENSIONS[name]}"
+    if "image_views" in features and features["image_views"][1:] != features.get("image_feats"):
+        return "its views aren't as wide as its features"
+    return ""
 
 
 def _mapping(file: h5py.File, name: str) -> dict[str, Any]:

@@ -366,3 +366,9 @@ def test_the_commands_run_by_path(both: Path, tmp_path: Path):
     )
     assert "-> saved/feats/clip_train.h5" in command("import_feats.py", "exported/both_train.parquet", "--name", "clip")
     assert_same_rows(both / "both_train.h5", tmp_path / "saved" / "feats" / "clip_train.h5")
+
+
+def test_a_folder_is_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(tmp_path)
+    assert export_feats.main([".", "--out", "out"]) == 2
+    assert capsys.readouterr().err.startswith("error: no cache .; make it with")

@@ -537,6 +537,20 @@ def test_a_foreign_hdf5_file_is_refused(tmp_path: Path):
         FeatureStore.open(tmp_path / "foreign.h5")
 
 
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"text_feats": (2, 4)}, "a row of text_feats has 2 dimensions, expected 1; .*`overwrite`"),
+        ({"image_feats": (4,), "image_tokens": (4,)}, "a row of image_tokens has 1 dimensions, expected 2"),
+        ({"image_feats": (4,), "image_views": (3, 5)}, "its views aren't as wide as its features"),
+        ({"image_views": (3, 5)}, "its views aren't as wide as its features"),
+    ],
+)
+def test_shapes_that_are_no_features(tmp_path: Path, shapes: dict[str, tuple[int, ...]], message: str):
+    with pytest.raises(CacheError, match=message):
+        FeatureStore.create(tmp_path / "x.h5", ["a"], [""], {"encoder": "x"}, shapes)
+
+
 def test_a_truncated_file_is_refused(full: Path):
     os.truncate(full, full.stat().st_size // 2)
     with pytest.raises(CacheError, match="truncated file"):
