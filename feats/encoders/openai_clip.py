@@ -32,6 +32,7 @@ from feats.encoders.weights import (
     weight_files,
 )
 from feats.errors import UsageError, first_line
+from feats.escapes import short_name
 from feats.images import ResizeCrop
 from feats.json_files import read_json
 from feats.tensor_files import SUFFIX, check_plain, read_pickled, read_safetensors
@@ -265,7 +266,9 @@ def _check_config(folder: Path) -> None:
     for side in ("text_config", "vision_config"):
         activation = config.get(side, {}).get("hidden_act", "quick_gelu")
         if activation != "quick_gelu":
-            raise UsageError(f"{folder} uses {activation} in its {side}; OpenAI's CLIP has quick_gelu: another model")
+            raise UsageError(
+                f"{folder} uses {short_name(activation)} in its {side}; OpenAI's CLIP has quick_gelu: another model"
+            )
         heads, width = (config.get(side, {}).get(key) for key in ("num_attention_heads", "hidden_size"))
         if heads and width and width != 64 * heads:
             raise UsageError(f"{folder} has {heads} heads in its {side} of width {width}; OpenAI's CLIP has width / 64")
