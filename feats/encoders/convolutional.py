@@ -16,6 +16,7 @@ def load_strictly(network: nn.Module, path: Path, model: str) -> None:
 
     Raises `UsageError` if the file can't be read as one or holds other names or shapes than the network.
     """
+    # The line named here is for users to run on their own model, where it only writes; what is read here is tensors.
     remedy = "expected .safetensors, or .pth/.pt as torch.save(model.state_dict()) writes it"
     state = read_safetensors(path, remedy) if path.suffix == SUFFIX else read_pickled(path, remedy)
     if not isinstance(state, dict) or not all(

@@ -25,6 +25,7 @@ WAITS = (1.0, 4.0, 15.0)  # seconds before each further try
 CHUNK_BYTES = 8 << 20
 SILENCE = 60  # seconds without a byte after which a connection counts as dead
 
+# What no further try would change; the last is how fsspec says that a kind of place can't do something.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError, NotImplementedError)
 _PASSING_STATUS = (408, 425, 429)  # of HTTP's 4xx those that ask to come again
 

@@ -1,6 +1,7 @@
 """A pair with parts of its picture blurred or words of its text left out, as the run sees it."""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
@@ -19,7 +20,7 @@ _UNSPACED = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"
 _WORD = re.compile(rf"{_UNSPACED}|(?:(?!{_UNSPACED})\S)+")
 
 
-class Perturbed:
+class Perturbed(ABC):
     """One part of a pair as U units, cells of its picture or words of its text, any of which can be missing.
 
     The other parts stay as they are. `target` is the class whose log-odds are asked for."""
@@ -28,13 +29,13 @@ class Perturbed:
         self.model, self.all_features, self.part, self.target = model, features, part, target
 
     @property
+    @abstractmethod
     def count(self) -> int:
         """U; every kind of part defines its own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def features(self, kept: np.ndarray) -> Features:
         """The part's features with some units only, `kept` (B, U) bool; every kind of part defines its own."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def log_odds(self, kept: np.ndarray) -> np.ndarray:
