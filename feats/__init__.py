@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from feats.cache_reader import CacheError as CacheError, Frame as Frame, MissingRowsError as MissingRowsError
     from feats.encoders.base import Encoder as Encoder
     from feats.encoders.registry import ENCODERS as ENCODERS, load_encoder as load_encoder
     from feats.errors import RowError as RowError, UsageError as UsageError
@@ -17,23 +18,18 @@ if TYPE_CHECKING:
     from feats.extraction.summary import Summary as Summary
     from feats.records import DataSet as DataSet, Record as Record, read_dataset as read_dataset
     from feats.source import Source as Source
-    from feats.store import (
-        CacheError as CacheError,
-        FeatureStore as FeatureStore,
-        Frame as Frame,
-        MissingRowsError as MissingRowsError,
-    )
+    from feats.store import FeatureStore as FeatureStore
 
 # Public name -> its home.
 _HOMES = {
     "ENCODERS": "feats.encoders.registry",
-    "CacheError": "feats.store",
+    "CacheError": "feats.cache_reader",
     "DataSet": "feats.records",
     "Encoder": "feats.encoders.base",
     "ExtractionSettings": "feats.extraction.settings",
     "FeatureStore": "feats.store",
-    "Frame": "feats.store",
-    "MissingRowsError": "feats.store",
+    "Frame": "feats.cache_reader",
+    "MissingRowsError": "feats.cache_reader",
     "Record": "feats.records",
     "RowError": "feats.errors",
     "Source": "feats.source",

@@ -20,8 +20,8 @@ from feats.cli import EXIT_DONE, EXIT_UNUSABLE, ScriptParser, error_line, guarde
 from feats.errors import UsageError
 
 if TYPE_CHECKING:
+    from feats.cache_reader import CacheReader
     from feats.parts import PartedStore
-    from feats.store import CacheReader
 
 
 def build_parser() -> ArgumentParser:
@@ -74,8 +74,8 @@ def inspect_all(args: Namespace) -> int:
 
 def overview(store: CacheReader) -> str:
     """A few lines that say what the cache holds."""
+    from feats.cache_reader import QUARANTINED, STATUS_NAMES
     from feats.parts import PartedStore
-    from feats.store import QUARANTINED, STATUS_NAMES
 
     parts = [parts_overview(store)] if isinstance(store, PartedStore) else []
     if isinstance(store, PartedStore) and store.missing:

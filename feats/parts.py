@@ -17,19 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from feats.cache_reader import CacheError, CacheReader, fingerprint_difference
 from feats.errors import UsageError, first_line
 from feats.json_files import parse_json, read_text
+from feats.quarantine import quarantine_path
+from feats.row_runs import pieces, split_where
 from feats.source import Source, data_identity
-from feats.store import (
-    CacheError,
-    CacheReader,
-    FeatureStore,
-    fingerprint_difference,
-    pieces,
-    quarantine_path,
-    repeated,
-    split_where,
-)
+from feats.store import FeatureStore
 from feats.strings import Labels, Strings
 from feats.writing import settle
 
@@ -233,7 +227,7 @@ class PartedStore(CacheReader):
             status.append(part.status)
             reasons |= part.reasons
         found = _Rows(Strings.concatenate(ids), np.concatenate(status), reasons, np.cumsum([0, *map(len, ids)]))
-        twice = repeated(found.ids)
+        twice = found.ids.repeated()
         if twice:
             raise CacheError(
                 f"{len(twice)} ids are in more than one row of {self.path}: {', '.join(twice[:5])}"

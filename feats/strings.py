@@ -100,6 +100,13 @@ class Strings(Sequence[str]):
             for rows in (self.order[low : low + BLOCK + 1] for low in range(0, len(self), BLOCK))
         )
 
+    def repeated(self) -> list[str]:
+        """Those that stand there more than once, each once, sorted."""
+        if self.unique:
+            return []
+        ordered = self.encoded[self.order]
+        return Strings(np.unique(ordered[1:][ordered[1:] == ordered[:-1]])).tolist()
+
     def positions(self, names: Sequence[str]) -> np.ndarray:
         """Where each of `names` is, (len(names),) int64; -1 for one that isn't here. Of repeated strings the first."""
         if isinstance(names, Strings):

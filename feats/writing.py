@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from feats.errors import CantWriteError, UsageError, reason_of
-from feats.leftovers import IN_THE_MAKING, held, remove, remove_leftovers_once
+from feats.leftovers import IN_THE_MAKING, held, remove, remove_leftovers, remove_leftovers_once
 
 REMEDY = "make room there, or give another place"
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # what file systems without it answer to syncing a folder
@@ -109,6 +109,21 @@ def write_text(path: Path, text: str, remedy: str = REMEDY) -> None:
 def write_json(path: Path, content: Any, remedy: str = REMEDY, *, indent: int | None = 1) -> None:
     """As `write_text`, with a line end."""
     write_text(path, json.dumps(content, ensure_ascii=False, indent=indent) + "\n", remedy)
+
+
+@contextmanager
+def unfinished_folder(parent: Path) -> Iterator[Path]:
+    """A new hidden folder in `parent`, to be filled and moved to its place; removed at the end if it is still there.
+    Before that, what dead processes left in `parent` is removed. Raises `OSError` when `parent` can't be written."""
+    parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(parent)
+    path = parent / hidden_name()
+    with held(path):
+        try:
+            path.mkdir()
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def replace_folder(unfinished: Path, path: Path) -> None:

@@ -9,7 +9,8 @@ import h5py
 import numpy as np
 from conftest import make_course
 
-from feats.store import DONE, QUARANTINED, FeatureStore
+from feats.cache_reader import DONE, QUARANTINED
+from feats.store import FeatureStore
 
 CLASSES = ["negative", "neutral", "positive"]
 WIDTHS = {"clip": (8, 8), "resnet": (12, None), "roberta": (None, 10), "vader": (None, 4)}  # image, text

@@ -16,7 +16,7 @@ from conftest import encoded
 from PIL import Image
 
 from feats import efficientnet_extract_feats, vader_extract_feats
-from feats.store import DONE, QUARANTINED
+from feats.cache_reader import DONE, QUARANTINED
 
 NO_PICTURE = "no picture file"
 TRUNCATED = "picture is truncated"

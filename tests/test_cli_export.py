@@ -17,9 +17,11 @@ from conftest import ENVIRONMENT, ROOT
 from parted import SETTINGS, both_sides, make_parts, pairs_with_faults
 
 from feats import export_feats, import_feats
+from feats.cache_layout import ROW_FACTS
+from feats.cache_reader import QUARANTINED
 from feats.exchange import foreign, npy_folders, parquet_files
 from feats.extraction.local import extract
-from feats.store import QUARANTINED, ROW_FACTS, FeatureStore
+from feats.store import FeatureStore
 from modeling.experiment import fit_head
 from modeling.features.joined import load_features
 from modeling.features.splits import make_split

@@ -29,8 +29,9 @@ from feats import (
     ngrams_extract_feats,
     vader_extract_feats,
 )
+from feats.cache_reader import DONE, QUARANTINED
 from feats.errors import first_line
-from feats.store import DONE, QUARANTINED, FeatureStore
+from feats.store import FeatureStore
 
 SMALL = ["--device", "cpu", "--workers", "0", "--batch-size", "8"]
 

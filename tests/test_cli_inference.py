@@ -17,7 +17,8 @@ import pytest
 from caches import encoded_course, light_course, pair_options, submission
 from conftest import ENVIRONMENT, ROOT
 
-from feats.store import DONE, QUARANTINED, FeatureStore
+from feats.cache_reader import DONE, QUARANTINED
+from feats.store import FeatureStore
 from modeling import bad_cases, inference_head, train_head
 from modeling.evaluation import metrics
 from modeling.features.joined import load_features

@@ -11,7 +11,8 @@ import pytest
 from conftest import ENVIRONMENT, ROOT, make_course
 
 from feats import ngrams_extract_feats, pixels_extract_feats
-from feats.store import FeatureStore, quarantine_path
+from feats.quarantine import quarantine_path
+from feats.store import FeatureStore
 
 ROWS = 60
 SMALL = ["--device", "cpu", "--workers", "0", "--batch-size", "2"]  # blocks of 16 rows

@@ -9,7 +9,8 @@ import pytest
 from test_pieces import Server, shards, tar
 
 from feats import vader_extract_feats
-from feats.store import FeatureStore, quarantine_path
+from feats.quarantine import quarantine_path
+from feats.store import FeatureStore
 
 SMALL = ["--device", "cpu", "--workers", "0", "--batch-size", "2", "--piece-rows", "16"]  # blocks of 16 rows
 WORDS = "so very happy sad rain sun good bad news today".split()

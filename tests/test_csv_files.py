@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from feats.cache_reader import QUARANTINED
 from feats.csv_files import LONGEST_CELL, parse_csv, read_csv, read_table, write_csv, write_rows, write_table
-from feats.store import QUARANTINED, FeatureStore
+from feats.store import FeatureStore
 from modeling.features.joined import Rows
 from modeling.features.splits import Split, read_split_file, save_split
 from modeling.prediction.cached import Predictions, write_submission

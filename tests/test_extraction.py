@@ -15,7 +15,8 @@ from caches import assert_same
 from conftest import ROOT, make_course
 
 import feats
-from feats import inspect_feats, store as st
+from feats import cache_layout, inspect_feats
+from feats.cache_reader import DONE, PENDING
 from feats.encoders.base import Encoder, Features, ImageSide, Loading, TextSide, Tokens
 from feats.encoders.registry import load_encoder
 from feats.errors import UsageError
@@ -25,7 +26,7 @@ from feats.extraction.plan import make_plan
 from feats.extraction.settings import ExtractionSettings
 from feats.images import ResizeCrop
 from feats.records import Pairs, Record, read_dataset
-from feats.store import DONE, PENDING, FeatureStore
+from feats.store import FeatureStore
 
 ALONE = ExtractionSettings(workers=0, batch_size=2)  # blocks of 16 rows
 
@@ -265,7 +266,7 @@ def test_names_that_can_t_be_kept_are_left_empty(tmp_path: Path, monkeypatch: py
     data = read_dataset(tmp_path / "m.jsonl")
     assert extract(load_encoder("vader"), data["train"], tmp_path / "x.h5", ALONE).done == 4
     assert source_of(tmp_path / "x.h5").images == ["", "", "", "ü/😀.png"]
-    monkeypatch.setattr(st, "SOURCE_BYTES", 50)  # less than the rest takes
+    monkeypatch.setattr(cache_layout, "SOURCE_BYTES", 50)  # less than the rest takes
     extract(load_encoder("vader"), data["train"], tmp_path / "y.h5", ALONE)
     assert FeatureStore.open(tmp_path / "y.h5").source is None
 

@@ -10,8 +10,9 @@ import torch
 from conftest import one_line
 from sklearn.preprocessing import StandardScaler, normalize
 
+from feats.cache_reader import DONE, QUARANTINED
 from feats.errors import UsageError
-from feats.store import DONE, QUARANTINED, FeatureStore
+from feats.store import FeatureStore
 from modeling.features.joined import FeatureSet, FeatureSource, Ragged, iter_features, load_features
 from modeling.features.normalizer import Normalizer
 from modeling.features.splits import deal_split

@@ -29,13 +29,14 @@ from problems import N_TRAIN, SGD, make_problem, moved
 from tensors import normal
 
 from feats import efficientnet_extract_feats
+from feats.cache_reader import DONE
 from feats.encoders.base import Encoder
 from feats.encoders.registry import load_encoder
 from feats.extraction.encode import encode_block, encode_blocks
 from feats.extraction.plan import make_plan
 from feats.extraction.settings import ExtractionSettings
 from feats.records import read_dataset
-from feats.store import DONE, FeatureStore
+from feats.store import FeatureStore
 from modeling import inference_head, sweep_heads, train_head
 from modeling.experiment import evaluate, fit_head
 from modeling.features.joined import load_features

@@ -19,6 +19,7 @@ from conftest import ENVIRONMENT, ROOT
 from PIL import Image
 
 from feats import import_feats, inspect_feats, roberta_extract_feats, vader_extract_feats
+from feats.cache_reader import CacheError
 from feats.errors import RowError, UsageError
 from feats.extraction import preparation
 from feats.images import FORMATS, MAX_FILE_BYTES, MAX_SCANS, decode_image, picture_size, read_image, read_reduced
@@ -27,7 +28,7 @@ from feats.pieces import open_pieces
 from feats.reading.manifests import _split
 from feats.reading.rows import MAX_NAME_BYTES as MAX_ID_BYTES, TarSlice
 from feats.records import Pairs, read_dataset
-from feats.store import CacheError, FeatureStore, is_complete
+from feats.store import FeatureStore, is_complete
 from feats.strings import Labels
 from feats.text import _FTFY, clean, fix_text
 from modeling import compare_finetuning, finetune, sweep_heads

@@ -15,6 +15,7 @@ from conftest import ENVIRONMENT, ROOT, one_line
 from parted import ROWS, SETTINGS, both_sides, make_parts, pairs_with_faults
 
 from feats import merge_feats
+from feats.cache_reader import CacheError
 from feats.encoders.registry import load_encoder
 from feats.extraction import merging
 from feats.extraction.agreement import join_lease
@@ -23,8 +24,9 @@ from feats.extraction.local import extract
 from feats.extraction.merging import merge
 from feats.extraction.settings import ExtractionSettings
 from feats.parts import open_cache, part_path, parts_folder
+from feats.quarantine import quarantine_path
 from feats.records import Pairs, read_dataset
-from feats.store import CacheError, FeatureStore, quarantine_path
+from feats.store import FeatureStore
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,14 @@ from conftest import one_line
 from parted import ROWS, SETTINGS, both_sides, make_parts, pairs_with_faults
 
 from feats import inspect_feats, parts
+from feats.cache_layout import ROW_FACTS
+from feats.cache_reader import CacheError, CacheReader, MissingRowsError
 from feats.errors import UsageError
 from feats.extraction.local import extract
 from feats.extraction.merging import merge
 from feats.json_files import read_text
 from feats.parts import PartedStore, PartsPlan, cache_paths, is_cache, open_cache, part_path, plan_path, read_plan
-from feats.store import ROW_FACTS, CacheError, CacheReader, FeatureStore, MissingRowsError
+from feats.store import FeatureStore
 from modeling.experiment import fit_head
 from modeling.features.joined import are_complete, cached_widths, caches_with, load_features
 from modeling.features.splits import make_split

@@ -18,6 +18,7 @@ from conftest import ENVIRONMENT, make_course, one_line
 from test_extraction import both_sides
 
 from feats import parts
+from feats.cache_reader import QUARANTINED
 from feats.encoders.base import Encoder
 from feats.errors import UsageError
 from feats.extraction import agreement, leases, shared
@@ -29,8 +30,9 @@ from feats.extraction.settings import ExtractionSettings
 from feats.extraction.shared import Worker, make_part, make_plan_of_parts, row_pieces, work
 from feats.parts import part_path, parts_folder, plan_path, read_plan
 from feats.pieces import RowPieces
+from feats.quarantine import quarantine_path
 from feats.records import Pairs, read_dataset
-from feats.store import QUARANTINED, FeatureStore, quarantine_path
+from feats.store import FeatureStore
 
 ALONE = ExtractionSettings(workers=0, batch_size=2)  # blocks of 16 rows
 ROWS = 70

@@ -98,7 +98,8 @@ def owner_of(lease: Path) -> int:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--gpus-per-worker", "1"], "a worker needs 1 CPU, 1 GPU and the cluster has 1 CPU, 0 GPU"),
+        # How many CPUs it has isn't said here: a node that an earlier test killed counts until Ray misses it.
+        (["--gpus-per-worker", "1"], " CPU, 0 GPU; ask for less"),
         (["--model", "nonsense"], "nonsense"),
     ],
 )

@@ -16,7 +16,8 @@ import pytest
 from conftest import ENVIRONMENT
 
 from feats import inspect_feats
-from feats.store import DONE, PENDING, QUARANTINED, CacheError, FeatureStore, MissingRowsError, fingerprint_difference
+from feats.cache_reader import DONE, PENDING, QUARANTINED, CacheError, MissingRowsError, fingerprint_difference
+from feats.store import FeatureStore
 from feats.strings import Labels, Strings
 
 N, BLOCK = 200, 32
@@ -644,7 +645,8 @@ def test_a_failing_write_keeps_what_was_done(full: Path, monkeypatch: pytest.Mon
 
 MILLION = """
     import resource, sys, numpy as np
-    from feats.store import DONE, FeatureStore
+    from feats.cache_reader import DONE
+    from feats.store import FeatureStore
     n = int(sys.argv[2])
     with FeatureStore.create(sys.argv[1], [str(i) for i in range(n)], ["a"] * n, {}, {"image_feats": (256,)}, block_rows=4096) as s:
         start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from feats.store import DONE, FeatureStore
+from feats.cache_reader import DONE
+from feats.store import FeatureStore
 from feats.strings import Labels, Strings
 from modeling.features.joined import load_features
 from modeling.features.splits import make_split

@@ -17,7 +17,8 @@ from caches import make_cache
 from conftest import make_course
 from test_full_disk import FROM_CACHE, SHORT, run, tree
 
-from feats.store import DONE, FeatureStore
+from feats.cache_reader import DONE
+from feats.store import FeatureStore
 from modeling.runs.folder import list_runs, load_run
 
 Files = dict[str, int]  # names below the root, and the file (a number of its own) that bears each

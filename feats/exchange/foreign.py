@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from feats.cache_layout import ROW_FACTS
+from feats.cache_reader import DONE, QUARANTINED, CacheError
 from feats.errors import UsageError
 from feats.extraction.summary import Progress, Summary
 from feats.parts import parts_folder, publish
+from feats.quarantine import quarantine_path
 from feats.source import SIDES, data_identity
-from feats.store import DONE, QUARANTINED, ROW_FACTS, CacheError, FeatureStore, quarantine_path, repeated
+from feats.store import FeatureStore
 from feats.strings import Strings
 from feats.writing import cant_write, made_as
 
@@ -169,7 +172,7 @@ def _checked(foreign: Foreign) -> list[str]:
     if none:
         raise UsageError(f"{place}: {len(none)} rows have no id (rows {few(none)}, counted from 0); give them one")
     ids = [str(name) for name in foreign.ids]
-    twice = repeated(Strings.of(ids))
+    twice = Strings.of(ids).repeated()
     if twice:
         raise UsageError(f"{place}: {len(twice)} ids are there more than once ({few(twice)}); each row needs its own")
     return ids

@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from feats.cache_reader import DONE, CacheReader
 from feats.errors import UsageError, first_line
 from feats.exchange.foreign import Batch, Columns, Foreign, dtype_of_files, strings
 from feats.exchange.parquet_files import facts_in, facts_of, maker_in, told_of
 from feats.extraction.summary import Progress
-from feats.store import DONE, CacheReader
 from feats.strings import Labels
 from feats.writing import cant_write, replace_folder, sync_tree
 

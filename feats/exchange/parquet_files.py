@@ -1,9 +1,9 @@
 """Features in Parquet: a row a pair, a column a dataset.
 
 Written are `id`, `label` (null where unknown), `quarantine` (why a row has no features, null where it has some), a list
-of float16 for each feature dataset and the row facts of `feats.store.ROW_FACTS`. Datasets with more than one vector a
-row are one list after another; the field's metadata have the `shape`. The file's metadata say what made the features.
-Read are these, and files of others with one column of lists of floats for each side.
+of float16 for each feature dataset and the row facts of `feats.cache_layout.ROW_FACTS`. Datasets with more than one
+vector a row are one list after another; the field's metadata have the `shape`. The file's metadata say what made the
+features. Read are these, and files of others with one column of lists of floats for each side.
 """
 
 import json
@@ -18,12 +18,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from feats.cache_layout import ROW_FACTS
+from feats.cache_reader import DONE, CacheReader
 from feats.errors import UsageError, first_line
 from feats.exchange.foreign import Batch, Columns, Foreign, dtype_of_files, strings
 from feats.extraction.summary import Progress
 from feats.json_files import parse_json, shape_problem
 from feats.source import SIDES
-from feats.store import DONE, ROW_FACTS, CacheReader
 from feats.writing import replacing
 
 GROUP_BYTES = 64 << 20  # of features in a row group, about

@@ -10,10 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from feats.cache_reader import fingerprint_difference
 from feats.errors import UsageError
 from feats.extraction.leases import GUARD, LEASE_SECONDS, Owner, folder_time, holder_of, leased
 from feats.parts import PartsPlan, part_path, parts_folder, plan_path, read_plan
-from feats.store import fingerprint_difference, is_complete, quarantine_path
+from feats.quarantine import quarantine_path
+from feats.store import is_complete
 from feats.writing import sync
 
 POLL = 1.0  # seconds between two looks at what others do

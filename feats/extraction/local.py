@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from feats import store as st
+from feats.cache_reader import DONE, PENDING, QUARANTINED, CacheError, CacheReader, fingerprint_difference
 from feats.encoders.base import Encoder
 from feats.errors import UsageError
 from feats.extraction.encode import Block, encode_blocks
@@ -27,7 +27,8 @@ from feats.extraction.preparation import hash_of_text, picture_changed
 from feats.extraction.settings import ExtractionSettings
 from feats.extraction.summary import Progress, Summary
 from feats.records import Pairs, Record
-from feats.store import DONE, PENDING, QUARANTINED, CacheError, CacheReader, FeatureStore
+from feats.row_runs import pieces
+from feats.store import FeatureStore
 
 
 def extract(
@@ -119,11 +120,6 @@ def changed_in(path: Path, records: Sequence[Record]) -> dict[str, str]:
     """As `changed_rows`, of the cache at `path`."""
     with FeatureStore.open(path) as store:
         return changed_rows(store, records)
-
-
-def reasons_path(path: Path) -> Path:
-    """Where the reasons of rows in quarantine lie, for the cache at `path`."""
-    return st.quarantine_path(path)
 
 
 def create_store(plan: Plan, path: Path, overwrite: bool = False, private: bool = False) -> FeatureStore:
@@ -225,7 +221,7 @@ def _same_plan(store: FeatureStore, plan: Plan) -> bool:
 def _check_same(store: FeatureStore, fingerprint: Mapping[str, Any], records: Sequence[Record]) -> None:
     """Refuse a cache of anything else. Done rows must hold the same contents as then (pictures are read again only
     where they are newer than the cache); rows that aren't done may have changed: that is how a file is repaired."""
-    difference = st.fingerprint_difference(store.fingerprint, json.loads(json.dumps(fingerprint)))
+    difference = fingerprint_difference(store.fingerprint, json.loads(json.dumps(fingerprint)))
     if difference:
         raise CacheError(
             f"{store.path} was made by something else ({difference}); choose another `name`, or replace it with "
@@ -264,4 +260,4 @@ def _unfinished_blocks(store: FeatureStore) -> list[np.ndarray]:
     for rows in pending:
         visited[rows] = True
     retried = np.flatnonzero((store.status == QUARANTINED) & ~visited)
-    return pending + list(st.pieces(retried, store.block_rows))
+    return pending + list(pieces(retried, store.block_rows))

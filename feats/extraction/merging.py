@@ -16,21 +16,14 @@ from typing import TypeVar
 
 import numpy as np
 
+from feats.cache_layout import ROW_FACTS
+from feats.cache_reader import DONE, PENDING, QUARANTINED, CacheError, CacheInUseError, fingerprint_difference
 from feats.errors import UsageError, reason_of
 from feats.extraction.agreement import POLL, join_lease
 from feats.extraction.leases import holder_of, host_name
 from feats.extraction.summary import Progress, Summary
 from feats.parts import PartedStore, joined_path, parts_folder, plan_path
-from feats.store import (
-    DONE,
-    PENDING,
-    QUARANTINED,
-    ROW_FACTS,
-    CacheError,
-    CacheInUseError,
-    FeatureStore,
-    fingerprint_difference,
-)
+from feats.store import FeatureStore
 
 Made = TypeVar("Made")
 COPY_BYTES = 64 << 20  # of features copied at a time, about; one block at least

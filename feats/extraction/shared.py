@@ -32,7 +32,6 @@ from feats.extraction.local import (
     count_rows,
     extract,
     make_cache,
-    reasons_path,
 )
 from feats.extraction.merging import merge, patiently
 from feats.extraction.plan import (
@@ -47,6 +46,7 @@ from feats.extraction.settings import ExtractionSettings
 from feats.extraction.summary import Progress, Summary
 from feats.parts import PartsPlan, is_plan_of, part_path, parts_folder, publish, read_plan
 from feats.pieces import Pieces, RowPieces
+from feats.quarantine import quarantine_path
 from feats.records import Pairs
 from feats.writing import made_as
 
@@ -198,7 +198,7 @@ def make_part(
             raise UsageError(f"{folder} was taken over by an extraction with other settings; nothing of it was changed")
         publish(unfinished, place)
     finally:
-        for left in (unfinished, reasons_path(unfinished), unfinished.with_name(unfinished.name + ".creating")):
+        for left in (unfinished, quarantine_path(unfinished), unfinished.with_name(unfinished.name + ".creating")):
             left.unlink(missing_ok=True)
     return counts
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from feats.store import quarantine_path
+from feats.quarantine import quarantine_path
 
 Progress = Callable[[int, int], None]  # rows done so far, rows to do
 

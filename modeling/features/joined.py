@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 import feats
+from feats.cache_reader import DONE, PENDING, CacheReader
 from feats.errors import UsageError
 from feats.names import cache_path, checked_cache
 from feats.parts import cache_paths, is_cache, open_cache
 from feats.source import SIDES
-from feats.store import DONE, PENDING, CacheReader
 from feats.strings import Labels, Strings, row_type
 from modeling.choices import FEATS
 from modeling.features.duplicates import Duplicates, duplicate_groups

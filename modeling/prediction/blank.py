@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
+from feats.cache_reader import DONE
 from feats.errors import UsageError
 from feats.extraction.local import extract
 from feats.extraction.settings import ExtractionSettings
 from feats.images import hash64
 from feats.leftovers import temporary_folder
 from feats.records import Record
-from feats.store import DONE, FeatureStore
+from feats.store import FeatureStore
 from modeling.features.joined import FeatureSet, FeatureSource, load_features
 from modeling.runs.encoders import encoder_of, essence
 

@@ -35,7 +35,7 @@ from feats.json_files import read_json, shape_of, shape_problem
 from feats.source import SIDES
 from feats.strings import BLOCK
 from feats.tensor_files import read_safetensors
-from feats.writing import replace_folder, settle, sync_tree, write_json
+from feats.writing import replace_folder, settle, sync_tree, unfinished_folder, write_json
 from modeling.choices import RUNS
 from modeling.features.corrections import corrections_digest, load_corrections, save_corrections
 from modeling.features.inputs import Preprocessing
@@ -45,7 +45,6 @@ from modeling.features.target import load_target
 from modeling.heads.base import HeadConfig, ablation_number, n_parameters
 from modeling.heads.registry import build_head, head_shapes
 from modeling.runs.run import Finetuned, FoldTest, Member, Report, Run, Stacking
-from modeling.runs.unfinished import unfinished_folder
 from modeling.training.config import TrainConfig, settings_read
 
 DEFAULT_FOLDER = RUNS

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from feats.cache_reader import fingerprint_difference
 from feats.errors import UsageError
 from feats.names import cache_path
 from feats.parts import is_cache
-from feats.store import fingerprint_difference
 from modeling.evaluation.metrics import softmax
 from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSet, FeatureSource, Ragged, content_digests

@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_tensor
 
 from feats.acceleration import DTYPES, compiled, dtype_name, resolve_device, resolve_dtype
+from feats.cache_reader import DONE
 from feats.encoders.base import Encoder
 from feats.encoders.registry import ENCODERS, load_encoder
 from feats.extraction.local import default_workers, extract
@@ -40,7 +41,7 @@ from feats.extraction.preparation import Images, Job, Preparation, prepare
 from feats.extraction.settings import ExtractionSettings
 from feats.images import ResizeCrop, read_image
 from feats.records import Record, read_dataset
-from feats.store import DONE, FeatureStore
+from feats.store import FeatureStore
 from feats.text import clean
 
 # embedding, resolution, vision layers, vision width, patch, context, vocabulary, text width, text heads, text layers

@@ -119,7 +119,8 @@ def timed(folder: Path, rows: int, rounds: int, device: str, wanted: Sequence[st
 
 def make_caches(folder: Path, rows: int) -> None:
     """A cache of both sides, its features a little different for each class."""
-    from feats.store import DONE, FeatureStore
+    from feats.cache_reader import DONE
+    from feats.store import FeatureStore
 
     rng = np.random.default_rng(0)
     labels = rng.integers(len(CLASSES), size=rows)

@@ -303,7 +303,7 @@ def change_dataset(rng: random.Random, file: h5py.File) -> None:
 
 def rewrite(rng: random.Random, path: Path) -> None:
     """The whole cache written anew, by its own rules, with other values: only what it says is wrong."""
-    from feats import store as format_of
+    from feats import cache_layout as layout
 
     with h5py.File(path) as file:
         data = {name: dataset[:] for name, dataset in file.items()}
@@ -315,11 +315,11 @@ def rewrite(rng: random.Random, path: Path) -> None:
         for name, values in data.items():
             if not values.size:  # no chunk can be of that
                 continue
-            dataset = format_of._new(file, name, values.shape, values.dtype, block_rows)
+            dataset = layout.new_dataset(file, name, values.shape, values.dtype, block_rows)
             dataset[...] = values
         for name, value in attributes.items():
             file.attrs[name] = value
-        indices = {name: format_of._index_digest(dataset) for name, dataset in file.items()}
+        indices = {name: layout.index_digest(dataset) for name, dataset in file.items()}
         file.attrs["chunk_indices"] = np.bytes_(json.dumps(indices))
         file.attrs["plan"] = np.bytes_(json.dumps({"block_rows": rng.choice([block_rows, block_rows, 0, -3, 10**12])}))
 

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from feats.store import DONE, FeatureStore
+from feats.cache_reader import DONE
+from feats.store import FeatureStore
 from feats.strings import Labels, Strings
 
 if TYPE_CHECKING:

@@ -12,10 +12,11 @@ from random import Random
 import numpy as np
 
 from feats import pixels_extract_feats, vader_extract_feats
+from feats.cache_reader import DONE, QUARANTINED
 from feats.errors import RowError, UsageError
 from feats.images import read_image
 from feats.records import Record, read_dataset
-from feats.store import DONE, QUARANTINED, FeatureStore
+from feats.store import FeatureStore
 from tests.fuzzing.folders import class_folders, course, mvsa
 from tests.fuzzing.mutations import odd_text, without_surrogates
 from tests.fuzzing.outcomes import ACCEPTED, INPUTS, OUTPUTS, Outcome, expect, judged
