@@ -19,7 +19,7 @@ _HOMES = {
     "FeatureSet": "modeling.features.joined",
     "HeadConfig": "modeling.heads.config",
     "Run": "modeling.runs.run",
-    "Split": "modeling.features.splits",
+    "Split": "modeling.features.stored_splits",
     "TrainConfig": "modeling.training.config",
     "TuneSettings": "modeling.finetuning.settings",
     "UsageError": "feats.errors",

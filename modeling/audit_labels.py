@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def work(args: Namespace) -> int:
     """Train on folds, rank the labels and write them; returns the exit status."""
     from modeling.auditing import suspects
-    from modeling.evaluation.metrics import format_table
+    from modeling.evaluation.text_tables import format_table
     from modeling.experiment import experiment_of_run, total_epochs
     from modeling.prediction.out_of_fold import single_split
 

@@ -71,7 +71,8 @@ def export_of(run: Run, args: Namespace) -> int:
     """As `export`, of a run that was read."""
     import numpy as np
 
-    from modeling.evaluation.metrics import confusion_matrix, confusion_text
+    from modeling.evaluation.metrics import confusion_matrix
+    from modeling.evaluation.text_tables import confusion_text
     from modeling.experiment import experiment_of_run, total_epochs
     from modeling.prediction.out_of_fold import labelled, out_of_fold, single_split, unseen_folds
     from modeling.runs.folder import PREDICTION_COLUMNS, prediction_rows

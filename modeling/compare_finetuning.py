@@ -131,7 +131,7 @@ def work(args: Namespace, command: str) -> int:
 
 def history(runs: Path) -> int:
     """Show what was finetuned before; returns the exit status."""
-    from modeling.evaluation.metrics import format_table
+    from modeling.evaluation.text_tables import format_table
     from modeling.finetuning import past
 
     rows = past.finetunings(runs)

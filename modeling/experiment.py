@@ -16,22 +16,16 @@ from feats.acceleration import deterministic, peak_bytes, resolve_device
 from feats.errors import UsageError
 from feats.source import SIDES
 from feats.strings import Labels, Strings
+from modeling.choices import SplitSettings
 from modeling.evaluation import metrics
 from modeling.features.corrections import corrected_words, read_corrections
+from modeling.features.dealing import deal_folds, fold_numbers
 from modeling.features.duplicates import Duplicates
 from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSet, FeatureSource, cached_widths, load_features
 from modeling.features.leaks import Leaks, find_leaks
-from modeling.features.splits import (
-    PARTS,
-    Split,
-    SplitSettings,
-    check_split,
-    deal_folds,
-    duplicates_of,
-    fold_numbers,
-    make_splits,
-)
+from modeling.features.splits import duplicates_of, make_splits
+from modeling.features.stored_splits import PARTS, Split, check_split
 from modeling.features.stream import Stream, StreamedInputs, streams
 from modeling.features.target import read_target
 from modeling.heads.base import HeadConfig, head_class

@@ -78,7 +78,7 @@ def work(args: Namespace) -> int:
 
 def work_of(run: Run, args: Namespace) -> int:
     """As `work`, of a run that was read."""
-    from modeling.evaluation.metrics import format_table
+    from modeling.evaluation.text_tables import format_table
     from modeling.experiment import experiment_of_run
     from modeling.search import learning_curve as curves
 

@@ -229,7 +229,7 @@ def search(args: Namespace, command: str) -> int:
 
 def search_on(experiment: Experiment, args: Namespace, grid: cli.Grid, command: str) -> int:
     """As `search`, on joined caches."""
-    from modeling.evaluation.metrics import format_table
+    from modeling.evaluation.text_tables import format_table
     from modeling.runs.folder import run_name, save_run
     from modeling.runs.tables import collapse_notes, report_tables
     from modeling.search import auto

@@ -19,7 +19,8 @@ from feats.errors import UsageError
 from modeling import inference_head, train_head
 from modeling.experiment import evaluate, fit_head
 from modeling.features.joined import load_features
-from modeling.features.splits import Split, make_folds, make_split
+from modeling.features.splits import make_folds, make_split
+from modeling.features.stored_splits import Split
 from modeling.heads.base import Head, HeadConfig
 from modeling.heads.registry import HEADS
 from modeling.runs.folder import load_run, newest_run, read_config

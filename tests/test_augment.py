@@ -12,7 +12,8 @@ from hypothesis import given, strategies as st
 
 from feats.csv_files import write_csv
 from feats.errors import UsageError
-from modeling.features.splits import Split, deal_split
+from modeling.features.dealing import deal_split
+from modeling.features.stored_splits import Split
 from modeling.finetuning.augment import PARTICLES, SYNONYMS, TextAugmentation, augment_text
 from modeling.finetuning.hard_rows import hard_rows
 from modeling.runs.folder import prediction_rows

@@ -12,7 +12,8 @@ from feats.cache_reader import QUARANTINED
 from feats.csv_files import LONGEST_CELL, parse_csv, read_csv, read_table, write_csv, write_rows, write_table
 from feats.store import FeatureStore
 from modeling.features.joined import Rows
-from modeling.features.splits import Split, read_split_file, save_split
+from modeling.features.split_files import read_split_file
+from modeling.features.stored_splits import Split, save_split
 from modeling.prediction.cached import Predictions, write_submission
 from modeling.runs.folder import read_predictions, write_predictions
 

@@ -14,7 +14,7 @@ from feats.errors import UsageError
 from feats.escapes import of_terminal, one_line, printable
 from feats.terminal import Asked, Progress, ask, showing
 from modeling import bad_cases, inference_head, train_head
-from modeling.evaluation.metrics import format_table
+from modeling.evaluation.text_tables import format_table
 
 EVIL = "a\x1b]0;owned\x07\x1b[2Jb\rc\x9b31m\u202ed\x7f"
 FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "\rx"]

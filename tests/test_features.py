@@ -13,9 +13,9 @@ from sklearn.preprocessing import StandardScaler, normalize
 from feats.cache_reader import DONE, QUARANTINED
 from feats.errors import UsageError
 from feats.store import FeatureStore
+from modeling.features.dealing import deal_split
 from modeling.features.joined import FeatureSet, FeatureSource, Ragged, iter_features, load_features
 from modeling.features.normalizer import Normalizer
-from modeling.features.splits import deal_split
 
 IDS = [f"{i}é" for i in range(40)]
 TAGS = [("happy", "sad", "")[i % 3] for i in range(40)]

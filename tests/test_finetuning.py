@@ -17,7 +17,7 @@ from sklearn import metrics
 from feats.encoders.registry import load_encoder
 from feats.errors import UsageError
 from modeling import HeadConfig, fit_head, load_features, make_split
-from modeling.features.splits import SplitSettings
+from modeling.choices import SplitSettings
 from modeling.finetuning.checkpoint import WorkFolder
 from modeling.finetuning.data import PairReader, Sample, epoch_samples
 from modeling.finetuning.model import PairModel

@@ -12,7 +12,8 @@ from feats.errors import UsageError
 from modeling.features.duplicates import EMPTY_TEXT_KEY
 from modeling.features.joined import FeatureSet, load_features
 from modeling.features.leaks import Twins, find_leaks
-from modeling.features.splits import Split, make_folds, make_split
+from modeling.features.splits import make_folds, make_split
+from modeling.features.stored_splits import Split
 
 IDS = [f"p{i}" for i in range(12)]
 TAGS = ["positive", "negative"] * 6

@@ -35,7 +35,7 @@ from modeling import compare_finetuning, finetune, sweep_heads
 from modeling.experiment import _downwards, _rows_apart
 from modeling.features.corrections import read_corrections
 from modeling.features.joined import FeatureSource, Rows
-from modeling.features.splits import read_split_file
+from modeling.features.split_files import read_split_file
 
 SECONDS = 60  # for what takes less than one; without its limit each took minutes to years
 

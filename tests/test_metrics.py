@@ -9,12 +9,11 @@ from scipy import special
 from scipy.optimize import minimize_scalar
 from scipy.stats import beta, binomtest
 
-from modeling.evaluation import metrics
+from modeling.evaluation import metrics, text_tables
 from modeling.evaluation.metrics import (
     confusion_matrix,
     expected_calibration_error,
     fit_temperature,
-    format_table,
     intervals,
     log_loss,
     majority_baseline,
@@ -22,6 +21,7 @@ from modeling.evaluation.metrics import (
     scores,
     softmax,
 )
+from modeling.evaluation.text_tables import format_table
 
 
 def example(n: int, n_classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -43,7 +43,7 @@ def example(n: int, n_classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarr
 def test_predicting_one_class_is_noticed(labels: list[int], predicted: list[int], expected: str | None):
     figures = metrics.figures(labels, np.eye(3)[predicted], ["a", "b", "c"], majority="b")
     assert figures["collapsed"] == expected
-    name = metrics.figure_rows(figures, "val")[0]["rows"]
+    name = text_tables.figure_rows(figures, "val")[0]["rows"]
     assert name == ("val (always b)" if expected else "val")
 
 
@@ -377,7 +377,7 @@ def test_the_rows_of_a_set_of_figures():
     """What is under a name, its intervals, and the majority."""
     labels, logits = example(100, 2)
     figures = metrics.figures(labels, softmax(logits), ["x", "y"], majority="y")
-    rows = metrics.figure_rows(figures, "val")
+    rows = text_tables.figure_rows(figures, "val")
     assert [row["rows"].strip() for row in rows] == ["val", "95 %", "always y"]
     for name in metrics.AVERAGES:
         low, high = figures["interval"][name]

@@ -17,9 +17,10 @@ from feats.images import hash64
 from feats.records import read_dataset
 from feats.text import duplicate_key
 from modeling import cli, finetune, sweep_heads, train_head
+from modeling.features.dealing import deal_split
 from modeling.features.duplicates import duplicate_groups
 from modeling.features.joined import load_features
-from modeling.features.splits import deal_split, read_split_file
+from modeling.features.split_files import read_split_file
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.studies import MODELS, TUNING_RECIPES
 from modeling.heads.base import HeadConfig

@@ -12,15 +12,10 @@ from scipy.sparse.csgraph import connected_components
 
 from feats.errors import UsageError
 from feats.images import hash64
+from modeling.features.dealing import deal_folds, deal_split
 from modeling.features.duplicates import EMPTY_TEXT_KEY, duplicate_groups
-from modeling.features.splits import (
-    Split,
-    deal_folds,
-    deal_split,
-    load_split,
-    read_split_file,
-    save_split,
-)
+from modeling.features.split_files import read_split_file
+from modeling.features.stored_splits import Split, load_split, save_split
 
 COUNTS = {"positive": 2388, "negative": 1193, "neutral": 419}  # MVSA-Single's
 RNG = np.random.default_rng(0)
@@ -551,7 +546,7 @@ def test_splits_are_those_of_every_version(seed: int, grouped: bool):
 
 @pytest.mark.parametrize(("limit", "most"), [("MAX_JSON_IDS", 3), ("MAX_JSON_BYTES", 5)])
 def test_ids_of_large_splits_lie_beside(limit: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(f"modeling.features.splits.{limit}", most)
+    monkeypatch.setattr(f"modeling.features.stored_splits.{limit}", most)
     folds = [Split(["a", "é"], ["c"], ["d"], {"fold": 1}), Split(["c", "d"], ["a", "é"], [], {"fold": 2})]
     for name, split in (("one", folds[0]), ("folds", folds)):
         save_split(split, tmp_path / f"{name}.json")

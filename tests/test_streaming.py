@@ -18,12 +18,12 @@ from sklearn.linear_model import LogisticRegression
 from feats.errors import UsageError
 from feats.memory import available_bytes
 from modeling import inference_head, sweep_heads, train_head
+from modeling.choices import SplitSettings
 from modeling.experiment import Experiment, ExperimentSettings, load_experiment, train_run
 from modeling.features import stream as streaming
 from modeling.features.inputs import Inputs, Preprocessing
 from modeling.features.joined import FeatureSource, load_features
 from modeling.features.normalizer import Moments
-from modeling.features.splits import SplitSettings
 from modeling.features.stream import Stream, ahead, streams
 from modeling.heads.base import HeadConfig
 from modeling.heads.registry import build_head

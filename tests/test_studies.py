@@ -21,7 +21,7 @@ from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from feats.encoders.base import Encoder
 from feats.encoders.registry import ENCODERS, load_encoder
-from modeling.features.splits import SplitSettings
+from modeling.choices import SplitSettings
 from modeling.finetuning.pairs import DataPlace
 from modeling.finetuning.scratch import untrained_text, untrained_vit
 from modeling.finetuning.settings import TuneSettings

@@ -22,7 +22,7 @@ from modeling import (
     sweep_heads,
     train_head,
 )
-from modeling.evaluation.metrics import confusion_text, format_table
+from modeling.evaluation.text_tables import confusion_text, format_table
 from modeling.runs.folder import newest_run
 
 # Beside these scripts the package has functions of their names.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from modeling.evaluation.metrics import format_table
+from modeling.evaluation.text_tables import format_table
 from modeling.explanations.explanation import Explanation, MethodCheck, PartExplanation
 from modeling.explanations.methods import METHODS, OCCLUSION
 

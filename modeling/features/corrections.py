@@ -11,7 +11,7 @@ from feats.csv_files import numbered_csv, read_table, unquoted, write_csv
 from feats.errors import UsageError
 from feats.regular import check_regular
 from modeling.features.joined import FeatureSet, Rows
-from modeling.features.splits import Split
+from modeling.features.stored_splits import Split
 
 COLUMNS = ("id", "label")
 # The columns that may say a label, the first that isn't empty wins. A label audit has `given`, the label it audited:

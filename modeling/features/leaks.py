@@ -10,7 +10,7 @@ import numpy as np
 from feats.strings import Strings
 from modeling.features.duplicates import IMAGE_UNKNOWN, TEXT_UNKNOWN, duplicate_sets, set_sizes
 from modeling.features.joined import FeatureSet
-from modeling.features.splits import PARTS, Split
+from modeling.features.stored_splits import PARTS, Split
 
 UNKNOWN = "unknown"
 TRAIN, VAL, TEST = range(len(PARTS))

@@ -33,7 +33,8 @@ from feats.json_files import read_json
 from feats.writing import cant_write, write_json
 from modeling.choices import METHODS as METHODS
 from modeling.experiment import Experiment, Progress, run_of, train_all
-from modeling.features.splits import Split, deal_folds, deal_split
+from modeling.features.dealing import deal_folds, deal_split
+from modeling.features.stored_splits import Split
 from modeling.finetuning.settings import TuneSettings
 from modeling.runs.folder import TEST_PREDICTIONS, is_whole, save_run
 from modeling.runs.run import Run

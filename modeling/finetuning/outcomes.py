@@ -19,7 +19,7 @@ from feats.errors import UsageError
 from feats.extraction.plan import fingerprint_of
 from feats.extraction.settings import ExtractionSettings
 from feats.source import SIDES
-from modeling.evaluation import metrics
+from modeling.evaluation import metrics, text_tables
 from modeling.experiment import TEMPERATURES, protocol, split_figures
 from modeling.features.corrections import corrected_words
 from modeling.features.joined import DEFAULT_FOLDER, FeatureSource
@@ -259,7 +259,7 @@ def against_start(start: Start, frozen: Report, tuned: Report, monitor: str) -> 
     low, high = np.quantile(differences, [0.025, 0.975])
     on = f"{len(labels)} {'test rows' if part == 'test' else 'validation rows, by which both were also chosen'}"
     return (
-        f"{metrics.format_table(rows, [part, *metrics.AVERAGES])}\n\n{figure} of the tuned model "
+        f"{text_tables.format_table(rows, [part, *metrics.AVERAGES])}\n\n{figure} of the tuned model "
         f"{rows[1][figure] - rows[0][figure]:+.3f} to its frozen head's, 95 % {low:+.3f} to {high:+.3f}, "
         f"p {metrics.two_sided_p(differences):.3f} (paired bootstrap, {on})"
     )

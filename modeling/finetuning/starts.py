@@ -16,11 +16,13 @@ from feats.errors import UsageError
 from feats.records import Pairs, read_dataset
 from feats.source import SIDES
 from feats.text import clean
+from modeling.choices import SplitSettings
 from modeling.experiment import Experiment, experiment_of_run
 from modeling.features.inputs import Inputs, Preprocessing
 from modeling.features.joined import FeatureSource, Ragged
 from modeling.features.normalizer import Normalizer
-from modeling.features.splits import Split, SplitSettings, make_splits
+from modeling.features.splits import make_splits
+from modeling.features.stored_splits import Split
 from modeling.finetuning.data import rows_as_features
 from modeling.finetuning.model import PairModel, checked_side
 from modeling.finetuning.pairs import DataPlace, records_of

@@ -11,7 +11,7 @@ import numpy as np
 from feats.csv_files import write_table
 from feats.errors import UsageError
 from feats.writing import write_text
-from modeling.evaluation import metrics
+from modeling.evaluation import metrics, text_tables
 from modeling.experiment import Experiment
 from modeling.finetuning.comparison import FROZEN, STARTED, Cell
 from modeling.runs.folder import TEST_PREDICTIONS, read_config, read_metrics, read_predictions
@@ -81,10 +81,10 @@ class Comparison:
 
     def text(self, markdown: bool = False) -> str:
         """All of it, the verdict last."""
-        parts = [metrics.format_table(self.rows, self.columns, markdown=markdown)]
+        parts = [text_tables.format_table(self.rows, self.columns, markdown=markdown)]
         if self.points:
             columns = list(dict.fromkeys(name for row in self.points for name in row))
-            parts.append(metrics.format_table(self.points, columns, markdown=markdown))
+            parts.append(text_tables.format_table(self.points, columns, markdown=markdown))
         return "\n\n".join([*parts, "\n".join(f"- {note}" for note in self.notes), self.verdict])
 
     def write(self, folder: Path) -> None:

@@ -17,7 +17,7 @@ from feats.errors import UsageError
 from feats.source import SIDES
 from feats.strings import BLOCK
 from modeling.choices import TIE as TIE, VOTES as VOTES, VoteSettings as VoteSettings
-from modeling.evaluation import metrics
+from modeling.evaluation import metrics, text_tables
 from modeling.features.joined import FeatureSet, FeatureSource, Rows, differing_labels, iter_features
 from modeling.features.target import RAW
 from modeling.runs.files import check_replaceable, user_file
@@ -325,7 +325,7 @@ def distribution_table(predictions: Predictions) -> str:
         {"predicted": name, "rows": count, "share": count / len(predictions)}
         for name, count in zip(predictions.classes, counts, strict=True)
     ]
-    return metrics.format_table(rows, ["predicted", "rows", "share"])
+    return text_tables.format_table(rows, ["predicted", "rows", "share"])
 
 
 def row_line(predictions: Predictions, row: int) -> str:
@@ -360,7 +360,7 @@ def figures_table(figures: dict[str, Any], predictions: Predictions) -> str:
     """Figures of `figures_of` with their 95 % intervals and the majority baseline; of probabilities, also log-loss and
     ECE."""
     columns = ["rows", "n", *metrics.AVERAGES, *(["log_loss", "ece"] if predictions.vote == "soft" else [])]
-    return metrics.format_table(metrics.figure_rows(figures, predictions.split), columns)
+    return text_tables.format_table(text_tables.figure_rows(figures, predictions.split), columns)
 
 
 def known_rows(runs: Sequence[Run], predictions: Predictions) -> int:

@@ -11,7 +11,8 @@ import numpy as np
 
 from feats.errors import UsageError
 from modeling.experiment import Experiment, Progress, train_all
-from modeling.features.splits import Split, deal_split
+from modeling.features.dealing import deal_split
+from modeling.features.stored_splits import Split
 from modeling.runs.run import Run
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from feats.csv_files import write_table
 from feats.errors import CantWriteError, UsageError
 from feats.writing import write_text
-from modeling.choices import SEEDS as SEEDS
-from modeling.evaluation import metrics
+from modeling.choices import SEEDS as SEEDS, SplitSettings
+from modeling.evaluation import metrics, text_tables
 from modeling.experiment import (
     Experiment,
     ExperimentSettings,
@@ -23,7 +23,6 @@ from modeling.experiment import (
     train_all as train,
 )
 from modeling.features.joined import DEFAULT_FOLDER, FeatureSource
-from modeling.features.splits import SplitSettings
 from modeling.heads.base import HeadConfig, ablation_words, head_class
 from modeling.prediction.ablation import ablation_eval, absence
 from modeling.reproduction.published import Row, Study, Table, ends
@@ -253,7 +252,7 @@ class Comparison:
     def text(self, markdown: bool = False) -> str:
         """What a terminal shows, or Markdown."""
         heading = f"## {self.title}" if markdown else self.title
-        table = metrics.format_table(self.rows, self.columns, markdown=markdown)
+        table = text_tables.format_table(self.rows, self.columns, markdown=markdown)
         return "\n\n".join([heading, table, "\n".join(f"- {note}" for note in self.notes)])
 
     def write(self, folder: Path) -> None:

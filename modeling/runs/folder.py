@@ -40,7 +40,7 @@ from modeling.choices import RUNS
 from modeling.features.corrections import corrections_digest, load_corrections, save_corrections
 from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSource
-from modeling.features.splits import load_split, save_split
+from modeling.features.stored_splits import load_split, save_split
 from modeling.features.target import load_target
 from modeling.heads.base import HeadConfig, ablation_number, n_parameters
 from modeling.heads.registry import build_head, head_shapes

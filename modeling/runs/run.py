@@ -19,7 +19,7 @@ from feats.parts import is_cache
 from modeling.evaluation.metrics import softmax
 from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSet, FeatureSource, Ragged, content_digests
-from modeling.features.splits import Split
+from modeling.features.stored_splits import Split
 from modeling.features.target import RAW, Target
 from modeling.heads.base import Head, n_parameters
 from modeling.training.config import TrainConfig

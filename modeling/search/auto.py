@@ -17,7 +17,7 @@ from feats.source import SIDES
 from modeling.evaluation import metrics
 from modeling.experiment import Experiment, Progress, needed_source, report_of
 from modeling.features.inputs import Preprocessing
-from modeling.features.splits import Split
+from modeling.features.stored_splits import Split
 from modeling.heads.base import head_class
 from modeling.runs.run import Member, Run, Stacking, opinion
 from modeling.training.closed_form import MAX_KERNEL_ROWS, fit_logistic

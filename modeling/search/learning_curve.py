@@ -20,7 +20,7 @@ from feats.errors import UsageError
 from modeling.choices import CURVE_FILE, DRAWS as DRAWS, SHARES as SHARES
 from modeling.evaluation import metrics
 from modeling.experiment import Experiment, Progress, train_all
-from modeling.features.splits import Split
+from modeling.features.stored_splits import Split
 from modeling.heads.base import head_class
 from modeling.runs.files import user_file
 from modeling.runs.run import Run

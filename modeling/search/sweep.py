@@ -15,7 +15,7 @@ from feats.errors import UsageError, first_line
 from feats.json_files import read_json
 from feats.source import SIDES
 from feats.writing import write_json, write_text
-from modeling.evaluation import metrics
+from modeling.evaluation import metrics, text_tables
 from modeling.experiment import Experiment
 from modeling.features.corrections import corrected_words
 from modeling.heads.base import ABLATIONS, ablation_number, ablation_words, head_class
@@ -166,17 +166,17 @@ class Tables:
         columns = ["#", *self.columns[:k], *own, self.by, *(name for name in self.columns[tests:] if name != "gain")]
         each = "" if own else f", {seeds[0]} seeds each" if seeds[0] > 1 else ", one seed each"
         title = f"validation rows, best {self.by} first{each}; all figures in table.csv"
-        parts = [f"{title}\n\n{metrics.format_table(rows, columns)}"]
+        parts = [f"{title}\n\n{text_tables.format_table(rows, columns)}"]
         parts[0] += f"\n... and {more} more in table.csv" if more > 0 else ""
-        parts += [f"{title}\n{metrics.format_table(*pivot)}" for title, pivot in self.pivots.items()]
+        parts += [f"{title}\n{text_tables.format_table(*pivot)}" for title, pivot in self.pivots.items()]
         return "\n\n".join([*parts, self.notes])
 
     def write(self, folder: Path, *, safe: bool = False) -> None:
         """table.csv, with every number in full, and table.md; `safe` as in `feats.csv_files.write_rows`."""
         write_table(folder / TABLE, self.rows, safe=safe)
-        parts = [metrics.format_table(rows, columns, markdown=True) for rows, columns in self._of_rows()]
+        parts = [text_tables.format_table(rows, columns, markdown=True) for rows, columns in self._of_rows()]
         parts += [
-            f"### {title}\n\n{metrics.format_table(*pivot, markdown=True)}" for title, pivot in self.pivots.items()
+            f"### {title}\n\n{text_tables.format_table(*pivot, markdown=True)}" for title, pivot in self.pivots.items()
         ]
         write_text(folder / MARKDOWN, "\n\n".join([*parts, self.notes]) + "\n")
 
@@ -299,7 +299,7 @@ def _entry(folder: Path, setting: TrainConfig, runs: Sequence[str], monitor: str
         "best_epoch": _spread_of(members, "best_epoch"),
         "epochs": _spread_of(members, "epochs"),
         "seeds": len(runs),
-        **{name: summary[name]["mean"] for name in metrics.SHOWN_AVERAGES},
+        **{name: summary[name]["mean"] for name in text_tables.SHOWN_AVERAGES},
         "±": summary[monitor]["std"],
         "log_loss": summary["log_loss"]["mean"],
         "run": runs[0],

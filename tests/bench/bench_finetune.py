@@ -41,7 +41,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast, RobertaConfig
 
 from feats.acceleration import dtype_name, resolve_device
 from feats.records import Record, read_dataset
-from modeling.features.splits import SplitSettings
+from modeling.choices import SplitSettings
 from modeling.finetuning import trunk
 from modeling.finetuning.checkpoint import Tensors, WorkFolder
 from modeling.finetuning.data import epoch_samples

@@ -681,7 +681,8 @@ def try_json(rng: random.Random, place: Place) -> Any:
     from feats.config_file import made_by, read_options
     from feats.extraction.leases import holder_of
     from feats.parts import PartsPlan, open_cache, part_path, parts_folder, plan_path
-    from modeling.features.splits import load_split, read_split_file
+    from modeling.features.split_files import read_split_file
+    from modeling.features.stored_splits import load_split
     from modeling.finetuning.checkpoint import WorkFolder
 
     ids = [f"p{k}" for k in range(12)]

@@ -12,7 +12,7 @@ from feats.csv_files import write_csv
 from feats.strings import Strings
 from modeling.features.corrections import read_corrections
 from modeling.features.joined import Rows
-from modeling.features.splits import read_split_file
+from modeling.features.split_files import read_split_file
 from tests.fuzzing.mutations import encoded, mutated, odd_text, odd_value, without_surrogates
 from tests.fuzzing.outcomes import Outcome, expect, judged, made
 
