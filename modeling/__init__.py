@@ -12,8 +12,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for these two a type checker would find the scripts of the same names
-    from modeling.runs.folder import list_runs as list_runs
     from modeling.runs.leaderboard import compare_runs as compare_runs
+    from modeling.runs.listing import list_runs as list_runs
 
 _HOMES = {
     "FeatureSet": "modeling.features.joined",
@@ -28,12 +28,12 @@ _HOMES = {
     "evaluate": "modeling.experiment",
     "finetune_model": "modeling.finetuning.finetune",
     "fit_head": "modeling.experiment",
-    "list_runs": "modeling.runs.folder",
-    "load_features": "modeling.features.joined",
+    "list_runs": "modeling.runs.listing",
+    "load_features": "modeling.features.loading",
     "load_run": "modeling.runs.folder",
     "make_folds": "modeling.features.splits",
     "make_split": "modeling.features.splits",
-    "newest_run": "modeling.runs.folder",
+    "newest_run": "modeling.runs.listing",
     "start_from_encoders": "modeling.finetuning.starts",
     "start_from_run": "modeling.finetuning.starts",
 }

@@ -75,7 +75,8 @@ def export_of(run: Run, args: Namespace) -> int:
     from modeling.evaluation.text_tables import confusion_text
     from modeling.experiment import experiment_of_run, total_epochs
     from modeling.prediction.out_of_fold import labelled, out_of_fold, single_split, unseen_folds
-    from modeling.runs.folder import PREDICTION_COLUMNS, prediction_rows
+    from modeling.runs.config import PREDICTION_COLUMNS
+    from modeling.runs.folder import prediction_rows
 
     split = single_split(run)
     out = args.out or run.folder / "bad_cases.csv"

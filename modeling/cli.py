@@ -408,7 +408,7 @@ def grid_from(args: Namespace, **fixed: Any) -> Grid:
 
 def _all_heads(source: FeatureSource, ablations: Sequence[tuple[str, ...]]) -> list[str]:
     """The heads that need no token features, and those whose needs the caches meet under each of the `ablations`."""
-    from modeling.features.joined import cached_widths
+    from modeling.features.cache_facts import cached_widths
     from modeling.heads.base import head_class
 
     widths = cached_widths(source, "train")
@@ -515,7 +515,8 @@ def split_settings(args: Namespace, recipe: Mapping[str, Any] = {}) -> SplitSett
 def feature_source(args: Namespace) -> FeatureSource:
     """The caches of each side. With --ttype alone there is no image side; without it the text side comes from the image
     side's caches that have one; without both they are CLIP's."""
-    from modeling.features.joined import FeatureSource, caches_with
+    from modeling.features.cache_facts import caches_with
+    from modeling.features.joined import FeatureSource
 
     image = args.vtype if args.vtype is not None else [] if args.ttype else ["clip"]
     text = args.ttype if args.ttype is not None else caches_with("text", args.feats, "train", image)

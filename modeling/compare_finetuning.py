@@ -237,7 +237,7 @@ def finetuning(args: Namespace, cell: Cell, experiment: Experiment) -> list[str]
 def cell_line(cell: Cell) -> str:
     """What a finished cell came to on its validation rows."""
     from modeling.evaluation.metrics import collapsed_class, marked
-    from modeling.runs.folder import read_metrics
+    from modeling.runs.config import read_metrics
 
     figures = read_metrics(cell.path)["val"]
     shown = ", ".join(f"{name.replace('_', ' ')} {figures[name]:.3f}" for name in ("accuracy", "macro_f1"))

@@ -18,12 +18,14 @@ from feats.source import SIDES
 from feats.strings import Labels, Strings
 from modeling.choices import SplitSettings
 from modeling.evaluation import metrics
+from modeling.features.cache_facts import cached_widths
 from modeling.features.corrections import corrected_words, read_corrections
 from modeling.features.dealing import deal_folds, fold_numbers
 from modeling.features.duplicates import Duplicates
 from modeling.features.inputs import Preprocessing
-from modeling.features.joined import FeatureSet, FeatureSource, cached_widths, load_features
+from modeling.features.joined import FeatureSet, FeatureSource
 from modeling.features.leaks import Leaks, find_leaks
+from modeling.features.loading import load_features
 from modeling.features.splits import duplicates_of, make_splits
 from modeling.features.stored_splits import PARTS, Split, check_split
 from modeling.features.stream import Stream, StreamedInputs, streams

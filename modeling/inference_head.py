@@ -168,7 +168,8 @@ def score_without_sides(args: Namespace) -> int:
     --split; returns the exit status."""
     from feats.acceleration import resolve_device
     from modeling.experiment import experiment_of_run
-    from modeling.features.joined import are_complete, load_features
+    from modeling.features.cache_facts import are_complete
+    from modeling.features.loading import load_features
     from modeling.prediction.ablation import ablation_eval, ablation_of_rows
     from modeling.runs.tables import ablation_table
 

@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def work(args: Namespace) -> int:
     """Show the runs; returns the exit status."""
     from modeling.runs.entries import find_entries
-    from modeling.runs.folder import warn_of
     from modeling.runs.layouts import runs_table
+    from modeling.runs.listing import warn_of
 
     entries, bad = find_entries(args.runs)
     warn_of(bad)

@@ -123,7 +123,8 @@ def train(
     """Train what isn't finished of some configurations, with all seeds, on data of the digest `data`; returns the run
     of each training by name, and why those diverged that did."""
     from modeling.experiment import measured, run_of, train_all
-    from modeling.runs.folder import is_whole, save_run
+    from modeling.runs.config import is_whole
+    from modeling.runs.folder import save_run
     from modeling.runs.tables import cost_line
     from modeling.search import sweep
 

@@ -12,7 +12,8 @@ from caches import CLASSES, make_cache
 
 from modeling import train_head
 from modeling.evaluation import metrics
-from modeling.runs.folder import newest_run, write_predictions
+from modeling.runs.folder import write_predictions
+from modeling.runs.listing import newest_run
 
 SHORT = ["--head", "concat", "--D", "4", "--ep", "1", "--bs", "32", "--val-ratio", "0.3"]
 

@@ -22,10 +22,12 @@ from feats.images import decode_image, hash64
 from feats.store import FeatureStore
 from modeling import inference_head, train_head
 from modeling.evaluation import metrics
-from modeling.features.joined import FeatureSet, Ragged, load_features
+from modeling.features.joined import FeatureSet, Ragged
+from modeling.features.loading import load_features
 from modeling.prediction import blank
 from modeling.prediction.ablation import mean_row, without
-from modeling.runs.folder import list_runs, load_run
+from modeling.runs.folder import load_run
+from modeling.runs.listing import list_runs
 from modeling.runs.run import Run
 
 ROWS, TEST_ROWS, COLUMNS = 45, 12, 32

@@ -18,12 +18,14 @@ from feats import minilm_extract_feats
 from feats.errors import UsageError
 from modeling import inference_head, train_head
 from modeling.experiment import evaluate, fit_head
-from modeling.features.joined import load_features
+from modeling.features.loading import load_features
 from modeling.features.splits import make_folds, make_split
 from modeling.features.stored_splits import Split
 from modeling.heads.base import Head, HeadConfig
 from modeling.heads.registry import HEADS
-from modeling.runs.folder import load_run, newest_run, read_config
+from modeling.runs.config import read_config
+from modeling.runs.folder import load_run
+from modeling.runs.listing import newest_run
 from modeling.runs.run import Run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -17,7 +17,8 @@ from sklearn.preprocessing import StandardScaler
 from modeling import bad_cases, sweep_heads, train_head
 from modeling.experiment import Experiment, experiment_of_run
 from modeling.prediction.out_of_fold import unseen_folds
-from modeling.runs.folder import load_run, newest_run, read_predictions
+from modeling.runs.folder import load_run, read_predictions
+from modeling.runs.listing import newest_run
 
 SHORT = ["--ep", "4", "--D", "8", "--bs", "16", "--lr", "1e-2"]
 WRONG = ("p0", "p7", "p16", "p33")  # rows whose label is not what their features say

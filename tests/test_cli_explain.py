@@ -11,7 +11,7 @@ from conftest import ENVIRONMENT, ROOT
 from PIL import Image
 
 from modeling import explain, inference_head, train_head
-from modeling.runs.folder import newest_run
+from modeling.runs.listing import newest_run
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from feats.exchange import foreign, npy_folders, parquet_files
 from feats.extraction.local import extract
 from feats.store import FeatureStore
 from modeling.experiment import fit_head
-from modeling.features.joined import load_features
+from modeling.features.loading import load_features
 from modeling.features.splits import make_split
 
 FACTS = [name for side in ROW_FACTS.values() for name in side]

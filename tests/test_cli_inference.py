@@ -21,11 +21,12 @@ from feats.cache_reader import DONE, QUARANTINED
 from feats.store import FeatureStore
 from modeling import bad_cases, inference_head, train_head
 from modeling.evaluation import metrics
-from modeling.features.joined import load_features
+from modeling.features.loading import load_features
 from modeling.prediction import cached as prediction
 from modeling.prediction.cached import VoteSettings
 from modeling.runs.choosing import open_runs
-from modeling.runs.folder import list_runs, load_run, newest_run
+from modeling.runs.folder import load_run
+from modeling.runs.listing import list_runs, newest_run
 
 CLASSES = ["negative", "neutral", "positive"]
 WIDTHS = {"pix": ("image_feats", 6), "words": ("text_feats", 4)}

@@ -16,7 +16,7 @@ from test_report import EVIL, fast
 
 from feats import pixels_extract_feats, vader_extract_feats
 from modeling import audit_labels, make_report, train_head
-from modeling.runs.folder import newest_run
+from modeling.runs.listing import newest_run
 
 
 def train(root: Path, *argv: str) -> Path:

@@ -18,7 +18,7 @@ from caches import light_course, pair_options, submission
 from conftest import ENVIRONMENT, ROOT
 
 from modeling import inference_head, serve
-from modeling.runs.folder import list_runs
+from modeling.runs.listing import list_runs
 
 SCRIPT = str(ROOT / "modeling" / "serve.py")
 

@@ -29,10 +29,11 @@ from feats.errors import UsageError
 from feats.store import FeatureStore
 from feats.strings import Labels
 from modeling import cli, experiment as ex, sweep_heads, train_head
-from modeling.features.joined import load_features
+from modeling.features.loading import load_features
 from modeling.heads.base import ABLATIONS
 from modeling.heads.registry import HEADS
-from modeling.runs.folder import load_run, newest_run, read_predictions
+from modeling.runs.folder import load_run, read_predictions
+from modeling.runs.listing import newest_run
 from modeling.search import auto, sweep as sweep_module
 from modeling.search.sweep import best_run
 from modeling.training import closed_form

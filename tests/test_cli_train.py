@@ -23,10 +23,11 @@ from sklearn.preprocessing import StandardScaler, normalize
 
 from modeling import experiment as ex, train_head
 from modeling.evaluation.metrics import softmax
-from modeling.features.joined import load_features
+from modeling.features.loading import load_features
 from modeling.heads.registry import HEADS
 from modeling.runs import folder as run_folder
-from modeling.runs.folder import load_run, newest_run, read_predictions
+from modeling.runs.folder import load_run, read_predictions
+from modeling.runs.listing import newest_run
 from modeling.training.config import settings_read
 
 SHORT = ["--ep", "3", "--D", "8", "--bs", "32", "--lr", "1e-2"]

@@ -19,7 +19,7 @@ from modeling.report.comparison import (
     p_words,
     read_comparison,
 )
-from modeling.runs.folder import read_metrics
+from modeling.runs.config import read_metrics
 
 GRID = ["--head", "fusion", "mlp", "linear", "--D", "4", "8", "--lr", "1e-3", "1e-2", "--ablation", "0", "1"]
 SHORT = ["--ep", "2", "--bs", "32", "--val-ratio", "0.3", "--C", "0.1", "--monitor", "macro_f1"]

@@ -18,9 +18,9 @@ from feats import minilm_extract_feats, vader_extract_feats
 from feats.cli import ScriptParser, data_place
 from modeling import finetune, inference_head, sweep_heads, train_head
 from modeling.experiment import fit_head
-from modeling.features.joined import load_features
+from modeling.features.loading import load_features
 from modeling.features.splits import make_split
-from modeling.runs.folder import list_runs
+from modeling.runs.listing import list_runs
 
 each_script = pytest.mark.parametrize("name", [dotted(path) for path in SCRIPTS])
 

@@ -19,7 +19,8 @@ from modeling.experiment import fit_head
 from modeling.features.corrections import read_corrections
 from modeling.features.joined import Rows
 from modeling.features.splits import make_split
-from modeling.runs.folder import load_run, newest_run
+from modeling.runs.folder import load_run
+from modeling.runs.listing import newest_run
 
 HEADS = {
     "linear": ["--head", "linear", "--norm", "standard"],

@@ -15,10 +15,11 @@ from feats.acceleration import WORKSPACE, deterministic
 from feats.errors import UsageError
 from modeling import finetune, sweep_heads, train_head
 from modeling.experiment import fit_head
-from modeling.features.joined import load_features
+from modeling.features.loading import load_features
 from modeling.features.splits import make_split
 from modeling.heads.study_d import Fusion
-from modeling.runs.folder import list_runs, load_run
+from modeling.runs.folder import load_run
+from modeling.runs.listing import list_runs
 
 
 def state() -> dict[str, Any]:

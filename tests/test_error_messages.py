@@ -13,7 +13,7 @@ from feats.cli import no_weights_lines
 from feats.encoders.registry import ENCODERS
 from feats.encoders.weights import unobtainable
 from modeling import inference_head, train_head
-from modeling.runs.folder import list_runs
+from modeling.runs.listing import list_runs
 
 QUICK = ("--device", "cpu", "--head", "mlp", "--D", "4", "--ep", "1", "--val-ratio", "0.3")
 

@@ -37,8 +37,9 @@ from modeling.explanations.maps import grad_cam, grad_cam_layer, gradient_attent
 from modeling.explanations.methods import ATTENTION, GRAD_CAM, INTEGRATED_GRADIENTS, OCCLUSION
 from modeling.explanations.perturbing import PerturbedPicture, PerturbedText, word_spans
 from modeling.explanations.token_gradients import integrated_gradients, word_tokens
-from modeling.features.joined import load_features
-from modeling.runs.folder import load_run, newest_run
+from modeling.features.loading import load_features
+from modeling.runs.folder import load_run
+from modeling.runs.listing import newest_run
 from modeling.runs.run import Run, Stacking
 
 CPU = torch.device("cpu")

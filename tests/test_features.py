@@ -14,7 +14,8 @@ from feats.cache_reader import DONE, QUARANTINED
 from feats.errors import UsageError
 from feats.store import FeatureStore
 from modeling.features.dealing import deal_split
-from modeling.features.joined import FeatureSet, FeatureSource, Ragged, iter_features, load_features
+from modeling.features.joined import FeatureSet, FeatureSource, Ragged
+from modeling.features.loading import iter_features, load_features
 from modeling.features.normalizer import Normalizer
 
 IDS = [f"{i}é" for i in range(40)]

@@ -39,12 +39,13 @@ from feats.records import read_dataset
 from feats.store import FeatureStore
 from modeling import inference_head, sweep_heads, train_head
 from modeling.experiment import evaluate, fit_head
-from modeling.features.joined import load_features
+from modeling.features.loading import load_features
 from modeling.features.splits import make_folds, make_split
 from modeling.heads.base import HeadConfig
 from modeling.heads.layers import Linear, initialise, set_product_dtype
 from modeling.heads.registry import HEADS
-from modeling.runs.folder import newest_run, read_predictions
+from modeling.runs.folder import read_predictions
+from modeling.runs.listing import newest_run
 from modeling.training import gradient, graphs
 from modeling.training.closed_form import fit_kernel, fit_logistic
 from modeling.training.config import TrainConfig

@@ -24,8 +24,8 @@ from modeling import compare_runs
 from modeling.evaluation import metrics
 from modeling.runs.choosing import open_runs, run_path
 from modeling.runs.entries import find_entries
-from modeling.runs.folder import list_runs, newest_run
 from modeling.runs.layouts import LAYOUTS
+from modeling.runs.listing import list_runs, newest_run
 
 N = 200
 LABELS = labels_of(N)

@@ -10,8 +10,9 @@ from caches import make_cache
 
 from feats.errors import UsageError
 from modeling.features.duplicates import EMPTY_TEXT_KEY
-from modeling.features.joined import FeatureSet, load_features
+from modeling.features.joined import FeatureSet
 from modeling.features.leaks import Twins, find_leaks
+from modeling.features.loading import load_features
 from modeling.features.splits import make_folds, make_split
 from modeling.features.stored_splits import Split
 

@@ -19,12 +19,13 @@ from feats.errors import UsageError
 from modeling import learning_curve as script, train_head
 from modeling.evaluation.metrics import interval_of_mean
 from modeling.experiment import Experiment, train_all
-from modeling.features.joined import load_features
+from modeling.features.loading import load_features
 from modeling.features.splits import make_folds, make_split
 from modeling.features.stored_splits import Split
 from modeling.heads.base import HeadConfig
 from modeling.report.curves import learning_curve_section
-from modeling.runs.folder import load_run, newest_run
+from modeling.runs.folder import load_run
+from modeling.runs.listing import newest_run
 from modeling.search import learning_curve as curves
 from modeling.training.config import TrainConfig
 

@@ -19,13 +19,14 @@ from feats.text import duplicate_key
 from modeling import cli, finetune, sweep_heads, train_head
 from modeling.features.dealing import deal_split
 from modeling.features.duplicates import duplicate_groups
-from modeling.features.joined import load_features
+from modeling.features.loading import load_features
 from modeling.features.split_files import read_split_file
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.studies import MODELS, TUNING_RECIPES
 from modeling.heads.base import HeadConfig
 from modeling.heads.registry import HEADS
-from modeling.runs.folder import load_run, newest_run, read_predictions
+from modeling.runs.folder import load_run, read_predictions
+from modeling.runs.listing import newest_run
 from modeling.training.config import TrainConfig, flat
 from modeling.training.recipes import RECIPES
 

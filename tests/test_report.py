@@ -30,7 +30,8 @@ from modeling.report.page import check_page, write_page
 from modeling.report.sections import Section
 from modeling.report.style import figure_file, plain_svg
 from modeling.report.template import part, script_json
-from modeling.runs.folder import load_run, newest_run
+from modeling.runs.folder import load_run
+from modeling.runs.listing import newest_run
 
 EVIL = '<script>alert("x")</script>&"\''
 

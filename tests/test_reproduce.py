@@ -19,7 +19,7 @@ from feats.encoders.registry import ENCODERS, load_encoder
 from feats.errors import UsageError
 from modeling import reproduce
 from modeling.evaluation import metrics
-from modeling.features.joined import load_features
+from modeling.features.loading import load_features
 from modeling.finetuning.studies import MODELS, EncoderChoice
 from modeling.heads.registry import HEADS
 from modeling.reproduction import finetuned, tables

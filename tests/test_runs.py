@@ -25,21 +25,14 @@ from safetensors.torch import load_file, save_file
 from feats.errors import UsageError
 from modeling import cli, experiment as ex, train_head
 from modeling.evaluation.metrics import softmax
-from modeling.features.joined import FeatureSet, load_features
+from modeling.features.joined import FeatureSet
+from modeling.features.loading import load_features
 from modeling.features.normalizer import Normalizer
 from modeling.heads.registry import HEADS
 from modeling.runs import folder as runs
-from modeling.runs.folder import (
-    is_whole,
-    list_runs,
-    load_run,
-    newest_run,
-    read_config,
-    read_predictions,
-    run_name,
-    save_run,
-    write_predictions,
-)
+from modeling.runs.config import TENSORS, is_whole, read_config
+from modeling.runs.folder import load_run, read_predictions, run_name, save_run, write_predictions
+from modeling.runs.listing import list_runs, newest_run
 from modeling.runs.run import Report, Run
 from modeling.search import auto
 
@@ -135,7 +128,7 @@ def test_a_stacked_ensemble_comes_back(feats: Path, tmp_path: Path):
     found = back.probabilities(features)
     assert np.array_equal(found, run.probabilities(features)) and len({m.group for m in back.members}) > 2
     # Stacking by hand: softmax(weight * centred logits + bias), the folds of a head averaged first.
-    tensors = load_file(back.path / runs.TENSORS)
+    tensors = load_file(back.path / TENSORS)
     groups: dict[int, list[np.ndarray]] = {}
     for member in back.members:
         z = member.logits(features).astype(np.float64)
@@ -374,7 +367,7 @@ def test_what_is_no_run_names_those_beside_it(saved: Path):
 
 def test_whole_or_not_without_a_look_at_the_neighbours(saved: Path, monkeypatch: pytest.MonkeyPatch):
     """A sweep asks for each of its runs, among thousands."""
-    monkeypatch.setattr(runs, "_runs_in", lambda folder: pytest.fail("the whole folder was read"))
+    monkeypatch.setattr(runs, "runs_in", lambda folder: pytest.fail("the whole folder was read"))
     assert is_whole(saved)
     assert not is_whole(saved.parent / "typo")
     for path in list(saved.iterdir()):

@@ -19,7 +19,8 @@ from feats.errors import RowError, UsageError
 from modeling.prediction import raw_pairs, warm
 from modeling.prediction.cached import VoteSettings, predict_caches
 from modeling.prediction.warm import Answer, BatchSettings, WarmPredictor
-from modeling.runs.folder import list_runs, load_run
+from modeling.runs.folder import load_run
+from modeling.runs.listing import list_runs
 from modeling.runs.run import Run
 from modeling.serving import lines as serving_lines, web
 from modeling.serving.lines import answer_lines

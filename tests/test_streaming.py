@@ -22,7 +22,8 @@ from modeling.choices import SplitSettings
 from modeling.experiment import Experiment, ExperimentSettings, load_experiment, train_run
 from modeling.features import stream as streaming
 from modeling.features.inputs import Inputs, Preprocessing
-from modeling.features.joined import FeatureSource, load_features
+from modeling.features.joined import FeatureSource
+from modeling.features.loading import load_features
 from modeling.features.normalizer import Moments
 from modeling.features.stream import Stream, ahead, streams
 from modeling.heads.base import HeadConfig

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from feats.cache_reader import DONE
 from feats.store import FeatureStore
 from feats.strings import Labels, Strings
-from modeling.features.joined import load_features
+from modeling.features.loading import load_features
 from modeling.features.splits import make_split
 
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=5)

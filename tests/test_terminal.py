@@ -23,7 +23,7 @@ from modeling import (
     train_head,
 )
 from modeling.evaluation.text_tables import confusion_text, format_table
-from modeling.runs.folder import newest_run
+from modeling.runs.listing import newest_run
 
 # Beside these scripts the package has functions of their names.
 compare_runs, list_runs = map(importlib.import_module, ("modeling.compare_runs", "modeling.list_runs"))

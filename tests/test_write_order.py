@@ -19,7 +19,8 @@ from test_full_disk import FROM_CACHE, SHORT, run, tree
 
 from feats.cache_reader import DONE
 from feats.store import FeatureStore
-from modeling.runs.folder import list_runs, load_run
+from modeling.runs.folder import load_run
+from modeling.runs.listing import list_runs
 
 Files = dict[str, int]  # names below the root, and the file (a number of its own) that bears each
 

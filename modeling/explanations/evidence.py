@@ -11,7 +11,8 @@ from feats.encoders.base import Features
 from feats.source import SIDES
 from modeling.explanations.explained import ExplainedModel
 from modeling.features.inputs import Inputs
-from modeling.features.joined import FeatureSet, Ragged, load_features
+from modeling.features.joined import FeatureSet, Ragged
+from modeling.features.loading import load_features
 from modeling.runs.run import Member, Run
 
 

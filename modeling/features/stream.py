@@ -20,8 +20,10 @@ from feats.errors import UsageError
 from feats.memory import available_bytes
 from feats.source import SIDES
 from modeling.choices import SHARE as SHARE, STREAMING as STREAMING
+from modeling.features.cache_facts import float32_bytes
 from modeling.features.inputs import Inputs, Preprocessing
-from modeling.features.joined import FeatureSet, FeatureSource, OpenFeatures, float32_bytes
+from modeling.features.joined import FeatureSet, FeatureSource
+from modeling.features.loading import OpenFeatures
 from modeling.features.normalizer import Normalizer
 from modeling.heads.base import HeadConfig
 

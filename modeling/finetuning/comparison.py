@@ -36,7 +36,8 @@ from modeling.experiment import Experiment, Progress, run_of, train_all
 from modeling.features.dealing import deal_folds, deal_split
 from modeling.features.stored_splits import Split
 from modeling.finetuning.settings import TuneSettings
-from modeling.runs.folder import TEST_PREDICTIONS, is_whole, save_run
+from modeling.runs.config import TEST_PREDICTIONS, is_whole
+from modeling.runs.folder import save_run
 from modeling.runs.run import Run
 from modeling.search.sweep import data_digest
 from modeling.training.config import TrainConfig

@@ -10,6 +10,7 @@ from typing import Any
 
 from feats.acceleration import deterministic, peak_bytes
 from feats.errors import UsageError
+from modeling.choices import RUNS
 from modeling.features.splits import duplicates_of
 from modeling.finetuning import outcomes as outcome
 from modeling.finetuning.checkpoint import WorkFolder
@@ -19,7 +20,6 @@ from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.starts import Start
 from modeling.finetuning.trunk import FOLDER, data_of
 from modeling.finetuning.tuning import memory_named, tune
-from modeling.runs.folder import DEFAULT_FOLDER
 from modeling.runs.run import Run
 from modeling.runs.tables import collapse_notes, epoch_line
 
@@ -35,7 +35,7 @@ def no_bar(title: str) -> Iterator[Progress]:
 def finetune_model(
     start: Start,
     settings: TuneSettings = TuneSettings(),
-    runs: Path | str = DEFAULT_FOLDER,
+    runs: Path | str = RUNS,
     *,
     name: str | None = None,
     bad_cases: Path | None = None,

@@ -6,7 +6,7 @@ from pathlib import Path
 from feats.csv_files import read_csv
 from feats.errors import UsageError, first_line
 from modeling.features.stored_splits import Split
-from modeling.runs.folder import PREDICTION_COLUMNS
+from modeling.runs.config import PREDICTION_COLUMNS
 
 REMEDY = "export the training rows of a run with this split (modeling/bad_cases.py)"
 

@@ -19,10 +19,11 @@ from feats.errors import UsageError
 from feats.extraction.plan import fingerprint_of
 from feats.extraction.settings import ExtractionSettings
 from feats.source import SIDES
+from modeling.choices import FEATS
 from modeling.evaluation import metrics, text_tables
 from modeling.experiment import TEMPERATURES, protocol, split_figures
 from modeling.features.corrections import corrected_words
-from modeling.features.joined import DEFAULT_FOLDER, FeatureSource
+from modeling.features.joined import FeatureSource
 from modeling.finetuning.data import TuneData, without
 from modeling.finetuning.distributed import Team
 from modeling.finetuning.lora import has_attention
@@ -32,7 +33,9 @@ from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.starts import Start, contents_of
 from modeling.finetuning.tuning import Tuned
 from modeling.heads.base import ablation_words
-from modeling.runs.folder import list_runs, load_run, read_config, read_report, run_name, save_run
+from modeling.runs.config import read_config
+from modeling.runs.folder import load_run, read_report, run_name, save_run
+from modeling.runs.listing import list_runs
 from modeling.runs.run import OWN_CACHES, Finetuned, Report, Run
 from modeling.runs.tables import ablation_tables, report_tables
 
@@ -204,7 +207,7 @@ def notes_of(start: Start, settings: TuneSettings, ablation_eval: bool) -> list[
 
 def cache_folder(start: Start) -> Path:
     """Where caches lie: the run's, or the usual place."""
-    return DEFAULT_FOLDER if start.run is None else start.experiment.features.source.folder
+    return FEATS if start.run is None else start.experiment.features.source.folder
 
 
 # -- tables -----------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from feats.writing import write_text
 from modeling.evaluation import metrics, text_tables
 from modeling.experiment import Experiment
 from modeling.finetuning.comparison import FROZEN, STARTED, Cell
-from modeling.runs.folder import TEST_PREDICTIONS, read_config, read_metrics, read_predictions
+from modeling.runs.config import TEST_PREDICTIONS, read_config, read_metrics
+from modeling.runs.folder import read_predictions
 from modeling.search.sweep import TABLE
 
 SIGNIFICANT = 0.05

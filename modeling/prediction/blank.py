@@ -19,7 +19,8 @@ from feats.images import hash64
 from feats.leftovers import temporary_folder
 from feats.records import Record
 from feats.store import FeatureStore
-from modeling.features.joined import FeatureSet, FeatureSource, load_features
+from modeling.features.joined import FeatureSet, FeatureSource
+from modeling.features.loading import load_features
 from modeling.runs.encoders import encoder_of, essence
 
 SPLIT = "blank"  # caches are <name>_blank.h5

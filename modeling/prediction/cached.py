@@ -18,7 +18,8 @@ from feats.source import SIDES
 from feats.strings import BLOCK
 from modeling.choices import TIE as TIE, VOTES as VOTES, VoteSettings as VoteSettings
 from modeling.evaluation import metrics, text_tables
-from modeling.features.joined import FeatureSet, FeatureSource, Rows, differing_labels, iter_features
+from modeling.features.joined import FeatureSet, FeatureSource, Rows
+from modeling.features.loading import differing_labels, iter_features
 from modeling.features.target import RAW
 from modeling.runs.files import check_replaceable, user_file
 from modeling.runs.run import Run

@@ -15,7 +15,7 @@ from feats.extraction.local import extract
 from feats.extraction.settings import ExtractionSettings
 from feats.names import cache_path
 from feats.records import Record, TarSlice, read_dataset
-from modeling.features.joined import are_complete
+from modeling.features.cache_facts import are_complete
 from modeling.features.target import RAW
 from modeling.runs.encoders import encoder_of, essence
 from modeling.runs.run import Run

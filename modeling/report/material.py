@@ -17,9 +17,11 @@ from feats.images import picture_size, read_reduced
 from feats.parts import open_cache
 from feats.records import Record
 from modeling.features.inputs import Inputs
-from modeling.features.joined import FeatureSet, load_features
+from modeling.features.joined import FeatureSet
 from modeling.features.leaks import Leaks, find_leaks
-from modeling.runs.folder import read_config, read_report
+from modeling.features.loading import load_features
+from modeling.runs.config import read_config
+from modeling.runs.folder import read_report
 from modeling.runs.run import Member, Report, Run
 
 JPEG_QUALITY = 70

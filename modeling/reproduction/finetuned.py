@@ -19,7 +19,7 @@ from modeling.heads.base import HeadConfig
 from modeling.reproduction.published import Row, Table
 from modeling.reproduction.sources import SUFFIX, caches_in
 from modeling.reproduction.tables import NOT_TUNED, TUNED, Result, Settings, side_removed, split_of
-from modeling.runs.folder import is_whole
+from modeling.runs.config import is_whole
 
 Progress = Callable[[int, int], Any]  # rows done, rows to do
 

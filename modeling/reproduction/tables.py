@@ -12,7 +12,7 @@ import numpy as np
 from feats.csv_files import write_table
 from feats.errors import CantWriteError, UsageError
 from feats.writing import write_text
-from modeling.choices import SEEDS as SEEDS, SplitSettings
+from modeling.choices import FEATS, RUNS, SEEDS as SEEDS, SplitSettings
 from modeling.evaluation import metrics, text_tables
 from modeling.experiment import (
     Experiment,
@@ -22,21 +22,13 @@ from modeling.experiment import (
     run_of,
     train_all as train,
 )
-from modeling.features.joined import DEFAULT_FOLDER, FeatureSource
+from modeling.features.joined import FeatureSource
 from modeling.heads.base import HeadConfig, ablation_words, head_class
 from modeling.prediction.ablation import ablation_eval, absence
 from modeling.reproduction.published import Row, Study, Table, ends
 from modeling.reproduction.sources import Cache, caches_in, differences, source_for
-from modeling.runs import folder as run_folder
-from modeling.runs.folder import (
-    PREDICTIONS,
-    is_whole,
-    load_run,
-    read_config,
-    read_metrics,
-    read_predictions,
-    save_run,
-)
+from modeling.runs.config import PREDICTIONS, is_whole, read_config, read_metrics
+from modeling.runs.folder import load_run, read_predictions, save_run
 from modeling.search.sweep import data_digest, name_of
 from modeling.training.config import TrainConfig, as_read, flat, from_flat, with_seeds
 from modeling.training.recipes import RECIPES, SPLIT_SETTINGS, cached_recipe, recipe_settings
@@ -58,8 +50,8 @@ class Settings:
     """Where caches and runs lie, and how rows are trained. `image` and `text` name the caches of each side, None where
     they are chosen row by row. With `folds` heads are cross-validated in place of the study's one split."""
 
-    feats: Path = DEFAULT_FOLDER
-    runs: Path = run_folder.DEFAULT_FOLDER
+    feats: Path = FEATS
+    runs: Path = RUNS
     image: tuple[str, ...] | None = None
     text: tuple[str, ...] | None = None
     seeds: int = SEEDS

@@ -8,7 +8,8 @@ from typing import Any
 from feats.errors import UsageError
 from modeling.choices import BEST as BEST, NEWEST as NEWEST
 from modeling.runs.entries import Entry, figure_words, find_entries, read_entry, read_predicted, run_folders
-from modeling.runs.folder import load_run, newest_runs, warn_of
+from modeling.runs.folder import load_run
+from modeling.runs.listing import newest_runs, warn_of
 from modeling.runs.run import Run
 
 Say = Callable[[str], Any]

@@ -16,17 +16,8 @@ from feats.source import SIDES
 from modeling.evaluation.metrics import AVERAGES, marked
 from modeling.heads.base import ablation_words
 from modeling.heads.registry import HEADS
-from modeling.runs.folder import (
-    CONFIG,
-    PREDICTION_COLUMNS,
-    PREDICTIONS,
-    checked_config,
-    is_single_head,
-    latest,
-    newest_first,
-    read_metrics,
-    when_made,
-)
+from modeling.runs.config import CONFIG, PREDICTION_COLUMNS, PREDICTIONS, read_metrics
+from modeling.runs.listing import checked_config, is_single_head, latest, newest_first, when_made
 from modeling.runs.tables import spread
 from modeling.training.config import settings_read
 

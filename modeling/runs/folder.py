@@ -13,10 +13,9 @@ import os
 import re
 import shutil
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from difflib import get_close_matches
 from itertools import groupby
 from pathlib import Path
@@ -31,84 +30,42 @@ from feats.config_file import OPTIONS
 from feats.csv_files import read_csv, read_table, write_csv, write_table
 from feats.errors import CantWriteError, UsageError, first_line, reason_of
 from feats.escapes import short_name
-from feats.json_files import read_json, shape_of, shape_problem
 from feats.source import SIDES
 from feats.strings import BLOCK
 from feats.tensor_files import read_safetensors
 from feats.writing import replace_folder, settle, sync_tree, unfinished_folder, write_json
-from modeling.choices import RUNS
 from modeling.features.corrections import corrections_digest, load_corrections, save_corrections
 from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSource
 from modeling.features.stored_splits import load_split, save_split
 from modeling.features.target import load_target
-from modeling.heads.base import HeadConfig, ablation_number, n_parameters
+from modeling.heads.base import ablation_number, n_parameters
 from modeling.heads.registry import build_head, head_shapes
-from modeling.runs.run import Finetuned, FoldTest, Member, Report, Run, Stacking
-from modeling.training.config import TrainConfig, settings_read
-
-DEFAULT_FOLDER = RUNS
-
-FORMAT_VERSION = 3
-CONFIG, TENSORS, SPLIT, METRICS, HISTORY, PREDICTIONS = (
-    "config.json",
-    "head.safetensors",
-    "split.json",
-    "metrics.json",
-    "history.csv",
-    "predictions_val.csv",
+from modeling.runs.config import (
+    BATCHES,
+    CONFIG,
+    CORRECTIONS,
+    ENCODERS,
+    FILES,
+    FOLD_PREDICTIONS,
+    FORMAT_VERSION,
+    HISTORY,
+    METRICS,
+    PREDICTION_COLUMNS,
+    PREDICTIONS,
+    REMEDY,
+    SPLIT,
+    TARGET,
+    TENSORS,
+    TEST_PREDICTIONS,
+    read_config,
+    read_metrics,
+    train_config,
 )
-TEST_PREDICTIONS = "predictions_test.csv"  # where the split has a test part
-FOLD_PREDICTIONS = "predictions_test_{}.csv"  # where several splits have, by fold from 1
-BATCHES = "history_batches.csv"  # where losses by batch were asked for
-ENCODERS = "encoders"
-CORRECTIONS = "corrections.csv"  # where labels were corrected
-TARGET = "labels.csv"  # where they are of another column than the caches'
-PREDICTION_COLUMNS = ("id", "tag", "pred")
-FILES = (CONFIG, TENSORS, SPLIT, METRICS, HISTORY, PREDICTIONS)  # what every run has
-CLOCKS_DIFFER = timedelta(hours=1)  # a run made on another machine may seem to be of the future by less
-NAMED = 5  # folders that a warning names
-REMEDY = "train again"
-# What config.json must hold, see `feats.json_files`. Later versions may write more.
-_SIDES = {side: [str] for side in SIDES}
-_MEMBER = {
-    "train": {
-        **shape_of(TrainConfig),
-        "class_weights": (str, [[str | int | float]]),
-        "head": {**shape_of(HeadConfig), "head": str, "sides?": [str]},
-        "seed": int,
-    },
-    "preprocessing": {"caches": _SIDES, "scales": {str: float}, "kinds": {str: str}},
-    "widths": {str: int},
-    "temperature": float,
-    "group": int,
-    "best_epoch": int | None,
-    "epochs?": int | None,
-    "facts": dict,
-    "fold": int | None,
-}
-SHAPE = {
-    "created": str,
-    "classes": [str],
-    "training_rows": {str: int},
-    "features": {
-        **_SIDES,
-        "folder": str,
-        "tokens?": bool,
-        "fingerprints?": {str: {"encoder?": str, "model?": str, "dtype?": str}},
-        "contents?": {str: str},
-        "parameters?": {str: {str: int}},
-    },
-    "features_from_run": str,
-    "split": (dict, [dict]),
-    "stacked": bool,
-    "finetuned?": (None, {"encoders": {str: str}, "data": str, "layout": str, "facts": dict}),
-    "cost?": (None, dict),
-    "corrections?": (None, {"sha256": str}),
-    "target?": (None, {"column": str, "data": str, "sha256": str}),
-    "members": [_MEMBER],
-    "tensors_sha256": str,
-}
+from modeling.runs.listing import runs_in
+from modeling.runs.run import Finetuned, FoldTest, Member, Report, Run, Stacking
+from modeling.training.config import settings_read
+
 LONGEST_PART = 80  # bytes of the caches in a run's name; a file system takes 255 of the whole
 
 
@@ -340,7 +297,7 @@ def load_run(path: Path | str) -> Run:
     """
     path = Path(path)
     if not (path / CONFIG).exists():
-        beside = [p.name for p in _runs_in(path.parent)[0]]
+        beside = [p.name for p in runs_in(path.parent)[0]]
         close = get_close_matches(path.name, beside, 1)
         hint = f"; did you mean {close[0]}?" if close else ""
         near = ", ".join(beside[:5]) or "none"
@@ -458,61 +415,6 @@ def _check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch
             raise ValueError(f"the tensor {name} holds what isn't a finite number")
 
 
-def train_config(saved: Mapping[str, Any]) -> TrainConfig:
-    """A member's settings as config.json holds them. Raises `KeyError`, `TypeError`, `ValueError` or `UsageError` for
-    anything else."""
-    train = dict(saved)
-    if not isinstance(train["class_weights"], str):
-        train["class_weights"] = dict(train["class_weights"])
-    return TrainConfig(**{**train, "head": HeadConfig(**train["head"])})
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A run's config.json. Raises `UsageError` when it isn't there or isn't that."""
-    config: dict[str, Any] = read_json(path / CONFIG, REMEDY)
-    if config.get("format_version") != FORMAT_VERSION:
-        raise UsageError(f"{path / CONFIG} isn't of format version {FORMAT_VERSION}; train again with this version")
-    wrong = shape_problem(config, SHAPE) or _contradiction(config)
-    if wrong:
-        raise UsageError(f"{path / CONFIG} {wrong}; {REMEDY}")
-    return config
-
-
-def _contradiction(config: Mapping[str, Any]) -> str:
-    """What of a config doesn't fit the rest of it, '' for nothing."""
-    classes = config["classes"]
-    if not classes or len(set(classes)) < len(classes) or not set(classes) <= config["training_rows"].keys():
-        return "names no classes, one twice, or one without training rows"
-    if not config["members"]:
-        return "has no members"
-    for member in config["members"]:
-        if not member["temperature"] > 0:
-            return f"holds a temperature of {member['temperature']:g}, expected one above 0"
-        caches, kinds = member["preprocessing"]["caches"], member["preprocessing"]["kinds"]
-        known = {f"{side}{of}/{name}" for side in SIDES for name in caches[side] for of in ("", "_tokens")}
-        lacking = [name for side in SIDES for name in caches[side] if f"{side}/{name}" not in kinds]
-        if lacking or not set(kinds) <= known:
-            return "normalises other caches than it reads"
-    return ""
-
-
-def is_whole(path: Path) -> bool:
-    """Whether there is a run with all its files; they aren't checked beyond the config's format version."""
-    if not all((path / name).is_file() for name in FILES):
-        return False
-    try:
-        read_config(path)
-    except UsageError:
-        return False
-    return True
-
-
-def read_metrics(path: Path) -> dict[str, Any]:
-    """A run's metrics.json. Raises `UsageError` when it can't be read."""
-    figures: dict[str, Any] = read_json(path / METRICS, REMEDY)
-    return figures
-
-
 def read_report(path: Path) -> Report:
     """What a saved run's training said. Raises `UsageError` when its files can't be read."""
     try:
@@ -525,95 +427,6 @@ def read_report(path: Path) -> Report:
         return Report(*told, read_metrics(path), history, test, of_folds, batches)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} is damaged ({first_line(error)}); train again") from None
-
-
-def list_runs(folder: Path | str) -> list[Path]:
-    """The complete runs in `folder`, newest first. (An unfinished one is a hidden folder.) A warning names what can't
-    be read as a run, and runs dated in the future, which count as the oldest: a wrong clock would make them the newest
-    for ever."""
-    runs, bad = _runs_in(folder)
-    warn_of(bad)
-    return runs
-
-
-def _runs_in(folder: Path | str) -> tuple[list[Path], dict[Path, str]]:
-    """The complete runs, newest first, and what is the matter with folders."""
-    found, bad = list[tuple[datetime, Path]](), dict[Path, str]()
-    for file in Path(folder).glob("[!.]*/" + CONFIG):
-        try:
-            made = when_made(checked_config(file.parent))
-        except UsageError as error:
-            bad[file.parent] = str(error)
-            continue
-        found.append((made, file.parent))
-        if made > latest():
-            bad[file.parent] = f"it is dated {made:%Y-%m-%d}, in the future, and counts as the oldest"
-    return newest_first(found), bad
-
-
-def latest() -> datetime:
-    """The latest time at which a run may have been made."""
-    return datetime.now(UTC) + CLOCKS_DIFFER
-
-
-def checked_config(path: Path) -> dict[str, Any]:
-    """As `read_config`, of a run with all its files, and of the shape that who lists runs goes by. Raises `UsageError`
-    for anything else."""
-    config = read_config(path)
-    lacking = [name for name in FILES if not (path / name).is_file()]
-    if lacking:
-        raise UsageError(f"{path} is damaged (there is no {lacking[0]}); train again")
-    try:
-        heads = [(member["train"]["head"]["head"], member["train"]["seed"]) for member in config["members"]]
-        names = [config["created"], *config["classes"], *(name for side in SIDES for name in config["features"][side])]
-        fit = heads and all(isinstance(name, str) for name in (*names, *(head for head, _ in heads)))
-        if not fit or not all(isinstance(of, int) for of in (config["stacked"], *(seed for _, seed in heads))):
-            raise TypeError("names or seeds are of other types")
-        when_made(config)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UsageError(f"{path / CONFIG} isn't a run's ({type(error).__name__}: {first_line(error)})") from None
-    return config
-
-
-def when_made(config: Mapping[str, Any]) -> datetime:
-    """When a run was saved. Raises `ValueError` or `OverflowError` for what is no date."""
-    made = datetime.fromisoformat(config["created"])
-    return made.replace(tzinfo=UTC) if made.tzinfo is None else made.astimezone(UTC)
-
-
-def newest_first(runs: Iterable[tuple[datetime, Path]]) -> list[Path]:
-    """Runs by when they were made. Those of the future come last: a wrong clock would make them the newest for ever."""
-    until = latest()
-    return [path for _, path in sorted(runs, key=lambda of: (of[0] <= until, *of), reverse=True)]
-
-
-def warn_of(bad: Mapping[Path, str]) -> None:
-    """One warning that names folders and says what is the matter with each."""
-    if bad:
-        told = [reason if str(path) in reason else f"{path}: {reason}" for path, reason in bad.items()]
-        more = f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
-        warnings.warn(f"left out or last among the runs: {'; '.join(told[:NAMED])}{more}", stacklevel=3)
-
-
-def newest_run(folder: Path | str, single_head: bool = False) -> Path:
-    """The newest run, or the newest of one head on cached features. Raises `UsageError` when there is none."""
-    return newest_runs(folder, single_head)[0]
-
-
-def newest_runs(folder: Path | str, single_head: bool = False) -> list[Path]:
-    """As `list_runs`, or those of one head on cached features. Raises `UsageError` when there are none."""
-    runs = [path for path in list_runs(folder) if not single_head or is_single_head(read_config(path))]
-    if not runs:
-        raise UsageError(
-            f"no complete run{' of one head' if single_head else ''} in {folder}; train one with: "
-            "python modeling/train_head.py `vtype` clip `D` 256"
-        )
-    return runs
-
-
-def is_single_head(config: Mapping[str, Any]) -> bool:
-    """Whether a run is one head on cached features, by its config."""
-    return len(config["members"]) == 1 and not config["stacked"] and not config.get("finetuned")
 
 
 def _sha256(path: Path) -> str:

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from feats.errors import UsageError
+from modeling.choices import RUNS
 from modeling.evaluation import metrics
 from modeling.evaluation.metrics import AVERAGES
+from modeling.runs.config import CONFIG
 from modeling.runs.entries import (
     Entry,
     Predicted,
@@ -19,7 +21,7 @@ from modeling.runs.entries import (
     read_predicted,
     rows_words,
 )
-from modeling.runs.folder import CONFIG, DEFAULT_FOLDER, warn_of
+from modeling.runs.listing import warn_of
 
 # The smallest p is 2 / (draws + 1): times the number of runs, as Holm has it, it must stay far below .05.
 DRAWS_A_RUN = 100
@@ -109,7 +111,7 @@ class Leaderboard:
 
 
 def compare_runs(
-    runs: Path | str | Sequence[Path | str] = DEFAULT_FOLDER,
+    runs: Path | str | Sequence[Path | str] = RUNS,
     *,
     by: str | None = None,
     against: Path | str | None = None,

@@ -17,8 +17,9 @@ from feats.errors import UsageError
 from feats.names import cache_path
 from feats.parts import is_cache
 from modeling.evaluation.metrics import softmax
+from modeling.features.cache_facts import content_digests
 from modeling.features.inputs import Preprocessing
-from modeling.features.joined import FeatureSet, FeatureSource, Ragged, content_digests
+from modeling.features.joined import FeatureSet, FeatureSource, Ragged
 from modeling.features.stored_splits import Split
 from modeling.features.target import RAW, Target
 from modeling.heads.base import Head, n_parameters

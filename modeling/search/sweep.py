@@ -19,8 +19,9 @@ from modeling.evaluation import metrics, text_tables
 from modeling.experiment import Experiment
 from modeling.features.corrections import corrected_words
 from modeling.heads.base import ABLATIONS, ablation_number, ablation_words, head_class
+from modeling.runs.config import PREDICTIONS, is_whole, read_config, read_metrics, train_config
 from modeling.runs.entries import read_entry
-from modeling.runs.folder import PREDICTIONS, is_whole, read_config, read_metrics, read_predictions, train_config
+from modeling.runs.folder import read_predictions
 from modeling.runs.tables import spread
 from modeling.training.config import TrainConfig, flat, settings_read
 

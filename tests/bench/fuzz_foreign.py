@@ -92,7 +92,7 @@ class Place:
 def make_given(folder: Path) -> None:
     """The sound files that are damaged: two caches, three runs, a tiny checkpoint."""
     from modeling import train_head
-    from modeling.runs.folder import list_runs
+    from modeling.runs.listing import list_runs
 
     make_cache(folder / "feats", "clip", 40, tokens=True)
     make_cache(folder / "feats", "vader", 40)
