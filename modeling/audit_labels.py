@@ -63,7 +63,8 @@ def work(args: Namespace) -> int:
     """Train on folds, rank the labels and write them; returns the exit status."""
     from modeling.auditing import suspects
     from modeling.evaluation.text_tables import format_table
-    from modeling.experiment import experiment_of_run, total_epochs
+    from modeling.experiments.experiment import experiment_of_run
+    from modeling.experiments.fitting import total_epochs
     from modeling.prediction.out_of_fold import single_split
 
     [run] = cli.chosen_runs(args)

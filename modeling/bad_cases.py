@@ -73,7 +73,8 @@ def export_of(run: Run, args: Namespace) -> int:
 
     from modeling.evaluation.metrics import confusion_matrix
     from modeling.evaluation.text_tables import confusion_text
-    from modeling.experiment import experiment_of_run, total_epochs
+    from modeling.experiments.experiment import experiment_of_run
+    from modeling.experiments.fitting import total_epochs
     from modeling.prediction.out_of_fold import labelled, out_of_fold, single_split, unseen_folds
     from modeling.runs.config import PREDICTION_COLUMNS
     from modeling.runs.folder import prediction_rows

@@ -67,7 +67,7 @@ from modeling.training.recipes import (
 )
 
 if TYPE_CHECKING:
-    from modeling.experiment import Experiment, ExperimentSettings
+    from modeling.experiments.experiment import Experiment, ExperimentSettings
     from modeling.features.joined import FeatureSource
     from modeling.prediction.ablation import AbsentOf
     from modeling.runs.run import Run
@@ -475,7 +475,7 @@ def experiment_settings(args: Namespace) -> ExperimentSettings:
     """From the options of `add_feature_options`, `add_split_options`, `add_corrections_option` and `add_run_options`.
 
     Raises `UsageError` as `split_settings`, and for norms or scales of caches that aren't named."""
-    from modeling.experiment import ExperimentSettings
+    from modeling.experiments.experiment import ExperimentSettings
 
     source = feature_source(args)
     recipe = RECIPES.get(args.recipe or "", {})
@@ -725,7 +725,7 @@ def progress_bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], A
 @contextmanager
 def training_bar(configs: Sequence[TrainConfig], experiment: Experiment) -> Iterator[Callable[[int], Any]]:
     """As `progress_bar`, of the epochs of `train_all`: the time left goes by what an epoch of each head takes."""
-    from modeling.experiment import epoch_weights, total_epochs
+    from modeling.experiments.fitting import epoch_weights, total_epochs
 
     takes = epoch_weights(configs, experiment)
     weight = sum(takes[config] * total_epochs([config], experiment) for config in configs)

@@ -29,7 +29,7 @@ from modeling.choices import METHODS, SplitSettings
 from modeling.training.config import TrainConfig, settings_read
 
 if TYPE_CHECKING:
-    from modeling.experiment import Experiment
+    from modeling.experiments.experiment import Experiment
     from modeling.finetuning.comparison import Candidate, Cell
     from modeling.runs.run import Run
 
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(args: Namespace, command: str) -> int:
     """Train what isn't finished, show and write the tables and the verdict; returns the exit status."""
-    from modeling.experiment import experiment_of_run
+    from modeling.experiments.experiment import experiment_of_run
     from modeling.finetuning import comparison, verdict
 
     if args.name is not None:

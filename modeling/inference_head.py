@@ -167,7 +167,7 @@ def score_without_sides(args: Namespace) -> int:
     """Show each run's figures with one side absent: on its own validation rows, its test part, and the labelled rows of
     --split; returns the exit status."""
     from feats.acceleration import resolve_device
-    from modeling.experiment import experiment_of_run
+    from modeling.experiments.experiment import experiment_of_run
     from modeling.features.cache_facts import are_complete
     from modeling.features.loading import load_features
     from modeling.prediction.ablation import ablation_eval, ablation_of_rows

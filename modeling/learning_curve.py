@@ -79,7 +79,7 @@ def work(args: Namespace) -> int:
 def work_of(run: Run, args: Namespace) -> int:
     """As `work`, of a run that was read."""
     from modeling.evaluation.text_tables import format_table
-    from modeling.experiment import experiment_of_run
+    from modeling.experiments.experiment import experiment_of_run
     from modeling.search import learning_curve as curves
 
     out = args.out or run.folder / curves.FILE

@@ -26,7 +26,7 @@ from modeling.training.config import TrainConfig, as_read, settings_read, with_s
 from modeling.training.recipes import RECIPES
 
 if TYPE_CHECKING:
-    from modeling.experiment import Experiment
+    from modeling.experiments.experiment import Experiment
 
 
 NAME = "sweep"
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(args: Namespace, command: str) -> int:
     """Train what isn't finished of a grid, and write and show its tables; returns the exit status."""
-    from modeling.experiment import load_experiment
+    from modeling.experiments.experiment import load_experiment
 
     checked_name(args.name or NAME, "name")
     grid, settings = cli.grid_from(args), cli.experiment_settings(args)
@@ -122,7 +122,7 @@ def train(
 ) -> tuple[dict[TrainConfig, str], dict[str, str]]:
     """Train what isn't finished of some configurations, with all seeds, on data of the digest `data`; returns the run
     of each training by name, and why those diverged that did."""
-    from modeling.experiment import measured, run_of, train_all
+    from modeling.experiments.fitting import measured, run_of, train_all
     from modeling.runs.config import is_whole
     from modeling.runs.folder import save_run
     from modeling.runs.tables import cost_line
@@ -198,7 +198,7 @@ def chosen_line(searched_on: str, others: cli.Grid, settings: Mapping[str, Any])
 
 def fitted(grid: cli.Grid, experiment: Experiment) -> list[TrainConfig]:
     """The training of each point on these data, with what its head doesn't read at the defaults."""
-    from modeling.experiment import on_features
+    from modeling.experiments.experiment import on_features
 
     return [as_read(on_features(config, experiment.features)) for config in grid.configs(experiment.classes)]
 
@@ -210,7 +210,7 @@ def distinct(grid: cli.Grid, experiment: Experiment) -> list[TrainConfig]:
 
 def search(args: Namespace, command: str) -> int:
     """Search by inner folds, show the candidates, save the ensemble; returns the exit status."""
-    from modeling.experiment import load_experiment
+    from modeling.experiments.experiment import load_experiment
 
     own = ("norm", "scale", "seeds", "name", "search_on")
     chosen = [f"--{name.replace('_', '-')}" for name in own if getattr(args, name)]

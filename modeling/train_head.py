@@ -25,7 +25,8 @@ from modeling.heads.config import HeadConfig
 from modeling.training.config import with_seeds
 
 if TYPE_CHECKING:
-    from modeling.experiment import Experiment, Told
+    from modeling.experiments.experiment import Experiment
+    from modeling.experiments.fitting import Told
     from modeling.features.joined import FeatureSource
     from modeling.training.problem import Epoch
 
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(args: Namespace, command: str) -> int:
     """Train one configuration, show its figures, save it; returns the exit status."""
-    from modeling.experiment import load_experiment
+    from modeling.experiments.experiment import load_experiment
 
     cli.refuse_absent(args)
     grid, settings = cli.grid_from(args), cli.experiment_settings(args)
@@ -75,7 +76,8 @@ def work(args: Namespace, command: str) -> int:
 
 def train(args: Namespace, command: str, grid: cli.Grid, experiment: Experiment) -> int:
     """Train the one configuration of the grid, show its figures, save it; returns the exit status."""
-    from modeling.experiment import on_features, total_epochs, train_run
+    from modeling.experiments.experiment import on_features
+    from modeling.experiments.fitting import total_epochs, train_run
     from modeling.prediction.ablation import with_ablation_eval
     from modeling.runs.folder import run_name, save_run, write_tensorboard
     from modeling.runs.tables import ablation_tables, collapse_notes, cost_line, epochs_shown, head_line, report_tables

@@ -17,7 +17,7 @@ import modeling
 from feats import minilm_extract_feats
 from feats.errors import UsageError
 from modeling import inference_head, train_head
-from modeling.experiment import evaluate, fit_head
+from modeling.experiments.fitting import evaluate, fit_head
 from modeling.features.loading import load_features
 from modeling.features.splits import make_folds, make_split
 from modeling.features.stored_splits import Split

@@ -13,7 +13,7 @@ from conftest import content, make_course
 from feats import pixels_extract_feats, vader_extract_feats
 from modeling import audit_labels, bad_cases, sweep_heads, train_head
 from modeling.auditing.suspects import HEADER, audit_experiment, ranked
-from modeling.experiment import experiment_of_run
+from modeling.experiments.experiment import experiment_of_run
 from modeling.runs.folder import load_run
 from modeling.runs.listing import newest_run
 

@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from modeling import bad_cases, sweep_heads, train_head
-from modeling.experiment import Experiment, experiment_of_run
+from modeling.experiments.experiment import Experiment, experiment_of_run
 from modeling.prediction.out_of_fold import unseen_folds
 from modeling.runs.folder import load_run, read_predictions
 from modeling.runs.listing import newest_run

@@ -22,7 +22,7 @@ from feats.cache_reader import QUARANTINED
 from feats.exchange import foreign, npy_folders, parquet_files
 from feats.extraction.local import extract
 from feats.store import FeatureStore
-from modeling.experiment import fit_head
+from modeling.experiments.fitting import fit_head
 from modeling.features.loading import load_features
 from modeling.features.splits import make_split
 

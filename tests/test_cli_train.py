@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler, normalize
 
-from modeling import experiment as ex, train_head
+from modeling import train_head
 from modeling.evaluation.metrics import softmax
+from modeling.experiments.experiment import Experiment
 from modeling.features.loading import load_features
 from modeling.heads.registry import HEADS
 from modeling.runs import folder as run_folder
@@ -594,7 +595,7 @@ def test_the_features_of_large_folds_do_not_lie_side_by_side(
     """One at a time where they are large: the same figures, a fraction of the memory."""
     argv = ["--folds", "4", "--head", "fusion", "--seeds", "2"]
     together = train(feats, tmp_path, *argv)
-    make, alive, most = ex.Experiment.problem, weakref.WeakSet(), []
+    make, alive, most = Experiment.problem, weakref.WeakSet(), []
 
     def counted(*args: Any) -> Any:
         made = make(*args)
@@ -602,7 +603,7 @@ def test_the_features_of_large_folds_do_not_lie_side_by_side(
         most.append(len(alive))
         return made
 
-    monkeypatch.setattr(ex.Experiment, "problem", counted)
+    monkeypatch.setattr(Experiment, "problem", counted)
     monkeypatch.setattr(ex, "LARGEST_COPY", 0)
     alone = train(feats, tmp_path, *argv)
     assert len(most) >= 4 and max(most) == 1

@@ -17,7 +17,7 @@ from test_house import SCRIPTS, dotted
 from feats import minilm_extract_feats, vader_extract_feats
 from feats.cli import ScriptParser, data_place
 from modeling import finetune, inference_head, sweep_heads, train_head
-from modeling.experiment import fit_head
+from modeling.experiments.fitting import fit_head
 from modeling.features.loading import load_features
 from modeling.features.splits import make_split
 from modeling.runs.listing import list_runs

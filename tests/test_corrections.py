@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from feats.csv_files import write_csv
 from feats.errors import UsageError
 from modeling import audit_labels, bad_cases, evaluate, finetune, inference_head, load_features, sweep_heads, train_head
-from modeling.experiment import fit_head
+from modeling.experiments.fitting import fit_head
 from modeling.features.corrections import read_corrections
 from modeling.features.joined import Rows
 from modeling.features.splits import make_split

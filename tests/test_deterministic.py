@@ -14,7 +14,7 @@ from feats import acceleration
 from feats.acceleration import WORKSPACE, deterministic
 from feats.errors import UsageError
 from modeling import finetune, sweep_heads, train_head
-from modeling.experiment import fit_head
+from modeling.experiments.fitting import fit_head
 from modeling.features.loading import load_features
 from modeling.features.splits import make_split
 from modeling.heads.study_d import Fusion

@@ -38,7 +38,7 @@ from feats.extraction.settings import ExtractionSettings
 from feats.records import read_dataset
 from feats.store import FeatureStore
 from modeling import inference_head, sweep_heads, train_head
-from modeling.experiment import evaluate, fit_head
+from modeling.experiments.fitting import evaluate, fit_head
 from modeling.features.loading import load_features
 from modeling.features.splits import make_folds, make_split
 from modeling.heads.base import HeadConfig

@@ -194,7 +194,7 @@ def test_a_hundred_runs(model: Path, tmp_path: Path):
 def test_the_public_name_is_the_function_whatever_was_imported():
     import importlib
 
-    for name, home in (("compare_runs", "modeling.runs.leaderboard"), ("list_runs", "modeling.runs.folder")):
+    for name, home in (("compare_runs", "modeling.runs.leaderboard"), ("list_runs", "modeling.runs.listing")):
         script = importlib.import_module(f"modeling.{name}")
         assert script.main and getattr(modeling, name) is getattr(importlib.import_module(home), name)
 

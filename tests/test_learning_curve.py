@@ -18,7 +18,8 @@ from scipy.stats import norm
 from feats.errors import UsageError
 from modeling import learning_curve as script, train_head
 from modeling.evaluation.metrics import interval_of_mean
-from modeling.experiment import Experiment, train_all
+from modeling.experiments.experiment import Experiment
+from modeling.experiments.fitting import train_all
 from modeling.features.loading import load_features
 from modeling.features.splits import make_folds, make_split
 from modeling.features.stored_splits import Split

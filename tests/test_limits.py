@@ -32,7 +32,7 @@ from feats.store import FeatureStore, is_complete
 from feats.strings import Labels
 from feats.text import _FTFY, clean, fix_text
 from modeling import compare_finetuning, finetune, sweep_heads
-from modeling.experiment import _downwards, _rows_apart
+from modeling.experiments.experiment import _downwards, _rows_apart
 from modeling.features.corrections import read_corrections
 from modeling.features.joined import FeatureSource, Rows
 from modeling.features.split_files import read_split_file

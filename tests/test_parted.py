@@ -21,7 +21,7 @@ from feats.extraction.merging import merge
 from feats.json_files import read_text
 from feats.parts import PartedStore, PartsPlan, cache_paths, is_cache, open_cache, part_path, plan_path, read_plan
 from feats.store import FeatureStore
-from modeling.experiment import fit_head
+from modeling.experiments.fitting import fit_head
 from modeling.features.cache_facts import are_complete, cached_widths, caches_with
 from modeling.features.loading import load_features
 from modeling.features.splits import make_split

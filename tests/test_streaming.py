@@ -19,7 +19,8 @@ from feats.errors import UsageError
 from feats.memory import available_bytes
 from modeling import inference_head, sweep_heads, train_head
 from modeling.choices import SplitSettings
-from modeling.experiment import Experiment, ExperimentSettings, load_experiment, train_run
+from modeling.experiments.experiment import Experiment, ExperimentSettings, load_experiment
+from modeling.experiments.fitting import train_run
 from modeling.features import stream as streaming
 from modeling.features.inputs import Inputs, Preprocessing
 from modeling.features.joined import FeatureSource

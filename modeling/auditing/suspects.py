@@ -15,7 +15,8 @@ import numpy as np
 from feats.csv_files import read_table, write_rows
 from feats.errors import UsageError
 from feats.records import Record, TarSlice
-from modeling.experiment import Experiment, Progress
+from modeling.experiments.experiment import Experiment
+from modeling.experiments.fitting import Progress
 from modeling.features.splits import duplicates_of
 from modeling.prediction.out_of_fold import (
     labelled,

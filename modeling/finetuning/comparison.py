@@ -32,7 +32,8 @@ from feats.interrupts import held_back
 from feats.json_files import read_json
 from feats.writing import cant_write, write_json
 from modeling.choices import METHODS as METHODS
-from modeling.experiment import Experiment, Progress, run_of, train_all
+from modeling.experiments.experiment import Experiment
+from modeling.experiments.fitting import Progress, run_of, train_all
 from modeling.features.dealing import deal_folds, deal_split
 from modeling.features.stored_splits import Split
 from modeling.finetuning.settings import TuneSettings

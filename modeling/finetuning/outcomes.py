@@ -21,7 +21,7 @@ from feats.extraction.settings import ExtractionSettings
 from feats.source import SIDES
 from modeling.choices import FEATS
 from modeling.evaluation import metrics, text_tables
-from modeling.experiment import TEMPERATURES, protocol, split_figures
+from modeling.experiments.measuring import TEMPERATURES, protocol, split_figures
 from modeling.features.corrections import corrected_words
 from modeling.features.joined import FeatureSource
 from modeling.finetuning.data import TuneData, without

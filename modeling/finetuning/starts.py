@@ -17,7 +17,7 @@ from feats.records import Pairs, read_dataset
 from feats.source import SIDES
 from feats.text import clean
 from modeling.choices import SplitSettings
-from modeling.experiment import Experiment, experiment_of_run
+from modeling.experiments.experiment import Experiment, experiment_of_run
 from modeling.features.inputs import Inputs, Preprocessing
 from modeling.features.joined import FeatureSource, Ragged
 from modeling.features.normalizer import Normalizer

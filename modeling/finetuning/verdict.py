@@ -12,7 +12,7 @@ from feats.csv_files import write_table
 from feats.errors import UsageError
 from feats.writing import write_text
 from modeling.evaluation import metrics, text_tables
-from modeling.experiment import Experiment
+from modeling.experiments.experiment import Experiment
 from modeling.finetuning.comparison import FROZEN, STARTED, Cell
 from modeling.runs.config import TEST_PREDICTIONS, read_config, read_metrics
 from modeling.runs.folder import read_predictions

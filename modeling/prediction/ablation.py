@@ -17,7 +17,8 @@ from feats.errors import UsageError
 from feats.source import SIDES
 from modeling.choices import ABSENT as ABSENT
 from modeling.evaluation import metrics
-from modeling.experiment import Experiment, class_numbers, split_figures
+from modeling.experiments.experiment import Experiment, class_numbers
+from modeling.experiments.measuring import split_figures
 from modeling.features.joined import FeatureSet, FeatureSource, Ragged, Rows
 from modeling.heads.base import ABLATIONS, ablation_words
 from modeling.runs.run import Run

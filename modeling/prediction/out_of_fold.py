@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from feats.errors import UsageError
-from modeling.experiment import Experiment, Progress, train_all
+from modeling.experiments.experiment import Experiment
+from modeling.experiments.fitting import Progress, train_all
 from modeling.features.dealing import deal_split
 from modeling.features.stored_splits import Split
 from modeling.runs.run import Run

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from modeling.experiment import experiment_of_run
+from modeling.experiments.experiment import experiment_of_run
 from modeling.prediction.out_of_fold import single_split
 from modeling.report.building import sections_of
 from modeling.report.comparison import comparison_sections

@@ -14,14 +14,8 @@ from feats.errors import CantWriteError, UsageError
 from feats.writing import write_text
 from modeling.choices import FEATS, RUNS, SEEDS as SEEDS, SplitSettings
 from modeling.evaluation import metrics, text_tables
-from modeling.experiment import (
-    Experiment,
-    ExperimentSettings,
-    load_experiment,
-    on_features,
-    run_of,
-    train_all as train,
-)
+from modeling.experiments.experiment import Experiment, ExperimentSettings, load_experiment, on_features
+from modeling.experiments.fitting import run_of, train_all as train
 from modeling.features.joined import FeatureSource
 from modeling.heads.base import HeadConfig, ablation_words, head_class
 from modeling.prediction.ablation import ablation_eval, absence

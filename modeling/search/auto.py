@@ -15,7 +15,9 @@ import torch
 from feats.errors import UsageError
 from feats.source import SIDES
 from modeling.evaluation import metrics
-from modeling.experiment import Experiment, Progress, needed_source, report_of
+from modeling.experiments.experiment import Experiment
+from modeling.experiments.fitting import Progress, needed_source
+from modeling.experiments.measuring import report_of
 from modeling.features.inputs import Preprocessing
 from modeling.features.stored_splits import Split
 from modeling.heads.base import head_class

@@ -19,7 +19,8 @@ from feats.csv_files import read_table, write_rows
 from feats.errors import UsageError
 from modeling.choices import CURVE_FILE, DRAWS as DRAWS, SHARES as SHARES
 from modeling.evaluation import metrics
-from modeling.experiment import Experiment, Progress, train_all
+from modeling.experiments.experiment import Experiment
+from modeling.experiments.fitting import Progress, train_all
 from modeling.features.stored_splits import Split
 from modeling.heads.base import head_class
 from modeling.runs.files import user_file

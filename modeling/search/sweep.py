@@ -16,7 +16,7 @@ from feats.json_files import read_json
 from feats.source import SIDES
 from feats.writing import write_json, write_text
 from modeling.evaluation import metrics, text_tables
-from modeling.experiment import Experiment
+from modeling.experiments.experiment import Experiment
 from modeling.features.corrections import corrected_words
 from modeling.heads.base import ABLATIONS, ablation_number, ablation_words, head_class
 from modeling.runs.config import PREDICTIONS, is_whole, read_config, read_metrics, train_config

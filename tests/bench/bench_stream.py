@@ -80,7 +80,7 @@ class Timed:
 
 def timed(folder: Path, rows: int, rounds: int, device: str, wanted: Sequence[str] = PARTS, bs: int = 512) -> Timed:
     """Time the parts in turns, on new caches in `folder`."""
-    from modeling.experiment import ExperimentSettings, load_experiment
+    from modeling.experiments.experiment import ExperimentSettings, load_experiment
     from modeling.features.joined import FeatureSource
     from modeling.heads.base import HeadConfig
     from modeling.training.config import TrainConfig

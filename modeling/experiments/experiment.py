@@ -1,24 +1,20 @@
-"""What lies between settings and a trained run: load, split, train, measure. Scripts and notebooks compose these."""
+"""The rows of joined caches, split, and ready to train heads on."""
 
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 
-from feats.acceleration import deterministic, peak_bytes, resolve_device
+from feats.acceleration import resolve_device
 from feats.errors import UsageError
 from feats.source import SIDES
-from feats.strings import Labels, Strings
+from feats.strings import Labels
 from modeling.choices import SplitSettings
-from modeling.evaluation import metrics
-from modeling.features.cache_facts import cached_widths
 from modeling.features.corrections import corrected_words, read_corrections
 from modeling.features.dealing import deal_folds, fold_numbers
 from modeling.features.duplicates import Duplicates
@@ -31,19 +27,14 @@ from modeling.features.stored_splits import PARTS, Split, check_split
 from modeling.features.stream import Stream, StreamedInputs, streams
 from modeling.features.target import read_target
 from modeling.heads.base import HeadConfig, head_class
-from modeling.runs.run import FoldTest, Member, Report, Run
-from modeling.training.config import TrainConfig, changed, settings_read, with_seeds
-from modeling.training.fit import epoch_seconds, n_epochs, stacks
-from modeling.training.problem import Epoch, Problem, Trained
-from modeling.training.workers import LARGEST_COPY, run_jobs
+from modeling.runs.run import Run
+from modeling.training.config import TrainConfig
+from modeling.training.problem import Problem
 
 INNER_FOLDS = 5
 EACH_TRIED = 16  # numbers of folds that are tried one by one where duplicates of several classes forbid the most
-TEMPERATURES = (0.1, 10.0)  # a validation set of a few rows can be fitted perfectly, which asks for a temperature of 0
 
-Progress = Callable[[int], Any]  # is told epochs as they are done
 Dealt = TypeVar("Dealt")
-Told = Callable[[Epoch, int | None], Any]  # hears what each epoch came to, and of which fold it is, from 1
 
 
 @dataclass(frozen=True)
@@ -250,52 +241,6 @@ def class_numbers(tags: Sequence[str], classes: Sequence[str]) -> np.ndarray:
     return labels.numbers(classes)
 
 
-# -- from a notebook --------------------------------------------------------------------------------------------
-
-
-def fit_head(
-    data: FeatureSet,
-    split: Split | Sequence[Split],
-    head: HeadConfig | str = "fusion",
-    *,
-    norm: str | Mapping[str, str] = "none",
-    scale: Mapping[str, float] = {},
-    seeds: int = 1,
-    device: str = "auto",
-    progress: Progress = lambda epochs: None,
-    **settings: Any,
-) -> Run:
-    """Train a head on the training rows of `split`; its best epoch and temperature are chosen on the validation rows.
-
-    `norm` is one normalisation (none, l2, standard) for all caches, or by cache; `scale` a factor behind it, by cache.
-    `settings` are fields of `HeadConfig` and `TrainConfig`: D, lr, ep, bs, optimizer, ... Several `seeds`, or several
-    splits (folds), give an ensemble. What the training said of the validation rows is the run's `report`.
-    Raises `UsageError` for whatever doesn't fit.
-    """
-    config = changed(TrainConfig(HeadConfig(head) if isinstance(head, str) else head), settings)
-    splits = [split] if isinstance(split, Split) else list(split)
-    norms = dict.fromkeys(data.source.names, norm) if isinstance(norm, str) else norm
-    data = with_fitting_tokens(data, [config.head])[0]
-    with deterministic(config.deterministic):
-        experiment = Experiment.of(data, splits, norms, scale, device)
-        return train_run(with_seeds(on_features(config, data), seeds), experiment, progress)
-
-
-def evaluate(run: Run, data: FeatureSet, ids: Sequence[str] | None = None) -> dict[str, Any]:
-    """Figures of a run on the labelled rows of `ids` (of all without): accuracy, weighted and macro averages, per
-    class, confusion, log-loss, ECE, their intervals, and what the majority class of the run's training rows would
-    score.
-
-    See `metrics.figures`. Raises `UsageError` for labels that are no class of the run, and when no row has a label.
-    """
-    kept, tags = run.with_own_labels(data).labelled(ids)
-    labels = class_numbers(tags, run.classes)
-    return metrics.figures(labels, run.predict_proba(data, kept), run.classes, run.majority)
-
-
-# -- loading and splitting --------------------------------------------------------------------------------------
-
-
 def load_experiment(settings: ExperimentSettings, heads: Sequence[HeadConfig]) -> Experiment:
     """Join the caches, take the rows with a label, and split them. `heads` decides whether token features are read.
 
@@ -399,282 +344,6 @@ def on_features(config: TrainConfig, data: FeatureSet) -> TrainConfig:
             f"{', '.join(there)}: nothing is left; name a cache of that side"
         )
     return replace(config, head=replace(config.head, sides=read))
-
-
-# -- training ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A member and what it said of the validation rows of its split."""
-
-    member: Member
-    split: Split
-    trained: Trained
-
-    @property
-    def calibrated(self) -> np.ndarray:
-        """Probabilities (len(split.val), C)."""
-        return metrics.softmax(self.trained.val_logits, self.member.temperature)
-
-
-def train_run(
-    configs: Sequence[TrainConfig],
-    experiment: Experiment,
-    progress: Progress = lambda epochs: None,
-    told: Told | None = None,
-) -> Run:
-    """The ensemble of all configurations on all splits, with its report and what it cost. Raises `UsageError` when one
-    diverges."""
-    with measured(experiment.device, experiment.stream) as cost:
-        outcomes = [outcome for _, found in train_all(configs, experiment, progress, told=told) for outcome in found]
-    return replace(run_of(outcomes, experiment), cost=cost)
-
-
-@contextmanager
-def measured(device: torch.device, stream: Stream | None = None) -> Iterator[dict[str, Any]]:
-    """What the block costs, filled in at its end: seconds, peak_bytes (on a CPU of this process since its start, and
-    without processes that it starts), device, and of a `stream` its rates, see `Tally.rates`."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    began, cost = time.perf_counter(), dict[str, Any]()
-    yield cost
-    cost |= {
-        "seconds": round(time.perf_counter() - began, 2),
-        "peak_bytes": peak_bytes(device),
-        "device": str(device),
-    }
-    if stream is not None:
-        cost["streamed"] = stream.tally.rates()
-
-
-def total_epochs(configs: Sequence[TrainConfig], experiment: Experiment) -> int:
-    """What `train_all` and `train_run` report in all."""
-    return n_epochs(configs) * len(experiment.splits)
-
-
-def epoch_weights(configs: Sequence[TrainConfig], experiment: Experiment) -> dict[TrainConfig, float]:
-    """About how long an epoch of each takes in `train_all`, in seconds of one core: by which time left is told."""
-    widths = cached_widths(experiment.features.source, "train")
-    n_classes, rows = len(experiment.classes), len(experiment.splits[0].train)
-
-    def seconds(config: TrainConfig) -> float:
-        try:
-            return epoch_seconds(config, widths, n_classes, rows)
-        except UsageError:  # no head for these caches: training says why
-            return 1.0
-
-    return {config: seconds(config) for config in configs}
-
-
-def train_all(
-    configs: Sequence[TrainConfig],
-    experiment: Experiment,
-    progress: Progress = lambda epochs: None,
-    failed: dict[int, str] | None = None,
-    told: Told | None = None,
-) -> Iterator[tuple[int, list[Outcome]]]:
-    """Train every configuration on every split. As soon as one is through, its number and an outcome for each split.
-
-    Numbers and reasons of those that diverge go into `failed`; without it the first raises `UsageError`. `told` hears
-    of every epoch as it ends, of trainings side by side in any order.
-    """
-    if not configs:
-        return
-    splits = experiment.splits
-    problems = {0: experiment.problem(splits[0], {config.head.head for config in configs})}
-    first = problems[0][0]
-    groups = list(stacks(configs, first))
-    jobs = [(members, k) for members in groups for k in range(len(splits))]
-    # Every split has features of its own. Where they are too large to lie side by side they are made for one job at a
-    # time, which costs a fraction of an epoch.
-    side_by_side = len(splits) == 1 or first.inputs.n_bytes * len(splits) <= LARGEST_COPY
-    batches = [jobs] if side_by_side else [[job] for job in jobs]
-    del first
-    found: dict[int, list[Outcome]] = {i: [] for i in range(len(configs))}
-    for batch in batches:
-        wanted = sorted({k for _, k in batch})
-        heads = {configs[i].head.head for members, _ in batch for i in members}
-        problems = {k: problem for k, problem in problems.items() if k in wanted}
-        problems |= {k: experiment.problem(splits[k], heads) for k in wanted if k not in problems}
-        tasks = [([configs[i] for i in members], wanted.index(k)) for members, k in batch]
-        folds = [k + 1 if len(splits) > 1 else None for k in wanted]
-        hear = None if told is None else partial(_told_of_fold, told, folds)
-        for number, results in run_jobs(tasks, [problems[k][0] for k in wanted], progress, hear):
-            members, k = batch[number]
-            for i, trained in zip(members, results, strict=True):
-                if trained.failure:
-                    if failed is None:
-                        raise UsageError(trained.failure)
-                    failed.setdefault(i, trained.failure)
-                    continue
-                fold = k + 1 if len(splits) > 1 else None
-                found[i].append(_outcome(trained, *problems[k], splits[k], fold))
-            for i in members:
-                if len(found.get(i, ())) == len(splits):
-                    yield i, sorted(found.pop(i), key=lambda o: o.member.fold or 0)
-
-
-def _told_of_fold(told: Told, folds: Sequence[int | None], k: int, epoch: Epoch) -> None:
-    told(epoch, folds[k])
-
-
-def _outcome(
-    trained: Trained, problem: Problem, preprocessing: Preprocessing, split: Split, fold: int | None
-) -> Outcome:
-    labels = problem.labels[problem.val].cpu().numpy()
-    member = Member(
-        trained.config,
-        trained.head,
-        preprocessing.for_head(trained.config.head).to("cpu"),
-        trained.widths,
-        temperature=metrics.fit_temperature(trained.val_logits, labels, TEMPERATURES),
-        best_epoch=trained.best_epoch,
-        facts=trained.facts,
-        fold=fold,
-        epochs=None if trained.best_epoch is None else len(trained.history),
-    )
-    return Outcome(member, split, trained)
-
-
-def run_of(outcomes: Sequence[Outcome], experiment: Experiment) -> Run:
-    """The ensemble of all outcomes, equally weighted, with its report."""
-    members = [o.member for o in outcomes]
-    splits = experiment.splits
-    source = needed_source(members, experiment.features.source)
-    counts = experiment.training_rows()
-    split = splits if len(splits) > 1 else splits[0]
-    features = experiment.features
-    corrections = dict(features.corrections)
-    run = Run(experiment.classes, members, source, split, counts, corrections=corrections, target=features.target)
-    return replace(run, report=measure(outcomes, experiment, run))
-
-
-def needed_source(members: Sequence[Member], source: FeatureSource) -> FeatureSource:
-    """`source` without the caches that no member reads."""
-    read = {side: {c for m in members for c in m.preprocessing.caches[side]} for side in SIDES}
-    image, text = (tuple(name for name in source.of(side) if name in read[side]) for side in SIDES)
-    fingerprints = {name: fingerprint for name, fingerprint in source.fingerprints.items() if name in (*image, *text)}
-    contents = {name: digest for name, digest in source.contents.items() if name in (*image, *text)}
-    tokens = any(key.split("/")[0].endswith("_tokens") for m in members for key in m.preprocessing.normalizers)
-    counted = {name: counts for name, counts in source.parameters.items() if name in (*image, *text)}
-    return FeatureSource(source.folder, image, text, tokens, fingerprints, contents, counted)
-
-
-# -- measuring --------------------------------------------------------------------------------------------------
-
-
-def measure(outcomes: Sequence[Outcome], experiment: Experiment, run: Run) -> Report:
-    """Validation figures of the ensemble (of each split's members, all splits pooled), mean and standard deviation over
-    the members, and figures on the test part where the split has one; where several splits have, mean and standard
-    deviation of the figures of each split's own members on its own."""
-    raw, calibrated = [], []
-    for split in experiment.splits:
-        own = [o for o in outcomes if o.split is split]
-        raw.append(np.mean([metrics.softmax(o.trained.val_logits) for o in own], axis=0))
-        calibrated.append(np.mean([o.calibrated for o in own], axis=0))
-    report = report_of(experiment, run, np.concatenate(calibrated), np.concatenate(raw))
-    singles = [metrics.figures(experiment.labels(o.split.val), o.calibrated, experiment.classes) for o in outcomes]
-    collapsed = [
-        {"fold": o.member.fold, "seed": o.member.config.seed, "class": found["collapsed"]}
-        for o, found in zip(outcomes, singles, strict=True)
-        if found["collapsed"]
-    ]
-    members = {"count": len(outcomes), "mean_std": metrics.mean_std(singles), "collapsed": collapsed}
-    report.figures["members"] = members
-    folds = enumerate(experiment.splits, 1) if len(experiment.splits) > 1 else ()
-    tested = [test_of_fold(experiment, run, split, fold) for fold, split in folds if split.test]
-    if tested:
-        figures = metrics.mean_std([of_fold for _, of_fold in tested])
-        report.figures["test_folds"] = {"count": len(tested), "mean_std": figures}
-        report.test_folds.extend(predictions for predictions, _ in tested)
-    report.figures["protocol"] = f"{protocol(experiment)}; {_chosen(run.members)}"
-    report.history.extend(
-        {"fold": o.member.fold or "", "seed": o.member.config.seed, **row}
-        for o in outcomes
-        for row in o.trained.history
-    )
-    return report
-
-
-def report_of(experiment: Experiment, run: Run, calibrated: np.ndarray, raw: np.ndarray) -> Report:
-    """Figures of probabilities (n, C) on the validation rows of all splits, and on the test part where there is one."""
-    ids = Strings.concatenate([Strings.of(split.val) for split in experiment.splits])
-    majority = experiment.majority(experiment.splits[0])
-    figures: dict[str, Any] = {"val": split_figures(experiment, ids, raw, calibrated, majority)}
-    tested = None
-    if len(experiment.splits) == 1 and experiment.splits[0].test:
-        test = experiment.splits[0].test
-        final = raw_test = experiment.predicted(test, run.probabilities)
-        if run.stacking is None:  # what stacks the members also calibrates them
-            raw_test = experiment.predicted(test, partial(_uncalibrated, run.members))
-        figures["test"] = split_figures(experiment, test, raw_test, final, majority)
-        tested = (test, experiment.features.tags_of(test), final)
-    figures["protocol"] = protocol(experiment)
-    figures["training_rows"] = experiment.training_rows()
-    figures["validation_rows"] = experiment.validation_rows()
-    figures["leaks"] = experiment.leaks.as_json()
-    return Report(ids, experiment.features.tags_of(ids), calibrated, figures, [], tested)
-
-
-def test_of_fold(experiment: Experiment, run: Run, split: Split, fold: int) -> tuple[FoldTest, dict[str, Any]]:
-    """What the members trained on a fold (from 1) say of its own test part, and the figures of that."""
-    own = replace(run, members=[m for m in run.members if m.fold == fold])
-    calibrated = experiment.predicted(split.test, own.probabilities)
-    raw = experiment.predicted(split.test, partial(_uncalibrated, own.members))
-    figures = split_figures(experiment, split.test, raw, calibrated, experiment.majority(split))
-    return FoldTest(fold, split.test, experiment.features.tags_of(split.test), calibrated), figures
-
-
-def _uncalibrated(members: Sequence[Member], features: FeatureSet, rows: torch.Tensor | None) -> np.ndarray:
-    return np.asarray(np.mean([metrics.softmax(m.logits(features, rows)) for m in members], axis=0))
-
-
-def split_figures(
-    experiment: Experiment, ids: Sequence[str], raw: np.ndarray, calibrated: np.ndarray, majority: str
-) -> dict[str, Any]:
-    """`metrics.figures` of the calibrated predictions; log-loss and ECE before calibration beside those after."""
-    labels = experiment.labels(ids)
-    figures = metrics.figures(labels, calibrated, experiment.classes, majority)
-    after = {f"{name}_calibrated": figures[name] for name in ("log_loss", "ece")}
-    before = {
-        "log_loss": metrics.log_loss(labels, raw),
-        "ece": metrics.expected_calibration_error(labels, raw),
-    }
-    return {**figures, **before, **after}
-
-
-def protocol(experiment: Experiment) -> str:
-    """One line on how the figures came about."""
-    how = experiment.splits[0].how
-    if not how:
-        split = f"{len(experiment.splits)} splits as given" if len(experiment.splits) > 1 else "split as given"
-    elif "files" in how:
-        folds = f"{len(experiment.splits)} folds" if len(experiment.splits) > 1 else "split"
-        split = f"{folds} from {', '.join(how['files'])}"
-    elif len(experiment.splits) > 1:
-        split = f"{len(experiment.splits)}-fold cross-validation, stratified, seed {how['seed']}"
-    else:
-        split = f"stratified split, {how['val_ratio']:g} for validation, seed {how['seed']}"
-    together = (
-        "" if not how or "files" in how else ", duplicates together" if experiment.group_of else ", duplicates anywhere"
-    )
-    corrected = corrected_words(experiment.features, experiment.splits)
-    target = experiment.features.target
-    told = [target.words()] if target else []
-    return "; ".join([f"{split}{together}", *told, *([corrected] if corrected else [])])
-
-
-def _chosen(members: Sequence[Member]) -> str:
-    """What was chosen by data in training the members, and on which rows."""
-    epoch = "best epoch and " if any(m.best_epoch is not None for m in members) else ""
-    by_folds = [
-        name
-        for name in ("C", "ridge", "gamma")
-        if any(name in settings_read(m.config.head.head) and getattr(m.config, name) is None for m in members)
-    ]
-    folds = f", {' and '.join(by_folds)} by inner folds of the training rows" if by_folds else ""
-    return f"{epoch}temperature chosen on the validation rows{folds}"
 
 
 def _rows_apart(tags: Labels, groups: np.ndarray | None) -> dict[str, int]:
