@@ -23,6 +23,7 @@ from sklearn.preprocessing import StandardScaler, normalize
 
 from modeling import train_head
 from modeling.evaluation.metrics import softmax
+from modeling.experiments import fitting
 from modeling.experiments.experiment import Experiment
 from modeling.features.loading import load_features
 from modeling.heads.registry import HEADS
@@ -604,7 +605,7 @@ def test_the_features_of_large_folds_do_not_lie_side_by_side(
         return made
 
     monkeypatch.setattr(Experiment, "problem", counted)
-    monkeypatch.setattr(ex, "LARGEST_COPY", 0)
+    monkeypatch.setattr(fitting, "LARGEST_COPY", 0)
     alone = train(feats, tmp_path, *argv)
     assert len(most) >= 4 and max(most) == 1
     for name in ("head.safetensors", "metrics.json", "predictions_val.csv"):
