@@ -119,6 +119,21 @@ def peak_bytes(device: torch.device) -> int:
 
 
 @contextmanager
+def full_products(dtype: torch.dtype) -> Iterator[None]:
+    """In here a GPU multiplies float32 in full, where `dtype` is that. Torch's default lets cuDNN round what
+    convolutions multiply to TF32, of 10 bits: as few as fp16 has, and not what features that call themselves fp32 are
+    made of."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    if dtype is torch.float32:
+        products.allow_tf32 = convolutions.allow_tf32 = False
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
+
+
+@contextmanager
 def deterministic(on: bool = True) -> Iterator[None]:
     """In here torch computes with algorithms that give the same to the bit each time, on the same device and versions:
     no other choice of kernels (cuDNN's benchmark), full float32 products (no TF32). With `on` False nothing changes.

@@ -18,7 +18,11 @@ from feats.encoders.registry import load_encoder
 from feats.encoders.torchvision_image import fold_batch_norms
 from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
+from feats.extraction.encode import encode_block
+from feats.extraction.plan import make_plan
+from feats.extraction.settings import ExtractionSettings
 from feats.images import ResizeCrop
+from feats.records import Record
 
 MODELS = ["resnet18", "vit_b_16"]
 EACH = [MODELS[0], pytest.param(MODELS[1], marks=pytest.mark.slow)]
@@ -189,3 +193,26 @@ def test_cache_then_download_then_one_clear_error(models, tmp_path: Path, monkey
     )
     cached.write_bytes(models["resnet18"][1].read_bytes())
     assert load_encoder("resnet", "resnet18").identity["model"] == "resnet18"
+
+
+@pytest.mark.parametrize(("dtype", "rounded"), [("fp32", False), ("bf16", True)])
+def test_fp32_is_never_rounded_to_tf32(
+    models, pictures, dtype: str, rounded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What cuDNN may do with float32 is set while a forward pass runs, and as it was before and after."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    encoder = load_encoder("resnet", "resnet18", models["resnet18"][1], device="cpu", dtype=dtype)
+    side, seen = encoder.image_side(), []
+
+    def watched(pixels: torch.Tensor, forward=side.forward):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return forward(pixels)
+
+    monkeypatch.setattr(side, "forward", watched)
+    encoder.encode(pictures)
+    assert set(seen) == {rounded}
+    pictures[0].save(tmp_path / "a.png")
+    plan = make_plan(encoder, [Record("a", tmp_path / "a.png", None)], ExtractionSettings())
+    seen.clear()
+    encode_block(plan, 0)
+    assert set(seen) == {rounded} and torch.backends.cudnn.allow_tf32

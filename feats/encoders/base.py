@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from feats.acceleration import full_products
 from feats.errors import UsageError
 from feats.images import as_rgb
 from feats.text import clean
@@ -196,7 +197,7 @@ class Encoder:
         if isinstance(texts, str):
             raise UsageError(f"`texts` {texts[:20]!r} is one text, expected a list: its letters would be encoded")
         found = {}
-        with torch.inference_mode():
+        with torch.inference_mode(), full_products(self.dtype):
             if images is not None:
                 found["image"] = self._encode_images(images, batch_size)
             if texts is not None:

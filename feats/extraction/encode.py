@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from feats.acceleration import dtype_name
+from feats.acceleration import dtype_name, full_products
 from feats.encoders.base import by_length
 from feats.extraction.plan import Plan
 from feats.extraction.preparation import Images, Job, Preparation, Texts, prepare, take
@@ -93,10 +93,12 @@ def _begin(
         texts = next(prepared) if plan.texts is None else take(plan.texts, rows)
         assert isinstance(texts, Texts)
         room = None if plan.token_counts is None else plan.token_counts[rows]
-        of_texts = _encode_texts(plan, texts, room, transfer, reasons)
+        with full_products(plan.encoder.dtype):
+            of_texts = _encode_texts(plan, texts, room, transfer, reasons)
     if plan.encoder.image:
         batches = islice(prepared, -(-len(rows) // plan.batch_size))
-        of_images = _encode_images(plan, batches, transfer, of_pictures, told)
+        with full_products(plan.encoder.dtype):
+            of_images = _encode_images(plan, batches, transfer, of_pictures, told)
     else:
         told(len(rows))
 
