@@ -30,8 +30,9 @@ from modeling.training.config import MONITORS, SCHEDULES, TrainConfig
 from modeling.training.draws import Draws
 from modeling.training.exact import LINEAR_CS
 from modeling.training.fit import fit, n_epochs, stacks, work
-from modeling.training.gradient import beta1, cross_entropy, lr_factor
+from modeling.training.gradient import cross_entropy
 from modeling.training.problem import Epoch, Problem, Trained, class_weights, predict_stack
+from modeling.training.stacked_adam import StackedAdam, beta1, lr_factor
 
 
 def same(one: Trained, other: Trained) -> None:
@@ -262,7 +263,7 @@ def test_steps_of_onecycle_are_those_of_torch_s_with_its_momentum(optimizer: str
     ]
     steps, start = 40, normal(3, 4, 5)
     stack = nn.ParameterList([nn.Parameter(start.clone())])
-    ours, found = gradient._StackedAdam(stack, configs, steps), []
+    ours, found = StackedAdam(stack, configs, steps), []
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer]
     weights = [nn.Parameter(x.clone()) for x in start]
     theirs = [kind([x], lr=c.lr, weight_decay=c.weight_decay) for x, c in zip(weights, configs, strict=True)]

@@ -118,14 +118,14 @@ def lr_factor(settings: TuneSettings, step: int, steps: int) -> float:
     """The learning rate of step 0 <= `step` < `steps` as a share of its peak.
 
     A linear rise over the first `warmup` of the steps; then half a cosine wave down to 0 (Loshchilov and Hutter 2017),
-    or the peak all along. onecycle rises and falls in half waves, see `modeling.training.gradient.lr_factor`; there
+    or the peak all along. onecycle rises and falls in half waves, see `modeling.training.stacked_adam.lr_factor`; there
     Adam's beta1 is cycled, too.
     """
-    from modeling.training import gradient
+    from modeling.training import stacked_adam
 
     if settings.schedule == "onecycle":
-        return gradient.lr_factor("onecycle", step, steps, settings.warmup)
+        return stacked_adam.lr_factor("onecycle", step, steps, settings.warmup)
     rising = round(settings.warmup * steps)
     if step < rising:
         return (step + 1) / rising
-    return gradient.lr_factor(settings.schedule, step - rising, steps - rising)
+    return stacked_adam.lr_factor(settings.schedule, step - rising, steps - rising)

@@ -32,8 +32,8 @@ from modeling.finetuning.parameters import (
 from modeling.finetuning.predicting import figures_of, predict, seeded
 from modeling.finetuning.settings import TuneSettings, lr_factor
 from modeling.heads.layers import Noise, attach_noise
-from modeling.training.gradient import beta1
 from modeling.training.problem import averages_of
+from modeling.training.stacked_adam import beta1
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,18 @@ stack as alone, up to the rounding of differently blocked products.
 import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
 from feats.acceleration import DTYPES
 from modeling.heads.base import Head
 from modeling.heads.layers import Noise, attach_noise, set_product_dtype
 from modeling.heads.registry import build_head
 from modeling.training.batches import InMemory, batches_of
-from modeling.training.config import TrainConfig, hyperparameters, is_better
+from modeling.training.config import TrainConfig, is_better
 from modeling.training.draws import stream_of
 from modeling.training.graphs import Results, recorded, recorder_for
 from modeling.training.problem import (
@@ -36,6 +33,7 @@ from modeling.training.problem import (
     confusions,
     validation_figures,
 )
+from modeling.training.stacked_adam import StackedAdam
 from modeling.training.threads import StepThreads, threads_kept
 
 COUNTED_ROWS = 1 << 18  # whose logits are kept until they are counted
@@ -47,82 +45,109 @@ def train_stack(
 ) -> list[Trained]:
     """Train configurations of one shape, see `modeling.training.fit.stacks`; `progress` is told epochs times models,
     `told` what each came to."""
-    first, device, n_classes = configs[0], problem.device, len(problem.classes)
-    inputs = problem.inputs.for_head(first.head)
-    head = build_head(first.head, inputs.widths, n_classes, [c.seed for c in configs], device)
-    set_product_dtype(head, DTYPES[first.precision])
-    noise = Noise([stream_of(c.seed, "dropout") for c in configs], device)
-    attach_noise(head, noise)
-    batches = batches_of(configs, problem, inputs)
-    optimizer = _StackedAdam(head, configs, first.ep * batches.steps)
-    weights = smoothing = None
-    if any(c.class_weights != "none" for c in configs):
-        weights = torch.stack([class_weights(c.class_weights, problem) for c in configs])
-    if any(c.label_smoothing for c in configs):
-        smoothing = torch.tensor([c.label_smoothing for c in configs], device=device)
-
-    def computed(*drawn: Any) -> Results:
-        batch, labels = batches.gather(*drawn)
-        logits = head(batch)
-        loss = cross_entropy(logits, labels, weights, smoothing)
-        loss.sum().backward()
-        optimizer.apply()
-        return loss.detach(), logits.detach(), labels
-
-    step: Callable[..., Results] = computed
-    recorder = recorder_for(device, first.ep * batches.steps) if isinstance(batches, InMemory) else None
-    # Batches of ragged tokens are of any length, and onecycle changes a number that a recording holds.
-    if recorder is not None and inputs.text_tokens is None and all(c.schedule != "onecycle" for c in configs):
-        optimizer.hold_rates()
-        step = recorded(computed, head, noise, recorder)
-    best, threads = _Best(head, configs), StepThreads(device, steady=first.deterministic)
+    epochs = configs[0].ep
+    stack = _Stack(configs, problem)
+    step = stack.fastest_step()
+    best = _Best(stack.head, configs)
     history: list[list[dict[str, Any]]] = [[] for _ in configs]
-    for epoch in range(1, first.ep + 1):
-        head.train()
-        losses = torch.empty(batches.steps, len(configs), device=device)
-        counted = _Counted(len(configs), n_classes, batches.n_rows, first.bs, device)
-        with closing(batches.epoch()) as epoch_batches:
-            for number, drawn in enumerate(epoch_batches):
-                threads.begin_step()
-                optimizer.begin_step()
-                loss, logits, labels = step(*drawn)
-                losses[number] = loss * labels.shape[1]
-                counted.add(logits, labels)
-                threads.end_step()
-        val_logits = batches.validate(head)
-        figures = {"train_loss": losses.sum(0).cpu().numpy() / batches.n_rows}
-        figures |= averages_of(counted.confusions(), "train_")
+    for epoch in range(1, epochs + 1):
+        losses, counts = stack.train_epoch(step)
+        val_logits = stack.batches.validate(stack.head)
+        figures = {"train_loss": losses.sum(0).cpu().numpy() / stack.batches.n_rows}
+        figures |= averages_of(counts, "train_")
         figures |= validation_figures(val_logits, problem.labels[problem.val], problem.classes)
-        figures |= {name: values.cpu().numpy() for name, values in head.scalars().items()}
-        for m, config in enumerate(configs):
-            if best.stopped[m]:
-                continue
+        figures |= {name: values.cpu().numpy() for name, values in stack.head.scalars().items()}
+        for m in best.training():
             row = {name: values[m].item() for name, values in figures.items()}
             diverged = [row[kind] for kind in ("train_loss", "val_loss") if not math.isfinite(row[kind])]
             if diverged:
-                best.fail(
-                    m,
-                    f"the loss of {config.head.head} became {diverged[0]} in epoch {epoch} (lr {config.lr:g}); use a "
-                    "smaller `lr`, or `norm` l2 or standard",
-                )
-                continue
-            history[m].append({"epoch": epoch, "lr": optimizer.last_lr(m), **row})
-        training = [m for m in range(len(configs)) if not best.stopped[m]]
-        better = best.update(epoch, figures, head, val_logits)
+                best.fail(m, _divergence(configs[m], diverged[0], epoch))
+            else:
+                history[m].append({"epoch": epoch, "lr": stack.optimizer.last_lr(m), **row})
+        trained = best.training()
+        better = best.update(epoch, figures, stack.head, val_logits)
         if told is not None:
-            sizes = torch.full((batches.steps,), first.bs)
-            sizes[-1] = batches.n_rows - (batches.steps - 1) * first.bs
-            of_batches = losses.cpu() / sizes[:, None]
-            for m in training:
+            of_batches = stack.batch_means(losses)
+            for m in trained:
                 told(Epoch(configs[m], history[m][-1], m in better, of_batches[:, m].tolist()))
         progress(len(configs))
-        if all(best.stopped):
-            progress(len(configs) * (first.ep - epoch))
+        if not best.training():
+            progress(len(configs) * (epochs - epoch))
             break
     return [
-        Trained(c, *best.model(m, inputs.widths, n_classes), best.epoch[m], history[m], failure=best.failure[m])
+        Trained(c, *best.model(m, stack.widths, stack.n_classes), best.epoch[m], history[m], failure=best.failure[m])
         for m, c in enumerate(configs)
     ]
+
+
+def _divergence(config: TrainConfig, loss: float, epoch: int) -> str:
+    return (
+        f"the loss of {config.head.head} became {loss} in epoch {epoch} (lr {config.lr:g}); use a smaller `lr`, or "
+        "`norm` l2 or standard"
+    )
+
+
+class _Stack:
+    """M models of one shape side by side: their `head`, `batches` and `optimizer`, and the step they take together."""
+
+    def __init__(self, configs: Sequence[TrainConfig], problem: Problem):
+        first, self.device = configs[0], problem.device
+        inputs = problem.inputs.for_head(first.head)
+        self.configs, self.widths, self.n_classes = configs, inputs.widths, len(problem.classes)
+        self.head = build_head(first.head, inputs.widths, self.n_classes, [c.seed for c in configs], self.device)
+        set_product_dtype(self.head, DTYPES[first.precision])
+        self.noise = Noise([stream_of(c.seed, "dropout") for c in configs], self.device)
+        attach_noise(self.head, self.noise)
+        self.batches = batches_of(configs, problem, inputs)
+        self.ragged = inputs.text_tokens is not None
+        self.steps = first.ep * self.batches.steps
+        self.optimizer = StackedAdam(self.head, configs, self.steps)
+        self.class_weights = self.smoothing = None
+        if any(c.class_weights != "none" for c in configs):
+            self.class_weights = torch.stack([class_weights(c.class_weights, problem) for c in configs])
+        if any(c.label_smoothing for c in configs):
+            self.smoothing = torch.tensor([c.label_smoothing for c in configs], device=self.device)
+        self.threads = StepThreads(self.device, steady=first.deterministic)
+
+    def fastest_step(self) -> Callable[..., Results]:
+        """The step, recorded where that pays and can be."""
+        recorder = recorder_for(self.device, self.steps) if isinstance(self.batches, InMemory) else None
+        # Batches of ragged tokens are of any length, and onecycle changes a number that a recording holds.
+        if recorder is None or self.ragged or any(c.schedule == "onecycle" for c in self.configs):
+            return self._step
+        self.optimizer.hold_rates()
+        return recorded(self._step, self.head, self.noise, recorder)
+
+    def train_epoch(self, step: Callable[..., Results]) -> tuple[Tensor, np.ndarray]:
+        """Every row once: the loss of each batch, summed over its rows (steps, M), and confusion matrices (M, C, C)."""
+        self.head.train()
+        bs, n_rows = self.configs[0].bs, self.batches.n_rows
+        losses = torch.empty(self.batches.steps, len(self.configs), device=self.device)
+        counted = _Counted(len(self.configs), self.n_classes, n_rows, bs, self.device)
+        with closing(self.batches.epoch()) as batches:
+            for number, drawn in enumerate(batches):
+                self.threads.begin_step()
+                self.optimizer.begin_step()
+                loss, logits, labels = step(*drawn)
+                losses[number] = loss * labels.shape[1]
+                counted.add(logits, labels)
+                self.threads.end_step()
+        return losses, counted.confusions()
+
+    def batch_means(self, losses: Tensor) -> Tensor:
+        """Each batch's mean loss (steps, M) on the host, of what `train_epoch` gave: the last batch may be smaller."""
+        steps, bs = self.batches.steps, self.configs[0].bs
+        sizes = torch.full((steps,), bs)
+        sizes[-1] = self.batches.n_rows - (steps - 1) * bs
+        return losses.cpu() / sizes[:, None]
+
+    def _step(self, *drawn: Any) -> Results:
+        batch, labels = self.batches.gather(*drawn)
+        logits = self.head(batch)
+        loss = cross_entropy(logits, labels, self.class_weights, self.smoothing)
+        loss.sum().backward()
+        self.optimizer.apply()
+        return loss.detach(), logits.detach(), labels
 
 
 class _Counted:
@@ -154,116 +179,6 @@ class _Counted:
     def _count(self) -> None:
         self.counts += confusions(self.logits[:, : self.used], self.labels[:, : self.used])
         self.used = 0
-
-
-@dataclass
-class _Group:
-    """Neighbouring models of a stack with the same hyperparameters: slices of each parameter, and their Adam state."""
-
-    part: slice
-    peak_lr: float
-    weight_decay: float
-    schedule: str
-    parameters: list[Tensor]
-    lr: float = 0.0
-    beta1: float = 0.9
-    rate: Tensor | None = None  # holds `lr` on the device
-
-    def __post_init__(self) -> None:
-        self.means, self.squares = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
-        self.taken = [torch.zeros((), device=p.device) for p in self.parameters]
-
-
-class _StackedAdam:
-    """torch's fused Adam (Kingma and Ba 2015) or AdamW (Loshchilov and Hutter 2019) on a stack, through its functional
-    door: constructing a torch.optim.Optimizer imports the compiler, which takes a second."""
-
-    def __init__(self, head: Head, configs: Sequence[TrainConfig], steps: int):
-        self.parameters = list(head.parameters())
-        self.decoupled = configs[0].optimizer == "adamw"
-        self.groups = []
-        for key, members in groupby(range(len(configs)), lambda m: hyperparameters(configs[m])):
-            first, *rest = members
-            part = slice(first, first + 1 + len(rest))
-            self.groups.append(_Group(part, *key, [p.detach()[part] for p in self.parameters]))
-        self.steps, self.taken = steps, 0
-
-    def hold_rates(self) -> None:
-        """Keep the learning rates on the device, for steps that are recorded: float32, as fused Adam takes them."""
-        for group in self.groups:
-            group.rate = torch.full((), group.lr, device=self.parameters[0].device)
-
-    def begin_step(self) -> None:
-        """Set the rates of the next step."""
-        for group in self.groups:
-            before = group.lr
-            group.lr = group.peak_lr * lr_factor(group.schedule, self.taken, self.steps)
-            group.beta1 = beta1(group.schedule, self.taken, self.steps)
-            if group.rate is not None and group.lr != before:
-                group.rate.fill_(group.lr)
-        self.taken += 1
-
-    @torch.no_grad()
-    def apply(self) -> None:
-        """Move the parameters by their gradients, and drop these."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if len(gradients) < len(self.parameters):
-            raise RuntimeError("some parameters of the head take no part in its logits: they have no gradient")
-        for group in self.groups:
-            adam(
-                group.parameters,
-                [gradient[group.part] for gradient in gradients],
-                group.means,
-                group.squares,
-                [],
-                group.taken,
-                fused=True,
-                amsgrad=False,
-                beta1=group.beta1,
-                beta2=0.999,
-                lr=group.lr if group.rate is None else group.rate,
-                weight_decay=group.weight_decay,
-                eps=1e-8,
-                maximize=False,
-                decoupled_weight_decay=self.decoupled,
-            )
-        for parameter in self.parameters:
-            parameter.grad = None  # the next backward pass hands over its own buffer instead of adding to this one
-
-    def last_lr(self, model: int) -> float:
-        return next(group.lr for group in self.groups if group.part.start <= model < group.part.stop)
-
-
-def lr_factor(schedule: str, step: int, steps: int, warmup: float = 0.3) -> float:
-    """The learning rate of step 0 <= `step` < `steps` as a share of its peak.
-
-    cosine: half a wave from 1 to 0 (Loshchilov and Hutter 2017). onecycle: from 1/25 to 1 over the first `warmup` of
-    the steps, then to 1/250000, both half waves, as torch's OneCycleLR (Smith and Topin 2018); see also `beta1`.
-    """
-    if schedule == "cosine":
-        return _half_wave(1.0, 0.0, step / steps)
-    if schedule == "onecycle":
-        return _cycled(1 / 25, 1.0, 1 / 25e4, step, steps, warmup)
-    return 1.0
-
-
-def beta1(schedule: str, step: int, steps: int, warmup: float = 0.3) -> float:
-    """Adam's decay of the mean gradient in step 0 <= `step` < `steps`: 0.9; under onecycle, while the rate rises, from
-    0.95 down to 0.85, and back to 0.95 as it falls, as torch's OneCycleLR cycles it by default."""
-    return _cycled(0.95, 0.85, 0.95, step, steps, warmup) if schedule == "onecycle" else 0.9
-
-
-def _cycled(start: float, top: float, end: float, step: int, steps: int, warmup: float) -> float:
-    """From `start` to `top` over the first `warmup` of the steps, then to `end`, both in half waves."""
-    last = warmup * steps - 1  # step of the first phase
-    if last > 0 and step <= last:
-        return _half_wave(start, top, step / last)
-    return _half_wave(top, end, (step - last) / max(1e-9, steps - 1 - last))
-
-
-def _half_wave(start: float, end: float, share: float) -> float:
-    """From `start` at share 0 to `end` at 1."""
-    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
 def cross_entropy(
@@ -299,9 +214,8 @@ class _Best:
     def update(self, epoch: int, figures: dict[str, np.ndarray], head: Head, val_logits: Tensor) -> list[int]:
         """Take an epoch in; returns the models whose best it is."""
         better = []
-        for m, config in enumerate(self.configs):
-            if self.stopped[m]:
-                continue
+        for m in self.training():
+            config = self.configs[m]
             score = -figures["val_loss"][m] if config.monitor == "loss" else figures[config.monitor][m]
             if is_better(score, self.score[m], config.min_gain):
                 self.score[m], self.epoch[m] = float(score), epoch
@@ -316,6 +230,10 @@ class _Best:
                 for m in better:
                     kept[m].copy_(tensor[m])
         return better
+
+    def training(self) -> list[int]:
+        """The models that haven't stopped."""
+        return [m for m, stopped in enumerate(self.stopped) if not stopped]
 
     def fail(self, m: int, reason: str) -> None:
         self.stopped[m], self.failure[m] = True, reason
