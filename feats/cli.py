@@ -52,8 +52,8 @@ def data_place(text: str) -> Path | str:
     return text if is_url(text) else Path(text)
 
 
-def add_columns_option(group: ArgumentParser | _ArgumentGroup) -> None:
-    """Which columns of a table are ours; `columns_from` reads it."""
+def add_columns_option(group: ArgumentParser | _ArgumentGroup, default: str = "by usual names") -> None:
+    """Which columns of a table are ours; `columns_from` reads it. `default` says which else."""
     group.add_argument(
         "--columns",
         nargs="+",
@@ -61,7 +61,7 @@ def add_columns_option(group: ArgumentParser | _ArgumentGroup) -> None:
         dest="table_columns",  # an encoder has a setting of that name
         metavar="OURS=YOURS",
         help="which columns of a table are image, text, label, id and split, e.g. text=title label=category; "
-        "label= for none (default: by usual names)",
+        f"label= for none (default: {default})",
     )
 
 

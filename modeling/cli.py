@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import warnings
-from argparse import SUPPRESS, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +21,9 @@ from feats.cli import (
     EXIT_INTERRUPTED,
     EXIT_UNUSABLE,
     ScriptParser,
+    add_columns_option,
     as_typed,
+    columns_from,
     error_line,
     positive,
     refuse_without_extra,
@@ -69,6 +71,7 @@ from modeling.training.recipes import (
 if TYPE_CHECKING:
     from modeling.experiment import Experiment, ExperimentSettings
     from modeling.features.joined import FeatureSource
+    from modeling.finetuning.pairs import DataPlace
     from modeling.prediction.ablation import AbsentOf
     from modeling.runs.run import Run
 
@@ -163,6 +166,21 @@ def add_label_column_options(parser: ScriptParser) -> None:
     group.add_argument(
         "--data", type=Path, metavar="DIR|FILE", help="the table of --label-column (default: where the caches say)"
     )
+
+
+def add_data_options(group: ArgumentParser | _ArgumentGroup, text: str) -> None:
+    """Where raw pairs lie, and how; `data_place` reads them. `text` is the help of --data."""
+    group.add_argument("--data", type=Path, metavar="DIR|FILE", help=text)
+    group.add_argument("--layout", help="how they lie on disk (default: detected)")
+    add_columns_option(group, "as the caches were made, or else by usual names")
+
+
+def data_place(args: Namespace) -> DataPlace:
+    """From the options of `add_data_options`; of scripts without --layout it is detected. Raises `UsageError` as
+    `columns_from`."""
+    from modeling.finetuning.pairs import DataPlace  # slow to import
+
+    return DataPlace(args.data, getattr(args, "layout", None), columns_from(args))
 
 
 def add_csv_option(parser: ScriptParser) -> None:

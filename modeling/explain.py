@@ -68,8 +68,7 @@ def build_parser() -> ArgumentParser:
     which = parser.add_argument_group("the run and its data")
     which.add_argument("--run", metavar="RUN", help=f"{cli.RUN_HELP} (default: newest)")
     which.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
-    which.add_argument("--data", type=Path, metavar="DIR|FILE", help="the pairs (default: where the caches say)")
-    which.add_argument("--layout", help="how they lie on disk (default: detected)")
+    cli.add_data_options(which, "the pairs (default: where the caches say)")
     which.add_argument(
         "--weights", nargs="+", default=[], metavar="CACHE=PATH", help="weights of an encoder, where they aren't found"
     )
@@ -172,10 +171,10 @@ def neighbour_texts(args: Namespace, run: Run) -> dict[str, str]:
 
 def records(args: Namespace, run: Run) -> Pairs:
     """The raw pairs of the run's caches."""
-    from modeling.finetuning.pairs import DataPlace, records_of
+    from modeling.finetuning.pairs import records_of
 
     source = replace(run.source, folder=run.feature_folder(args.feats))
-    return records_of(source, DataPlace(args.data, args.layout))
+    return records_of(source, cli.data_place(args))
 
 
 def check(args: Namespace, model: ExplainedModel, methods: Mapping[str, str]) -> None:

@@ -289,7 +289,7 @@ def encode_own_caches(
 
         for run in finetuned:
             for split in splits or (args.split,):
-                encode_split(run, split, args.data, device=device, bar=rows_bar)
+                encode_split(run, split, cli.data_place(args), device=device, bar=rows_bar)
 
 
 def warn_of_gaps(predictions: Predictions) -> None:

@@ -1,21 +1,47 @@
 """The raw pairs that caches were made of."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from feats.errors import UsageError
 from feats.extraction.local import changed_rows
 from feats.parts import open_cache
-from feats.records import Pairs, read_dataset
+from feats.records import DataSet, Pairs, detected_layout, read_dataset
+from feats.source import Source
 from modeling.features.joined import FeatureSource
+
+DATA = Path("data")
+TABLE = "manifest"  # the layout that has columns
 
 
 @dataclass(frozen=True)
 class DataPlace:
-    """Where raw pairs lie: `path` None is where caches say."""
+    """Where raw pairs lie, and how: `path` None is where caches say, or else `data`; `layout` and `columns` are those
+    of `feats.records.read_dataset`."""
 
     path: Path | None = None
     layout: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    def over(self, known: "DataPlace") -> "DataPlace":
+        """This place where it says something, else the known one. Columns that were named of a table are those of the
+        same table at another place, too. Raises `UsageError` for a place that can't be looked at."""
+        path = self.path or known.path
+        layout = self.layout or (known.layout if self.path is None else None)
+        kept = known.columns
+        if kept and path is not None and detected_layout(path, layout) != TABLE:
+            kept = {}
+        return DataPlace(path, layout, {**kept, **self.columns})
+
+    def read(self) -> DataSet:
+        """The data set there. Raises as `read_dataset`."""
+        return read_dataset(self.path or DATA, self.layout, columns=self.columns)
+
+
+def kept_place(source: Source) -> DataPlace:
+    """Where a cache's pairs lay when it was made."""
+    return DataPlace(Path(source.resolved), source.layout, source.columns)
 
 
 def records_of(source: FeatureSource, place: DataPlace) -> Pairs:
@@ -25,10 +51,9 @@ def records_of(source: FeatureSource, place: DataPlace) -> Pairs:
         kept = store.source
     if place.path is None and kept is None:
         raise UsageError(f"{stores[0]} doesn't say where its pairs lie; name their folder with `data`")
-    path = place.path or Path(kept.resolved if kept else "")
-    split = kept.split if kept else "train"
-    layout, columns = (kept.layout, kept.columns) if kept and place.path is None else (None, {})
-    records = read_dataset(path, place.layout or layout, columns=columns)[split]
+    place = place.over(kept_place(kept)) if kept else place
+    path, split = place.path, kept.split if kept else "train"
+    records = place.read()[split]
     for file in stores:
         with open_cache(file) as store:
             if store.ids.tolist() != [record.id for record in records]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from feats.acceleration import resolve_device, resolve_dtype
 from feats.encoders.base import Encoder, Features
 from feats.encoders.registry import ENCODERS, load_encoder
 from feats.errors import UsageError
-from feats.records import Pairs, read_dataset
+from feats.records import Pairs
 from feats.source import SIDES
 from feats.text import clean
 from modeling.experiment import Experiment, experiment_of_run
@@ -174,7 +175,8 @@ def start_from_encoders(
 
     With `tokens` a head that can do without reads token features, too. `weights` (by encoder) give files or folders.
     `scratch` is the folder for untrained encoders, `sizes` (by side) theirs: layers, width, heads, patch.
-    Raises `UsageError` for whatever doesn't fit, and when weights can't be had.
+    What the data set's reader remarks is a warning. Raises `UsageError` for whatever doesn't fit, and when weights
+    can't be had.
     """
     device = resolve_device(device) if isinstance(device, str) else device
     if head.head == "kernel":
@@ -194,7 +196,10 @@ def start_from_encoders(
         if not ENCODERS[choice.name].trainable:
             raise UsageError(f"encoder {choice.name} has no gradients: there is nothing in it to tune; name another")
     _check_weights(weights, names)
-    data = read_dataset(place.path or Path("data"), place.layout)["train"]
+    found = place.read()
+    for remark in found.warnings:
+        warnings.warn(remark, stacklevel=1)
+    data = found["train"]
     source = FeatureSource(Path("."), tuple(caches["image"]), tuple(caches["text"]), tokens)
     rows = rows_as_features(data, source, "train")
     splits = make_splits(rows, split)

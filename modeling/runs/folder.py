@@ -102,7 +102,7 @@ SHAPE = {
     "features_from_run": str,
     "split": (dict, [dict]),
     "stacked": bool,
-    "finetuned?": (None, {"encoders": {str: str}, "data": str, "layout": str, "facts": dict}),
+    "finetuned?": (None, {"encoders": {str: str}, "data": str, "layout": str, "facts": dict, "columns?": {str: str}}),
     "cost?": (None, dict),
     "corrections?": (None, {"sha256": str}),
     "target?": (None, {"column": str, "data": str, "sha256": str}),
