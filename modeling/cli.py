@@ -24,8 +24,8 @@ from feats.cli import (
     add_columns_option,
     as_typed,
     columns_from,
-    error_line,
     positive,
+    refuse,
     refuse_without_extra,
     show_warning,
     with_messages,
@@ -775,26 +775,40 @@ def print_lines(lines: Iterable[str], quiet: bool = False) -> None:
 
 
 def guarded(
-    work: Callable[[], int], interrupted: str, named: Mapping[str, str] = OPTION_OF, *, same_bits: bool = False
+    work: Callable[[], int],
+    interrupted: str,
+    named: Mapping[str, str] = OPTION_OF,
+    *,
+    same_bits: bool = False,
+    given: Mapping[str, Any] | None = None,
 ) -> int:
     """Run a script's work and show what libraries say. Unusable input ends with one line and status 2, an interruption
-    with `interrupted` and 130. `named`: settings that the script knows by another name.
+    with `interrupted` and 130. `named`: settings that the script knows by another name; `given`: its options, for the
+    commands that help where weights are missing, see `feats.cli.no_weights_lines`.
     `same_bits`: from the beginning as `feats.acceleration.deterministic`."""
     import torch  # noqa: F401 - here Ctrl-C still ends the process at once: torch's import may swallow an exception
 
     with interruptible(signal.SIGINT):
-        return with_messages(partial(_guarded, work, interrupted, named, same_bits))
+        return with_messages(partial(_guarded, work, interrupted, named, same_bits, given))
 
 
-def _guarded(work: Callable[[], int], interrupted: str, named: Mapping[str, str], same_bits: bool) -> int:
+def _guarded(
+    work: Callable[[], int],
+    interrupted: str,
+    named: Mapping[str, str],
+    same_bits: bool,
+    given: Mapping[str, Any] | None,
+) -> int:
     try:
-        return _refusing(work, named, same_bits)
+        return _refusing(work, named, same_bits, given)
     except KeyboardInterrupt:
         print(f"interrupted: {interrupted}", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
-def _refusing(work: Callable[[], int], named: Mapping[str, str], same_bits: bool) -> int:
+def _refusing(
+    work: Callable[[], int], named: Mapping[str, str], same_bits: bool, given: Mapping[str, Any] | None
+) -> int:
     import torch
 
     from feats.acceleration import deterministic
@@ -805,8 +819,7 @@ def _refusing(work: Callable[[], int], named: Mapping[str, str], same_bits: bool
             with deterministic(same_bits):
                 return work()
         except (UsageError, OSError) as error:  # what can't be read or written names its file
-            print(error_line(error, named), file=sys.stderr)
-            return EXIT_UNUSABLE
+            return refuse(error, given, named)
         except ModuleNotFoundError as error:
             return refuse_without_extra(error)
         except torch.OutOfMemoryError:

@@ -80,7 +80,7 @@ def build_parser() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
-    return cli.guarded(lambda: work(args), "nothing was written", named={})
+    return cli.guarded(lambda: work(args), "nothing was written", named={}, given=args.given)
 
 
 def work(args: Namespace) -> int:

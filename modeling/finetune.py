@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept = "checkpoints are kept, run the same command to go on"
     named = {**cli.OPTION_OF, "rank": "lora", "alpha": "lora_alpha"}
     same_bits = hasattr(args, "deterministic")
-    return cli.guarded(lambda: work(args, cli.command_line(argv)), kept, named, same_bits=same_bits)
+    return cli.guarded(lambda: work(args, cli.command_line(argv)), kept, named, same_bits=same_bits, given=args.given)
 
 
 def work(args: Namespace, command: str) -> int:

@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     said = "nothing was written"
     if args.csv and args.out != STREAM:
         said += "; the pairs that are encoded are kept, the same command goes on with them"
-    return cli.guarded(lambda: work(args), said, named={})
+    return cli.guarded(lambda: work(args), said, named={}, given=args.given)
 
 
 def work(args: Namespace) -> int:

@@ -12,8 +12,8 @@ import torch
 
 from feats.acceleration import resolve_device, resolve_dtype
 from feats.encoders.base import Encoder, Features
-from feats.encoders.registry import ENCODERS, load_encoder
-from feats.errors import UsageError
+from feats.encoders.registry import ENCODERS, OFFLINE, load_encoder
+from feats.errors import NoWeightsError, Remedy, UsageError
 from feats.records import Pairs
 from feats.source import SIDES
 from feats.text import clean
@@ -211,7 +211,10 @@ def start_from_encoders(
     encoders: dict[str, Encoder] = {}
     for side, choice in choices.items():
         if choice.name not in encoders:
-            encoders[choice.name] = _load(choice, settings, tokens, device, weights, scratch, sizes.get(side, {}))
+            try:
+                encoders[choice.name] = _load(choice, settings, tokens, device, weights, scratch, sizes.get(side, {}))
+            except NoWeightsError as error:
+                raise error.named(choice.name, _offline(choices, choice.name)) from None
     inputs, preprocessing = _measured(encoders, caches, head, tokens, norm, data)
     new = build_head(head, inputs.widths, len(experiment.classes), [settings.seed], device)
     model = PairModel(encoders, preprocessing.to(device), new, _autocast(encoders, settings.dtype, device))
@@ -238,6 +241,15 @@ def _load(
     options: dict[str, Any] = dict(choice.options)
     return load_encoder(
         choice.name, model, chosen, device=device, dtype="fp32", tokens=tokens, trainable=True, **options
+    )
+
+
+def _offline(choices: Mapping[str, EncoderChoice], name: str) -> Remedy:
+    """Encoders that need no hub in place of encoder `name`, for all sides it is chosen for."""
+    nearest = {side: next(other for other in OFFLINE[side] if ENCODERS[other].trainable) for side in SIDES}
+    chosen = {side: nearest[side] for side, choice in choices.items() if choice.name == name}
+    return Remedy(
+        f"offline: {', '.join(chosen.values())}", settings={f"{side}_encoder": other for side, other in chosen.items()}
     )
 
 
