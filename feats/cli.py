@@ -583,7 +583,8 @@ def _extracted(name: str, args: Namespace) -> int:
         return refuse_without_weights(error, script, args.given, others)
 
 
-OF_THE_DATA = ("data", "layout", "columns", "splits", "limit", "stream", "out")  # options that another encoder takes over
+# Options that another encoder takes over.
+OF_THE_DATA = ("data", "layout", "columns", "splits", "limit", "stream", "out")
 
 
 def offline_commands(name: str, given: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -589,8 +589,7 @@ def _command(name: str, folder: Path, split: str) -> str:
     encoder, options = _made_by(trained) or (name, {})
     known = (Path(feats.__file__).parent / f"{encoder}_extract_feats.py").is_file()
     words = [f"python feats/{encoder if known else '<encoder>'}_extract_feats.py"]
-    data = _data_of([trained, *cache_paths(folder)])
-    words += [f"`data` {shlex.quote(data)}"] if data else []
+    words += _data_of([trained, *cache_paths(folder)])
     words += [] if split == "train" else [f"`splits` {split}"]
     words += [f"`{key}` {shlex.quote(str(value))}" for key, value in options.items()]
     words += [] if encoder == name and known else [f"`name` {name}"]
@@ -611,9 +610,9 @@ def _made_by(path: Path) -> tuple[str, dict[str, Any]] | None:
         return None
 
 
-def _data_of(paths: Iterable[Path]) -> str | None:
-    """The data folder or file that the first of the caches which tells it was made of: as it was given, where that is
-    still so."""
+def _data_of(paths: Iterable[Path]) -> list[str]:
+    """The data folder or file that the first of the caches which tells it was made of, as one types it: as it was
+    given, where that is still so, with the columns that were named."""
     for path in filter(is_cache, paths):
         try:
             with open_cache(path) as store:
@@ -621,8 +620,10 @@ def _data_of(paths: Iterable[Path]) -> str | None:
         except UsageError:  # a foreign or damaged file has nothing to tell
             continue
         if source is not None:
-            return source.data if Path(source.data).exists() else source.resolved
-    return None
+            place = source.data if Path(source.data).exists() else source.resolved
+            columns = [shlex.quote(f"{role}={column}") for role, column in source.columns.items()]
+            return [f"`data` {shlex.quote(place)}", *(["`columns`", *columns] if columns else [])]
+    return []
 
 
 def _able(side: str, folder: Path, split: str) -> list[str]:
