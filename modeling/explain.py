@@ -12,7 +12,6 @@ if __name__ == "__main__":  # before what takes its time to import
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -171,10 +170,9 @@ def neighbour_texts(args: Namespace, run: Run) -> dict[str, str]:
 
 def records(args: Namespace, run: Run) -> Pairs:
     """The raw pairs of the run's caches."""
-    from modeling.finetuning.pairs import records_of
+    from modeling.finetuning.pairs import records_of_run
 
-    source = replace(run.source, folder=run.feature_folder(args.feats))
-    return records_of(source, cli.data_place(args))
+    return records_of_run(run, args.feats, cli.data_place(args))
 
 
 def check(args: Namespace, model: ExplainedModel, methods: Mapping[str, str]) -> None:

@@ -15,7 +15,7 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.cli import EXIT_DONE, positive
+from feats.cli import EXIT_DONE, as_typed, positive
 from feats.errors import UsageError
 from modeling import cli
 from modeling.choices import NEWEST
@@ -62,7 +62,7 @@ def work(args: Namespace, command: str) -> int:
     settings = ReportSettings(
         args.feats, cli.data_place(args), args.sweep, args.learning_curve, args.explain or 0, args.device
     )
-    print("\n".join(make_report(path, args.out, settings, command).lines()))
+    print(as_typed("\n".join(make_report(path, args.out, settings, command).lines()), cli.OPTION_OF))
     return EXIT_DONE
 
 

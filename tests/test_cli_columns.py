@@ -1,6 +1,8 @@
 """--columns as it is typed wherever stage 2 reads raw pairs: the very table, the same one elsewhere, one of other names."""
 
 import csv
+import re
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,12 +37,12 @@ N = 54
 TUNE = "--ep 1 --bs 8 --lr 1e-3 --dtype fp32".split()
 
 
-def write(path: Path, header: list[str], separator: str = "\t") -> str:
+def write(path: Path, header: list[str], separator: str = "\t", rows: int = N) -> str:
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, delimiter=separator)
         writer.writerow(header)
-        for i in range(N):
+        for i in range(rows):
             name = CLASSES[i % 3]
             writer.writerow([f"r{i}", f"the day {name} {i}", name, "test" if i >= 48 else "train"])
     return str(path)
@@ -117,8 +119,9 @@ def test_a_table_elsewhere(home: Path, capsys, monkeypatch: pytest.MonkeyPatch, 
     assert texts == (["the day bad 0"] * 2 if script is make_report else [])
 
 
-def test_a_new_model_on_a_table(home: Path, tmp_path: Path, capsys):
+def test_a_new_model_on_a_table(home: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
     """It knows no caches: columns are typed or guessed, and the guesses said. Its run knows them from then on."""
+    monkeypatch.setattr(making, "_sections", lambda *_: [])
     runs = ["--runs", str(tmp_path / "runs"), "--device", "cpu"]
     moved, other = home / "new" / "odd.tsv", home / "new" / "other.csv"
     new = [*runs, "--text-encoder", "roberta", "--weights", f"roberta={home / 'bert'}", "--head", "concat", *TUNE]
@@ -130,6 +133,14 @@ def test_a_new_model_on_a_table(home: Path, tmp_path: Path, capsys):
     assert told in capsys.readouterr().err
     kept = content(tmp_path / "runs" / "tuned", "config")["finetuned"]
     assert kept["columns"] == dict(word.split("=") for word in COLUMNS)
+    explained = [*runs, "--run", "tuned", "--check", "1", "--orders", "2"]
+    assert explain.main(explained) == 0  # of rows that it hasn't encoded yet
+    assert explain.main([*explained, "--data", write(tmp_path / "odd.tsv", HEADER, rows=9)]) == 2
+    assert "odd.tsv lacks " in capsys.readouterr().err
+    assert make_report.main([*runs, "--run", "tuned"]) == 0
+    [command] = re.findall(r"make it with: python modeling/inference_head.py (.*) \(caches", capsys.readouterr().out)
+    assert inference_head.main([*shlex.split(command), "--device", "cpu"]) == 0
+    assert (tmp_path / "runs" / "tuned" / "feats" / "roberta_train.h5").is_file()
     predict = [*runs, "--run", "tuned", "--split", "test"]
     for more in ([], ["--data", str(moved)], ["--data", str(other), "--columns", "text=words"]):
         assert inference_head.main([*predict, *more]) == 0

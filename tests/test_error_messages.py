@@ -44,20 +44,24 @@ def encode(*more: str) -> None:
 @pytest.mark.parametrize("name", [name for name in ENCODERS if ENCODERS[name].takes_weights])
 @pytest.mark.parametrize("torch_hub", [False, True])
 def test_remedies_fit_the_encoder(name: str, torch_hub: bool):
-    given = {"data": "my data", "out": "o", "batch-size": 8, "name": "own"}
+    given = {"data": "my data", "columns": ["text=a b"], "out": "o", "batch-size": 8, "name": "own"}
     error = unobtainable("it", ["here", "there"], torch_hub=torch_hub)
     lines = no_weights_lines(error, f"feats/{name}_extract_feats.py", given, offline_commands(name, given))
     assert lines[:3] == ["error: no weights for it; tried:", "  here", "  there"]
     commands = [line.strip() for line in lines if "_extract_feats.py" in line]
     firsts = {"image": "efficientnet", "text": "minilm"}
     sides = ENCODERS[name].sides
-    assert commands[0] == f"python feats/{firsts[sides[0]]}_extract_feats.py --data 'my data' --out o"
+    assert (
+        commands[0] == f"python feats/{firsts[sides[0]]}_extract_feats.py --data 'my data' --columns 'text=a b' --out o"
+    )
     offline = [command for command in commands if f"/{name}_" not in command]
     of_sides = {"image": ["efficientnet", "pixels"], "text": ["minilm", "ngrams", "vader"]}
     assert {re.search(r"feats/(\w+)_extract", c)[1] for c in offline} == {
         other for side in sides for other in of_sides[side] if other != name
     }
-    own = f"python feats/{name}_extract_feats.py --data 'my data' --out o --batch-size 8 --name own"
+    own = (
+        f"python feats/{name}_extract_feats.py --data 'my data' --columns 'text=a b' --out o --batch-size 8 --name own"
+    )
     assert f"{own} --weights PATH" in commands
     assert (f"TORCH_HOME=FOLDER {own}" in commands) == torch_hub
     assert (f"HF_HOME=FOLDER {own}" in commands) != torch_hub

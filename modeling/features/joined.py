@@ -585,6 +585,10 @@ def _with_those_there(source: FeatureSource, split: str) -> str:
 def _command(name: str, folder: Path, split: str) -> str:
     """What a user types to make the cache `name` of a split: with the encoder and options of its training cache where
     there is one, and the data of it, or of any other cache of the folder, where they say."""
+    from modeling.runs.folder import ENCODERS  # which imports this module
+
+    if (folder.parent / ENCODERS).is_dir():  # a finetuned run's own
+        return f"python modeling/inference_head.py `run` {shlex.quote(str(folder.parent))} `split` {split}"
     trained = folder / f"{name}_train.h5"
     encoder, options = _made_by(trained) or (name, {})
     known = (Path(feats.__file__).parent / f"{encoder}_extract_feats.py").is_file()

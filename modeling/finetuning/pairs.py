@@ -1,15 +1,16 @@
 """The raw pairs that caches were made of."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from feats.errors import UsageError
 from feats.extraction.local import changed_rows
-from feats.parts import open_cache
+from feats.parts import is_cache, open_cache
 from feats.records import DataSet, Pairs, detected_layout, read_dataset
 from feats.source import Source
 from modeling.features.joined import FeatureSource
+from modeling.runs.run import Finetuned, Run
 
 DATA = Path("data")
 TABLE = "manifest"  # the layout that has columns
@@ -42,6 +43,28 @@ class DataPlace:
 def kept_place(source: Source) -> DataPlace:
     """Where a cache's pairs lay when it was made."""
     return DataPlace(Path(source.resolved), source.layout, source.columns)
+
+
+def tuned_place(tuned: Finetuned) -> DataPlace:
+    """Where the pairs lay that a finetuned run's encoders were tuned on."""
+    return DataPlace(Path(tuned.data), tuned.layout, tuned.columns)
+
+
+def records_of_run(run: Run, feats: Path | None, place: DataPlace) -> Pairs:
+    """The pairs that a run's training caches, in the folder `feats` (None: where they lay), were made of; of a
+    finetuned one that has made none yet those it was tuned on. Raises `UsageError` as `records_of`."""
+    source = replace(run.source, folder=run.feature_folder(feats))
+    if run.finetuned is None or feats is not None or is_cache(source.path(source.names[0], "train")):
+        return records_of(source, place)
+    place = place.over(tuned_place(run.finetuned))
+    records = place.read()["train"]
+    lacking = {name for split in run.splits for name in split.val} - {record.id for record in records}
+    if lacking:
+        raise UsageError(
+            f"{place.path} lacks {len(lacking)} of the validation rows of {run.named}, such as {min(lacking)}; name "
+            "the right folder with `data`"
+        )
+    return records
 
 
 def records_of(source: FeatureSource, place: DataPlace) -> Pairs:

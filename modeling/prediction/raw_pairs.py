@@ -17,7 +17,7 @@ from feats.names import cache_path
 from feats.records import Record, TarSlice, read_dataset
 from modeling.features.joined import are_complete
 from modeling.features.target import RAW
-from modeling.finetuning.pairs import DataPlace
+from modeling.finetuning.pairs import DataPlace, tuned_place
 from modeling.runs.encoders import encoder_of, essence
 from modeling.runs.run import Run
 
@@ -127,8 +127,7 @@ def encode_split(
     folder = run.feature_folder()
     if are_complete(folder, split, run.source.names) and place.path is None:
         return
-    tuned = run.finetuned
-    records = place.over(DataPlace(Path(tuned.data), tuned.layout, tuned.columns)).read()[split]
+    records = place.over(tuned_place(run.finetuned)).read()[split]
     for name in run.source.names:
         encoder = encoder_for(name, run, [run], None, device)
         path = cache_path(folder, name, split)
