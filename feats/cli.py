@@ -52,8 +52,8 @@ def data_place(text: str) -> Path | str:
     return text if is_url(text) else Path(text)
 
 
-def add_columns_option(group: ArgumentParser | _ArgumentGroup) -> None:
-    """Which columns of a table are ours; `columns_from` reads it."""
+def add_columns_option(group: ArgumentParser | _ArgumentGroup, default: str = "by usual names") -> None:
+    """Which columns of a table are ours; `columns_from` reads it. `default` says which else."""
     group.add_argument(
         "--columns",
         nargs="+",
@@ -61,7 +61,7 @@ def add_columns_option(group: ArgumentParser | _ArgumentGroup) -> None:
         dest="table_columns",  # an encoder has a setting of that name
         metavar="OURS=YOURS",
         help="which columns of a table are image, text, label, id and split, e.g. text=title label=category; "
-        "label= for none (default: by usual names)",
+        f"label= for none (default: {default})",
     )
 
 
@@ -474,10 +474,11 @@ def run(name: str, parser: ArgumentParser, argv: Sequence[str] | None = None) ->
 
 
 @interruptible(signal.SIGINT, signal.SIGTERM)
-def guarded(work: Callable[[], int], interrupted: str) -> int:
+def guarded(work: Callable[[], int], interrupted: str, given: Mapping[str, Any] | None = None) -> int:
     """Run a script's work and show what libraries say. Unusable input, and a machine too small, end with one line and
-    status 2, an interruption with `interrupted` and 130."""
-    return with_messages(partial(_guarded, work, interrupted))
+    status 2, an interruption with `interrupted` and 130. `given` options of the script stand in the commands that help
+    where weights are missing."""
+    return with_messages(partial(_guarded, work, interrupted, given))
 
 
 def with_messages(work: Callable[[], int]) -> int:
@@ -490,14 +491,13 @@ def with_messages(work: Callable[[], int]) -> int:
         return EXIT_UNUSABLE
 
 
-def _guarded(work: Callable[[], int], interrupted: str) -> int:
+def _guarded(work: Callable[[], int], interrupted: str, given: Mapping[str, Any] | None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = show_warning()
         try:
             return work()
         except UsageError as error:
-            print(error_line(error), file=sys.stderr)
-            return EXIT_UNUSABLE
+            return refuse(error, given)
         except ModuleNotFoundError as error:
             return refuse_without_extra(error)
         except OSError as error:
@@ -516,6 +516,15 @@ def _guarded(work: Callable[[], int], interrupted: str) -> int:
             return EXIT_INTERRUPTED
 
 
+def refuse(error: Exception, given: Mapping[str, Any] | None, named: Mapping[str, str] = {}) -> int:
+    """Say what can't be done, in one line as `error_line`, or as `no_weights_lines` where options are `given`; returns
+    the exit status."""
+    if isinstance(error, NoWeightsError) and given is not None:
+        return refuse_without_weights(error, sys.argv[0], given)
+    print(error_line(error, named), file=sys.stderr)
+    return EXIT_UNUSABLE
+
+
 def refuse_without_extra(error: ModuleNotFoundError) -> int:
     """Say which extra brings a module that isn't there, and give the exit status. Raises the error itself where none
     does: something else is wrong."""
@@ -526,47 +535,78 @@ def refuse_without_extra(error: ModuleNotFoundError) -> int:
     return EXIT_UNUSABLE
 
 
-def _extracted(name: str, args: Namespace) -> int:
-    try:
-        return _extract(name, args)
-    except NoWeightsError as error:
-        print("\n".join(no_weights_lines(error, name, args.given)), file=sys.stderr)
-        return EXIT_UNUSABLE
+def refuse_without_weights(
+    error: NoWeightsError, script: str, given: Mapping[str, Any], others: Sequence[tuple[str, str]] = ()
+) -> int:
+    """Say what there is to say of weights that can't be had, as `no_weights_lines`, and give the exit status."""
+    print("\n".join(no_weights_lines(error, script, given, others)), file=sys.stderr)
+    return EXIT_UNUSABLE
 
 
-OF_THE_DATA = ("data", "layout", "splits", "limit", "stream", "out")  # options that another encoder takes over
-
-
-def no_weights_lines(error: NoWeightsError, name: str, given: Mapping[str, Any]) -> list[str]:
-    """What to say where encoder `name` has no weights: a line for each place tried, then the remedies as commands with
-    the user's own options, `given`; first the offline encoders of its sides, the nearest first."""
-    from feats.encoders.registry import ENCODERS, OFFLINE
-
-    same = {key: value for key, value in given.items() if key in OF_THE_DATA}
-    commands = [
-        (f"offline, {side}: {other}", extraction_command(other, same))
-        for side in ENCODERS[name].sides
-        for other in OFFLINE[side]
-    ]
+def no_weights_lines(
+    error: NoWeightsError, script: str, given: Mapping[str, Any], others: Sequence[tuple[str, str]] = ()
+) -> list[str]:
+    """A line for each place tried, then commands that help: `others`, each with what it is, and the remedies, as what
+    was typed, `script` with the options `given`, and what they change of it."""
+    commands = list(others)
     for remedy_ in error.remedies:
+        if not remedy_.settings and not remedy_.environment:
+            continue
+        changed = dict(given)
+        for setting, value in remedy_.settings.items():
+            key = setting.replace("_", "-")
+            changed[key] = [*given[key], value] if isinstance(given.get(key), list) else value
         words = [f"{key}={value}" for key, value in remedy_.environment.items()]
-        command = extraction_command(name, {**given, **remedy_.settings})
-        commands.append((as_typed(remedy_.what), " ".join([*words, command])))
+        commands.append((as_typed(remedy_.what), " ".join([*words, typed_command(script, changed)])))
     return [
-        f"error: no weights for {error.what}; tried:",
-        *(f"  {place}" for place in error.tried),
+        f"error: no weights for {one_line(error.what)}; tried:",
+        *(f"  {one_line(place)}" for place in error.tried),
         "any of these commands helps:",
         *(line for what, command in commands for line in (f"  # {what}", f"  {command}")),
     ]
 
 
-def extraction_command(name: str, options: Mapping[str, Any]) -> str:
-    """What one types to extract with encoder `name`, `options` by their names as in `ScriptParser`'s `given`."""
+def typed_command(script: str, options: Mapping[str, Any]) -> str:
+    """What one types to run a script, `options` by their names as in `ScriptParser`'s `given`."""
     words = []
     for key, value in options.items():
         if value is not False:
             words += [f"--{key}", *([] if value is True else _texts(value))]
-    return shlex.join(["python", f"feats/{name}_extract_feats.py", *words])
+    return shlex.join(["python", script, *words])
+
+
+def _extracted(name: str, args: Namespace) -> int:
+    try:
+        return _extract(name, args)
+    except NoWeightsError as error:
+        script, others = _extraction_script(name), offline_commands(name, args.given)
+        return refuse_without_weights(error, script, args.given, others)
+
+
+# Options that another encoder takes over.
+OF_THE_DATA = ("data", "layout", "columns", "splits", "limit", "stream", "out")
+
+
+def offline_commands(name: str, given: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What encodes the sides of encoder `name` without a hub, the nearest first, and the commands, with the options
+    `given` to that one."""
+    from feats.encoders.registry import ENCODERS, OFFLINE
+
+    same = {key: value for key, value in given.items() if key in OF_THE_DATA}
+    return [
+        (f"offline, {side}: {other}", extraction_command(other, same))
+        for side in ENCODERS[name].sides
+        for other in OFFLINE[side]
+    ]
+
+
+def extraction_command(name: str, options: Mapping[str, Any]) -> str:
+    """What one types to extract with encoder `name`; see `typed_command`."""
+    return typed_command(_extraction_script(name), options)
+
+
+def _extraction_script(name: str) -> str:
+    return f"feats/{name}_extract_feats.py"
 
 
 def _extract(name: str, args: Namespace) -> int:

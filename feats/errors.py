@@ -1,7 +1,7 @@
 """The two ways stage 1 can fail: the whole command, or one row."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 class UsageError(Exception):
@@ -20,7 +20,7 @@ class CantWriteError(UsageError):
 @dataclass(frozen=True)
 class Remedy:
     """What makes a failed call work: what to do, and how the call then differs, by environment variables and settings,
-    whose values in capitals are for the user to fill in."""
+    whose values in capitals are for the user to fill in. Neither: it is another call."""
 
     what: str
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -38,7 +38,17 @@ class NoWeightsError(UsageError):
     def __str__(self) -> str:
         places = "; ".join(f"({i}) {place}" for i, place in enumerate(self.tried, 1))
         helps = "; ".join(remedy.what for remedy in self.remedies)
-        return f"no weights for {self.what}. Tried {places}. Remedies: {helps}; or use an offline encoder"
+        return f"no weights for {self.what}. Tried {places}. Remedies: {helps}"
+
+    def named(self, name: str, *first: Remedy) -> "NoWeightsError":
+        """The same of a call that takes weights by the names of encoders, `name` of this one, and needs this encoder
+        but for the remedies `first`."""
+        own = [
+            replace(remedy, settings={key: f"{name}={value}" for key, value in remedy.settings.items()})
+            for remedy in self.remedies
+            if remedy.settings or remedy.environment
+        ]
+        return NoWeightsError(f"{self.what}, the encoder of {name}", self.tried, (*first, *own))
 
 
 class RowError(Exception):

@@ -157,9 +157,9 @@ def read_dataset(
     path = Path(path)
     check_layout(layout)
     columns = with_label(columns, label)
+    layout = detected_layout(path, layout)
     with readable(path):
         path.stat()
-        layout = layout or detect_layout(path)
         check_takes_columns(layout, columns)
         rows, warnings = read_manifest(path, columns) if layout == "manifest" else LAYOUTS[layout](path)
     if not rows:
@@ -206,6 +206,13 @@ def check_layout(layout: str | None) -> None:
     """Raise `UsageError` for a layout that isn't known."""
     if layout is not None and layout not in LAYOUTS:
         raise UsageError(f"unknown layout {layout!r}; there are {', '.join(LAYOUTS)}")
+
+
+def detected_layout(path: Path, layout: str | None = None) -> str:
+    """`layout`, or else that of the data at `path`. Raises `UsageError` as `detect_layout`, and for what can't be
+    read."""
+    with readable(path):
+        return layout or detect_layout(path)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from modeling.runs.files import check_replaceable
 if TYPE_CHECKING:
     from feats.records import Record
     from modeling.features.joined import FeatureSource
+    from modeling.finetuning.pairs import DataPlace
 
 
 def build_parser() -> ArgumentParser:
@@ -44,9 +45,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
     parser.add_argument("--run", metavar="RUN", help=f"{cli.RUN_HELP} (default: newest)")
     parser.add_argument("--folds", type=positive, default=5, metavar="K", help="folds of the training rows")
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR|FILE", help="the pairs, for their texts (default: where the caches say)"
-    )
+    cli.add_data_options(parser, "the pairs, for their texts (default: where the caches say)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="(default: label_audit.csv in the run's folder)")
     cli.add_run_options(parser)
     cli.add_csv_option(parser)
@@ -74,7 +73,7 @@ def work(args: Namespace) -> int:
     suspects.check_unedited(out)
     source = replace(run.source, folder=run.feature_folder(args.feats))
     print(f"caches {source.folder}")
-    records = pairs(source, args.data)
+    records = pairs(source, cli.data_place(args))
     experiment = suspects.audit_experiment(run, experiment_of_run(run, source, args.device), args.folds)
     configs = {member.config for member in run.members}
     with cli.progress_bar("train", total_epochs(list(configs), experiment), "epoch") as progress:
@@ -87,14 +86,14 @@ def work(args: Namespace) -> int:
     return EXIT_DONE
 
 
-def pairs(source: FeatureSource, data: Path | None) -> Sequence[Record]:
+def pairs(source: FeatureSource, place: DataPlace) -> Sequence[Record]:
     """The raw pairs that the caches were made of; none, with a warning, when they don't lie where the caches say."""
-    from modeling.finetuning.pairs import DataPlace, records_of  # slow to import
+    from modeling.finetuning.pairs import records_of  # slow to import
 
     try:
-        return records_of(source, DataPlace(data))
+        return records_of(source, place)
     except UsageError as error:
-        if data is not None:
+        if place.path is not None:
             raise
         warnings.warn(f"no texts and pictures in the queue: {error}", stacklevel=2)
         return []

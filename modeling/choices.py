@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FEATS, RUNS = Path("saved/feats"), Path("saved/runs")  # the folders of caches and of runs
+ENCODERS = "encoders"  # the folder of a finetuned run's own, in the run's
 FORMATS = ("csv", "json", "jsonl")  # of submissions
 LAYOUTS = ("terminal", "markdown", "latex", "csv")  # of leaderboards
 METHODS = ("frozen", "lp_ft", "last-2", "lora-8", "full", "soup")  # of finetuning, compared with one another

@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import warnings
-from argparse import SUPPRESS, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -21,9 +21,11 @@ from feats.cli import (
     EXIT_INTERRUPTED,
     EXIT_UNUSABLE,
     ScriptParser,
+    add_columns_option,
     as_typed,
-    error_line,
+    columns_from,
     positive,
+    refuse,
     refuse_without_extra,
     show_warning,
     with_messages,
@@ -69,6 +71,7 @@ from modeling.training.recipes import (
 if TYPE_CHECKING:
     from modeling.experiments.experiment import Experiment, ExperimentSettings
     from modeling.features.joined import FeatureSource
+    from modeling.finetuning.pairs import DataPlace
     from modeling.prediction.ablation import AbsentOf
     from modeling.runs.run import Run
 
@@ -163,6 +166,21 @@ def add_label_column_options(parser: ScriptParser) -> None:
     group.add_argument(
         "--data", type=Path, metavar="DIR|FILE", help="the table of --label-column (default: where the caches say)"
     )
+
+
+def add_data_options(group: ArgumentParser | _ArgumentGroup, text: str) -> None:
+    """Where raw pairs lie, and how; `data_place` reads them. `text` is the help of --data."""
+    group.add_argument("--data", type=Path, metavar="DIR|FILE", help=text)
+    group.add_argument("--layout", help="how they lie on disk (default: detected)")
+    add_columns_option(group, "as the caches were made, or else by usual names")
+
+
+def data_place(args: Namespace) -> DataPlace:
+    """From the options of `add_data_options`; of scripts without --layout it is detected. Raises `UsageError` as
+    `columns_from`."""
+    from modeling.finetuning.pairs import DataPlace  # slow to import
+
+    return DataPlace(args.data, getattr(args, "layout", None), columns_from(args))
 
 
 def add_csv_option(parser: ScriptParser) -> None:
@@ -758,26 +776,40 @@ def print_lines(lines: Iterable[str], quiet: bool = False) -> None:
 
 
 def guarded(
-    work: Callable[[], int], interrupted: str, named: Mapping[str, str] = OPTION_OF, *, same_bits: bool = False
+    work: Callable[[], int],
+    interrupted: str,
+    named: Mapping[str, str] = OPTION_OF,
+    *,
+    same_bits: bool = False,
+    given: Mapping[str, Any] | None = None,
 ) -> int:
     """Run a script's work and show what libraries say. Unusable input ends with one line and status 2, an interruption
-    with `interrupted` and 130. `named`: settings that the script knows by another name.
+    with `interrupted` and 130. `named`: settings that the script knows by another name; `given`: its options, for the
+    commands that help where weights are missing, see `feats.cli.no_weights_lines`.
     `same_bits`: from the beginning as `feats.acceleration.deterministic`."""
     import torch  # noqa: F401 - here Ctrl-C still ends the process at once: torch's import may swallow an exception
 
     with interruptible(signal.SIGINT):
-        return with_messages(partial(_guarded, work, interrupted, named, same_bits))
+        return with_messages(partial(_guarded, work, interrupted, named, same_bits, given))
 
 
-def _guarded(work: Callable[[], int], interrupted: str, named: Mapping[str, str], same_bits: bool) -> int:
+def _guarded(
+    work: Callable[[], int],
+    interrupted: str,
+    named: Mapping[str, str],
+    same_bits: bool,
+    given: Mapping[str, Any] | None,
+) -> int:
     try:
-        return _refusing(work, named, same_bits)
+        return _refusing(work, named, same_bits, given)
     except KeyboardInterrupt:
         print(f"interrupted: {interrupted}", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
-def _refusing(work: Callable[[], int], named: Mapping[str, str], same_bits: bool) -> int:
+def _refusing(
+    work: Callable[[], int], named: Mapping[str, str], same_bits: bool, given: Mapping[str, Any] | None
+) -> int:
     import torch
 
     from feats.acceleration import deterministic
@@ -788,8 +820,7 @@ def _refusing(work: Callable[[], int], named: Mapping[str, str], same_bits: bool
             with deterministic(same_bits):
                 return work()
         except (UsageError, OSError) as error:  # what can't be read or written names its file
-            print(error_line(error, named), file=sys.stderr)
-            return EXIT_UNUSABLE
+            return refuse(error, given, named)
         except ModuleNotFoundError as error:
             return refuse_without_extra(error)
         except torch.OutOfMemoryError:

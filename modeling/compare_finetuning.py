@@ -52,8 +52,7 @@ def build_parser() -> ArgumentParser:
         help=f"its head is trained anew on each fold: {cli.RUN_HELP} (default: newest; both with one head)",
     )
     group.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
-    group.add_argument("--data", type=Path, metavar="DIR|FILE", help="the pairs (default: where the caches say)")
-    group.add_argument("--layout", help="how they lie on disk (default: detected)")
+    cli.add_data_options(group, "the pairs (default: where the caches say)")
     group.add_argument("--weights", nargs="+", default=[], metavar="NAME=PATH", help="weights of a cache's encoder")
     group.add_argument(
         "--methods",
@@ -227,6 +226,7 @@ def finetuning(args: Namespace, cell: Cell, experiment: Experiment) -> list[str]
     words += ["--feats", experiment.features.source.folder, "--device", args.device]
     for option, value in (("--data", args.data), ("--layout", args.layout), ("--bad-cases", args.bad_cases)):
         words += [] if value is None else [option, value]
+    words += ["--columns", *args.table_columns] if args.table_columns else []
     words += ["--weights", *args.weights] if args.weights else []
     words += ["--dropout", cell.candidate.dropout] if cell.candidate.dropout is not None else []
     words += ["--new-head"] if comparison.begins_with_new_head(cell.candidate.method) else []

@@ -12,7 +12,6 @@ if __name__ == "__main__":  # before what takes its time to import
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,8 +67,7 @@ def build_parser() -> ArgumentParser:
     which = parser.add_argument_group("the run and its data")
     which.add_argument("--run", metavar="RUN", help=f"{cli.RUN_HELP} (default: newest)")
     which.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
-    which.add_argument("--data", type=Path, metavar="DIR|FILE", help="the pairs (default: where the caches say)")
-    which.add_argument("--layout", help="how they lie on disk (default: detected)")
+    cli.add_data_options(which, "the pairs (default: where the caches say)")
     which.add_argument(
         "--weights", nargs="+", default=[], metavar="CACHE=PATH", help="weights of an encoder, where they aren't found"
     )
@@ -81,7 +79,7 @@ def build_parser() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
-    return cli.guarded(lambda: work(args), "nothing was written", named={})
+    return cli.guarded(lambda: work(args), "nothing was written", named={}, given=args.given)
 
 
 def work(args: Namespace) -> int:
@@ -172,10 +170,9 @@ def neighbour_texts(args: Namespace, run: Run) -> dict[str, str]:
 
 def records(args: Namespace, run: Run) -> Pairs:
     """The raw pairs of the run's caches."""
-    from modeling.finetuning.pairs import DataPlace, records_of
+    from modeling.finetuning.pairs import records_of_run
 
-    source = replace(run.source, folder=run.feature_folder(args.feats))
-    return records_of(source, DataPlace(args.data, args.layout))
+    return records_of_run(run, args.feats, cli.data_place(args))
 
 
 def check(args: Namespace, model: ExplainedModel, methods: Mapping[str, str]) -> None:

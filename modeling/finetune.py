@@ -66,10 +66,7 @@ def add_start_options(parser: ScriptParser) -> None:
     group = parser.add_argument_group("what is tuned")
     group.add_argument("--run", metavar="RUN", help=f"{cli.RUN_HELP} (default: newest; both with one head)")
     group.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
-    group.add_argument(
-        "--data", type=Path, metavar="DIR|FILE", help="the pairs (default: where the caches say, or data)"
-    )
-    group.add_argument("--layout", help="how they lie on disk (default: detected)")
+    cli.add_data_options(group, "the pairs (default: where the caches say, or data)")
     group.add_argument("--new-head", action="store_true", help="begin with a new head of the run's shape")
     group.add_argument("--weights", nargs="+", default=[], metavar="NAME=PATH", help="weights of a cache or encoder")
     new = parser.add_argument_group("a new model")
@@ -107,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept = "checkpoints are kept, run the same command to go on"
     named = {**cli.OPTION_OF, "rank": "lora", "alpha": "lora_alpha"}
     same_bits = hasattr(args, "deterministic")
-    return cli.guarded(lambda: work(args, cli.command_line(argv)), kept, named, same_bits=same_bits)
+    return cli.guarded(lambda: work(args, cli.command_line(argv)), kept, named, same_bits=same_bits, given=args.given)
 
 
 def work(args: Namespace, command: str) -> int:
@@ -151,10 +148,9 @@ def begin(
     args: Namespace, settings: TuneSettings, device: "torch.device", scratch: Path, *, told: bool = True
 ) -> "Start":
     """The model that the options ask for, before its first step; which run it begins with is said where `told`."""
-    from modeling.finetuning.pairs import DataPlace
     from modeling.finetuning.starts import start_from_encoders, start_from_run
 
-    place = DataPlace(args.data, args.layout)
+    place = cli.data_place(args)
     weights = cli.named_texts(args.weights, "--weights")
     recipe = tuning_recipe(args.recipe, args.model)
     if not any(getattr(args, option) for option in NEW_MODEL):

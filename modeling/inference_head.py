@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     said = "nothing was written"
     if args.csv and args.out != STREAM:
         said += "; the pairs that are encoded are kept, the same command goes on with them"
-    return cli.guarded(lambda: work(args), said, named={})
+    return cli.guarded(lambda: work(args), said, named={}, given=args.given)
 
 
 def work(args: Namespace) -> int:
@@ -290,7 +290,7 @@ def encode_own_caches(
 
         for run in finetuned:
             for split in splits or (args.split,):
-                encode_split(run, split, args.data, device=device, bar=rows_bar)
+                encode_split(run, split, cli.data_place(args), device=device, bar=rows_bar)
 
 
 def warn_of_gaps(predictions: Predictions) -> None:

@@ -15,7 +15,7 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.cli import EXIT_DONE, positive
+from feats.cli import EXIT_DONE, as_typed, positive
 from feats.errors import UsageError
 from modeling import cli
 from modeling.choices import NEWEST
@@ -31,12 +31,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--run", default=NEWEST, metavar="RUN", help=cli.RUN_HELP)
     parser.add_argument("--sweep", type=Path, metavar="DIR", help="also compare the heads of a sweep's folder")
     parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR|FILE",
-        help="the pairs, for texts and pictures (default: where the caches say)",
-    )
+    cli.add_data_options(parser, "the pairs, for texts and pictures (default: where the caches say)")
     parser.add_argument(
         "--learning-curve", action="store_true", help="also train on shares of the training rows, which takes minutes"
     )
@@ -64,8 +59,10 @@ def work(args: Namespace, command: str) -> int:
         raise UsageError(f"`out` {args.out}: expected a name that ends in .html")
     check_page(args.out or path / PAGE)
     print(f"run {path}")
-    settings = ReportSettings(args.feats, args.data, args.sweep, args.learning_curve, args.explain or 0, args.device)
-    print("\n".join(make_report(path, args.out, settings, command).lines()))
+    settings = ReportSettings(
+        args.feats, cli.data_place(args), args.sweep, args.learning_curve, args.explain or 0, args.device
+    )
+    print(as_typed("\n".join(make_report(path, args.out, settings, command).lines()), cli.OPTION_OF))
     return EXIT_DONE
 
 

@@ -18,7 +18,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from feats.cli import EXIT_DONE, EXIT_INTERRUPTED
+from feats.cli import EXIT_DONE, EXIT_INTERRUPTED, add_columns_option, columns_from
 from feats.csv_files import read_csv
 from feats.errors import UsageError
 from modeling import cli
@@ -27,6 +27,7 @@ from modeling.heads.config import HeadConfig
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = Path("data/sample")
 OUT = Path("saved/quickstart")
+SAMPLER = "data/make_sample.py"  # knows no options of messages
 HEADS = ("fusion", "concat", "weighted_sum", "mlp", "linear", "kernel")
 
 
@@ -35,9 +36,11 @@ def build_parser() -> ArgumentParser:
     parser = cli.new_parser(
         __doc__,
         "python modeling/quickstart.py",
-        "python modeling/quickstart.py --data my/pairs.csv --vtype pixels --ttype ngrams",
+        "python modeling/quickstart.py --data my/pairs.csv --columns label=mood --vtype pixels --ttype ngrams",
     )
     parser.add_argument("--data", type=Path, metavar="DIR|FILE", help="your own pairs (default: a synthetic sample)")
+    parser.add_argument("--layout", help="how they lie on disk (default: detected)")
+    add_columns_option(parser)
     parser.add_argument("--vtype", nargs="+", default=["efficientnet"], metavar="ENCODER", help="of the image side")
     parser.add_argument("--ttype", nargs="+", default=["minilm", "vader"], metavar="ENCODER", help="of the text side")
     parser.add_argument("--head", nargs="+", default=list(HEADS), help="heads to compare")
@@ -65,24 +68,28 @@ def quickstart(args: Namespace) -> int:
     out, data = args.out or default_out(args.data), args.data or SAMPLE
     feats, runs = out / "feats", out / "runs"
     folders = ["--feats", feats, "--runs", runs]
-    check_names(args)
+    check_options(args)
     if args.data is None:
-        step("draw a small synthetic sample of image-text pairs", "data/make_sample.py", "--out", data)
+        step(args, "draw a small synthetic sample of image-text pairs", SAMPLER, "--out", data)
+    place = ["--data", data]
+    place += ["--layout", args.layout] if args.layout else []
+    place += ["--columns", *args.table_columns] if args.table_columns else []
     for encoder in dict.fromkeys([*args.vtype, *args.ttype]):
         script = f"feats/{encoder}_extract_feats.py"
-        step(f"encode every pair once with {encoder}", script, "--data", data, "--out", feats)
+        step(args, f"encode every pair once with {encoder}", script, *place, "--out", feats)
     caches = ["--vtype", *args.vtype, "--ttype", *args.ttype]
     grid = ["--head", *args.head, "--norm", "standard", "--lr", "1e-3", "--ep", "60", "--bs", "64", "--folds", "5"]
-    step("compare heads on the cached features", "modeling/sweep_heads.py", *caches, *folders, *grid)
+    step(args, "compare heads on the cached features", "modeling/sweep_heads.py", *caches, *folders, *grid)
     best, predictions = best_run(runs / "sweep"), out / "predictions.csv"
     predicts = (feats / f"{args.vtype[0]}_test.h5").is_file()
     if predicts:
         step(
+            args,
             "predict the unlabelled pairs with the best of them",
             *("modeling/inference_head.py", *folders, "--run", best, "--out", predictions),
         )
     report = best / "report.html"
-    step("show what the best of them learned", "modeling/make_report.py", "--run", best, "--feats", feats)
+    step(args, "show what the best of them learned", "modeling/make_report.py", "--run", best, "--feats", feats)
     print(f"\ndone in {time.perf_counter() - start:.0f} s; nothing is encoded or trained twice if you run it again:")
     print(f"  caches       {feats}/  (look into one: python feats/inspect_feats.py {feats / args.vtype[0]}_train.h5)")
     print(f"  comparison   {runs / 'sweep' / 'table.md'}")
@@ -103,8 +110,12 @@ def default_out(data: Path | None) -> Path:
     return OUT / f"{path.name[:60]}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
-def check_names(args: Namespace) -> None:
-    """Raise `UsageError` for encoders and heads that there aren't, before anything is encoded."""
+def check_options(args: Namespace) -> None:
+    """Raise `UsageError` for encoders and heads that there aren't, and for columns that can't be, before anything is
+    encoded."""
+    if args.data is None and (args.layout or args.table_columns):
+        raise UsageError("`layout` and `columns` are of your own pairs; name these with `data`")
+    columns_from(args)
     known = sorted(p.stem.removesuffix("_extract_feats") for p in ROOT.glob("feats/*_extract_feats.py"))
     for encoder in (*args.vtype, *args.ttype):
         if encoder not in known:
@@ -113,15 +124,22 @@ def check_names(args: Namespace) -> None:
         HeadConfig(head)
 
 
-def step(what: str, *command: object) -> None:
-    """Say what comes, print the command as one would type it, run it. Raises `UsageError` when it fails."""
-    print(f"\n# {what}\n$ {shlex.join(['python', *map(str, command)])}", flush=True)
-    script, *arguments = map(str, command)
-    status = subprocess.run([sys.executable, ROOT / script, *arguments], check=False).returncode
+def step(args: Namespace, what: str, *command: object) -> None:
+    """Say what comes, print the command as one would type it, run it, with this script's options of messages. Raises
+    `UsageError` when it fails."""
+    script, *options = map(str, command)
+    if script != SAMPLER:
+        options += ["--quiet"] if args.quiet else []
+        options += ["--log-file", str(args.log_file)] if args.log_file else []
+    typed = shlex.join(["python", script, *options])
+    if not args.quiet:
+        print(f"\n# {what}\n$ {typed}", flush=True)
+    status = subprocess.run([sys.executable, ROOT / script, *options], check=False).returncode
     if status == EXIT_INTERRUPTED:
         raise KeyboardInterrupt
     if status:
-        raise UsageError(f"that command ended with status {status}; what it says above is what to mend")
+        said = typed if args.quiet else "that command"
+        raise UsageError(f"{said} ended with status {status}; what it says above is what to mend")
 
 
 def print_score(predictions: Path, truth: Path) -> None:

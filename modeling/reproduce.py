@@ -49,10 +49,7 @@ def build_parser() -> ArgumentParser:
     group.add_argument("--rows", nargs="+", metavar="WORDS", help="only rows whose name holds one of these")
     group = parser.add_argument_group("rows whose encoders the study tuned")
     group.add_argument("--finetune", action="store_true", help="tune them, end to end on the raw pairs")
-    group.add_argument(
-        "--data", type=Path, metavar="DIR|FILE", help="the pairs (default: where the caches say, or data)"
-    )
-    group.add_argument("--layout", help="how they lie on disk (default: detected)")
+    cli.add_data_options(group, "the pairs (default: where the caches say, or data)")
     group.add_argument("--weights", nargs="+", default=[], metavar="NAME=PATH", help="weights of an encoder")
     cli.add_run_options(parser)
     return parser
@@ -101,7 +98,6 @@ def reproduce(
     table: Table, rows: Sequence[Row], settings: Settings, weights: dict[str, str], args: Namespace, command: str
 ) -> bool:
     """Train what isn't finished of a table, show and write it; returns whether any of its rows has figures."""
-    from modeling.finetuning.pairs import DataPlace
     from modeling.reproduction.finetuned import tuned_results
     from modeling.reproduction.tables import compare, frozen_results
 
@@ -111,7 +107,7 @@ def reproduce(
         table,
         rows,
         settings,
-        DataPlace(args.data, args.layout),
+        cli.data_place(args),
         weights,
         train=args.finetune,
         made_by=made_by,

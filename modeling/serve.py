@@ -57,7 +57,7 @@ def build_parser() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
-    return guarded(lambda: work(args), "no longer serving")
+    return guarded(lambda: work(args), "no longer serving", args.given)
 
 
 def work(args: Namespace) -> int:

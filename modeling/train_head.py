@@ -59,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
     same_bits = hasattr(args, "deterministic")
-    return cli.guarded(lambda: work(args, cli.command_line(argv)), "nothing was saved", same_bits=same_bits)
+    return cli.guarded(
+        lambda: work(args, cli.command_line(argv)), "nothing was saved", same_bits=same_bits, given=args.given
+    )
 
 
 def work(args: Namespace, command: str) -> int:

@@ -1,18 +1,22 @@
 """Errors that a user meets first, as typed: one line, and what it proposes works."""
 
+import io
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 from caches import make_cache
 from conftest import make_course
+from huggingface_hub import constants
+from pairs import tiny_bert
 
-from feats import ngrams_extract_feats, pixels_extract_feats, vader_extract_feats
-from feats.cli import no_weights_lines
+from feats import ngrams_extract_feats, pixels_extract_feats, roberta_extract_feats, vader_extract_feats
+from feats.cli import no_weights_lines, offline_commands
 from feats.encoders.registry import ENCODERS
 from feats.encoders.weights import unobtainable
-from modeling import inference_head, train_head
+from modeling import explain, finetune, inference_head, serve, train_head
 from modeling.runs.listing import list_runs
 
 QUICK = ("--device", "cpu", "--head", "mlp", "--D", "4", "--ep", "1", "--val-ratio", "0.3")
@@ -40,24 +44,89 @@ def encode(*more: str) -> None:
 @pytest.mark.parametrize("name", [name for name in ENCODERS if ENCODERS[name].takes_weights])
 @pytest.mark.parametrize("torch_hub", [False, True])
 def test_remedies_fit_the_encoder(name: str, torch_hub: bool):
-    given = {"data": "my data", "out": "o", "batch-size": 8, "name": "own"}
+    given = {"data": "my data", "columns": ["text=a b"], "out": "o", "batch-size": 8, "name": "own"}
     error = unobtainable("it", ["here", "there"], torch_hub=torch_hub)
-    lines = no_weights_lines(error, name, given)
+    lines = no_weights_lines(error, f"feats/{name}_extract_feats.py", given, offline_commands(name, given))
     assert lines[:3] == ["error: no weights for it; tried:", "  here", "  there"]
     commands = [line.strip() for line in lines if "_extract_feats.py" in line]
     firsts = {"image": "efficientnet", "text": "minilm"}
     sides = ENCODERS[name].sides
-    assert commands[0] == f"python feats/{firsts[sides[0]]}_extract_feats.py --data 'my data' --out o"
+    assert (
+        commands[0] == f"python feats/{firsts[sides[0]]}_extract_feats.py --data 'my data' --columns 'text=a b' --out o"
+    )
     offline = [command for command in commands if f"/{name}_" not in command]
     of_sides = {"image": ["efficientnet", "pixels"], "text": ["minilm", "ngrams", "vader"]}
     assert {re.search(r"feats/(\w+)_extract", c)[1] for c in offline} == {
         other for side in sides for other in of_sides[side] if other != name
     }
-    own = f"python feats/{name}_extract_feats.py --data 'my data' --out o --batch-size 8 --name own"
+    own = (
+        f"python feats/{name}_extract_feats.py --data 'my data' --columns 'text=a b' --out o --batch-size 8 --name own"
+    )
     assert f"{own} --weights PATH" in commands
     assert (f"TORCH_HOME=FOLDER {own}" in commands) == torch_hub
     assert (f"HF_HOME=FOLDER {own}" in commands) != torch_hub
+    assert len(commands) == len(set(commands)) and all(command != own for command in commands)
     assert "\n" not in str(error) and "(2) there" in str(error)
+
+
+@pytest.fixture
+def nowhere(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run on caches of a text encoder whose weights have moved to kept/, and no network."""
+    weights = tiny_bert(home / "bert", layers=1)["weights"]
+    encode = ["--data", "my data", "--weights", weights, "--workers", "0", "--device", "cpu"]
+    assert roberta_extract_feats.main(encode) == 0
+    assert train_head.main(["--vtype", "--ttype", "roberta", *QUICK]) == 0
+    (home / "kept").mkdir()
+    (home / "bert").rename(home / "kept" / "bert")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    return home
+
+
+def helps(err: str) -> list[list[str]]:
+    """The commands below what was tried, as words."""
+    first, *rest = err[err.index("error: ") :].splitlines()
+    assert first.startswith("error: no weights for ") and first.endswith("; tried:")
+    at = rest.index("any of these commands helps:")
+    assert at > 0 and all(line.startswith("  ") for line in [*rest[:at], *rest[at + 1 :]])
+    return [shlex.split(line) for line in rest[at + 2 :: 2]]
+
+
+@pytest.mark.parametrize(
+    ("script", "typed"),
+    [
+        (explain, ["--text", "a fine day", "--device", "cpu"]),
+        (inference_head, ["--text", "a fine day", "--device", "cpu", "--proba"]),
+        (finetune, ["--tune", "last-1", "--ep", "1", "--bs", "4", "--device", "cpu", "--dtype", "fp32"]),
+        (serve, ["--max-batch", "2", "--device", "cpu"]),
+    ],
+    ids=["explain", "inference_head", "finetune", "serve"],
+)
+def test_what_helps_where_a_run_s_weights_are_gone(nowhere: Path, capsys, monkeypatch, script, typed: list[str]):
+    monkeypatch.setattr(sys, "argv", ["modeling/x.py", *typed])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    capsys.readouterr()
+    assert script.main(typed) == 2
+    [own, *others] = helps(capsys.readouterr().err)
+    assert own[:2] == ["python", "modeling/x.py"] and own[-2:] == ["--weights", "roberta=PATH"]
+    parser = script.build_parser()
+    assert parser.parse_args(own[2:-2]).given == parser.parse_args(typed).given
+    assert [words[0] for words in others] == ["HF_ENDPOINT=https://MIRROR", "HF_HOME=FOLDER"]
+    assert all(words[1:] == own[:-2] for words in others)
+    assert script.main([word.replace("PATH", "kept/bert") for word in own[2:]]) == 0
+
+
+def test_what_helps_where_a_new_model_s_weights_are_nowhere(nowhere: Path, capsys, monkeypatch):
+    typed = ["--data", "my data", "--image-encoder", "vit=nobody/has", "--text-encoder", "roberta", "--weights"]
+    typed += ["roberta=kept/bert", "--ep", "1", "--val-ratio", "0.4", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["modeling/finetune.py", *typed])
+    capsys.readouterr()
+    assert finetune.main(typed) == 2
+    err = capsys.readouterr().err
+    assert "error: no weights for nobody/has, the encoder of vit; tried:" in err
+    offline, own, *_ = (finetune.build_parser().parse_args(words[2:]) for words in helps(err)[:2])
+    assert (offline.image_encoder, offline.text_encoder) == ("efficientnet", "roberta")
+    assert own.weights == ["roberta=kept/bert", "vit=PATH"] and own.image_encoder == "vit=nobody/has"
 
 
 def test_training_without_clip_proposes_what_is_there(home: Path, capsys: pytest.CaptureFixture):

@@ -91,14 +91,41 @@ def test_each_data_set_has_a_folder_of_its_own(
     assert folders("--data", "mine", "--out", "out") == "out/feats"
 
 
+def test_options_are_handed_on(tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    """Those of the data to every extraction, those of messages to every command but the sample's; under --quiet the
+    commands that go well aren't shown."""
+    ran: list[list[str]] = []
+
+    def noted(command: list[object], check: bool) -> subprocess.CompletedProcess:
+        ran.append([str(word) for word in command[1:]])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", noted)
+    data = ["--data", "shop.tsv", "--layout", "manifest", "--columns", "text=wording", "label="]
+    assert quickstart.main([*data, "--vtype", "pixels", *FAST, "--quiet", "--log-file", "log.txt"]) == 2
+    assert not capfd.readouterr().out
+    assert [command[0] for command in ran] == [
+        *(str(ROOT / "feats" / f"{name}_extract_feats.py") for name in ("pixels", "vader")),
+        str(ROOT / "modeling" / "sweep_heads.py"),
+    ]
+    assert all(command[-3:] == ["--quiet", "--log-file", "log.txt"] for command in ran)
+    assert all(command[1:-5] == data for command in ran[:2])
+    ran.clear()
+    assert quickstart.main([*FAST, "--quiet"]) == 2
+    assert ran[0][1:] == ["--out", "data/sample"] and all(command[-1] == "--quiet" for command in ran[1:])
+
+
 def test_what_cannot_work_stops_at_once(tmp_path: Path, capfd: pytest.CaptureFixture):
     for argv, told in (
         (["--ttype", "vader", "clop"], "error: no encoder 'clop'; there are clip, efficientnet,"),
         (["--head", "fusion", "liner"], "error: unknown head 'liner'; did you mean linear"),
+        (["--columns", "colour=a"], "error: --columns colour=a: expected id, image, text, label, split before ="),
     ):
         out, error = refused(capfd, "--data", str(tmp_path), "--out", str(tmp_path / "out"), *argv)
         assert error.startswith(told) and error.count("\n") == 1
         assert not printed_commands(out)  # nothing was begun
+    assert refused(capfd, "--columns", "text=a")[1].startswith("error: --layout and --columns are of your own pairs")
     out, error = refused(capfd, "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"))
     (command,) = printed_commands(out)  # it isn't tried any further
     assert command[:2] == ["python", "feats/efficientnet_extract_feats.py"]

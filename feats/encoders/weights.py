@@ -72,10 +72,11 @@ _OF_HUB = (
     Remedy("set HF_ENDPOINT to a hub mirror you can reach", {"HF_ENDPOINT": "https://MIRROR"}),
     Remedy("set HF_HOME to a folder that holds a filled hub cache", {"HF_HOME": "FOLDER"}),
 )
+_OFFLINE = Remedy("use an offline encoder")
 _OF_TORCH_HUB = (Remedy("set TORCH_HOME to a folder whose hub/checkpoints holds the file", {"TORCH_HOME": "FOLDER"}),)
 
 
 def unobtainable(what: str, tried: Sequence[str], *, torch_hub: bool = False) -> NoWeightsError:
     """The error for weights that can't be had from the Hugging Face hub, or from torch hub: every place tried, then
     the remedies."""
-    return NoWeightsError(what, tried, (_LOCAL, *(_OF_TORCH_HUB if torch_hub else _OF_HUB)))
+    return NoWeightsError(what, tried, (_LOCAL, *(_OF_TORCH_HUB if torch_hub else _OF_HUB), _OFFLINE))

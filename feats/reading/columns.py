@@ -107,6 +107,7 @@ class Columns:
         if twice:
             raise UsageError(f"{self.name}{where}: a column is named twice: {shown(twice[0])}; rename one")
         if not self.labels_only and not {found.get(side) for side in SIDES} & set(columns):
+            self.check_asked()
             raise UsageError(
                 f"{self.name}{where}: columns {_few(columns) or 'none'}; expected image or text among them. Say which "
                 f"column is which with `columns`, e.g. text={shown(next((c for c in columns if c), 'title'))}"

@@ -11,7 +11,7 @@ from feats.errors import UsageError
 from feats.names import cache_path
 from feats.parts import cache_paths, is_cache, open_cache
 from feats.source import SIDES
-from modeling.choices import FEATS
+from modeling.choices import ENCODERS, FEATS
 from modeling.features.joined import FeatureSource
 
 
@@ -49,12 +49,13 @@ def _with_those_there(source: FeatureSource, split: str) -> str:
 def command_for(name: str, folder: Path, split: str) -> str:
     """What a user types to make the cache `name` of a split: with the encoder and options of its training cache where
     there is one, and the data of it, or of any other cache of the folder, where they say."""
+    if (folder.parent / ENCODERS).is_dir():  # a finetuned run's own
+        return f"python modeling/inference_head.py `run` {shlex.quote(str(folder.parent))} `split` {split}"
     trained = folder / f"{name}_train.h5"
     encoder, options = _made_by(trained) or (name, {})
     known = (Path(feats.__file__).parent / f"{encoder}_extract_feats.py").is_file()
     words = [f"python feats/{encoder if known else '<encoder>'}_extract_feats.py"]
-    data = _data_of([trained, *cache_paths(folder)])
-    words += [f"`data` {shlex.quote(data)}"] if data else []
+    words += _data_of([trained, *cache_paths(folder)])
     words += [] if split == "train" else [f"`splits` {split}"]
     words += [f"`{key}` {shlex.quote(str(value))}" for key, value in options.items()]
     words += [] if encoder == name and known else [f"`name` {name}"]
@@ -75,9 +76,9 @@ def _made_by(path: Path) -> tuple[str, dict[str, Any]] | None:
         return None
 
 
-def _data_of(paths: Iterable[Path]) -> str | None:
-    """The data folder or file that the first of the caches which tells it was made of: as it was given, where that is
-    still so."""
+def _data_of(paths: Iterable[Path]) -> list[str]:
+    """The data folder or file that the first of the caches which tells it was made of, as one types it: as it was
+    given, where that is still so, with the columns that were named."""
     for path in filter(is_cache, paths):
         try:
             with open_cache(path) as store:
@@ -85,8 +86,10 @@ def _data_of(paths: Iterable[Path]) -> str | None:
         except UsageError:  # a foreign or damaged file has nothing to tell
             continue
         if source is not None:
-            return source.data if Path(source.data).exists() else source.resolved
-    return None
+            place = source.data if Path(source.data).exists() else source.resolved
+            columns = [shlex.quote(f"{role}={column}") for role, column in source.columns.items()]
+            return [f"`data` {shlex.quote(place)}", *(["`columns`", *columns] if columns else [])]
+    return []
 
 
 def caches_of_side(side: str, folder: Path, split: str) -> list[str]:

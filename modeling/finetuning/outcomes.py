@@ -89,7 +89,7 @@ def save_tuned(
     )
     kept = {**facts, **asdict(settings), "trained_parameters": tuned.trained_parameters, "chosen": tuned.chosen}
     pairs = start.records
-    finetuned = Finetuned(places, str(Path(pairs.data).resolve()), pairs.layout, kept)
+    finetuned = Finetuned(places, str(Path(pairs.data).resolve()), pairs.layout, kept, pairs.columns)
     counts = start.experiment.training_rows()
     corrections = dict(start.experiment.features.corrections)
     classes = start.experiment.classes

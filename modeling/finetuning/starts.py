@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +12,9 @@ import torch
 
 from feats.acceleration import resolve_device, resolve_dtype
 from feats.encoders.base import Encoder, Features
-from feats.encoders.registry import ENCODERS, load_encoder
-from feats.errors import UsageError
-from feats.records import Pairs, read_dataset
+from feats.encoders.registry import ENCODERS, OFFLINE, load_encoder
+from feats.errors import NoWeightsError, Remedy, UsageError
+from feats.records import Pairs
 from feats.source import SIDES
 from feats.text import clean
 from modeling.choices import SplitSettings
@@ -176,7 +177,8 @@ def start_from_encoders(
 
     With `tokens` a head that can do without reads token features, too. `weights` (by encoder) give files or folders.
     `scratch` is the folder for untrained encoders, `sizes` (by side) theirs: layers, width, heads, patch.
-    Raises `UsageError` for whatever doesn't fit, and when weights can't be had.
+    What the data set's reader remarks is a warning. Raises `UsageError` for whatever doesn't fit, and when weights
+    can't be had.
     """
     device = resolve_device(device) if isinstance(device, str) else device
     if head.head == "kernel":
@@ -196,7 +198,10 @@ def start_from_encoders(
         if not ENCODERS[choice.name].trainable:
             raise UsageError(f"encoder {choice.name} has no gradients: there is nothing in it to tune; name another")
     _check_weights(weights, names)
-    data = read_dataset(place.path or Path("data"), place.layout)["train"]
+    found = place.read()
+    for remark in found.warnings:
+        warnings.warn(remark, stacklevel=1)
+    data = found["train"]
     source = FeatureSource(Path("."), tuple(caches["image"]), tuple(caches["text"]), tokens)
     rows = rows_as_features(data, source, "train")
     splits = make_splits(rows, split)
@@ -208,7 +213,10 @@ def start_from_encoders(
     encoders: dict[str, Encoder] = {}
     for side, choice in choices.items():
         if choice.name not in encoders:
-            encoders[choice.name] = _load(choice, settings, tokens, device, weights, scratch, sizes.get(side, {}))
+            try:
+                encoders[choice.name] = _load(choice, settings, tokens, device, weights, scratch, sizes.get(side, {}))
+            except NoWeightsError as error:
+                raise error.named(choice.name, _offline(choices, choice.name)) from None
     inputs, preprocessing = _measured(encoders, caches, head, tokens, norm, data)
     new = build_head(head, inputs.widths, len(experiment.classes), [settings.seed], device)
     model = PairModel(encoders, preprocessing.to(device), new, _autocast(encoders, settings.dtype, device))
@@ -235,6 +243,15 @@ def _load(
     options: dict[str, Any] = dict(choice.options)
     return load_encoder(
         choice.name, model, chosen, device=device, dtype="fp32", tokens=tokens, trainable=True, **options
+    )
+
+
+def _offline(choices: Mapping[str, EncoderChoice], name: str) -> Remedy:
+    """Encoders that need no hub in place of encoder `name`, for all sides it is chosen for."""
+    nearest = {side: next(other for other in OFFLINE[side] if ENCODERS[other].trainable) for side in SIDES}
+    chosen = {side: nearest[side] for side, choice in choices.items() if choice.name == name}
+    return Remedy(
+        f"offline: {', '.join(chosen.values())}", settings={f"{side}_encoder": other for side, other in chosen.items()}
     )
 
 

@@ -4,6 +4,7 @@ A head maps a pair's features to class logits. It holds M models of one shape at
 with M = 1 it is an ordinary module.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
@@ -49,7 +50,7 @@ class Batch:
         return Batch(**{name: x.expand(n_models, *x.shape[1:]) for name, x in there.items()})
 
 
-class Head(nn.Module):
+class Head(nn.Module, ABC):
     """Base of all heads: `forward(batch) -> logits (M, B, C)`.
 
     A head describes itself by the attributes below: nothing else in the project lists heads by name. `widths` gives the
@@ -100,9 +101,9 @@ class Head(nn.Module):
         vectors = set(sides) - set(cls.tokens)
         return vectors | {f"{side}_tokens" for side in (*cls.tokens, *cls.optional_tokens) if side in sides}
 
+    @abstractmethod
     def build(self, config: HeadConfig, widths: Mapping[str, int], n_classes: int, n_models: int) -> None:
         """Make the layers; every head defines its own."""
-        raise NotImplementedError
 
     def joined(self, batch: Batch) -> Tensor:
         """The sides' vectors side by side, (M, B, Dv + Dt)."""

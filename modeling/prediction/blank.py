@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from feats.cache_reader import DONE
-from feats.errors import UsageError
+from feats.errors import NoWeightsError, Remedy, UsageError
 from feats.extraction.local import extract
 from feats.extraction.settings import ExtractionSettings
 from feats.images import hash64
@@ -72,6 +72,9 @@ def _is_there(path: Path, fingerprint: Mapping[str, Any]) -> bool:
 def _encode(name: str, fingerprint: Mapping[str, Any], path: Path, weights: str | None, device: torch.device) -> None:
     try:
         encoder = encoder_of(name, fingerprint, weights, device=device, tokens=bool(fingerprint.get("tokens")))
+    except NoWeightsError as error:
+        mean = Remedy("take the training rows' mean", settings={"absent": "mean"})
+        raise NoWeightsError(error.what, error.tried, (mean, *error.remedies)) from None
     except UsageError as error:
         raise UsageError(f"{error}; or take the training rows' mean with `absent` mean") from None
     settings = ExtractionSettings(workers=0, text_clean=fingerprint.get("text_clean") or "none")

@@ -17,6 +17,7 @@ from feats.names import cache_path
 from feats.records import Record, TarSlice, read_dataset
 from modeling.features.cache_facts import are_complete
 from modeling.features.target import RAW
+from modeling.finetuning.pairs import DataPlace, tuned_place
 from modeling.runs.encoders import encoder_of, essence
 from modeling.runs.run import Run
 
@@ -113,20 +114,20 @@ def wanted_caches(runs: Sequence[Run], weights: Mapping[str, str]) -> dict[str, 
 def encode_split(
     run: Run,
     split: str,
-    data: Path | None,
+    place: DataPlace,
     *,
     device: torch.device,
     bar: Bar,
 ) -> None:
-    """Bring a finetuned run's own caches of `split` up to date: its encoders made none while they were tuned. `data` is
-    where its pairs lie, if not where they lay then; `bar` (title) shows rows done of rows to do.
+    """Bring a finetuned run's own caches of `split` up to date: its encoders made none while they were tuned. `place`
+    is where its pairs lie, if not where they lay then; `bar` (title) shows rows done of rows to do.
 
     Raises `UsageError` as `read_dataset`, and when an encoder can't be loaded."""
     assert run.finetuned is not None
     folder = run.feature_folder()
-    if are_complete(folder, split, run.source.names) and data is None:
+    if are_complete(folder, split, run.source.names) and place.path is None:
         return
-    records = read_dataset(data or run.finetuned.data, None if data else run.finetuned.layout)[split]
+    records = place.over(tuned_place(run.finetuned)).read()[split]
     for name in run.source.names:
         encoder = encoder_for(name, run, [run], None, device)
         path = cache_path(folder, name, split)

@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 
 from feats.csv_files import read_table
 from feats.errors import UsageError
-from modeling.evaluation.metrics import AVERAGES
+from modeling.choices import AVERAGES
 from modeling.heads.base import ABLATIONS, HeadConfig, ablation_words
 from modeling.report import markup
 from modeling.report.sections import FigureFile, Section

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modeling.experiments.experiment import experiment_of_run
+from modeling.finetuning.pairs import DataPlace
 from modeling.prediction.out_of_fold import single_split
 from modeling.report.building import sections_of
 from modeling.report.comparison import comparison_sections
@@ -18,11 +19,11 @@ from modeling.search.learning_curve import FILE, configs_of, learning_curve, tab
 
 @dataclass(frozen=True)
 class ReportSettings:
-    """What a report shows besides the run itself. `feats` and `data` None: where the run and its caches say; `sweep`: a
-    folder whose heads are compared; `explain`: of how many pairs."""
+    """What a report shows besides the run itself. `feats` None, and of `data` what isn't given: as the run and its
+    caches say; `sweep`: a folder whose heads are compared; `explain`: of how many pairs."""
 
     feats: Path | None = None
-    data: Path | None = None
+    data: DataPlace = DataPlace()
     sweep: Path | None = None
     learning_curve: bool = False
     explain: int = 0

@@ -20,6 +20,7 @@ from modeling.features.inputs import Inputs
 from modeling.features.joined import FeatureSet
 from modeling.features.leaks import Leaks, find_leaks
 from modeling.features.loading import load_features
+from modeling.finetuning.pairs import DataPlace, records_of
 from modeling.runs.config import read_config
 from modeling.runs.folder import read_report
 from modeling.runs.run import Member, Report, Run
@@ -86,7 +87,7 @@ class Material:
         return self.member.preprocessing.apply(own).for_head(self.member.config.head)
 
 
-def gather(run: Run, feats: Path | None = None, data: Path | None = None, command: str = "") -> Material:
+def gather(run: Run, feats: Path | None = None, data: DataPlace = DataPlace(), command: str = "") -> Material:
     """Read all there is of a saved run. Raises `UsageError` for a damaged run, and for caches or data that were named
     and can't be used; where they are gone and weren't named, the material goes without."""
     config, report = read_config(run.folder), read_report(run.folder)
@@ -109,13 +110,11 @@ def _features(run: Run, feats: Path | None) -> tuple[FeatureSet | None, str]:
         return None, str(error)
 
 
-def _records(features: FeatureSet, data: Path | None) -> tuple[Mapping[str, Record] | None, str]:
-    from modeling.finetuning.pairs import DataPlace, records_of  # slow to import
-
+def _records(features: FeatureSet, data: DataPlace) -> tuple[Mapping[str, Record] | None, str]:
     try:
-        return {record.id: record for record in records_of(features.source, DataPlace(data))}, ""
+        return {record.id: record for record in records_of(features.source, data)}, ""
     except UsageError as error:
-        if data is not None:
+        if data.path is not None:
             raise
         return None, str(error)
 

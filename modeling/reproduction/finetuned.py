@@ -11,8 +11,7 @@ from typing import Any
 from feats.errors import CantWriteError, UsageError
 from feats.leftovers import temporary_folder
 from feats.parts import open_cache
-from feats.records import Pairs, read_dataset
-from modeling.finetuning.pairs import DataPlace
+from modeling.finetuning.pairs import DataPlace, kept_place
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.studies import MODELS, EncoderChoice, tuning_recipe
 from modeling.heads.base import HeadConfig
@@ -25,15 +24,13 @@ Progress = Callable[[int, int], Any]  # rows done, rows to do
 
 
 def place_of(settings: Settings, given: DataPlace) -> DataPlace:
-    """Where raw pairs lie: as `given`, else where the first of the caches says, else in `data`."""
-    if given.path is not None:
-        return given
+    """Where raw pairs lie: as `given`, else as the first of the caches says, else in `data`."""
     for cache in caches_in(settings.feats):
         with open_cache(settings.feats / f"{cache.name}{SUFFIX}") as store:
             source = store.source
         if source is not None:
-            return DataPlace(Path(source.resolved), given.layout or source.layout)
-    return DataPlace(Path("data"), given.layout)
+            return given.over(kept_place(source))
+    return given
 
 
 def encoders_of(row: Row) -> list[EncoderChoice]:
@@ -105,7 +102,7 @@ def _result(row: Row, path: Path) -> Result:
 def pairs_digest(place: DataPlace) -> str | UsageError:
     """A digest of the labelled pairs' ids, labels and texts, or why they can't be read."""
     try:
-        records: Pairs = read_dataset(place.path or Path("data"), place.layout)["train"]
+        records = place.read()["train"]
     except (UsageError, KeyError) as error:
         return UsageError(f"the pairs can't be read ({error}); name their folder with `data`")
     told = [[record.id, record.label, record.text] for record in records]

@@ -22,7 +22,6 @@ CONFIG, TENSORS, SPLIT, METRICS, HISTORY, PREDICTIONS = (
 TEST_PREDICTIONS = "predictions_test.csv"  # where the split has a test part
 FOLD_PREDICTIONS = "predictions_test_{}.csv"  # where several splits have, by fold from 1
 BATCHES = "history_batches.csv"  # where losses by batch were asked for
-ENCODERS = "encoders"
 CORRECTIONS = "corrections.csv"  # where labels were corrected
 TARGET = "labels.csv"  # where they are of another column than the caches'
 PREDICTION_COLUMNS = ("id", "tag", "pred")
@@ -61,7 +60,7 @@ SHAPE = {
     "features_from_run": str,
     "split": (dict, [dict]),
     "stacked": bool,
-    "finetuned?": (None, {"encoders": {str: str}, "data": str, "layout": str, "facts": dict}),
+    "finetuned?": (None, {"encoders": {str: str}, "data": str, "layout": str, "facts": dict, "columns?": {str: str}}),
     "cost?": (None, dict),
     "corrections?": (None, {"sha256": str}),
     "target?": (None, {"column": str, "data": str, "sha256": str}),

@@ -9,7 +9,7 @@ import torch
 from feats.acceleration import DTYPES
 from feats.encoders.base import Encoder
 from feats.encoders.registry import ENCODERS, load_encoder
-from feats.errors import UsageError
+from feats.errors import NoWeightsError, UsageError
 from feats.json_files import shape_problem
 from modeling.runs.run import FREE_TO_DIFFER
 
@@ -27,7 +27,8 @@ def encoder_of(
     """The encoder of the cache `name`, in the dtype that it computed in then (on a CPU never float16); with `trainable`
     in float32 and with gradients. `weights`: a file or folder, where its weights aren't found by themselves.
 
-    Raises `UsageError` when it can't be loaded, or isn't the one that `fingerprint` tells of.
+    Raises `NoWeightsError` when its weights can't be had, `UsageError` when it can't be loaded, or isn't the one that
+    `fingerprint` tells of.
     """
     wrong = shape_problem(fingerprint, {"encoder": str, "model": str, "dtype": str})
     if wrong or fingerprint["dtype"] not in DTYPES:
@@ -50,6 +51,8 @@ def encoder_of(
             expected_sha256=fingerprint.get("weights_sha256"),
             **options,
         )
+    except NoWeightsError as error:
+        raise error.named(name) from None
     except UsageError as error:
         raise UsageError(f"the encoder of {name} can't be loaded ({error}); {remedy}") from None
     identity = json.loads(json.dumps(encoder.identity))

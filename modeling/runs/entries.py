@@ -13,7 +13,8 @@ from typing import Any
 from feats.csv_files import read_csv
 from feats.errors import UsageError, first_line
 from feats.source import SIDES
-from modeling.evaluation.metrics import AVERAGES, marked
+from modeling.choices import AVERAGES
+from modeling.evaluation.metrics import marked
 from modeling.heads.base import ablation_words
 from modeling.heads.registry import HEADS
 from modeling.runs.config import CONFIG, PREDICTION_COLUMNS, PREDICTIONS, read_metrics

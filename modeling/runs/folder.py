@@ -34,6 +34,7 @@ from feats.source import SIDES
 from feats.strings import BLOCK
 from feats.tensor_files import read_safetensors
 from feats.writing import replace_folder, settle, sync_tree, unfinished_folder, write_json
+from modeling.choices import ENCODERS
 from modeling.features.corrections import corrections_digest, load_corrections, save_corrections
 from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSource
@@ -45,7 +46,6 @@ from modeling.runs.config import (
     BATCHES,
     CONFIG,
     CORRECTIONS,
-    ENCODERS,
     FILES,
     FOLD_PREDICTIONS,
     FORMAT_VERSION,

@@ -10,7 +10,7 @@ from typing import Any
 from feats.csv_files import write_rows
 from feats.errors import UsageError
 from feats.escapes import one_line
-from modeling.evaluation.metrics import AVERAGES
+from modeling.choices import AVERAGES
 from modeling.evaluation.text_tables import WIDTH, format_table
 from modeling.runs.entries import Entry, age_of, figure_words
 from modeling.runs.leaderboard import Group, Leaderboard, Place

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from feats.errors import UsageError
-from modeling.choices import RUNS
+from modeling.choices import AVERAGES, RUNS
 from modeling.evaluation import metrics
-from modeling.evaluation.metrics import AVERAGES
 from modeling.runs.config import CONFIG
 from modeling.runs.entries import (
     Entry,

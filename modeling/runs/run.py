@@ -139,13 +139,15 @@ class Report:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """How a run came by encoders of its own. `encoders` are their folders in the run's, by cache; `data` and `layout`
-    say where its pairs lie; `facts` are all settings of the finetuning, and what it came to."""
+    """How a run came by encoders of its own. `encoders` are their folders in the run's, by cache; `data`, `layout` and
+    `columns`, those that were named, say where its pairs lie; `facts` are all settings of the finetuning, and what it
+    came to."""
 
     encoders: dict[str, str]
     data: str
     layout: str
     facts: dict[str, Any]
+    columns: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from feats.source import SIDES
-from modeling.evaluation.metrics import AVERAGES
+from modeling.choices import AVERAGES
 from modeling.evaluation.text_tables import SHOWN_AVERAGES, confusion_text, figure_rows, format_table
 from modeling.heads.base import ablation_number, ablation_words, n_parameters
 from modeling.runs.run import Run
