@@ -367,7 +367,9 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_an_interrupted_comparison_goes_on(root: Path, tmp_path: Path, in_foreground: None):
+def test_an_interrupted_comparison_goes_on(
+    root: Path, tmp_path: Path, in_foreground: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     """Real processes: interrupted in a finetuning, then started again, it ends with what an undisturbed one ends."""
     given = ["--methods", "lp_ft", "lora-2", *FOLDS, "--only", "1", *"--bs 8 --lr 1e-3 --ep 30 --dtype fp32".split()]
     script = [sys.executable, str(ROOT / "modeling" / "compare_finetuning.py")]
@@ -376,8 +378,11 @@ def test_an_interrupted_comparison_goes_on(root: Path, tmp_path: Path, in_foregr
         return [*script, *options(root, *given), "--name", name]
 
     environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
-    straight = subprocess.run(command("straight"), env=environment, capture_output=True, text=True)
-    assert straight.returncode == 0, straight.stderr
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "finetune", in_this_process)
+        capsys.readouterr()
+        assert compare_finetuning.main(command("straight")[2:]) == 0
+        verdict = capsys.readouterr().out.splitlines()[-1]
     process = subprocess.Popen(command("broken"), env=environment, stderr=subprocess.PIPE, text=True)
     fold = root / "runs" / "broken" / "fold1"
     wait_for(lambda: list(fold.glob(".lp_ft*.tuning/step-*[1-9]")))
@@ -387,11 +392,11 @@ def test_an_interrupted_comparison_goes_on(root: Path, tmp_path: Path, in_foregr
     again = subprocess.run(command("broken"), env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "3 cells, 1 of them finished before" in again.stdout and "fold 1 of lp_ft went on after" in again.stdout
-    assert again.stdout.splitlines()[-1].replace("broken", "straight") == straight.stdout.splitlines()[-1]
+    assert again.stdout.splitlines()[-1].replace("broken", "straight") == verdict
     for run in (root / "runs" / "straight" / "fold1").glob("l*[0-9a-f]"):
         if run.is_dir():
             assert (fold / run.name / "history.csv").read_bytes() == (run / "history.csv").read_bytes()
-            facts = content(run, "config")["finetuned"]["facts"]
+            facts = content(fold / run.name, "config")["finetuned"]["facts"]
             assert 1e8 < facts["peak_bytes"] < 4e9
     for name in ("straight", "broken"):
         (root / "runs" / name).rename(tmp_path / name)

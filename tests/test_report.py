@@ -22,7 +22,7 @@ from modeling import train_head
 from modeling.evaluation.metrics import expected_calibration_error, softmax
 from modeling.heads.registry import HEADS, build_head
 from modeling.report import building, measures
-from modeling.report.embedding import chosen_rows, embed
+from modeling.report.embedding import chosen_rows, embed, nearest
 from modeling.report.inside import first_layer, joined_inputs, side_attention, vectors_of
 from modeling.report.making import make_report
 from modeling.report.material import Material, gather
@@ -294,6 +294,15 @@ def test_chosen_rows_are_all_of_validation_and_some_of_each_class(first: int, ot
     assert (rows < first).sum() == min(first, most)
     if others > most:
         assert np.ptp(np.bincount(labels[rows[rows >= first]])) <= 2
+
+
+def test_the_nearest_are_exact():
+    points = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32)
+    rows, distances = nearest(points, 9)
+    for point, found, far in zip(points, rows, distances, strict=True):
+        expected = np.sqrt(((points - point).astype(np.float64) ** 2).sum(1))
+        np.testing.assert_array_equal(found, np.argsort(expected)[:9])
+        np.testing.assert_allclose(far, np.sort(expected)[:9], atol=2e-3)
 
 
 @pytest.mark.slow

@@ -68,9 +68,26 @@ def _umap(components: np.ndarray, seed: int) -> np.ndarray:
         warnings.simplefilter("ignore")  # of its libraries, none a user could act upon
         from umap import UMAP  # compiles its functions: seconds
 
-        near = min(15, len(components) - 1)
+        start = "pca" if components.shape[1] > 1 else "random"
+        neighbours = nearest(components, min(15, len(components) - 1))
         mapper = UMAP(
-            n_neighbors=near, random_state=seed, n_jobs=1, init="pca" if components.shape[1] > 1 else "random"
+            n_neighbors=neighbours[0].shape[1],
+            precomputed_knn=neighbours,
+            init=start,
+            random_state=seed,
+            n_jobs=1,
         )
         points: np.ndarray = mapper.fit_transform(components)
     return points
+
+
+def nearest(points: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of (N, D) each point's `count` nearest, itself among them: (N, count) row numbers, and their distances.
+
+    Exact, as UMAP's own of so few points; but to find them UMAP compiles for some four seconds.
+    """
+    from sklearn.metrics import pairwise_distances
+
+    distances = pairwise_distances(points)
+    rows = np.argsort(distances, axis=1, kind="stable")[:, :count]
+    return rows, np.take_along_axis(distances, rows, axis=1)

@@ -125,9 +125,9 @@ class _Child:
         limit = max(PATIENCE_OF.get(self.now[0], PATIENCE), 0.0 if self.is_warm else FIRST_SECONDS)
         return time.monotonic() - self.since > limit
 
-    def end(self) -> int | None:
-        """Kill it; returns how it had ended by itself."""
-        self.process.join(5)
+    def end(self, seconds: float) -> int | None:
+        """Kill it after so many seconds; returns how it had ended by itself."""
+        self.process.join(seconds)
         status = self.process.exitcode
         self.process.kill()
         self.process.join()
@@ -174,7 +174,7 @@ def run_all(kinds: Mapping[str, Kind], inputs: int, seconds: float, processes: i
                     _note(counts, child)
     finally:
         for child in children:
-            child.end()
+            child.end(0)
         shutil.rmtree(home, ignore_errors=True)
         os.environ.pop("TMPDIR")
         os.environ |= {} if before is None else {"TMPDIR": before}
@@ -184,14 +184,15 @@ def _note(counts: dict[str, Count], child: _Child) -> None:
     """Take an answer, or put another child in the place of one that gives none."""
     assert child.now is not None
     (name, seed), child.now = child.now, None
+    answers = child.connection.poll()
     try:
-        if not child.connection.poll():
+        if not answers:
             raise TimeoutError
         outcome, seconds = child.connection.recv()
         child.is_warm = True
     except (EOFError, OSError, TimeoutError):
         seconds = time.monotonic() - child.since
-        status = child.end()
+        status = child.end(5 if answers else 0)
         outcome = Outcome(FAULT, "a hang" if status is None else f"the process ended with {status}")
         child.start()
     if outcome.word != FAULT and child.is_warm and seconds > SECONDS:
