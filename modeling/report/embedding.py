@@ -82,12 +82,12 @@ def _umap(components: np.ndarray, seed: int) -> np.ndarray:
 
 
 def nearest(points: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of (N, D) each point's `count` nearest, itself among them: (N, count) row numbers, and their distances.
+    """Of (N, D) each point's `count` nearest, itself the first: (N, count) row numbers, and their distances.
 
     Exact, as UMAP's own of so few points; but to find them UMAP compiles for some four seconds.
     """
-    from sklearn.metrics import pairwise_distances
+    from sklearn.neighbors import NearestNeighbors
 
-    distances = pairwise_distances(points)
-    rows = np.argsort(distances, axis=1, kind="stable")[:, :count]
-    return rows, np.take_along_axis(distances, rows, axis=1)
+    distances, others = NearestNeighbors(n_neighbors=count - 1).fit(points).kneighbors()
+    rows = np.hstack([np.arange(len(points))[:, None], others])
+    return rows, np.hstack([np.zeros((len(points), 1)), distances])
