@@ -11,17 +11,12 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
-from feats.cli import (
-    EXIT_DONE,
-    EXIT_QUARANTINE,
-    ScriptParser,
-    add_columns_option,
-    chosen_splits,
-    columns_from,
-    guarded,
-    remark,
-    rows_bar,
-)
+from feats.cli import chosen_splits
+from feats.command_line.exit_status import EXIT_DONE, EXIT_QUARANTINE
+from feats.command_line.messages import guarded, rows_bar
+from feats.command_line.options import add_columns_option, columns_from
+from feats.command_line.parser import ScriptParser
+from feats.command_line.wording import remark
 from feats.errors import UsageError
 from feats.escapes import one_line
 from feats.records import LAYOUTS, Record, read_dataset

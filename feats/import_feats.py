@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from feats.cli import EXIT_DONE, EXIT_QUARANTINE, ScriptParser, guarded, rows_bar
+from feats.command_line.exit_status import EXIT_DONE, EXIT_QUARANTINE
+from feats.command_line.messages import guarded, rows_bar
+from feats.command_line.parser import ScriptParser
 from feats.errors import UsageError
 from feats.names import cache_path, checked_name
 

@@ -16,7 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from feats.cli import EXIT_DONE, EXIT_UNUSABLE, ScriptParser, error_line, guarded
+from feats.command_line.exit_status import EXIT_DONE, EXIT_UNUSABLE
+from feats.command_line.messages import guarded
+from feats.command_line.parser import ScriptParser
+from feats.command_line.wording import error_line
 from feats.errors import UsageError
 
 if TYPE_CHECKING:

@@ -10,7 +10,9 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from feats.cli import EXIT_DONE, ScriptParser, guarded, rows_bar
+from feats.command_line.exit_status import EXIT_DONE
+from feats.command_line.messages import guarded, rows_bar
+from feats.command_line.parser import ScriptParser
 from feats.errors import UsageError
 
 FOLDER = Path("saved/feats")

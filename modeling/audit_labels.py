@@ -24,7 +24,8 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.cli import EXIT_DONE, positive
+from feats.command_line.exit_status import EXIT_DONE
+from feats.command_line.options import positive
 from feats.errors import UsageError
 from modeling import cli
 from modeling.runs.files import check_replaceable

@@ -17,19 +17,11 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from feats.cli import (
-    EXIT_INTERRUPTED,
-    EXIT_UNUSABLE,
-    ScriptParser,
-    add_columns_option,
-    as_typed,
-    columns_from,
-    positive,
-    refuse,
-    refuse_without_extra,
-    show_warning,
-    with_messages,
-)
+from feats.command_line.exit_status import EXIT_INTERRUPTED, EXIT_UNUSABLE
+from feats.command_line.messages import refuse, refuse_without_extra, show_warning, with_messages
+from feats.command_line.options import add_columns_option, columns_from, positive
+from feats.command_line.parser import ScriptParser
+from feats.command_line.wording import as_typed
 from feats.errors import UsageError
 from feats.interrupts import interruptible
 from feats.terminal import progress
@@ -785,7 +777,7 @@ def guarded(
 ) -> int:
     """Run a script's work and show what libraries say. Unusable input ends with one line and status 2, an interruption
     with `interrupted` and 130. `named`: settings that the script knows by another name; `given`: its options, for the
-    commands that help where weights are missing, see `feats.cli.no_weights_lines`.
+    commands that help where weights are missing, see `feats.command_line.commands.no_weights_lines`.
     `same_bits`: from the beginning as `feats.acceleration.deterministic`."""
     import torch  # noqa: F401 - here Ctrl-C still ends the process at once: torch's import may swallow an exception
 

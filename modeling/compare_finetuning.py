@@ -21,7 +21,9 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.cli import EXIT_DONE, as_typed, positive
+from feats.command_line.exit_status import EXIT_DONE
+from feats.command_line.options import positive
+from feats.command_line.wording import as_typed
 from feats.errors import UsageError
 from feats.names import checked_name
 from modeling import cli

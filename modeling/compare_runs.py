@@ -15,7 +15,7 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.cli import EXIT_DONE
+from feats.command_line.exit_status import EXIT_DONE
 from modeling import choices, cli
 from modeling.choices import AVERAGES, LAYOUTS
 from modeling.runs.files import check_replaceable, user_file

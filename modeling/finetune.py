@@ -19,7 +19,10 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.cli import EXIT_DONE, ScriptParser, as_typed, rows_bar
+from feats.command_line.exit_status import EXIT_DONE
+from feats.command_line.messages import rows_bar
+from feats.command_line.parser import ScriptParser
+from feats.command_line.wording import as_typed
 from feats.errors import UsageError
 from feats.leftovers import temporary_folder
 from feats.names import checked_name

@@ -23,7 +23,10 @@ import feats.threads  # noqa: F401
 # isort: split
 
 
-from feats.cli import EXIT_DONE, add_columns_option, as_typed, columns_from, remark, rows_bar
+from feats.command_line.exit_status import EXIT_DONE
+from feats.command_line.messages import rows_bar
+from feats.command_line.options import add_columns_option, columns_from
+from feats.command_line.wording import as_typed, remark
 from feats.errors import UsageError
 from feats.escapes import one_line
 from feats.leftovers import temporary_folder

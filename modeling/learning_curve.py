@@ -20,7 +20,8 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.cli import EXIT_DONE, positive
+from feats.command_line.exit_status import EXIT_DONE
+from feats.command_line.options import positive
 from modeling import choices, cli
 from modeling.choices import AVERAGES
 from modeling.runs.files import check_replaceable

@@ -18,7 +18,8 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from feats.cli import EXIT_DONE, EXIT_INTERRUPTED, add_columns_option, columns_from
+from feats.command_line.exit_status import EXIT_DONE, EXIT_INTERRUPTED
+from feats.command_line.options import add_columns_option, columns_from
 from feats.csv_files import read_csv
 from feats.errors import UsageError
 from modeling import cli

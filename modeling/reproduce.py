@@ -19,7 +19,10 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.cli import EXIT_DONE, as_typed, positive, rows_bar
+from feats.command_line.exit_status import EXIT_DONE
+from feats.command_line.messages import rows_bar
+from feats.command_line.options import positive
+from feats.command_line.wording import as_typed
 from feats.errors import UsageError
 from modeling import choices, cli
 from modeling.choices import SEEDS

@@ -18,7 +18,9 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.cli import EXIT_DONE, guarded, positive
+from feats.command_line.exit_status import EXIT_DONE
+from feats.command_line.messages import guarded
+from feats.command_line.options import positive
 from feats.errors import UsageError
 from feats.terminal import let_go
 from modeling import cli

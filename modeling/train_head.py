@@ -17,7 +17,7 @@ import feats.threads  # noqa: F401
 
 # isort: split
 
-from feats.cli import EXIT_DONE
+from feats.command_line.exit_status import EXIT_DONE
 from feats.errors import UsageError
 from feats.source import SIDES
 from modeling import cli

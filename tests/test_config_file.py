@@ -15,7 +15,8 @@ from conftest import ENVIRONMENT, ROOT, content, trained_with
 from test_house import SCRIPTS, dotted
 
 from feats import minilm_extract_feats, vader_extract_feats
-from feats.cli import ScriptParser, data_place
+from feats.command_line.options import data_place
+from feats.command_line.parser import ScriptParser
 from modeling import finetune, inference_head, sweep_heads, train_head
 from modeling.experiments.fitting import fit_head
 from modeling.features.loading import load_features

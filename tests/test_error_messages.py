@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from pairs import tiny_bert
 
 from feats import ngrams_extract_feats, pixels_extract_feats, roberta_extract_feats, vader_extract_feats
-from feats.cli import no_weights_lines, offline_commands
+from feats.command_line.commands import no_weights_lines, offline_commands
 from feats.encoders.registry import ENCODERS
 from feats.encoders.weights import unobtainable
 from modeling import explain, finetune, inference_head, serve, train_head

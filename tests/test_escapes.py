@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from caches import make_cache
 
-from feats.cli import ScriptParser, error_line, remark
+from feats.command_line.parser import ScriptParser
+from feats.command_line.wording import error_line, remark
 from feats.csv_files import read_csv, unquoted, write_csv
 from feats.errors import UsageError
 from feats.escapes import of_terminal, one_line, printable

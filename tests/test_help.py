@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from feats.cli import ScriptParser, extraction_parser
+from feats.cli import extraction_parser
+from feats.command_line.parser import ScriptParser
 from feats.encoders.registry import ENCODERS, OFFLINE
 
 ROOT = Path(__file__).parents[1]

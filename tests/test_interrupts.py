@@ -126,19 +126,19 @@ def interrupted_at(script: Path | str, module: str, *words: str) -> None:
     assert ended.stderr.startswith("interrupted") and len(ended.stderr.splitlines()) == 1, ended
 
 
-@pytest.mark.parametrize("module", ["argparse", "feats.cli", "feats.errors"])
+@pytest.mark.parametrize("module", ["argparse", "feats.command_line.parser", "feats.errors"])
 def test_ctrl_c_while_libraries_are_imported(module: str):
     interrupted_at(ROOT / "modeling/train_head.py", module)
 
 
 def test_ctrl_c_while_mmprobe_finds_its_command():
-    interrupted_at("mmprobe", "feats.cli", "train")
+    interrupted_at("mmprobe", "feats.command_line.parser", "train")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_ctrl_c_while_any_script_starts(script: Path):
-    interrupted_at(script, "feats.cli")
+    interrupted_at(script, "feats.command_line.exit_status")
 
 
 @pytest.mark.slow

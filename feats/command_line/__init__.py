@@ -1,0 +1,1 @@
+"""What the scripts of both stages share: their parser, argument types, messages, exit status."""
