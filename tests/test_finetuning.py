@@ -23,7 +23,7 @@ from modeling.finetuning.data import PairReader, Sample, epoch_samples
 from modeling.finetuning.model import PairModel
 from modeling.finetuning.outcomes import what_is_tuned
 from modeling.finetuning.pairs import DataPlace
-from modeling.finetuning.parameters import choose_parameters, optimizer_of
+from modeling.finetuning.parameters import choose_parameters, leave_out_unused, optimizer_of
 from modeling.finetuning.predicting import predict
 from modeling.finetuning.settings import TuneSettings, lr_factor
 from modeling.finetuning.starts import Start, start_from_encoders, start_from_run
@@ -237,6 +237,25 @@ def test_rates_fall_from_block_to_block(root: Path):
     assert vit == {name: pytest.approx(expected(name, 4)) for name in vit} and len(set(vit.values())) == 5
     assert bert == {name: pytest.approx(expected(name, 4)) for name in bert} and len(set(bert.values())) == 5
     assert {rate for name, rate in found.items() if name.startswith("head/")} == {1e-2}
+
+
+def test_rates_fall_from_the_topmost_layer_in_use(tmp_path: Path):
+    """Above the BERT's last block is a pooler, which a mean of tokens doesn't read."""
+    weights = cached_pairs(tmp_path, layers=2, pooler=True)
+    (tmp_path / "weights.txt").write_text("\n".join(f"{name}={path}" for name, path in weights.items()))
+    save_run(tmp_path, "linear")
+    settings = replace(PLAIN, layer_decay=0.5)
+    start = begin(tmp_path, settings)
+    choose_parameters(start.model, settings)
+    data = data_of(start, settings, tmp_path / "trunks")
+    leave_out_unused(start.model, data.reader, data.train[0])
+    trained = {name: p for name, p in start.model.named_parameters() if p.requires_grad}
+    optimizer, peaks = optimizer_of(start.model, trained, settings)
+    rate_of = {id(p): peak for group, peak in zip(optimizer.param_groups, peaks) for p in group["params"]}
+    bert = {name.removeprefix("text/roberta/"): rate_of[id(p)] for name, p in trained.items() if "text/" in name}
+    assert not any(name.startswith("pooler") for name in bert)
+    for prefix, rate in (("encoder.layer.1.", 1e-3), ("encoder.layer.0.", 5e-4), ("embeddings.", 2.5e-4)):
+        assert {found for name, found in bert.items() if name.startswith(prefix)} == {rate}
 
 
 # -- what is frozen ----------------------------------------------------------------------------------------------
