@@ -19,7 +19,9 @@ from feats.errors import UsageError
 from modeling import HeadConfig, fit_head, load_features, make_split
 from modeling.features.splits import SplitSettings
 from modeling.finetuning.checkpoint import WorkFolder
+from modeling.finetuning.choosing import Candidate, Choice
 from modeling.finetuning.data import PairReader, Sample, epoch_samples
+from modeling.finetuning.distributed import Team
 from modeling.finetuning.model import PairModel
 from modeling.finetuning.outcomes import what_is_tuned
 from modeling.finetuning.pairs import DataPlace
@@ -593,6 +595,27 @@ def test_soups_and_interpolations_are_means_of_weights_and_chosen_by_validation(
             own[key].copy_((states[0][key] + states[1][key]) / 2)
     mixed = torch.from_numpy(predict(start.model, data.reader, data.val))
     assert tried[name] == pytest.approx(float(torch.nn.functional.cross_entropy(mixed, labels)), abs=1e-5)
+
+
+def test_a_soup_takes_in_what_does_not_worsen_it(root: Path, monkeypatch: pytest.MonkeyPatch):
+    """Wortsman et al. 2022, recipe 1: at least as good is good enough."""
+    settings = replace(PLAIN, soup=4)
+    accuracies = {"1, 2": 0.5, "1, 2, 3": 0.4, "1, 2, 4": 0.6}
+    history = [{"epoch": 0, "accuracy": 0.1}, *({"epoch": k, "accuracy": 0.5} for k in range(1, 5))]
+    work = WorkFolder(root / "work", {})
+    monkeypatch.setattr(work, "load_epoch", lambda epoch, device: {"w": torch.tensor(float(epoch))})
+    start = begin(root)
+    choice = Choice(start.model, data_of(start, settings, root), settings, work, Team(), history, {})
+
+    def judged(weights: dict[str, torch.Tensor], words: str, epoch: int | None = None) -> Candidate:
+        score = 0.5 if epoch else accuracies[words.removeprefix("the mean of epochs ")]
+        return Candidate(weights, words, epoch, score, np.zeros((1, 3)))
+
+    monkeypatch.setattr(choice, "_judged", judged)
+    monkeypatch.setattr("modeling.finetuning.choosing.load_plain", lambda model, weights: None)
+    best = choice.best()
+    assert [score for _, score in choice.tried] == list(accuracies.values())
+    assert best.words == "the mean of epochs 1, 2, 4" and float(best.state["w"]) == pytest.approx((1 + 2 + 4) / 3)
 
 
 def test_a_loss_that_isnt_finite_ends_it_in_one_line(root: Path):

@@ -102,7 +102,8 @@ class Choice:
         return self._judged(state, f"epoch {epoch}" if epoch else "the start, which no epoch bettered", epoch)
 
     def _soups(self) -> Iterator[Candidate]:
-        """Greedy soup (Wortsman et al. 2022): from the best epoch down, each is mixed in if that betters the figure."""
+        """Greedy soup (Wortsman et al. 2022): from the best epoch down, each is mixed in unless that worsens the
+        figure."""
         first, *others = _ranked(self.history, self.settings)[: self.settings.soup]
         mixed, members = self._of_epoch(first), [first]
         for epoch in others:
@@ -111,7 +112,7 @@ class Choice:
             words = f"the mean of epochs {', '.join(map(str, [*members, epoch]))}"
             candidate = self._judged(_between(mixed.state, more, share), words)
             yield candidate
-            if candidate.score > mixed.score:
+            if candidate.score >= mixed.score:
                 mixed = candidate
                 members.append(epoch)
 
