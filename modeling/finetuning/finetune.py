@@ -92,7 +92,12 @@ def finetune_model(
         if not team.leads:
             return None
         seconds = round(time.perf_counter() - began, 1)
-        facts = {"digest": digest, "seconds": seconds, "peak_bytes": peak_bytes(start.model.device)}
+        facts = {
+            "digest": digest,
+            "seconds": seconds,
+            "trunk_seconds": round(data.trunk_seconds, 1),
+            "peak_bytes": peak_bytes(start.model.device),
+        }
         run = outcome.save_tuned(
             start,
             tuned,
