@@ -246,7 +246,7 @@ def test_rates_fall_from_the_topmost_layer_in_use(tmp_path: Path):
     weights = cached_pairs(tmp_path, layers=2, pooler=True)
     (tmp_path / "weights.txt").write_text("\n".join(f"{name}={path}" for name, path in weights.items()))
     save_run(tmp_path, "linear")
-    settings = replace(PLAIN, layer_decay=0.5)
+    settings = replace(PLAIN, ep=1, layer_decay=0.5)
     start = begin(tmp_path, settings)
     choose_parameters(start.model, settings)
     data = data_of(start, settings, tmp_path / "trunks")
@@ -258,6 +258,9 @@ def test_rates_fall_from_the_topmost_layer_in_use(tmp_path: Path):
     assert not any(name.startswith("pooler") for name in bert)
     for prefix, rate in (("encoder.layer.1.", 1e-3), ("encoder.layer.0.", 5e-4), ("embeddings.", 2.5e-4)):
         assert {found for name, found in bert.items() if name.startswith(prefix)} == {rate}
+    with WorkFolder(tmp_path / "work", {}) as work:
+        again = begin(tmp_path, settings)
+        assert tune(again.model, data_of(again, settings, tmp_path), settings, work).history[-1]["lr"] == settings.lr
 
 
 # -- what is frozen ----------------------------------------------------------------------------------------------

@@ -225,8 +225,7 @@ class _Tuning:
                 f"the loss became {diverged[0]} in epoch {epoch} (lr {self.settings.lr:g}); use a smaller `lr` or "
                 "`head_lr`, or `dtype` bf16 in place of fp16"
             )
-        rate = self.optimizer.param_groups[0]["lr"] if epoch else None
-        row = {"epoch": epoch, "lr": rate, "train_loss": train_loss, **trained, **figures}
+        row = {"epoch": epoch, "lr": self._rate() if epoch else None, "train_loss": train_loss, **trained, **figures}
         self.history.append(row)
         if epoch:
             self.work.save_epoch(epoch, self._plain_state())
@@ -234,6 +233,11 @@ class _Tuning:
         self.work.keep_epochs(epochs_in_question(self.history, self.settings))  # once the others aren't gone back to
         self.team.gather(None)  # nobody reads weights that are still being written
         self.told(row, best_epoch(self.history, self.settings) == epoch)
+
+    def _rate(self) -> float:
+        """That of the encoders' last layers in the step before; the head's, where it alone is trained."""
+        peak = self.settings.rate_of_head if self.settings.tune == "head" else self.settings.lr
+        return peak * lr_factor(self.settings, self.step - 1, self.settings.ep * self.steps_per_epoch)
 
     def _stopped(self) -> bool:
         patience = self.settings.patience
