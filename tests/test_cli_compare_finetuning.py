@@ -592,6 +592,7 @@ def test_a_cell_is_named_by_all_that_decides_it():
     ]
     assert len({candidate.name for candidate in different}) == len(different)
     assert different[0].name == Candidate("lp_ft", TuneSettings(checkpoint_steps=5)).name
+    assert different[0].name == Candidate("lp_ft", TuneSettings(micro_bs=4)).name  # what an error asks for
     assert comparison.settings_of("lp_ft", TuneSettings(lora_alpha=3.0)) == base
 
 
