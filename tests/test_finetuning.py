@@ -22,7 +22,7 @@ from modeling.finetuning.checkpoint import WorkFolder
 from modeling.finetuning.choosing import Candidate, Choice
 from modeling.finetuning.data import PairReader, Sample, epoch_samples
 from modeling.finetuning.distributed import Team
-from modeling.finetuning.model import PairModel
+from modeling.finetuning.model import PairBatch, PairModel
 from modeling.finetuning.outcomes import what_is_tuned
 from modeling.finetuning.pairs import DataPlace
 from modeling.finetuning.parameters import choose_parameters, leave_out_unused, optimizer_of
@@ -648,6 +648,20 @@ def test_too_large_a_step_names_the_option(root: Path, monkeypatch: pytest.Monke
 
 
 # -- data --------------------------------------------------------------------------------------------------------
+
+
+def test_predictions_need_no_more_memory_than_steps_do(root: Path, monkeypatch: pytest.MonkeyPatch):
+    sizes: list[tuple[bool, int]] = []
+    forward = PairModel.__call__
+
+    def noted(model: PairModel, batch: PairBatch) -> torch.Tensor:
+        sizes.append((torch.is_grad_enabled(), batch.size))
+        return forward(model, batch)
+
+    monkeypatch.setattr(PairModel, "__call__", noted)
+    tuned(root, replace(PLAIN, ep=1, micro_bs=1))
+    assert {size for learning, size in sizes if learning} == {1, 2}  # the latter once, to see what is in use
+    assert {size for learning, size in sizes if not learning} == {4, 2}  # of six validation rows
 
 
 def test_what_an_epoch_sees_is_a_function_of_seed_and_epoch():

@@ -93,7 +93,8 @@ class Choice:
 
     def _judged(self, state: Tensors, words: str, epoch: int | None = None) -> Candidate:
         load_plain(self.model, state)
-        logits = predict(self.model, self.data.reader, self.data.val, self.team)
+        rows, at_once = self.data.val, self.settings.rows_to_predict
+        logits = predict(self.model, self.data.reader, rows, self.team, at_once=at_once)
         figures = figures_of(logits, self.data.labels[list(self.data.val)])
         return Candidate(state, words, epoch, score_of(figures, self.settings.monitor), logits)
 

@@ -88,7 +88,7 @@ def finetune_model(
             say(note)
         with bar("tune") as progress:
             tuned = tune(start.model, data, settings, working, team, progress, told)
-        predicted = outcome.predicted_of(start, data, team, ablation_eval)
+        predicted = outcome.predicted_of(start, data, settings, team, ablation_eval)
         if not team.leads:
             return None
         seconds = round(time.perf_counter() - began, 1)

@@ -212,7 +212,8 @@ class _Tuning:
 
     def _note_epoch(self, epoch: int) -> None:
         """What an epoch (0: the start) came to; its weights, where they may be wanted in the end."""
-        logits = predict(self.model, self.data.reader, self.data.val, self.team)
+        rows, at_once = self.data.val, self.settings.rows_to_predict
+        logits = predict(self.model, self.data.reader, rows, self.team, at_once=at_once)
         figures = figures_of(logits, self.data.labels[list(self.data.val)], self.data.classes)
         train_loss = float(self.loss_sum) / self.rows if epoch else None
         of_training = averages_of(self.confusion.cpu().numpy(), "train_") if self.data.classes else {}
