@@ -29,7 +29,7 @@ from modeling import choices
 from modeling.choices import ABSENT, NORMS, SHARE, STREAMING, SplitSettings
 from modeling.finetuning.augment import TextAugmentation
 from modeling.finetuning.settings import AUGMENTED, DTYPES, TuneSettings
-from modeling.finetuning.studies import TUNING_RECIPES, tuning_recipe
+from modeling.finetuning.studies import TUNING_RECIPES, tuning_recipe, with_one_rate
 from modeling.heads.config import (
     ABLATIONS,
     ATTENTION_NORMS,
@@ -350,6 +350,7 @@ def tuning_settings(args: Namespace, classes: Sequence[str] | None = None) -> Tu
     names = {f.name for f in fields(TuneSettings)} - {"text_augmentation", "class_weights"}
     recipe = tuning_recipe(args.recipe, getattr(args, "model", None))
     given = {name: value for name, value in {**recipe, **vars(args)}.items() if name in names}
+    given = with_one_rate(given) if recipe else given
     weights: str = getattr(args, "class_weights", "none")
     return TuneSettings(
         **{**given, "augment": tuple(given.get("augment", ()))},
@@ -618,7 +619,10 @@ def training_in_use(args: Namespace) -> dict[str, Any]:
 
 def tuning_in_use(args: Namespace, grid: bool = False) -> dict[str, Any]:
     """Finetuning's settings: the recipe's or the defaults."""
-    settings = {**asdict(TuneSettings()), **tuning_recipe(args.recipe, getattr(args, "model", None))}
+    recipe = tuning_recipe(args.recipe, getattr(args, "model", None))
+    if recipe and not grid:  # which may try several rates
+        recipe["head_lr"] = getattr(args, "lr", recipe["lr"])
+    settings = {**asdict(TuneSettings()), **recipe}
     decided = (*BY_METHODS, *(("lr", "dropout") if args.grid else ())) if grid else ()
     return {name: value for name, value in settings.items() if name not in decided and not isinstance(value, Mapping)}
 

@@ -38,7 +38,7 @@ def make_pairs(root: Path, rows: int = 24, test_rows: int = 4) -> Path:
     return root
 
 
-def tiny_bert(folder: Path, layers: int = 4, dropout: float = 0.0) -> dict[str, Any]:
+def tiny_bert(folder: Path, layers: int = 4, dropout: float = 0.0, pooler: bool = False) -> dict[str, Any]:
     """Arguments of `load_encoder("roberta", ...)`."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = bert_tokenizer(folder)
@@ -51,7 +51,7 @@ def tiny_bert(folder: Path, layers: int = 4, dropout: float = 0.0) -> dict[str, 
         **BERT_SHAPE,
     )
     torch.manual_seed(0)
-    return {"weights": str(save_transformer(folder, BertModel(config, add_pooling_layer=False), tokenizer))}
+    return {"weights": str(save_transformer(folder, BertModel(config, add_pooling_layer=pooler), tokenizer))}
 
 
 def tiny_vit(folder: Path, layers: int = 3) -> dict[str, Any]:

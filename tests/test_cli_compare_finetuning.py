@@ -2,13 +2,16 @@
 
 import csv
 import itertools
+import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,11 +24,12 @@ from pairs import CLASSES, cached_pairs
 from feats.errors import UsageError
 from modeling import cli, compare_finetuning, finetune, train_head
 from modeling.evaluation.metrics import holm
+from modeling.features.stored_splits import Split
 from modeling.finetuning import comparison, past
 from modeling.finetuning.comparison import Candidate, Cell
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.studies import TUNING_RECIPES
-from modeling.finetuning.verdict import Scored, compare, paired_tests
+from modeling.finetuning.verdict import Scored, compare, paired_tests, read_scored
 
 METHODS = ["frozen", "lp_ft", "last-2", "lora-2", "full", "soup"]
 FOLDS = "--folds 3 --only 2 --val-ratio 0.25 --device cpu".split()
@@ -111,6 +115,24 @@ def test_figures_are_those_of_the_test_rows_of_all_folds(compared: Path):
     assert float(rows["lora-2"]["trained M"]) < float(rows["last-2"]["trained M"]) < float(rows["full"]["trained M"])
     text = (compared / "table.md").read_text()
     assert text.rstrip().splitlines()[-1].startswith("verdict: ") and "2 of 3 folds, stratified" in text
+
+
+def test_seconds_are_without_the_outputs_of_frozen_blocks_that_serve_all_folds(compared: Path, tmp_path: Path):
+    """They are made in the first fold, or were there before: whichever it is, a method costs the same."""
+    runs = {method: found[0] for method, found in cells(compared).items()}
+    config = content(runs["last-2"], "config")
+    assert config["finetuned"]["facts"]["trunk_seconds"] <= config["finetuned"]["facts"]["seconds"]
+    shutil.copytree(runs["last-2"], tmp_path / "fold1" / runs["last-2"].name)
+    config["finetuned"]["facts"] |= {"seconds": 70.5, "trunk_seconds": 60.0}
+    (tmp_path / "fold1" / runs["last-2"].name / "config.json").write_text(json.dumps(config))
+
+    class Named(Candidate):
+        name = runs["last-2"].name
+
+    split = Split(*(content(runs["last-2"], "split")[part] for part in ("train", "val", "test")), {})
+    experiment = SimpleNamespace(splits=[split], classes=config["classes"])
+    [seconds] = read_scored([Cell(Named("last-2"), 1, tmp_path)], experiment, "macro_f1").seconds
+    assert seconds == 10.5
 
 
 def test_each_fold_is_tested_by_models_of_the_others(compared: Path):
@@ -471,6 +493,18 @@ def test_the_table_marks_models_that_kept_their_start():
     assert [row.get("note", "") for row in found.rows] == ["", "kept its start in fold 2", "kept its start", ""]
 
 
+def test_what_the_intervals_leave_out_is_said():
+    """Rows are drawn anew, trainings aren't; and the leader of several is chosen by the rows that score it."""
+
+    def notes(*tuned: Scored) -> str:
+        return " ".join(compare(scored("frozen", 0.5), tuned, LABELS, CLASSES, CLASSES[0], "accuracy", "folds").notes)
+
+    two = notes(scored("lp_ft", 0.6), scored("full", 0.6, seed=1))
+    assert "each method was trained once a fold, and another training would come to other figures" in two
+    assert "which of 2 methods leads is told by the same test rows" in two
+    assert "leads" not in notes(scored("lp_ft", 0.6))
+
+
 def test_nothing_but_the_frozen_head():
     assert verdict_of().startswith("verdict: nothing was tuned")
 
@@ -563,6 +597,7 @@ def test_a_cell_is_named_by_all_that_decides_it():
     ]
     assert len({candidate.name for candidate in different}) == len(different)
     assert different[0].name == Candidate("lp_ft", TuneSettings(checkpoint_steps=5)).name
+    assert different[0].name == Candidate("lp_ft", TuneSettings(micro_bs=4)).name  # what an error asks for
     assert comparison.settings_of("lp_ft", TuneSettings(lora_alpha=3.0)) == base
 
 

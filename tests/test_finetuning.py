@@ -19,11 +19,13 @@ from feats.errors import UsageError
 from modeling import HeadConfig, fit_head, load_features, make_split
 from modeling.choices import SplitSettings
 from modeling.finetuning.checkpoint import WorkFolder
+from modeling.finetuning.choosing import Candidate, Choice
 from modeling.finetuning.data import PairReader, Sample, epoch_samples
-from modeling.finetuning.model import PairModel
+from modeling.finetuning.distributed import Team
+from modeling.finetuning.model import PairBatch, PairModel
 from modeling.finetuning.outcomes import what_is_tuned
 from modeling.finetuning.pairs import DataPlace
-from modeling.finetuning.parameters import choose_parameters, optimizer_of
+from modeling.finetuning.parameters import choose_parameters, leave_out_unused, optimizer_of
 from modeling.finetuning.predicting import predict
 from modeling.finetuning.settings import TuneSettings, lr_factor
 from modeling.finetuning.starts import Start, start_from_encoders, start_from_run
@@ -237,6 +239,28 @@ def test_rates_fall_from_block_to_block(root: Path):
     assert vit == {name: pytest.approx(expected(name, 4)) for name in vit} and len(set(vit.values())) == 5
     assert bert == {name: pytest.approx(expected(name, 4)) for name in bert} and len(set(bert.values())) == 5
     assert {rate for name, rate in found.items() if name.startswith("head/")} == {1e-2}
+
+
+def test_rates_fall_from_the_topmost_layer_in_use(tmp_path: Path):
+    """Above the BERT's last block is a pooler, which a mean of tokens doesn't read."""
+    weights = cached_pairs(tmp_path, layers=2, pooler=True)
+    (tmp_path / "weights.txt").write_text("\n".join(f"{name}={path}" for name, path in weights.items()))
+    save_run(tmp_path, "linear")
+    settings = replace(PLAIN, ep=1, layer_decay=0.5)
+    start = begin(tmp_path, settings)
+    choose_parameters(start.model, settings)
+    data = data_of(start, settings, tmp_path / "trunks")
+    leave_out_unused(start.model, data.reader, data.train[0])
+    trained = {name: p for name, p in start.model.named_parameters() if p.requires_grad}
+    optimizer, peaks = optimizer_of(start.model, trained, settings)
+    rate_of = {id(p): peak for group, peak in zip(optimizer.param_groups, peaks) for p in group["params"]}
+    bert = {name.removeprefix("text/roberta/"): rate_of[id(p)] for name, p in trained.items() if "text/" in name}
+    assert not any(name.startswith("pooler") for name in bert)
+    for prefix, rate in (("encoder.layer.1.", 1e-3), ("encoder.layer.0.", 5e-4), ("embeddings.", 2.5e-4)):
+        assert {found for name, found in bert.items() if name.startswith(prefix)} == {rate}
+    with WorkFolder(tmp_path / "work", {}) as work:
+        again = begin(tmp_path, settings)
+        assert tune(again.model, data_of(again, settings, tmp_path), settings, work).history[-1]["lr"] == settings.lr
 
 
 # -- what is frozen ----------------------------------------------------------------------------------------------
@@ -576,6 +600,27 @@ def test_soups_and_interpolations_are_means_of_weights_and_chosen_by_validation(
     assert tried[name] == pytest.approx(float(torch.nn.functional.cross_entropy(mixed, labels)), abs=1e-5)
 
 
+def test_a_soup_takes_in_what_does_not_worsen_it(root: Path, monkeypatch: pytest.MonkeyPatch):
+    """Wortsman et al. 2022, recipe 1: at least as good is good enough."""
+    settings = replace(PLAIN, soup=4)
+    accuracies = {"1, 2": 0.5, "1, 2, 3": 0.4, "1, 2, 4": 0.6}
+    history = [{"epoch": 0, "accuracy": 0.1}, *({"epoch": k, "accuracy": 0.5} for k in range(1, 5))]
+    work = WorkFolder(root / "work", {})
+    monkeypatch.setattr(work, "load_epoch", lambda epoch, device: {"w": torch.tensor(float(epoch))})
+    start = begin(root)
+    choice = Choice(start.model, data_of(start, settings, root), settings, work, Team(), history, {})
+
+    def judged(weights: dict[str, torch.Tensor], words: str, epoch: int | None = None) -> Candidate:
+        score = 0.5 if epoch else accuracies[words.removeprefix("the mean of epochs ")]
+        return Candidate(weights, words, epoch, score, np.zeros((1, 3)))
+
+    monkeypatch.setattr(choice, "_judged", judged)
+    monkeypatch.setattr("modeling.finetuning.choosing.load_plain", lambda model, weights: None)
+    best = choice.best()
+    assert [score for _, score in choice.tried] == list(accuracies.values())
+    assert best.words == "the mean of epochs 1, 2, 4" and float(best.state["w"]) == pytest.approx((1 + 2 + 4) / 3)
+
+
 def test_a_loss_that_isnt_finite_ends_it_in_one_line(root: Path):
     with pytest.raises(UsageError, match=r"the loss became nan in epoch \d .*use a smaller `lr`") as raised:
         tuned(root, replace(PLAIN, lr=1e30, head_lr=1e30, clip_grad=None))
@@ -603,6 +648,20 @@ def test_too_large_a_step_names_the_option(root: Path, monkeypatch: pytest.Monke
 
 
 # -- data --------------------------------------------------------------------------------------------------------
+
+
+def test_predictions_need_no_more_memory_than_steps_do(root: Path, monkeypatch: pytest.MonkeyPatch):
+    sizes: list[tuple[bool, int]] = []
+    forward = PairModel.__call__
+
+    def noted(model: PairModel, batch: PairBatch) -> torch.Tensor:
+        sizes.append((torch.is_grad_enabled(), batch.size))
+        return forward(model, batch)
+
+    monkeypatch.setattr(PairModel, "__call__", noted)
+    tuned(root, replace(PLAIN, ep=1, micro_bs=1))
+    assert {size for learning, size in sizes if learning} == {1, 2}  # the latter once, to see what is in use
+    assert {size for learning, size in sizes if not learning} == {4, 2}  # of six validation rows
 
 
 def test_what_an_epoch_sees_is_a_function_of_seed_and_epoch():

@@ -336,11 +336,21 @@ def test_own_says_what_is_for_a_gpu(feats: Path, tmp_path: Path, capsys: pytest.
 
 # -- end-to-end tuning ------------------------------------------------------------------------------------------
 
+CONSTANT = {"schedule": "constant", "warmup": 0.0}  # the published code of B and D has no scheduler
 TUNED = {
-    "B": B,
+    "B": B | CONSTANT,
     "C": C,
-    # "clip no ... resnet50 roberta yes 256 2e-5"; "a finetuning module for ResNet50 + RoBERTa (batch 64)"
-    "D": {**{name: value for name, value in D.items() if name not in ("ep", "precision")}, "lr": 2e-5, "bs": 64},
+    # "clip no ... resnet50 roberta yes 256 2e-5"; "a finetuning module for ResNet50 + RoBERTa (batch 64)"; of that
+    # module's code --ep 50, Adam(lr), and net.train() for all of the network
+    "D": {
+        **{name: value for name, value in D.items() if name not in ("ep", "precision")},
+        "lr": 2e-5,
+        "bs": 64,
+        "ep": 50,
+        "weight_decay": 0.0,
+        "train_batch_norm": True,
+        **CONSTANT,
+    },
     "E": E,
 }
 NOT_CLIP = {"lr": 1e-4, "weight_decay": 0.01}  # B's published code, and AdamW's own decay there
@@ -356,6 +366,7 @@ def test_tuning_settings_are_the_recipe_s_and_a_model_s_own(model: str | None, s
     typed = ["--recipe", study, *(["--model", model] if model else [])]
     settings = cli.tuning_settings(finetune.build_parser().parse_args(typed))
     expected = TUNED[study] | (NOT_CLIP if study == "B" and model in ("vilbert_style", "bert_vit_scratch") else {})
+    expected = {**expected, "head_lr": expected["lr"]}  # each study tells one rate
     assert vars(settings) == vars(TuneSettings()) | {k: v for k, v in expected.items() if hasattr(TuneSettings, k)}
 
 

@@ -21,10 +21,11 @@ from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from feats.encoders.base import Encoder
 from feats.encoders.registry import ENCODERS, load_encoder
+from modeling import cli, finetune
 from modeling.choices import SplitSettings
 from modeling.finetuning.pairs import DataPlace
 from modeling.finetuning.scratch import untrained_text, untrained_vit
-from modeling.finetuning.settings import TuneSettings
+from modeling.finetuning.settings import TuneSettings, lr_factor
 from modeling.finetuning.starts import start_from_encoders
 from modeling.finetuning.studies import MODELS, TUNING_RECIPES, EncoderChoice
 from modeling.heads.base import Batch, HeadConfig, n_parameters
@@ -49,6 +50,8 @@ def test_recipes_are_settings(study: str):
     recipe = dict(TUNING_RECIPES[study])
     assert study in {model.study for model in MODELS.values()}
     split = {key: recipe.pop(key) for key in ("val_ratio", "split_seed") if key in recipe}
+    tuning = {key: recipe.pop(key) for key in ("warmup", "train_batch_norm") if key in recipe}
+    assert TuneSettings(**tuning).tune == "all"
     assert 0 < split["val_ratio"] < 0.5
     gain = recipe.pop("min_gain", None)
     head = {f.name: recipe.pop(f.name) for f in fields(HeadConfig) if f.name in recipe}
@@ -56,6 +59,25 @@ def test_recipes_are_settings(study: str):
         if model.study == study:
             assert TrainConfig(HeadConfig(model.head, **head), **recipe).lr <= 2e-5
     assert (gain is not None) == (study == "E")
+
+
+@pytest.mark.parametrize("study", TUNING_RECIPES)
+def test_a_study_had_one_rate_for_encoders_and_head(study: str):
+    def settings(*typed: str) -> TuneSettings:
+        return cli.tuning_settings(finetune.build_parser().parse_args(["--recipe", study, *typed]))
+
+    assert settings().rate_of_head == settings().lr == TUNING_RECIPES[study]["lr"]
+    assert settings("--lr", "3e-4").rate_of_head == 3e-4 and settings("--head-lr", "0.5").rate_of_head == 0.5
+
+
+def test_study_d_tunes_as_its_module_does():
+    """Adam(lr) of torch, whose decay is none, at a constant rate, its whole network in training mode."""
+    args = finetune.build_parser().parse_args("--model resnet_roberta --recipe D --lr 2e-5 --ep 3".split())
+    settings = cli.tuning_settings(args)
+    network = torch.nn.Linear(2, 2)
+    theirs = torch.optim.Adam(network.parameters(), lr=2e-5).param_groups[0]
+    assert (settings.optimizer, settings.lr, settings.weight_decay) == ("adam", theirs["lr"], theirs["weight_decay"])
+    assert {lr_factor(settings, step, 20) for step in range(20)} == {1.0} and settings.train_batch_norm
 
 
 def small(choice: EncoderChoice, folder: Path) -> Encoder:

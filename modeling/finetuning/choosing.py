@@ -93,7 +93,8 @@ class Choice:
 
     def _judged(self, state: Tensors, words: str, epoch: int | None = None) -> Candidate:
         load_plain(self.model, state)
-        logits = predict(self.model, self.data.reader, self.data.val, self.team)
+        rows, at_once = self.data.val, self.settings.rows_to_predict
+        logits = predict(self.model, self.data.reader, rows, self.team, at_once=at_once)
         figures = figures_of(logits, self.data.labels[list(self.data.val)])
         return Candidate(state, words, epoch, score_of(figures, self.settings.monitor), logits)
 
@@ -102,7 +103,8 @@ class Choice:
         return self._judged(state, f"epoch {epoch}" if epoch else "the start, which no epoch bettered", epoch)
 
     def _soups(self) -> Iterator[Candidate]:
-        """Greedy soup (Wortsman et al. 2022): from the best epoch down, each is mixed in if that betters the figure."""
+        """Greedy soup (Wortsman et al. 2022): from the best epoch down, each is mixed in unless that worsens the
+        figure."""
         first, *others = _ranked(self.history, self.settings)[: self.settings.soup]
         mixed, members = self._of_epoch(first), [first]
         for epoch in others:
@@ -111,7 +113,7 @@ class Choice:
             words = f"the mean of epochs {', '.join(map(str, [*members, epoch]))}"
             candidate = self._judged(_between(mixed.state, more, share), words)
             yield candidate
-            if candidate.score > mixed.score:
+            if candidate.score >= mixed.score:
                 mixed = candidate
                 members.append(epoch)
 

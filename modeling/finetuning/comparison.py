@@ -93,6 +93,7 @@ class Candidate:
             return FROZEN
         decides = {**asdict(self.settings), "dropout": self.dropout, **self.besides, "method": self.method}
         del decides["checkpoint_steps"]
+        decides["micro_bs"] = None  # how it fits into memory: with less, finished cells and checkpoints serve on
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
         s = self.settings
         return f"{self.method}_lr{s.lr:g}_bs{s.bs}_ep{s.ep}_{digest}"

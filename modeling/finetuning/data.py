@@ -187,6 +187,7 @@ class TuneData:
     hard: Sequence[int] = ()
     class_weights: torch.Tensor | None = None  # (C,)
     classes: Sequence[str] = ()  # their names; without, epochs don't count predictions
+    trunk_seconds: float = 0.0  # what it took to cache frozen blocks, next to nothing where that was done before
 
 
 def epoch_samples(

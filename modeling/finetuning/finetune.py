@@ -88,11 +88,16 @@ def finetune_model(
             say(note)
         with bar("tune") as progress:
             tuned = tune(start.model, data, settings, working, team, progress, told)
-        predicted = outcome.predicted_of(start, data, team, ablation_eval)
+        predicted = outcome.predicted_of(start, data, settings, team, ablation_eval)
         if not team.leads:
             return None
         seconds = round(time.perf_counter() - began, 1)
-        facts = {"digest": digest, "seconds": seconds, "peak_bytes": peak_bytes(start.model.device)}
+        facts = {
+            "digest": digest,
+            "seconds": seconds,
+            "trunk_seconds": round(data.trunk_seconds, 1),
+            "peak_bytes": peak_bytes(start.model.device),
+        }
         run = outcome.save_tuned(
             start,
             tuned,

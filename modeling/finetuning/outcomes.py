@@ -143,11 +143,12 @@ def _report(start: Start, tuned: Tuned, predicted: Predicted, temperature: float
     return Report(split.val, tags, probabilities, found, history, test)
 
 
-def predicted_of(start: Start, data: TuneData, team: Team, ablated: bool) -> Predicted:
+def predicted_of(start: Start, data: TuneData, settings: TuneSettings, team: Team, ablated: bool) -> Predicted:
     """What the tuned model says beyond its validation rows; `ablated`: of these with one side removed, too."""
     model, reader = start.model, data.reader
     reader.fill(data.test)
-    test = predict(model, reader, data.test, team) if data.test else None
+    at_once = settings.rows_to_predict
+    test = predict(model, reader, data.test, team, at_once=at_once) if data.test else None
     found = {}
     sides = [side for side in SIDES if model.preprocessing.caches[side]]
     if ablated and len(sides) == 2:
@@ -155,7 +156,7 @@ def predicted_of(start: Start, data: TuneData, team: Team, ablated: bool) -> Pre
             hidden = hidden_of_nothing(model, side)
             left = ablation_words(tuple(other for other in SIDES if other != side))
             change = partial(without, side=side, reader=reader, hidden=hidden)
-            found[left] = predict(model, reader, data.val, team, change)
+            found[left] = predict(model, reader, data.val, team, change, at_once)
     return Predicted(test, found)
 
 

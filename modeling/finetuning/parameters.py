@@ -1,6 +1,6 @@
 """Which of a model's parameters are trained, and at which rates."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ def optimizer_of(
     model: PairModel, trained: dict[str, torch.nn.Parameter], settings: TuneSettings
 ) -> tuple[torch.optim.Optimizer, list[float]]:
     """Adam or AdamW, and the peak rate of each of its groups: a rate by depth, decay for matrices only."""
-    peaks = _peak_rates(model, settings)
+    peaks = _peak_rates(model, trained.keys(), settings)
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in trained.items():
         stacked = name.startswith(f"{HEAD}/")  # a head's parameters have the models as their first dimension
@@ -113,14 +113,16 @@ def optimizer_of(
     return kind(chosen, lr=settings.lr, fused=True), [peak for peak, _ in groups]
 
 
-def _peak_rates(model: PairModel, settings: TuneSettings) -> dict[str, float]:
-    """By parameter. The rate falls by `layer_decay` from each block to the one below, from the topmost layer on."""
-    rates = {f"{HEAD}/{name}": settings.rate_of_head for name, _ in model.head.named_parameters()}
+def _peak_rates(model: PairModel, trained: Collection[str], settings: TuneSettings) -> dict[str, float]:
+    """By trained parameter. The rate falls by `layer_decay` from each block to the one below, from an encoder's topmost
+    trained layer on: what lies above it unused, a classifier or a pooler, isn't counted."""
+    rates = {name: settings.rate_of_head for name in trained if name.startswith(f"{HEAD}/")}
     for part, side in model.sides.items():
-        names = [name for name, _ in model.parts[part].named_parameters()]
+        names = [name for name in trained if name.startswith(f"{part}/")]
         if not names:
             continue
-        depths = dict.fromkeys(names, 0) if settings.layer_decay == 1 else parameter_depths(side)
+        of_side = {} if settings.layer_decay == 1 else parameter_depths(side)
+        depths = {name: of_side.get(name.removeprefix(f"{part}/"), 0) for name in names}
         top = max(depths.values())
-        rates |= {f"{part}/{name}": settings.lr * settings.layer_decay ** (top - depths[name]) for name in names}
+        rates |= {name: settings.lr * settings.layer_decay ** (top - depth) for name, depth in depths.items()}
     return rates

@@ -11,9 +11,8 @@ from torch import Tensor
 from modeling.finetuning.data import PairReader, Sample
 from modeling.finetuning.distributed import Team
 from modeling.finetuning.model import PairBatch, PairModel
+from modeling.finetuning.settings import EVAL_ROWS
 from modeling.training.problem import validation_figures
-
-EVAL_ROWS = 64
 
 
 @torch.no_grad()
@@ -23,10 +22,12 @@ def predict(
     rows: Sequence[int],
     team: Team = Team(),
     change: Callable[[PairBatch], PairBatch] = lambda batch: batch,
+    at_once: int = EVAL_ROWS,
 ) -> np.ndarray:
-    """Logits (len(rows), C) float32 of `rows`, each by exactly one process. `change` may alter the batches."""
+    """Logits (len(rows), C) float32 of `rows`, `at_once` at a time, each by exactly one process. `change` may alter the
+    batches."""
     model.train(False)
-    blocks = [rows[low : low + EVAL_ROWS] for low in range(0, len(rows), EVAL_ROWS)]
+    blocks = [rows[low : low + at_once] for low in range(0, len(rows), at_once)]
     own = team.share(blocks)
     batches = reader.batches([[Sample(row) for row in block] for block in own])
     found = [model(change(batch)).cpu().numpy() for batch in batches]

@@ -11,6 +11,7 @@ from modeling.heads.config import HeadConfig
 from modeling.training.config import MONITORS, OPTIMIZERS, SCHEDULES, ClassWeights, TrainConfig
 
 HEAD_RATE = 10.0  # the head's learning rate in units of the encoders', where it isn't given
+EVAL_ROWS = 64
 AUGMENTED = ("image", "text")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
@@ -93,6 +94,11 @@ class TuneSettings:
     def rate_of_head(self) -> float:
         """The head's peak learning rate."""
         return HEAD_RATE * self.lr if self.head_lr is None else self.head_lr
+
+    @property
+    def rows_to_predict(self) -> int:
+        """How many rows are predicted at a time: without gradients several times those of a training step fit."""
+        return min(EVAL_ROWS, 4 * (self.micro_bs or self.bs))
 
     def as_train_config(self, head: HeadConfig) -> TrainConfig:
         """What of this a run's head remembers of its training."""

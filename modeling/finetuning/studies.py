@@ -82,18 +82,24 @@ MODELS: dict[str, StudyModel] = {
     ),
 }
 
+_CONSTANT = {"schedule": "constant", "warmup": 0.0}
 _OF_CACHED_FEATURES = ("ep", "precision")  # study D's 100 epochs of a head alone, and how it multiplied in them
 
 TUNING_RECIPES: dict[str, dict[str, Any]] = {
-    # The whole of CLIP; batch, epochs and the random tenth are the same for all models of B.
-    "B": RECIPES["B"],
+    # The whole of CLIP; batch, epochs and the random tenth are the same for all models of B. The constant rate is its
+    # published code's.
+    "B": {**RECIPES["B"], **_CONSTANT},
     "C": RECIPES["C"],
-    # D's table has its finetuned ResNet50 and RoBERTa at D 256 and 2e-5, its module a batch of 64. The rest is that of
-    # its heads.
+    # D's table has its finetuned ResNet50 and RoBERTa at D 256 and 2e-5, its module a batch of 64, 50 epochs, one
+    # constant rate, batch norms in training and Adam with torch's own decay, none. The rest is that of its heads.
     "D": {
         **{name: value for name, value in RECIPES["D"].items() if name not in _OF_CACHED_FEATURES},
         "lr": 2e-5,
         "bs": 64,
+        "ep": 50,
+        "weight_decay": 0.0,
+        "train_batch_norm": True,
+        **_CONSTANT,
     },
     "E": RECIPES["E"],
 }
@@ -103,3 +109,9 @@ def tuning_recipe(study: str | None, model: str | None = None) -> dict[str, Any]
     """A study's settings of end-to-end training, those of a model of its own among them; none without a study."""
     own = MODELS[model].settings if model and MODELS[model].study == study else {}
     return {**TUNING_RECIPES[study], **own} if study else {}
+
+
+def with_one_rate(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a recipe, where no rate of the head is among them with that of the encoders: each study had one
+    rate for both."""
+    return {"head_lr": values["lr"], **values}

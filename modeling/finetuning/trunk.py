@@ -3,6 +3,7 @@ the same, so its outputs are cached in a store of stage 1 and epochs compute onl
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,10 @@ def data_of(
     used = [*rows["train"], *rows["val"], *rows["test"]]
     hidden: dict[str, Rows] = {}
     frozen = settings.last_blocks is not None or settings.tune == "head"
+    began = time.perf_counter()
     if frozen and cached and not settings.augment and not hard:
         hidden = _cached_trunks(start, settings, folder, team, used, progress)
+    trunk_seconds = time.perf_counter() - began
     reader = PairReader(
         records,
         start.model.encoders,
@@ -67,7 +70,7 @@ def data_of(
         weights = class_weights(settings.class_weights, of_all)
     more = [numbers[i] for i in hard]
     classes = start.experiment.classes
-    return TuneData(reader, labels, rows["train"], rows["val"], rows["test"], more, weights, classes)
+    return TuneData(reader, labels, rows["train"], rows["val"], rows["test"], more, weights, classes, trunk_seconds)
 
 
 def _cached_trunks(

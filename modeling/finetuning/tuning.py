@@ -155,44 +155,52 @@ class _Tuning:
     def _take_step(self, rows: list[Sample], shares: list[tuple[int, list[Sample], PairBatch]]) -> None:
         self.model.train()
         self.scaler.scale(self.loss_sum)  # a process without a share of the step needs a scale, too
-        of_rows = self._row_weights([sample.row for sample in rows])
+        weight = self._row_weights([sample.row for sample in rows]).sum()
         before = {name: buffer.clone() for name, buffer in self.statistics.items()}
         after = {name: torch.zeros_like(buffer) for name, buffer in self.statistics.items()}
         total, confusion = torch.zeros_like(self.loss_sum), torch.zeros_like(self.confusion)
         for k, samples, batch in shares:
             for name, buffer in self.statistics.items():
                 buffer.copy_(before[name])
-            drawn = f"{self.step}/{k}"
-            of_head = stream(self.settings.seed, f"dropout of head/{drawn}")
-            attach_noise(self.model.head, Noise([of_head], self.model.device))
-            with seeded(stream(self.settings.seed, f"dropout/{drawn}"), self.model.device):
-                logits = self.model(batch)
-            loss = self._loss(logits, [sample.row for sample in samples]) / of_rows.sum()
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
+            logits, loss = self._backward(f"{self.step}/{k}", samples, batch, weight)
+            total += loss
             if self.data.classes:
                 truth = self.labels[[sample.row for sample in samples]]
-                cells = (truth, logits.detach().argmax(1))
-                confusion.index_put_(cells, confusion.new_ones(()), accumulate=True)
+                confusion.index_put_((truth, logits.argmax(1)), confusion.new_ones(()), accumulate=True)
             for name, buffer in self.statistics.items():
                 after[name] += buffer
         gradients = [self._gradient(parameter) for parameter in self.trained.values()]
         self.team.sum([*gradients, *after.values(), total, confusion])
         for name, buffer in self.statistics.items():
             buffer.copy_(after[name] / math.ceil(len(rows) / self.micro))
+        self._change_weights()
+        self.loss_sum += total * len(rows)
+        self.confusion += confusion
+        self.step += 1
+
+    def _backward(self, drawn: str, samples: list[Sample], batch: PairBatch, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the gradients of a share of the step, whose rows weigh `weight` in all; its logits, and its part of the
+        loss. `drawn` names what dropout is drawn by."""
+        of_head = stream(self.settings.seed, f"dropout of head/{drawn}")
+        attach_noise(self.model.head, Noise([of_head], self.model.device))
+        with seeded(stream(self.settings.seed, f"dropout/{drawn}"), self.model.device):
+            logits = self.model(batch)
+        loss = self._loss(logits, [sample.row for sample in samples]) / weight
+        self.scaler.scale(loss).backward()
+        return logits.detach(), loss.detach()
+
+    def _change_weights(self) -> None:
+        """By the gradients of the whole step, at the rates of this step."""
         settings, steps = self.settings, self.settings.ep * self.steps_per_epoch
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * lr_factor(settings, self.step, steps)
             group["betas"] = beta1(settings.schedule, self.step, steps, settings.warmup), group["betas"][1]
         self.scaler.unscale_(self.optimizer)
-        if self.settings.clip_grad is not None:
-            torch.nn.utils.clip_grad_norm_(list(self.trained.values()), self.settings.clip_grad)
+        if settings.clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(list(self.trained.values()), settings.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.loss_sum += total * len(rows)
-        self.confusion += confusion
-        self.step += 1
 
     def _gradient(self, parameter: torch.nn.Parameter) -> Tensor:
         if parameter.grad is None:  # this process had no share of the step
@@ -212,7 +220,8 @@ class _Tuning:
 
     def _note_epoch(self, epoch: int) -> None:
         """What an epoch (0: the start) came to; its weights, where they may be wanted in the end."""
-        logits = predict(self.model, self.data.reader, self.data.val, self.team)
+        rows, at_once = self.data.val, self.settings.rows_to_predict
+        logits = predict(self.model, self.data.reader, rows, self.team, at_once=at_once)
         figures = figures_of(logits, self.data.labels[list(self.data.val)], self.data.classes)
         train_loss = float(self.loss_sum) / self.rows if epoch else None
         of_training = averages_of(self.confusion.cpu().numpy(), "train_") if self.data.classes else {}
@@ -225,8 +234,7 @@ class _Tuning:
                 f"the loss became {diverged[0]} in epoch {epoch} (lr {self.settings.lr:g}); use a smaller `lr` or "
                 "`head_lr`, or `dtype` bf16 in place of fp16"
             )
-        rate = self.optimizer.param_groups[0]["lr"] if epoch else None
-        row = {"epoch": epoch, "lr": rate, "train_loss": train_loss, **trained, **figures}
+        row = {"epoch": epoch, "lr": self._rate() if epoch else None, "train_loss": train_loss, **trained, **figures}
         self.history.append(row)
         if epoch:
             self.work.save_epoch(epoch, self._plain_state())
@@ -234,6 +242,11 @@ class _Tuning:
         self.work.keep_epochs(epochs_in_question(self.history, self.settings))  # once the others aren't gone back to
         self.team.gather(None)  # nobody reads weights that are still being written
         self.told(row, best_epoch(self.history, self.settings) == epoch)
+
+    def _rate(self) -> float:
+        """That of the encoders' last layers in the step before; the head's, where it alone is trained."""
+        peak = self.settings.rate_of_head if self.settings.tune == "head" else self.settings.lr
+        return peak * lr_factor(self.settings, self.step - 1, self.settings.ep * self.steps_per_epoch)
 
     def _stopped(self) -> bool:
         patience = self.settings.patience

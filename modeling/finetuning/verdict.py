@@ -27,7 +27,8 @@ AT_START = "kept its start"
 @dataclass(frozen=True)
 class Scored:
     """What one candidate came to on all folds done: `predictions` (N,) on their test rows, one fold after the other,
-    and of each fold the monitored `validation` figure (more is better), seconds, peak memory and trained parameters."""
+    and of each fold the monitored `validation` figure (more is better), seconds (without those of caches that serve all
+    folds), peak memory and trained parameters."""
 
     method: str
     predictions: np.ndarray
@@ -118,7 +119,7 @@ def read_scored(cells: Sequence[Cell], experiment: Experiment, monitor: str) -> 
         candidate.method,
         np.concatenate(predicted),
         tuple(validation),
-        tuple(of_fold["seconds"] for of_fold in facts),
+        tuple(of_fold["seconds"] - of_fold.get("trunk_seconds", 0.0) for of_fold in facts),
         tuple(of_fold["peak_bytes"] for of_fold in facts),
         facts[0]["trained_parameters"],
         tuple(cell.fold for cell, classes in zip(cells, predicted, strict=True) if len(set(classes.tolist())) == 1),
@@ -174,8 +175,15 @@ def compare(
         protocol,
         f"figures on {len(labels)} test rows, all folds pooled; 95 % is of the {figure}, over rows; p is a paired "
         f"bootstrap against the frozen head on the same rows, by Holm over {len(best)} method{'s'[: len(best) != 1]}",
-        "seconds of the frozen head are without the extraction of its features",
+        "intervals and p are over test rows alone: each method was trained once a fold, and another training would "
+        "come to other figures, too",
+        "seconds are without what serves all folds and is done once: the extraction of the frozen head's features, and "
+        "the outputs of blocks below last-N",
     ]
+    if len(best) > 1:
+        notes.append(
+            f"which of {len(best)} methods leads is told by the same test rows, which flatters its lead a little"
+        )
     if points:
         notes.append(f"points of the grid were chosen by their mean validation {monitor}; no test row had a say")
     notes += [

@@ -13,7 +13,7 @@ from feats.leftovers import temporary_folder
 from feats.parts import open_cache
 from modeling.finetuning.pairs import DataPlace, kept_place
 from modeling.finetuning.settings import TuneSettings
-from modeling.finetuning.studies import MODELS, EncoderChoice, tuning_recipe
+from modeling.finetuning.studies import MODELS, EncoderChoice, tuning_recipe, with_one_rate
 from modeling.heads.base import HeadConfig
 from modeling.reproduction.published import Row, Table
 from modeling.reproduction.sources import SUFFIX, caches_in
@@ -120,7 +120,8 @@ def run_name(table: Table, row: Row, content: str | None, weights: Mapping[str, 
 
 def tuning_of(table: Table, row: Row) -> tuple[HeadConfig, TuneSettings]:
     """A row's head and how it is tuned: the study's recipe for tuned encoders, and what is the row's own."""
-    values = {**tuning_recipe(table.study.letter, row.model), **row.settings, "head": row.head, "sides": row.sides}
+    recipe = with_one_rate({**tuning_recipe(table.study.letter, row.model), **row.settings})
+    values = {**recipe, "head": row.head, "sides": row.sides}
     of_head, of_tuning = ({f.name for f in fields(kind)} & values.keys() for kind in (HeadConfig, TuneSettings))
     head = HeadConfig(**{name: values[name] for name in of_head})
     return head, TuneSettings(**{name: values[name] for name in of_tuning})
