@@ -172,6 +172,16 @@ def test_the_folder_is_readable_without_this_program(saved: Path, made: tuple[Ru
     assert float(rows[1]["train_loss"]) == report.history[1]["train_loss"]
 
 
+def test_every_file_of_a_run_is_open_to_whom_the_mask_allows(made: tuple[Run, FeatureSet, Report], tmp_path: Path):
+    before = os.umask(0o027)
+    try:
+        path = save(made[0], made[2], tmp_path)
+    finally:
+        os.umask(before)
+    modes = {file.name: oct(file.stat().st_mode & 0o777) for file in path.iterdir()}
+    assert "head.safetensors" in modes and set(modes.values()) == {"0o640"}, modes
+
+
 def test_predictions_are_read_as_written(tmp_path: Path):
     ids = ["1", 'a "quoted", id', "zwei\nZeilen", "мир 😀", ""]
     tags = ["b,c", "", "a", "ü", 'd"']
