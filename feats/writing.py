@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
+from stat import S_IMODE
 from typing import Any
 
 from feats.errors import CantWriteError, UsageError, reason_of
@@ -141,6 +142,16 @@ def replace_folder(unfinished: Path, path: Path) -> None:
             raise
         remove(old)
     settle(path)
+
+
+def open_to_others(path: Path) -> None:
+    """Give `path` the permissions that the user's mask gives to new files: safetensors writes files that only their
+    owner may read, in folders that others work in, too."""
+    beside = path.with_name(hidden_name())
+    beside.touch()
+    with suppress(OSError):  # some file systems know no permissions
+        path.chmod(S_IMODE(beside.stat().st_mode))
+    beside.unlink()
 
 
 def sync(path: Path) -> None:

@@ -28,7 +28,9 @@ from scipy.stats import beta
 from feats.errors import UsageError
 from feats.store import FeatureStore
 from feats.strings import Labels
-from modeling import cli, experiment as ex, sweep_heads, train_head
+from modeling import cli, sweep_heads, train_head
+from modeling.experiments.experiment import load_experiment
+from modeling.experiments.fitting import train_all
 from modeling.features.loading import load_features
 from modeling.heads.base import ABLATIONS
 from modeling.heads.registry import HEADS
@@ -259,7 +261,7 @@ def test_what_diverged_stays_left_out_of_a_merged_table(
     feats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     """One seed of two diverges: the other, saved, would flatter its configuration."""
-    real = ex.train_all
+    real = train_all
 
     def failing(configs, experiment, progress, failed, *rest):
         for k, outcomes in real(configs, experiment, progress, failed, *rest):
@@ -947,7 +949,7 @@ def test_auto_with_folds_is_nested(feats: Path, tmp_path: Path):
     argv = ["--feats", str(feats), "--vtype", "clip", "--ttype", "vader", "--folds", "3", "--ep", "2"]
     argv += ["--bs", "16", "--gamma", "1", "--ridge", "1"]
     args = train_head.build_parser().parse_args(argv)
-    experiment = ex.load_experiment(cli.experiment_settings(args), [])
+    experiment = load_experiment(cli.experiment_settings(args), [])
     configs = cli.grid_from(args, head=["kernel", "mlp"], D=4).configs(experiment.classes)
     run, _ = auto.auto(experiment, configs)
     before = run.report.probabilities

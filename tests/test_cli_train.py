@@ -187,6 +187,20 @@ def test_the_saved_epoch_is_the_best_one(feats: Path, tmp_path: Path):
     assert content(path, "metrics")["val"]["log_loss"] == pytest.approx(losses[best - 1], 1e-5)
 
 
+def test_losses_of_members_are_before_the_temperature_as_those_of_all(
+    feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    argv = ["--val-ratio", "0.3", "--ep", "4", "--lr", "0.1", "--monitor", "loss", "--seeds", "3"]
+    path = train(feats, tmp_path, *argv)
+    with (path / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    losses = [min(float(row["val_loss"]) for row in rows if row["seed"] == seed) for seed in ("42", "43", "44")]
+    told = content(path, "metrics")["members"]["mean_std"]
+    assert told["log_loss"]["mean"] == pytest.approx(np.mean(losses), 1e-5)
+    assert told["log_loss_calibrated"]["mean"] < told["log_loss"]["mean"] and "ece_calibrated" in told
+    assert f"{np.mean(losses):.3f}±{np.std(losses, ddof=1):.3f}" in capsys.readouterr().out
+
+
 def test_a_test_part_is_predicted_by_the_finished_run(feats: Path, tmp_path: Path):
     path = train(feats, tmp_path, "--val-ratio", "0.2", "--test-ratio", "0.3", "--seeds", "2")
     split, figures = content(path, "split"), content(path, "metrics")["test"]

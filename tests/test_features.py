@@ -240,8 +240,16 @@ def test_missing_cache_names_the_command(tmp_path: Path, monkeypatch: pytest.Mon
         load_features(folder, "train", [], ["minlm"])
     with pytest.raises(UsageError, match="<encoder>_extract_feats.py `name` mine `out` elsewhere .caches there: none"):
         load_features("elsewhere", "train", [], ["mine"])
-    with pytest.raises(UsageError, match="minilm_test.h5; make it with: python feats/minilm_extract_feats.py"):
+    with pytest.raises(UsageError, match="minilm_test.h5; make it with: python feats/minilm_extract_feats.py") as error:
         load_features(folder, "test", [], ["minilm"])
+    assert "Where the data have no test, only train: `split` train takes what is there." in one_line(error)
+
+
+def test_data_without_a_training_split_are_told_how_to_call_it(tmp_path: Path):
+    make(tmp_path, "minilm", ["text_feats"]).rename(tmp_path / "minilm_tweets.h5")
+    with pytest.raises(UsageError) as error:
+        load_features(tmp_path, "train", [], ["minilm"])
+    assert "Where the data have no train, only tweets: call the rows to train on so: shards train-" in one_line(error)
 
 
 def test_a_cache_without_the_asked_side(tmp_path: Path):

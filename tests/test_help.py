@@ -93,3 +93,21 @@ def test_what_the_registry_says_of_an_offline_encoder_is_so(name: str):
             assert able == ("leave out" not in str(error))
         else:
             assert able
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--dropuot", "0.5"], "error: unrecognized arguments: --dropuot 0.5; did you mean --dropout? "),
+        (["--folders", "x"], "error: unrecognized arguments: --folders x; did you mean --folds? "),
+        (["--nothing-like-it"], "error: unrecognized arguments: --nothing-like-it; "),
+        (["--lr", "abc"], "error: argument --lr: invalid float value: 'abc'; "),
+    ],
+)
+def test_an_option_that_cannot_be_is_one_line(argv: list[str], said: str, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module("modeling.train_head").main(argv)
+    assert ended.value.code == 2
+    out = capsys.readouterr()
+    assert out.out == "" and out.err.startswith(said) and out.err.endswith(" --help lists the options\n")
+    assert out.err.count("\n") == 1

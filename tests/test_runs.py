@@ -23,8 +23,10 @@ from conftest import one_line
 from safetensors.torch import load_file, save_file
 
 from feats.errors import UsageError
-from modeling import cli, experiment as ex, train_head
+from modeling import cli, train_head
 from modeling.evaluation.metrics import softmax
+from modeling.experiments.experiment import load_experiment
+from modeling.experiments.fitting import train_run
 from modeling.features.joined import FeatureSet
 from modeling.features.loading import load_features
 from modeling.features.normalizer import Normalizer
@@ -52,8 +54,8 @@ def trained(feats: Path, *argv: str) -> tuple[Run, FeatureSet, Report]:
     """What train_head.py has in hand before it saves."""
     args = train_head.build_parser().parse_args(["--feats", str(feats), "--vtype", "clip", *SHORT, *argv])
     grid = cli.grid_from(args)
-    experiment = ex.load_experiment(cli.experiment_settings(args), grid.heads)
-    run = ex.train_run(grid.configs(experiment.classes), experiment)
+    experiment = load_experiment(cli.experiment_settings(args), grid.heads)
+    run = train_run(grid.configs(experiment.classes), experiment)
     return run, experiment.features, run.report
 
 
@@ -121,7 +123,7 @@ def test_a_loaded_run_is_saved_as_what_it_has_become(saved: Path, made: tuple[Ru
 def test_a_stacked_ensemble_comes_back(feats: Path, tmp_path: Path):
     argv = ["--feats", str(feats), "--vtype", "clip", "--ttype", "vader", *SHORT]
     args = train_head.build_parser().parse_args(argv)
-    experiment = ex.load_experiment(cli.experiment_settings(args), [])
+    experiment = load_experiment(cli.experiment_settings(args), [])
     run, _ = auto.auto(experiment, cli.grid_from(args, head=["kernel", "linear", "mlp"]).configs(experiment.classes))
     back = load_run(save(run, run.report, tmp_path))
     features = experiment.features
@@ -163,6 +165,16 @@ def test_the_folder_is_readable_without_this_program(saved: Path, made: tuple[Ru
         rows = list(csv.DictReader(file))
     assert [(r["seed"], r["epoch"]) for r in rows] == [("42", "1"), ("42", "2")]
     assert float(rows[1]["train_loss"]) == report.history[1]["train_loss"]
+
+
+def test_every_file_of_a_run_is_open_to_whom_the_mask_allows(made: tuple[Run, FeatureSet, Report], tmp_path: Path):
+    before = os.umask(0o027)
+    try:
+        path = save(made[0], made[2], tmp_path)
+    finally:
+        os.umask(before)
+    modes = {file.name: oct(file.stat().st_mode & 0o777) for file in path.iterdir()}
+    assert "head.safetensors" in modes and set(modes.values()) == {"0o640"}, modes
 
 
 def test_predictions_are_read_as_written(tmp_path: Path):

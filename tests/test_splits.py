@@ -215,8 +215,9 @@ def test_refusals():
     with pytest.raises(UsageError, match="the val split, 0.1 of 20 rows, is too small to hold 3 classes"):
         deal_split(list(map(str, range(20))), ["a", "b", "c", "a", "b"] * 4)
     assert len(deal_split(list(map(str, range(30))), ["a", "b", "c"] * 10).val) == 3  # just large enough
-    with pytest.raises(UsageError, match=r"class 'c' \(1 row\) is too rare: none is left for"):
+    with pytest.raises(UsageError, match=r"class 'c' \(1 row\) is too rare: none is left for val; leave") as error:
         deal_split(list(map(str, range(100))), ["a", "b"] * 49 + ["a", "c"])
+    assert "larger" not in str(error.value) and "`split_file`" in str(error.value)  # no ratio parts one row
     with pytest.raises(
         UsageError, match=r"class 'c' \(4 rows in 1 duplicate groups\) is too rare: none is left for val"
     ):

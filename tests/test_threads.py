@@ -84,3 +84,26 @@ def test_training_on_any_number_of_threads_is_the_same(four_threads: None, monke
     torch.set_num_threads(1)
     (alone,) = fit([config], problem)
     np.testing.assert_allclose(measured.val_logits, alone.val_logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(("deterministic", "most_used"), [(False, 1), (True, 4)])
+@pytest.mark.parametrize("name", ["linear", "kernel"])
+def test_closed_forms_run_on_the_threads_that_are_fastest(
+    name: str, deterministic: bool, most_used: int, four_threads: None, monkeypatch: pytest.MonkeyPatch
+):
+    clock, used = [0.0], []
+    cross_entropy = torch.nn.functional.cross_entropy
+
+    def timed(logits: torch.Tensor, *args, **more) -> torch.Tensor:  # once in every evaluation of the objective
+        if logits.requires_grad:
+            used.append(torch.get_num_threads())
+            clock[0] += used[-1]  # as on a machine that is busy: the more threads, the longer
+        return cross_entropy(logits, *args, **more)
+
+    monkeypatch.setattr(module, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", timed)
+    generator = torch.Generator().manual_seed(0)
+    rows, x = torch.arange(120), torch.randn(120, 8, generator=generator)
+    problem = Problem(Inputs(text=x), (x[:, 0] > 0).long(), rows[:100], rows[100:], ["no", "yes"], rows[:100] % 4)
+    fit([TrainConfig(HeadConfig(name, sides=("text",)), deterministic=deterministic)], problem)
+    assert used.count(most_used) > 0.8 * len(used) > 100 and torch.get_num_threads() == 4

@@ -1,5 +1,6 @@
 """The parser of every script."""
 
+import re
 import sys
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -97,10 +98,13 @@ class ScriptParser(ArgumentParser):
         self.exit()
 
     def error(self, message: str) -> NoReturn:
-        """One line, instead of the usage too, where a file may be the reason."""
-        if self.file is None:
-            super().error(message)
-        self.exit(EXIT_UNUSABLE, f"error: {message} (options of {self.file}, and typed ones)\n")
+        """One line, without the usage, which takes up to 30; it names a known option that is written much like it."""
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        known = [name for action in self._actions for name in action.option_strings]
+        close = get_close_matches(unknown[1], known, 1, 0.7) if unknown else []
+        hint = f"; did you mean {close[0]}?" if close else ";"
+        whose = f" (options of {self.file}, and typed ones)" if self.file else ""
+        self.exit(EXIT_UNUSABLE, f"error: {message}{whose}{hint} {self.prog} --help lists the options\n")
 
     def _refuse_two_names(self, typed: Sequence[str]) -> None:
         """Raise `UsageError` for an option that is typed by two of its names with different values."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from feats.errors import NoWeightsError, Remedy, UsageError
+from feats.writing import open_to_others
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,7 @@ def save_weights(folder: Path, state: Mapping[str, "torch.Tensor"], metadata: Ma
 
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     save_file(tensors, folder / WEIGHTS_FILE, dict(metadata) if metadata else None)
+    open_to_others(folder / WEIGHTS_FILE)
 
 
 _LOCAL = Remedy("give a local file or folder with `weights`", settings={"weights": "PATH"})

@@ -45,7 +45,9 @@ def measure(outcomes: Sequence[Outcome], experiment: Experiment, run: Run) -> Re
         raw.append(np.mean([metrics.softmax(o.trained.val_logits) for o in own], axis=0))
         calibrated.append(np.mean([o.calibrated for o in own], axis=0))
     report = report_of(experiment, run, np.concatenate(calibrated), np.concatenate(raw))
-    singles = [metrics.figures(experiment.labels(o.split.val), o.calibrated, experiment.classes) for o in outcomes]
+    singles = [
+        split_figures(experiment, o.split.val, metrics.softmax(o.trained.val_logits), o.calibrated) for o in outcomes
+    ]
     collapsed = [
         {"fold": o.member.fold, "seed": o.member.config.seed, "class": found["collapsed"]}
         for o, found in zip(outcomes, singles, strict=True)
@@ -102,7 +104,7 @@ def _uncalibrated(members: Sequence[Member], features: FeatureSet, rows: torch.T
 
 
 def split_figures(
-    experiment: Experiment, ids: Sequence[str], raw: np.ndarray, calibrated: np.ndarray, majority: str
+    experiment: Experiment, ids: Sequence[str], raw: np.ndarray, calibrated: np.ndarray, majority: str | None = None
 ) -> dict[str, Any]:
     """`metrics.figures` of the calibrated predictions; log-loss and ECE before calibration beside those after."""
     labels = experiment.labels(ids)

@@ -234,11 +234,14 @@ def _check_every_class_in(
         rows = of_row == number
         empty = set(range(len(names))) - set(np.unique(part_of[rows]).tolist())
         if empty:
-            n = int(rows.sum())
+            n = together = int(rows.sum())
             found = f"{n} row{'s' if n > 1 else ''}"
             if groups is not None:
-                found += f" in {len(set(np.asarray(groups)[rows].tolist()))} duplicate groups"
+                together = len(set(np.asarray(groups)[rows].tolist()))
+                found += f" in {together} duplicate groups"
+            ratio = "give a larger `val_ratio` or fewer `folds`, or " if together > 1 else ""
             raise UsageError(
-                f"class {name!r} ({found}) is too rare: none is left for {names[min(empty)]}; give a larger "
-                "`val_ratio` or fewer `folds`, or leave that class out"
+                f"class {name!r} ({found}) is too rare: none is left for {names[min(empty)]}; {ratio}leave that class "
+                "out: empty its labels in the data and encode again, which only reads the labels, or list the other "
+                "rows in a `split_file`"
             )

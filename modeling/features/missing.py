@@ -1,7 +1,7 @@
 """What to say of a cache that isn't there: what is, and the command that makes it."""
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,22 @@ def present_path(source: FeatureSource, split: str, name: str) -> Path:
     hint = f" Did you mean {close[0]}?" if close else ""
     raise UsageError(
         f"no cache {path}; make it with: {command_for(name, folder, split)} (caches there: "
-        f"{', '.join(there) or 'none'}).{hint}{_with_those_there(source, split)}"
+        f"{', '.join(there) or 'none'}).{hint}{_other_parts(name, split, there)}{_with_those_there(source, split)}"
     )
+
+
+def _other_parts(name: str, split: str, there: Sequence[str]) -> str:
+    """What helps where the data themselves have no such split, which its caches can't tell for sure."""
+    parts = [stem.removeprefix(f"{name}_") for stem in there if stem.startswith(f"{name}_")]
+    parts = [part for part in parts if "_" not in part]  # `clip_large_train` is another encoder's
+    if not parts:
+        return ""
+    remedy = (
+        "call the rows to train on so: shards train-000.tar, a folder train, train in a table's column split"
+        if split == "train"
+        else f"`split` {parts[0]} takes what is there"
+    )
+    return f" Where the data have no {split}, only {', '.join(parts)}: {remedy}."
 
 
 def _with_those_there(source: FeatureSource, split: str) -> str:

@@ -359,9 +359,13 @@ def figures_of(predictions: Predictions, majority: str) -> dict[str, Any]:
 
 def figures_table(figures: dict[str, Any], predictions: Predictions) -> str:
     """Figures of `figures_of` with their 95 % intervals and the majority baseline; of probabilities, also log-loss and
-    ECE."""
-    columns = ["rows", "n", *metrics.AVERAGES, *(["log_loss", "ece"] if predictions.vote == "soft" else [])]
-    return text_tables.format_table(text_tables.figure_rows(figures, predictions.split), columns)
+    ECE, called as a run's own tables call those of calibrated ones."""
+    rows = text_tables.figure_rows(figures, predictions.split)
+    tables = [text_tables.format_table(rows, ["rows", "n", *metrics.AVERAGES])]
+    if predictions.vote == "soft":
+        calibration = {f"{name}_calibrated": figures[name] for name in ("log_loss", "ece")}
+        tables.append(text_tables.format_table([{"rows": predictions.split, **calibration}], ["rows", *calibration]))
+    return "\n\n".join(tables)
 
 
 def known_rows(runs: Sequence[Run], predictions: Predictions) -> int:

@@ -33,7 +33,7 @@ from feats.escapes import short_name
 from feats.source import SIDES
 from feats.strings import BLOCK
 from feats.tensor_files import read_safetensors
-from feats.writing import replace_folder, settle, sync_tree, unfinished_folder, write_json
+from feats.writing import open_to_others, replace_folder, settle, sync_tree, unfinished_folder, write_json
 from modeling.choices import ENCODERS
 from modeling.features.corrections import corrections_digest, load_corrections, save_corrections
 from modeling.features.inputs import Preprocessing
@@ -100,6 +100,7 @@ def save_run(
     try:
         with unfinished_folder(path.parent) as unfinished:
             save_file(_tensors(run), unfinished / TENSORS)
+            open_to_others(unfinished / TENSORS)
             made_by = {"command": command, OPTIONS: None if options is None else dict(options)}
             config = _config(run, path, made_by, _sha256(unfinished / TENSORS))
             write_json(unfinished / CONFIG, config)

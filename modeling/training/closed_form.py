@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from feats.errors import UsageError
 from modeling.heads.layers import squared_distances
+from modeling.training.threads import StepThreads, threads_kept
 
 MAX_KERNEL_ROWS = 20_000  # five N x N matrices of 3.2 GB each
 KERNEL_GAMMAS = (0.5, 1.0, 2.0, 4.0)  # divided by the mean squared distance of two rows
@@ -35,6 +36,7 @@ class LogisticFit:
     objective: float
 
 
+@threads_kept()
 def fit_logistic(
     x: torch.Tensor,
     targets: torch.Tensor,
@@ -42,11 +44,13 @@ def fit_logistic(
     Cs: Sequence[float],
     row_weights: torch.Tensor | None = None,
     tolerance: float = TOLERANCE,
+    threads: StepThreads | None = None,
 ) -> list[LogisticFit]:
     """Multinomial logistic regression of `targets` (N,) int64 on `x` (N, D), one fit for each of `Cs`, in their order.
 
     Minimises C Σ_i w_i logloss_i + ½ ||weight||², the bias free: scikit-learn's LogisticRegression, also for two
     classes, where that has one weight vector and this the same as ± its half. `row_weights` (N,), above 0, are the w_i.
+    `threads` chooses those of each evaluation of the objective, from fit to fit; without it torch's are used.
 
     L-BFGS in the coordinates in which the Hessian, its blocks taken as equal, is the identity: standardised features
     of a thousand columns need some forty evaluations where plain L-BFGS needs hundreds. There half the squared
@@ -55,6 +59,8 @@ def fit_logistic(
     Raises `UsageError` for a C that isn't positive or so large that the minimum isn't found, for numbers that aren't
     finite, and for a class without a row.
     """
+    threads = threads or StepThreads(x.device, steady=True)
+    threads.resume()
     x, weights = _checked(x, targets, n_classes, row_weights)
     if not Cs or min(Cs) <= 0:
         raise UsageError(f"C {', '.join(f'{C:g}' for C in Cs) or '(none)'}: expected numbers above 0")
@@ -68,7 +74,7 @@ def fit_logistic(
     ridge = 2.0 if n_classes == 2 else 1.0
     fits = {}
     for C in sorted(set(Cs)):  # from the strongest penalty: each starts where the last ended
-        weight, bias, objective = _minimise(x, targets, C * weights, ridge, weight, bias, tolerance)
+        weight, bias, objective = _minimise(x, targets, C * weights, ridge, weight, bias, tolerance, threads)
         of_columns = weight if basis is None else basis @ weight
         fits[C] = LogisticFit(C, of_columns, bias - centre @ of_columns, objective)
     return [fits[C] for C in Cs]
@@ -82,6 +88,7 @@ def _minimise(
     weight: torch.Tensor,
     bias: torch.Tensor,
     tolerance: float,
+    threads: StepThreads,
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Minimise Σ_i weights_i logloss_i + ridge / 2 ||weight||² from `weight`, `bias`; also gives the minimum."""
     scale = float(weights.sum())
@@ -93,7 +100,7 @@ def _minimise(
         hessian.diagonal().add_(ridge)
         factor = _cholesky(hessian, "linear").T
         stretch = curvature.sum().sqrt().clamp_min(1e-6)
-        weight, bias, value, excess = _lbfgs(x, targets, weights, ridge, weight, bias, factor, stretch)
+        weight, bias, value, excess = _lbfgs(x, targets, weights, ridge, weight, bias, factor, stretch, threads)
         if excess <= tolerance * value:
             break
     if excess > max(tolerance, PROMISED) * value:
@@ -113,6 +120,7 @@ def _lbfgs(
     bias: torch.Tensor,
     factor: torch.Tensor,
     stretch: torch.Tensor,
+    threads: StepThreads,
 ) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     """Some steps in the coordinates factor @ weight (factor (D, D) upper triangular) and stretch * bias. Gives the new
     weight and bias, the objective there and by how much it exceeds the minimum, estimated."""
@@ -122,11 +130,13 @@ def _lbfgs(
     )
 
     def objective() -> torch.Tensor:
+        threads.begin_step()
         optimiser.zero_grad()
         w = torch.linalg.solve_triangular(factor, v, upper=True)
         losses = F.cross_entropy(x @ w + c / stretch, targets, reduction="none")
         value: torch.Tensor = weights @ losses + ridge / 2 * w.square().sum()
         value.backward()
+        threads.end_step()
         return value
 
     optimiser.step(objective)
@@ -166,6 +176,7 @@ def fit_kernel(
     gammas: Sequence[float] = KERNEL_GAMMAS,
     ridges: Sequence[float] = KERNEL_RIDGES,
     row_weights: torch.Tensor | None = None,
+    threads: StepThreads | None = None,
 ) -> KernelFit:
     """Least-squares classifier with kernel 1 + exp(-gamma ||x - x'||²), gamma and ridge chosen on held-out folds.
 
@@ -174,6 +185,7 @@ def fit_kernel(
     Y_B - (A_BB)⁻¹ dual_B (An, Liu and Venkatesh, Pattern Recognition 40, 2007). On those, `fit_logistic`
     makes logits of scores (matrix scaling, Guo et al., ICML 2017, section 4.2), and the least log-loss wins.
     `gammas` are in units of 1 / (mean squared distance of two rows), so that they hold for any scale of x.
+    `threads` are those of the calibrations, as of `fit_logistic`.
     Time grows with N³: two seconds for each pair at 3600 rows on one core.
     Raises `UsageError` for more than 20000 rows, fewer than two folds, numbers that aren't finite, a ridge too small
     to invert the kernel, and a class without a row.
@@ -197,7 +209,7 @@ def fit_kernel(
         for ridge in ridges:
             dual, scores = _ridge(kernel, ridge / weights, y, folds)
             scale = scores.std().clamp_min(torch.finfo(x.dtype).eps)
-            fit = fit_logistic(scores / scale, targets, n_classes, [CALIBRATION_C], row_weights)[0]
+            fit = fit_logistic(scores / scale, targets, n_classes, [CALIBRATION_C], row_weights, threads=threads)[0]
             calibration = fit.weight / scale
             held_out = scores @ calibration + fit.bias
             loss = float(weights @ F.cross_entropy(held_out, targets, reduction="none") / weights.sum())

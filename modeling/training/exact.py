@@ -20,6 +20,7 @@ from modeling.training.closed_form import KERNEL_GAMMAS, KERNEL_RIDGES, Logistic
 from modeling.training.config import TrainConfig
 from modeling.training.logistic import Fit, RowData, fit_together, logits_left_out
 from modeling.training.problem import Problem, Told, Trained, class_weights, validation_figures
+from modeling.training.threads import StepThreads
 
 LINEAR_CS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 SEARCH_TOLERANCE = 1e-4  # of the objective: far below what held-out losses differ by
@@ -42,8 +43,9 @@ def solve_linear(
         inputs, x, targets = _training_matrix(config, problem)
         n_classes = len(problem.classes)
         weights = class_weights(config.class_weights, problem)[targets]
-        C, held_out, search = _search_penalty(config.C, x, targets, weights, n_classes, _folds(problem))
-        found = fit_logistic(x, targets, n_classes, [C], weights)[0]
+        threads = StepThreads(x.device, config.deterministic)
+        C, held_out, search = _search_penalty(config.C, x, targets, weights, n_classes, _folds(problem), threads)
+        found = fit_logistic(x, targets, n_classes, [C], weights, threads=threads)[0]
         head = build_head(config.head, inputs.widths, n_classes)
         head.load_state_dict({"out.weight": found.weight.T[None].float(), "out.bias": found.bias[None].float()})
         facts = {"C": C, "objective": found.objective, "search": search}
@@ -157,7 +159,7 @@ def _streamed_rows(
 
 
 def _search_penalty(
-    C: float | None, x: Tensor, targets: Tensor, weights: Tensor, n_classes: int, folds: Tensor
+    C: float | None, x: Tensor, targets: Tensor, weights: Tensor, n_classes: int, folds: Tensor, threads: StepThreads
 ) -> tuple[float, Tensor, list[dict[str, float]]]:
     """The C of least held-out log-loss, tried from the strongest penalty up until it gets worse (weaker ones take
     longest), or the one given; the held-out logits (n, K) it gives; and what was tried."""
@@ -166,7 +168,8 @@ def _search_penalty(
         logits = x.new_zeros(len(x), n_classes, dtype=torch.float64)
         for fold in folds.unique():
             rest, held = folds != fold, folds == fold
-            found = fit_logistic(x[rest], targets[rest], n_classes, [tried], weights[rest], SEARCH_TOLERANCE)[0]
+            of_rest = x[rest], targets[rest], n_classes, [tried], weights[rest], SEARCH_TOLERANCE
+            found = fit_logistic(*of_rest, threads)[0]
             logits[held] = x[held].double() @ found.weight + found.bias
         losses = F.cross_entropy(logits, targets, reduction="none")
         search.append({"C": tried, "loss": float(weights.double() @ losses / weights.sum())})
@@ -188,7 +191,8 @@ def solve_kernel(
         weights = class_weights(config.class_weights, problem)[targets]
         gammas = KERNEL_GAMMAS if config.gamma is None else (config.gamma,)
         ridges = KERNEL_RIDGES if config.ridge is None else (config.ridge,)
-        found = fit_kernel(x, targets, n_classes, _folds(problem), gammas, ridges, weights)
+        threads = StepThreads(x.device, config.deterministic)
+        found = fit_kernel(x, targets, n_classes, _folds(problem), gammas, ridges, weights, threads)
         widths = {**inputs.widths, "support": len(x)}
         head = build_head(config.head, widths, n_classes)
         state = {"support": x, "dual": found.dual, "bias": found.bias, "gamma": torch.tensor(found.gamma)}

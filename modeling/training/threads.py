@@ -39,6 +39,11 @@ class StepThreads:
         self.threads = next(self.plan) if self.plan else 1
         self.start = 0.0
 
+    def resume(self) -> None:
+        """Set the threads of what comes between steps: those of the next."""
+        if self.plan:
+            torch.set_num_threads(self.threads)
+
     def begin_step(self) -> None:
         """Set the threads of the step that begins."""
         if self.plan:
