@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -62,6 +63,14 @@ def trained_with(run: Path) -> dict[str, Any]:
     """The settings of a run's first head and of its training."""
     settings = content(run, "config")["members"][0]["train"]
     return {**settings, **settings["head"]}
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws without a seed of its own is the same each time, whichever tests ran before it."""
+    np.random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture

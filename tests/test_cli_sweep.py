@@ -29,6 +29,7 @@ from feats.errors import UsageError
 from feats.store import FeatureStore
 from feats.strings import Labels
 from modeling import cli, sweep_heads, train_head
+from modeling.experiments import fitting
 from modeling.experiments.experiment import load_experiment
 from modeling.experiments.fitting import train_all
 from modeling.features.loading import load_features
@@ -270,7 +271,7 @@ def test_what_diverged_stays_left_out_of_a_merged_table(
                 continue
             yield k, outcomes
 
-    monkeypatch.setattr(ex, "train_all", failing)
+    monkeypatch.setattr(fitting, "train_all", failing)
     assert sweep(feats, tmp_path, "--head", "fusion", "mlp", "--D", "4", "--seeds", "2", *SHORT) == 0
     assert {row["head"] for row in table(tmp_path / "sweep")[:-1]} == {"fusion"}
     monkeypatch.undo()

@@ -317,11 +317,14 @@ def test_initial_weights_depend_on_the_seed_alone():
 
 
 @pytest.mark.parametrize(
-    "stack, reference",
-    [(Linear(2, 200, 300), nn.Linear(200, 300)), (Conv2d(2, 20, 300, 3), nn.Conv2d(20, 300, 3))],
+    "ours, theirs, sizes",
+    [(Linear, nn.Linear, (200, 300)), (Conv2d, nn.Conv2d, (20, 300, 3))],
     ids=["linear", "convolution"],
 )
-def test_initial_weights_are_distributed_as_torch_s(stack: nn.Module, reference: nn.Module):
+def test_initial_weights_are_distributed_as_torch_s(
+    ours: type[nn.Module], theirs: type[nn.Module], sizes: tuple[int, ...]
+):
+    stack, reference = ours(2, *sizes), theirs(*sizes)
     initialise(stack, [0, 1])
     for ours, theirs in ((stack.weight, reference.weight), (stack.bias, reference.bias)):
         for own in ours.detach():
