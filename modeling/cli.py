@@ -321,7 +321,7 @@ def add_tuning_options(parser: ScriptParser, grid: bool = False) -> None:
     add("weight_decay", "of matrices", type=float)
     add("schedule", ", ".join(SCHEDULES))
     add("warmup", "share of the steps in which the rate rises", type=float)
-    add("clip_grad", "largest norm of a step's gradient", type=float)
+    add("clip_grad", "largest norm of a step's gradient, 0 for any", type=float)
     add("train_batch_norm", "let encoders' batch norms follow the training rows", action="store_true")
     add("label_smoothing", "share of the target spread over all classes", type=float)
     add("class_weights", "none, balanced, sqrt, or NAME=VALUE,NAME=VALUE")
@@ -336,9 +336,10 @@ def add_tuning_options(parser: ScriptParser, grid: bool = False) -> None:
     add("seed", "of new heads, data order, augmentation and dropout", type=int)
     add("deterministic", "the same to the bit each time, on one device with the same versions", action="store_true")
     add("checkpoint_steps", "checkpoints after so many steps, besides those at each epoch's end", type=int)
-    group.add_argument(
-        "--bad-cases", type=Path, metavar="FILE", help="bad_cases.csv: its training rows come once more, augmented"
-    )
+    if not grid:  # of whose folds each holds out some of the rows
+        group.add_argument(
+            "--bad-cases", type=Path, metavar="FILE", help="bad_cases.csv: its training rows come once more, augmented"
+        )
     group.add_argument(
         "--live-trunk", action="store_true", help="with --tune last-N compute the frozen blocks in every epoch"
     )

@@ -183,14 +183,12 @@ def points_of(args: Namespace, head: str) -> list[dict[str, Any]]:
 def candidates_of(args: Namespace, points: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[Candidate]:
     """The frozen head, then each method at each point of the grid. Raises `UsageError` for values out of range, and
     for options that methods decide."""
-    from feats.encoders.weights import sha256_of
     from modeling.finetuning import comparison
     from modeling.finetuning.comparison import FROZEN, Candidate
 
     typed = [f"`{name}`" for name in cli.BY_METHODS if hasattr(args, name)]
     if typed:
         raise UsageError(f"{', '.join(typed)}: `methods` say what is tuned, and how; leave it out")
-    besides = {"bad_cases": None if args.bad_cases is None else sha256_of(args.bad_cases)}
     varying = [name for name in points[0] if len({point[name] for point in points}) > 1]
     found = [Candidate(FROZEN)]
     for method in dict.fromkeys(name for name in args.methods if name != FROZEN):
@@ -199,7 +197,7 @@ def candidates_of(args: Namespace, points: Sequence[dict[str, Any]], classes: Se
             settings = comparison.settings_of(method, common)
             live = {"live_trunk": True} if args.live_trunk and settings.last_blocks else {}
             shown = {name: point[name] for name in varying}
-            found.append(Candidate(method, settings, point.get("dropout"), shown, {**besides, **live}))
+            found.append(Candidate(method, settings, point.get("dropout"), shown, live))
     return found
 
 
@@ -226,7 +224,7 @@ def finetuning(args: Namespace, cell: Cell, experiment: Experiment) -> list[str]
     assert cell.candidate.settings is not None
     words = [FINETUNE, "--run", cell.frozen, "--runs", cell.path.parent, "--name", cell.path.name]
     words += ["--feats", experiment.features.source.folder, "--device", args.device]
-    for option, value in (("--data", args.data), ("--layout", args.layout), ("--bad-cases", args.bad_cases)):
+    for option, value in (("--data", args.data), ("--layout", args.layout)):
         words += [] if value is None else [option, value]
     words += ["--columns", *args.table_columns] if args.table_columns else []
     words += ["--weights", *args.weights] if args.weights else []

@@ -3,6 +3,7 @@
 import ast
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,15 +60,20 @@ def _run(argv: Sequence[str] | None) -> int:
         command, module = f"{EXTRACT} {encoder}", f"feats.{encoder}_extract_feats" if encoder in encoders() else None
     if module is None:
         print(usage(), file=sys.stderr)
-        what = (
-            f"{one_line(command)} is no command" if command != EXTRACT else f"{EXTRACT} what? {', '.join(encoders())}"
-        )
-        print(f"error: {what}; {NAME} --help lists them", file=sys.stderr)
+        print(f"error: {_unknown(command)}; {NAME} --help lists them", file=sys.stderr)
         return 2
     script = import_module(module)
     sys.argv = [script.__file__ or module, *rest]  # runs record the script, so that the record repeats them
     status: int = script.main(rest)
     return status
+
+
+def _unknown(command: str) -> str:
+    if command == EXTRACT:
+        return f"{EXTRACT} what? {', '.join(encoders())}"
+    known = [*COMMANDS, *(f"{EXTRACT} {name}" for name in encoders())]
+    close = get_close_matches(command, known, 1) or [name for name in known if name.startswith(f"{command}-")]
+    return f"{one_line(command)} is no command{f', did you mean {close[0]}?' if close else ''}"
 
 
 def _shown(text: str) -> int:

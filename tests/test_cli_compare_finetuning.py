@@ -592,7 +592,7 @@ def test_a_cell_is_named_by_all_that_decides_it():
         Candidate("lp_ft", TuneSettings(lr=1e-3)),
         Candidate("lp_ft", TuneSettings(seed=1)),
         Candidate("lp_ft", base, dropout=0.1),
-        Candidate("lp_ft", base, besides={"bad_cases": "x"}),
+        Candidate("lp_ft", base, besides={"live_trunk": True}),
         Candidate("soup", comparison.settings_of("soup", base)),
     ]
     assert len({candidate.name for candidate in different}) == len(different)

@@ -199,7 +199,7 @@ def test_quarantine_and_repair(course: Path, tmp_path: Path, capsys: pytest.Capt
     assert reasons[0] == "id,reason" and reasons[1].startswith("2,") and reasons[2].startswith("9,no picture file")
     (course / "data" / "2.jpg").write_bytes(whole)
     assert efficientnet(course, out, "--splits", "train", "--strict") == 3
-    assert "19 rows done; 1 quarantined; 0 texts truncated; 1 encoded now" in capsys.readouterr().out
+    assert "19 rows done; 1 quarantined; 1 encoded now" in capsys.readouterr().out
     np.testing.assert_allclose(
         datasets(out / "efficientnet_train.h5")["image_feats"][2].astype(float),
         datasets(tmp_path / "whole" / "efficientnet_train.h5")["image_feats"][2].astype(float),

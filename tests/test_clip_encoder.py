@@ -255,7 +255,7 @@ def test_cached_features(models, checkpoints, pictures, tmp_path: Path, family: 
     decoded = [Image.open(data / "data" / f"{i}.jpg") for i in range(len(TEXTS))]
     weights = checkpoints[family, "plain"]
     assert extract(data, tmp_path / "out", weights, "--batch-size", "3") == 0
-    assert "8 rows done; 0 quarantined; 1 texts truncated" in capsys.readouterr().out
+    assert "8 rows done; 0 quarantined; 1 text truncated" in capsys.readouterr().out
     with h5py.File(tmp_path / "out" / "clip_train.h5") as file:
         found = {name: dataset[:] for name, dataset in file.items()}
         fingerprint = json.loads(file.attrs["fingerprint"])

@@ -53,11 +53,20 @@ def test_the_list_of_commands(tmp_path: Path):
     assert max(map(len, listed.stdout.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("words", [("trian",), ("extract", "clap"), ("extract",)], ids=" ".join)
-def test_a_word_that_is_no_command(words: tuple[str, ...], tmp_path: Path):
-    refused = mmprobe(*words, cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("trian", "trian is no command, did you mean train?"),
+        ("list", "did you mean list-runs?"),
+        ("extract clap", "did you mean extract clip?"),
+        ("extract", "extract what? clip,"),
+        ("frobnicate", "frobnicate is no command;"),
+    ],
+)
+def test_a_word_that_is_no_command(typed: str, says: str, tmp_path: Path):
+    refused = mmprobe(*typed.split(), cwd=tmp_path)
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
-    assert words[-1] in refused.stderr.splitlines()[-1]
+    assert says in refused.stderr.splitlines()[-1]
 
 
 def requirement_lines() -> list[str]:

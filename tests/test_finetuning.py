@@ -623,7 +623,7 @@ def test_a_soup_takes_in_what_does_not_worsen_it(root: Path, monkeypatch: pytest
 
 def test_a_loss_that_isnt_finite_ends_it_in_one_line(root: Path):
     with pytest.raises(UsageError, match=r"the loss became nan in epoch \d .*use a smaller `lr`") as raised:
-        tuned(root, replace(PLAIN, lr=1e30, head_lr=1e30, clip_grad=None))
+        tuned(root, replace(PLAIN, lr=1e30, head_lr=1e30, clip_grad=0))
     assert one_line(raised)
 
 

@@ -534,7 +534,7 @@ def test_the_joined_cache_is_that_of_one_process(tmp_path: Path, pairs: Pairs, t
     assert sha256(path) == expected
     assert quarantine_path(path).read_bytes() == (tmp_path / "plain" / "x_train.quarantine.csv").read_bytes()
     assert (share.done, share.quarantined, share.encoded, share.whole) == (ROWS - 3, 3, ROWS - 3, True)
-    assert f"x_train: {ROWS - 3} rows done; 3 quarantined; 0 texts truncated; text encodings " in str(share)
+    assert f"x_train: {ROWS - 3} rows done; 3 quarantined; text encodings " in str(share)
     assert share.parts == share.of == -(-ROWS // rows)
     assert not parts_folder(path).exists()
 

@@ -24,7 +24,9 @@ class Summary:
     seconds: float = 0.0
 
     def __str__(self) -> str:
-        parts = [f"{self.done} rows done", f"{self.quarantined} quarantined", f"{self.truncated} texts truncated"]
+        parts = [f"{self.done} rows done", f"{self.quarantined} quarantined"]
+        if self.truncated:
+            parts.append(f"{self.truncated} text{'s' if self.truncated > 1 else ''} truncated")
         if self.encodings:
             parts.append("text encodings " + ", ".join(f"{k} {n}" for k, n in self.encodings.most_common()))
         if self.relabelled:

@@ -38,7 +38,7 @@ class TuneSettings:
     weight_decay: float = 0.01  # of matrices; biases and norms have none
     schedule: str = "cosine"
     warmup: float = 0.1  # share of the steps in which the rate rises
-    clip_grad: float | None = 1.0  # largest norm of a step's gradient
+    clip_grad: float = 1.0  # largest norm of a step's gradient; 0: any
     tune: str = "all"
     lora: int | None = None
     lora_alpha: float | None = None  # None: the rank
@@ -69,10 +69,12 @@ class TuneSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"`{name}` {value}: expected 1 or more")
-        for name in ("head_lr", "lora_alpha", "clip_grad"):
+        for name in ("head_lr", "lora_alpha"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"`{name}` {value:g}: expected a finite number above 0")
+        if not 0 <= self.clip_grad < math.inf:
+            raise UsageError(f"`clip_grad` {self.clip_grad:g}: expected a finite number, 0 for no clipping")
         if not 0 < self.layer_decay <= 1:
             raise UsageError(f"`layer_decay` {self.layer_decay:g}: expected above 0 and at most 1")
         if not 0 <= self.warmup < 1:

@@ -196,7 +196,7 @@ class _Tuning:
             group["lr"] = peak * lr_factor(settings, self.step, steps)
             group["betas"] = beta1(settings.schedule, self.step, steps, settings.warmup), group["betas"][1]
         self.scaler.unscale_(self.optimizer)
-        if settings.clip_grad is not None:
+        if settings.clip_grad:
             torch.nn.utils.clip_grad_norm_(list(self.trained.values()), settings.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -276,8 +276,7 @@ class _Tuning:
             for name, buffer in self.statistics.items():
                 buffer.copy_(tensors[f"statistics/{name}"])
         self.loss_sum.copy_(tensors["loss_sum"])
-        if "confusion" in tensors:  # a checkpoint of before it was counted goes on without
-            self.confusion.copy_(tensors["confusion"])
+        self.confusion.copy_(tensors["confusion"])
         for name, parameter in self.trained.items():
             prefix = f"optimizer/{name}/"
             moments = {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}

@@ -251,9 +251,9 @@ def compare(
     majority = metrics.majority_baseline(labels, experiment.classes, experiment.majority(experiment.splits[0]))
     baseline = {"head": f"always {majority['class']}", **{name: majority[name] for name in metrics.AVERAGES}}
     notes = (
-        f"{len(labels)} validation rows. Of the {monitor}: ± is over seeds, 95 % over rows, p a paired bootstrap "
-        f"against the best on the same rows. The best of {len(rows)} by these very rows is optimistic: confirm it on "
-        "others."
+        f"{len(labels)} validation rows. Of the {monitor}: ± is over seeds; 95 % and p, a paired bootstrap against the "
+        f"best, are over rows, of models with these seeds. The best of {len(rows)} by these very rows is optimistic: "
+        "confirm it on others."
     )
     if not all(head_class(config.head.head).closed_form() for config in of_setting):
         notes += (
