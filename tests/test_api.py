@@ -21,7 +21,8 @@ from modeling.experiments.fitting import evaluate, fit_head
 from modeling.features.loading import load_features
 from modeling.features.splits import make_folds, make_split
 from modeling.features.stored_splits import Split
-from modeling.heads.base import Head, HeadConfig
+from modeling.heads.base import Head
+from modeling.heads.config import HeadConfig
 from modeling.heads.registry import HEADS
 from modeling.runs.config import read_config
 from modeling.runs.folder import load_run

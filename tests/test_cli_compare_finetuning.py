@@ -604,7 +604,7 @@ def test_a_cell_is_named_by_all_that_decides_it():
 def test_the_folds_keep_duplicates_together_and_do_not_depend_on_what_is_in_quarantine(tmp_path: Path):
     from modeling.experiments.experiment import ExperimentSettings, load_experiment
     from modeling.features.joined import FeatureSource
-    from modeling.heads.base import HeadConfig
+    from modeling.heads.config import HeadConfig
 
     hashes = {"image_hash": np.repeat(np.arange(45), 2) + 1}
     parts = []

@@ -27,7 +27,7 @@ from feats.images import ResizeCrop
 from feats.store import FeatureStore
 from modeling import finetune, inference_head, train_head
 from modeling.finetuning.studies import MODELS, TUNING_RECIPES
-from modeling.heads.base import HeadConfig
+from modeling.heads.config import HeadConfig
 from modeling.runs.folder import load_run, read_predictions
 
 SAME = ("head.safetensors", "split.json", "metrics.json", "history.csv", "predictions_val.csv")

@@ -33,7 +33,7 @@ from modeling.experiments import fitting
 from modeling.experiments.experiment import load_experiment
 from modeling.experiments.fitting import train_all
 from modeling.features.loading import load_features
-from modeling.heads.base import ABLATIONS
+from modeling.heads.config import ABLATIONS
 from modeling.heads.registry import HEADS
 from modeling.runs.folder import load_run, read_predictions
 from modeling.runs.listing import newest_run

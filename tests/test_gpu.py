@@ -41,7 +41,7 @@ from modeling import inference_head, sweep_heads, train_head
 from modeling.experiments.fitting import evaluate, fit_head
 from modeling.features.loading import load_features
 from modeling.features.splits import make_folds, make_split
-from modeling.heads.base import HeadConfig
+from modeling.heads.config import HeadConfig
 from modeling.heads.layers import Linear, initialise, set_product_dtype
 from modeling.heads.registry import HEADS
 from modeling.runs.folder import read_predictions

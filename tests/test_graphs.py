@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from modeling.features.inputs import Inputs
-from modeling.heads.base import HeadConfig
+from modeling.heads.config import HeadConfig
 from modeling.heads.layers import Dropout, Noise, attach_noise
 from modeling.heads.registry import HEADS
 from modeling.training import gradient, graphs

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from feats.errors import UsageError
 from modeling.features.inputs import Inputs
 from modeling.features.joined import Ragged
-from modeling.heads.base import ATTENTION_NORMS, Batch, Head, HeadConfig, n_parameters
+from modeling.heads.base import Batch, Head, n_parameters
+from modeling.heads.config import ATTENTION_NORMS, HeadConfig
 from modeling.heads.registry import HEADS, build_head
 from modeling.training.config import TrainConfig
 from modeling.training.fit import fit

@@ -13,7 +13,7 @@ from feats.errors import UsageError
 from modeling.features.inputs import Inputs, Preprocessing
 from modeling.features.joined import FeatureSet, FeatureSource, Ragged, Rows
 from modeling.features.normalizer import NORMS
-from modeling.heads.base import ABLATIONS, HeadConfig
+from modeling.heads.config import ABLATIONS, HeadConfig
 from modeling.heads.registry import HEADS
 
 N = 12

@@ -23,7 +23,7 @@ from modeling.experiments.fitting import train_all
 from modeling.features.loading import load_features
 from modeling.features.splits import make_folds, make_split
 from modeling.features.stored_splits import Split
-from modeling.heads.base import HeadConfig
+from modeling.heads.config import HeadConfig
 from modeling.report.curves import learning_curve_section
 from modeling.runs.folder import load_run
 from modeling.runs.listing import newest_run

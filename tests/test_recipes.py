@@ -23,7 +23,7 @@ from modeling.features.loading import load_features
 from modeling.features.split_files import read_split_file
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.studies import MODELS, TUNING_RECIPES
-from modeling.heads.base import HeadConfig
+from modeling.heads.config import HeadConfig
 from modeling.heads.registry import HEADS
 from modeling.runs.folder import load_run, read_predictions
 from modeling.runs.listing import newest_run

@@ -13,7 +13,8 @@ from transformers import BertModel, BertTokenizerFast, ViTModel
 from feats.encoders.registry import load_encoder
 from feats.errors import UsageError
 from modeling.finetuning.scratch import HEADS, LAYERS, WIDTH, untrained_text, untrained_vit
-from modeling.heads.base import HeadConfig, n_parameters
+from modeling.heads.base import n_parameters
+from modeling.heads.config import HeadConfig
 from modeling.heads.registry import build_head
 
 SMALL = {"layers": 2, "width": 24, "heads": 3}

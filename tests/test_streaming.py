@@ -27,7 +27,7 @@ from modeling.features.joined import FeatureSource
 from modeling.features.loading import load_features
 from modeling.features.normalizer import Moments
 from modeling.features.stream import Stream, ahead, streams
-from modeling.heads.base import HeadConfig
+from modeling.heads.config import HeadConfig
 from modeling.heads.registry import build_head
 from modeling.training import batches, exact
 from modeling.training.batches import Streamed

@@ -28,7 +28,8 @@ from modeling.finetuning.scratch import untrained_text, untrained_vit
 from modeling.finetuning.settings import TuneSettings, lr_factor
 from modeling.finetuning.starts import start_from_encoders
 from modeling.finetuning.studies import MODELS, TUNING_RECIPES, EncoderChoice
-from modeling.heads.base import Batch, HeadConfig, n_parameters
+from modeling.heads.base import Batch, n_parameters
+from modeling.heads.config import HeadConfig
 from modeling.heads.registry import HEADS, build_head
 from modeling.training.config import TrainConfig
 

@@ -13,7 +13,8 @@ from tensors import normal
 from torch import Tensor, nn
 
 from modeling.heads import layers
-from modeling.heads.base import Batch, Head, HeadConfig, n_parameters
+from modeling.heads.base import Batch, Head, n_parameters
+from modeling.heads.config import HeadConfig
 from modeling.heads.registry import HEADS, build_head
 
 BOTH, TEXT, IMAGE = ("image", "text"), ("text",), ("image",)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from modeling.features.inputs import Inputs
-from modeling.heads.base import HeadConfig
+from modeling.heads.config import HeadConfig
 from modeling.training import threads as module
 from modeling.training.config import TrainConfig
 from modeling.training.fit import fit

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from feats.errors import UsageError
 from modeling.features.inputs import Inputs
 from modeling.features.joined import Ragged
-from modeling.heads.base import HeadConfig
+from modeling.heads.config import HeadConfig
 from modeling.heads.layers import kernel_logits
 from modeling.heads.registry import build_head
 from modeling.training import fit as training, gradient

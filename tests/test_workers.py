@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from feats.errors import UsageError
 from modeling.features.inputs import Inputs
-from modeling.heads.base import HeadConfig
+from modeling.heads.config import HeadConfig
 from modeling.training import workers
 from modeling.training.config import TrainConfig
 from modeling.training.fit import fit, n_epochs
@@ -143,7 +143,7 @@ def test_an_interruption_waits_until_a_process_is_known(problem: Problem, monkey
 ORPHANS = """
     import os, signal, subprocess, sys, torch
     from modeling.features.inputs import Inputs
-    from modeling.heads.base import HeadConfig
+    from modeling.heads.config import HeadConfig
     from modeling.training import workers
     from modeling.training.config import TrainConfig
     from modeling.training.problem import Problem

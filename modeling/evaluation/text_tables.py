@@ -184,3 +184,9 @@ def _cell(value: Any, digits: int) -> str:
     if value is None:
         return ""
     return f"{value:.{digits}f}" if isinstance(value, (float, np.floating)) else str(value)
+
+
+def spread(values: Sequence[int]) -> int | str:
+    """The value of all, or "12-37"."""
+    low, high = min(values), max(values)
+    return low if low == high else f"{low}-{high}"

@@ -20,7 +20,7 @@ from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSet, FeatureSource
 from modeling.features.stored_splits import Split
 from modeling.features.stream import Stream
-from modeling.heads.base import HeadConfig
+from modeling.heads.config import HeadConfig
 from modeling.runs.run import Member, Run
 from modeling.training.config import TrainConfig, changed, with_seeds
 from modeling.training.fit import epoch_seconds, n_epochs, stacks

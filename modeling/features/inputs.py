@@ -14,7 +14,8 @@ from feats.errors import UsageError
 from feats.source import SIDES
 from modeling.features.joined import FeatureSet, Ragged
 from modeling.features.normalizer import Moments, Normalizer
-from modeling.heads.base import Batch, HeadConfig, head_class
+from modeling.heads.base import Batch, head_class
+from modeling.heads.config import HeadConfig
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from modeling.features.inputs import Inputs, Preprocessing
 from modeling.features.joined import FeatureSet, FeatureSource
 from modeling.features.loading import OpenFeatures
 from modeling.features.normalizer import Normalizer
-from modeling.heads.base import HeadConfig
+from modeling.heads.config import HeadConfig
 
 BLOCK_BYTES = 1 << 24  # of one block's features in float32
 MOST_BLOCK_ROWS = 1 << 15

@@ -32,7 +32,7 @@ from modeling.finetuning.predicting import predict
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.starts import Start, contents_of
 from modeling.finetuning.tuning import Tuned
-from modeling.heads.base import ablation_words
+from modeling.heads.config import ablation_words
 from modeling.runs.config import read_config
 from modeling.runs.folder import load_run, read_report, run_name, save_run
 from modeling.runs.listing import list_runs
@@ -43,7 +43,7 @@ from modeling.runs.tables import ablation_tables, report_tables
 @dataclass(frozen=True)
 class Predicted:
     """Logits (n, C) of the tuned model: of the test rows, where the split has some, and of the validation rows with
-    one side removed, by what is left (see `heads.base.ablation_words`)."""
+    one side removed, by what is left (see `heads.config.ablation_words`)."""
 
     test: np.ndarray | None
     ablated: Mapping[str, np.ndarray]

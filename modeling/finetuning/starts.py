@@ -30,7 +30,8 @@ from modeling.finetuning.pairs import DataPlace, records_of
 from modeling.finetuning.scratch import untrained_text, untrained_vit
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.studies import EncoderChoice
-from modeling.heads.base import HeadConfig, head_class
+from modeling.heads.base import head_class
+from modeling.heads.config import HeadConfig
 from modeling.heads.registry import build_head
 from modeling.prediction.out_of_fold import single_split
 from modeling.runs.encoders import encoder_of

@@ -13,15 +13,8 @@ from torch import Tensor, nn
 
 from feats.errors import UsageError
 from modeling.heads.config import (
-    ABLATIONS as ABLATIONS,
-    ATTENTION_NORMS as ATTENTION_NORMS,
-    IMAGE_POOLINGS as IMAGE_POOLINGS,
-    IMAGE_POSITIONS as IMAGE_POSITIONS,
-    HeadConfig as HeadConfig,
-    ablation_number as ablation_number,
-    ablation_words as ablation_words,
-    check_head as check_head,
-    checked_sides as checked_sides,
+    HeadConfig,
+    check_head,
 )
 from modeling.heads.layers import Linear
 from modeling.heads.registry import HEADS

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from modeling.heads.base import Head, HeadConfig
+    from modeling.heads.base import Head
+    from modeling.heads.config import HeadConfig
 
 
 class Heads(MutableMapping[str, "type[Head]"]):

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling.heads.base import Batch, Head, HeadConfig, ToCommonWidth, n_heads
+from modeling.heads.base import Batch, Head, ToCommonWidth, n_heads
+from modeling.heads.config import HeadConfig
 from modeling.heads.layers import Dropout, LayerNorm, Linear, MultiheadAttention, TransformerEncoderLayer
 
 

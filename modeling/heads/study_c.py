@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modeling.heads.base import Batch, Head, HeadConfig, n_heads
+from modeling.heads.base import Batch, Head, n_heads
+from modeling.heads.config import HeadConfig
 from modeling.heads.layers import Dropout, LayerNorm, Linear, MultiheadAttention, TokenBatchNorm
 
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from modeling.heads.base import Batch, Head, HeadConfig, n_heads
+from modeling.heads.base import Batch, Head, n_heads
+from modeling.heads.config import HeadConfig
 from modeling.heads.layers import BatchNorm, Dropout, Linear, MultiheadAttention
 
 

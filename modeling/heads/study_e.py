@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from feats.errors import UsageError
-from modeling.heads.base import Batch, Head, HeadConfig, n_heads
+from modeling.heads.base import Batch, Head, n_heads
+from modeling.heads.config import HeadConfig
 from modeling.heads.layers import Conv2d, Dropout, Linear, MaxPool2d, MultiheadAttention
 
 

@@ -20,7 +20,7 @@ from modeling.evaluation import metrics
 from modeling.experiments.experiment import Experiment, class_numbers
 from modeling.experiments.measuring import split_figures
 from modeling.features.joined import FeatureSet, FeatureSource, Ragged, Rows
-from modeling.heads.base import ABLATIONS, ablation_words
+from modeling.heads.config import ABLATIONS, ablation_words
 from modeling.runs.run import Run
 
 KINDS = (*SIDES, *(f"{side}_tokens" for side in SIDES))

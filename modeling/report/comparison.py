@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from feats.csv_files import read_table
 from feats.errors import UsageError
 from modeling.choices import AVERAGES
-from modeling.heads.base import ABLATIONS, HeadConfig, ablation_words
+from modeling.heads.config import ABLATIONS, HeadConfig, ablation_words
 from modeling.report import markup
 from modeling.report.sections import FigureFile, Section
 from modeling.report.style import colour, figure_file, shorten

@@ -14,7 +14,7 @@ from feats.parts import open_cache
 from modeling.finetuning.pairs import DataPlace, kept_place
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.studies import MODELS, EncoderChoice, tuning_recipe, with_one_rate
-from modeling.heads.base import HeadConfig
+from modeling.heads.config import HeadConfig
 from modeling.reproduction.published import Row, Table
 from modeling.reproduction.sources import SUFFIX, caches_in
 from modeling.reproduction.tables import NOT_TUNED, TUNED, Result, Settings, side_removed, split_of

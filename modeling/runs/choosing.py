@@ -3,21 +3,22 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from feats.errors import UsageError
 from modeling.choices import BEST as BEST, NEWEST as NEWEST
 from modeling.runs.entries import Entry, figure_words, find_entries, read_entry, read_predicted, run_folders
-from modeling.runs.folder import load_run
 from modeling.runs.listing import newest_runs, warn_of
-from modeling.runs.run import Run
+
+if TYPE_CHECKING:
+    from modeling.runs.run import Run
 
 Say = Callable[[str], Any]
 
 
 def open_runs(
     folder: Path, names: Sequence[str] | None, *, single_head: bool = False, say: Say = lambda line: None
-) -> list[Run]:
+) -> "list[Run]":
     """The runs `names`: each a path, a name in `folder` or in a sweep there, "newest", or "best": the one with the
     highest monitored validation figure of those on the same rows as the newest. Without names, the newest. With
     `single_head` these two are of one head on cached features. `say` hears which run they are, and whether there is a
@@ -50,7 +51,9 @@ def run_path(folder: Path, name: str) -> Path:
     return inside[0] if inside else folder / name
 
 
-def _opened(folder: Path, name: str, single_head: bool, say: Say) -> Run:
+def _opened(folder: Path, name: str, single_head: bool, say: Say) -> "Run":
+    from modeling.runs.folder import load_run  # with torch, which who asks for a path alone goes without
+
     if name not in (NEWEST, BEST):
         return load_run(run_path(folder, name))
     failed: dict[Path, UsageError] = {}

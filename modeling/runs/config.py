@@ -7,7 +7,7 @@ from typing import Any
 from feats.errors import UsageError
 from feats.json_files import read_json, shape_of, shape_problem
 from feats.source import SIDES
-from modeling.heads.base import HeadConfig
+from modeling.heads.config import HeadConfig
 from modeling.training.config import TrainConfig
 
 FORMAT_VERSION = 3

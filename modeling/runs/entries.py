@@ -15,11 +15,11 @@ from feats.errors import UsageError, first_line
 from feats.source import SIDES
 from modeling.choices import AVERAGES
 from modeling.evaluation.metrics import marked
-from modeling.heads.base import ablation_words
+from modeling.evaluation.text_tables import spread
+from modeling.heads.config import ablation_words
 from modeling.heads.registry import HEADS
 from modeling.runs.config import CONFIG, PREDICTION_COLUMNS, PREDICTIONS, read_metrics
 from modeling.runs.listing import checked_config, is_single_head, latest, newest_first, when_made
-from modeling.runs.tables import spread
 from modeling.training.config import settings_read
 
 DEEPEST = 3  # folders between the folder of runs and a run: finetuning_<run>/fold1/lora-8

@@ -40,7 +40,8 @@ from modeling.features.inputs import Preprocessing
 from modeling.features.joined import FeatureSource
 from modeling.features.stored_splits import load_split, save_split
 from modeling.features.target import load_target
-from modeling.heads.base import ablation_number, n_parameters
+from modeling.heads.base import n_parameters
+from modeling.heads.config import ablation_number
 from modeling.heads.registry import build_head, head_shapes
 from modeling.runs.config import (
     BATCHES,

@@ -1,12 +1,13 @@
 """Figures as text: what a terminal shows of a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from feats.source import SIDES
 from modeling.choices import AVERAGES
-from modeling.evaluation.text_tables import SHOWN_AVERAGES, confusion_text, figure_rows, format_table
-from modeling.heads.base import ablation_number, ablation_words, n_parameters
+from modeling.evaluation.text_tables import SHOWN_AVERAGES, confusion_text, figure_rows, format_table, spread
+from modeling.heads.base import n_parameters
+from modeling.heads.config import ablation_number, ablation_words
 from modeling.runs.run import Run
 from modeling.training.config import settings_read
 
@@ -33,12 +34,6 @@ def head_line(run: Run) -> str:
 def millions(count: int) -> str:
     """28.1 M; of less than 0.1 M with three digits."""
     return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count / 1e6:.3f} M"
-
-
-def spread(values: Sequence[int]) -> int | str:
-    """The value of all, or "12-37"."""
-    low, high = min(values), max(values)
-    return low if low == high else f"{low}-{high}"
 
 
 def cost_line(cost: Mapping[str, Any]) -> str:

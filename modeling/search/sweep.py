@@ -16,13 +16,14 @@ from feats.json_files import read_json
 from feats.source import SIDES
 from feats.writing import write_json, write_text
 from modeling.evaluation import metrics, text_tables
+from modeling.evaluation.text_tables import spread
 from modeling.experiments.experiment import Experiment
 from modeling.features.corrections import corrected_words
-from modeling.heads.base import ABLATIONS, ablation_number, ablation_words, head_class
+from modeling.heads.base import head_class
+from modeling.heads.config import ABLATIONS, ablation_number, ablation_words
 from modeling.runs.config import PREDICTIONS, is_whole, read_config, read_metrics, train_config
 from modeling.runs.entries import read_entry
 from modeling.runs.folder import read_predictions
-from modeling.runs.tables import spread
 from modeling.training.config import TrainConfig, flat, settings_read
 
 NAMED = re.compile(r"_[0-9a-f]{10}$")  # how `name_of` ends

@@ -52,7 +52,8 @@ from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.starts import Start, start_from_encoders
 from modeling.finetuning.studies import MODELS, EncoderChoice
 from modeling.finetuning.tuning import Tuned, TuneData, tune
-from modeling.heads.base import Batch, HeadConfig
+from modeling.heads.base import Batch
+from modeling.heads.config import HeadConfig
 from modeling.heads.layers import Noise, attach_noise
 
 CLIP_SHAPE = (512, 224, 12, 768, 32, 77, 49408, 512, 8, 12)  # of ViT-B/32, as `clip.model.CLIP` takes it

@@ -82,7 +82,7 @@ def timed(folder: Path, rows: int, rounds: int, device: str, wanted: Sequence[st
     """Time the parts in turns, on new caches in `folder`."""
     from modeling.experiments.experiment import ExperimentSettings, load_experiment
     from modeling.features.joined import FeatureSource
-    from modeling.heads.base import HeadConfig
+    from modeling.heads.config import HeadConfig
     from modeling.training.config import TrainConfig
     from modeling.training.fit import fit
 
