@@ -35,7 +35,8 @@ TINY_WEIGHTS = ("--weights", "vit=pairs/vit", "roberta=pairs/bert")
 TINY = ("--ep", "1", "--bs", "8", "--dtype", "fp32", "--device", "cpu")
 STEP = 5  # all changes would take minutes
 LONG_STEPS = {"report": 129, "finetune": 45, "compare finetuning": 80, "reproduce": 25}  # of scripts that take seconds
-VALUES = {"created", "command", "options", "seconds", "trunk_seconds", "peak_bytes", "cost", "updated"}  # that differ from time to time
+# What differs from time to time.
+VALUES = {"created", "command", "options", "seconds", "trunk_seconds", "peak_bytes", "cost", "updated"}
 
 # -- scripts, each with what lies there before --------------------------------------------------------------------
 
