@@ -42,8 +42,12 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--data", type=Path, metavar="DIR|FILE", help="your own pairs (default: a synthetic sample)")
     parser.add_argument("--layout", help="how they lie on disk (default: detected)")
     add_columns_option(parser)
-    parser.add_argument("--vtype", nargs="+", default=["efficientnet"], metavar="ENCODER", help="of the image side")
-    parser.add_argument("--ttype", nargs="+", default=["minilm", "vader"], metavar="ENCODER", help="of the text side")
+    parser.add_argument(
+        "--vtype", nargs="*", default=["efficientnet"], metavar="ENCODER", help="of the image side; alone: none"
+    )
+    parser.add_argument(
+        "--ttype", nargs="*", default=["minilm", "vader"], metavar="ENCODER", help="of the text side; alone: none"
+    )
     parser.add_argument("--head", nargs="+", default=list(HEADS), help="heads to compare")
     parser.add_argument(
         "--out",
@@ -75,14 +79,16 @@ def quickstart(args: Namespace) -> int:
     place = ["--data", data]
     place += ["--layout", args.layout] if args.layout else []
     place += ["--columns", *args.table_columns] if args.table_columns else []
-    for encoder in dict.fromkeys([*args.vtype, *args.ttype]):
+    encoders = list(dict.fromkeys([*args.vtype, *args.ttype]))
+    for encoder in encoders:
         script = f"feats/{encoder}_extract_feats.py"
         step(args, f"encode every pair once with {encoder}", script, *place, "--out", feats)
-    caches = ["--vtype", *args.vtype, "--ttype", *args.ttype]
+    caches = ["--vtype", *args.vtype] if args.vtype else []
+    caches += ["--ttype", *args.ttype] if args.ttype else []
     grid = ["--head", *args.head, "--norm", "standard", "--lr", "1e-3", "--ep", "60", "--bs", "64", "--folds", "5"]
     step(args, "compare heads on the cached features", "modeling/sweep_heads.py", *caches, *folders, *grid)
     best, predictions = best_run(runs / "sweep"), out / "predictions.csv"
-    predicts = (feats / f"{args.vtype[0]}_test.h5").is_file()
+    predicts = (feats / f"{encoders[0]}_test.h5").is_file()
     if predicts:
         step(
             args,
@@ -92,7 +98,7 @@ def quickstart(args: Namespace) -> int:
     report = best / "report.html"
     step(args, "show what the best of them learned", "modeling/make_report.py", "--run", best, "--feats", feats)
     print(f"\ndone in {time.perf_counter() - start:.0f} s; nothing is encoded or trained twice if you run it again:")
-    print(f"  caches       {feats}/  (look into one: python feats/inspect_feats.py {feats / args.vtype[0]}_train.h5)")
+    print(f"  caches       {feats}/  (look into one: python feats/inspect_feats.py {feats / encoders[0]}_train.h5)")
     print(f"  comparison   {runs / 'sweep' / 'table.md'}")
     print(f"  best run     {best}")
     print(f"  report       {report}  (open it in a browser)")
@@ -118,6 +124,8 @@ def check_options(args: Namespace) -> None:
         raise UsageError("`layout` and `columns` are of your own pairs; name these with `data`")
     columns_from(args)
     known = sorted(p.stem.removesuffix("_extract_feats") for p in ROOT.glob("feats/*_extract_feats.py"))
+    if not [*args.vtype, *args.ttype]:
+        raise UsageError(f"`vtype` and `ttype` name no encoder; there are {', '.join(known)}")
     for encoder in (*args.vtype, *args.ttype):
         if encoder not in known:
             raise UsageError(f"no encoder {encoder!r}; there are {', '.join(known)}")

@@ -122,6 +122,10 @@ def test_options_are_handed_on(tmp_path: Path, capfd: pytest.CaptureFixture, mon
     assert all(command[-3:] == ["--quiet", "--log-file", "log.txt"] for command in ran)
     assert all(command[1:-5] == data for command in ran[:2])
     ran.clear()
+    assert quickstart.main(["--data", "shop.tsv", "--vtype", *FAST]) == 2
+    extraction, sweep = ran
+    assert extraction[0].endswith("vader_extract_feats.py") and "--vtype" not in sweep and "--ttype" in sweep
+    ran.clear()
     assert quickstart.main([*FAST, "--quiet"]) == 2
     assert ran[0][1:] == ["--out", "data/sample"] and all(command[-1] == "--quiet" for command in ran[1:])
 
@@ -129,6 +133,7 @@ def test_options_are_handed_on(tmp_path: Path, capfd: pytest.CaptureFixture, mon
 def test_what_cannot_work_stops_at_once(tmp_path: Path, capfd: pytest.CaptureFixture):
     for argv, told in (
         (["--ttype", "vader", "clop"], "error: no encoder 'clop'; there are clip, efficientnet,"),
+        (["--vtype", "--ttype"], "error: --vtype and --ttype name no encoder; there are clip, efficientnet,"),
         (["--head", "fusion", "liner"], "error: unknown head 'liner'; did you mean linear"),
         (["--columns", "colour=a"], "error: --columns colour=a: expected id, image, text, label, split before ="),
     ):
