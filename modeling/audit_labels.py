@@ -27,7 +27,16 @@ import feats.threads  # noqa: F401
 from feats.command_line.exit_status import EXIT_DONE
 from feats.command_line.options import positive
 from feats.errors import UsageError
-from modeling import cli
+from modeling.command_line.messages import guarded, progress_bar
+from modeling.command_line.options import (
+    RUN_HELP,
+    add_csv_option,
+    add_data_options,
+    add_run_options,
+    chosen_runs,
+    data_place,
+    new_parser,
+)
 from modeling.runs.files import check_replaceable
 
 if TYPE_CHECKING:
@@ -38,25 +47,25 @@ if TYPE_CHECKING:
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(
+    parser = new_parser(
         __doc__,
         "python modeling/audit_labels.py --run newest",
         "python modeling/audit_labels.py --folds 10 --out saved/label_audit.csv",
     )
     parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
-    parser.add_argument("--run", metavar="RUN", help=f"{cli.RUN_HELP} (default: newest)")
+    parser.add_argument("--run", metavar="RUN", help=f"{RUN_HELP} (default: newest)")
     parser.add_argument("--folds", type=positive, default=5, metavar="K", help="folds of the training rows")
-    cli.add_data_options(parser, "the pairs, for their texts (default: where the caches say)")
+    add_data_options(parser, "the pairs, for their texts (default: where the caches say)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="(default: label_audit.csv in the run's folder)")
-    cli.add_run_options(parser)
-    cli.add_csv_option(parser)
+    add_run_options(parser)
+    add_csv_option(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
-    return cli.guarded(lambda: work(args), "nothing was written")
+    return guarded(lambda: work(args), "nothing was written")
 
 
 def work(args: Namespace) -> int:
@@ -67,17 +76,17 @@ def work(args: Namespace) -> int:
     from modeling.experiments.fitting import total_epochs
     from modeling.prediction.out_of_fold import single_split
 
-    [run] = cli.chosen_runs(args)
+    [run] = chosen_runs(args)
     single_split(run)
     out = args.out or run.folder / "label_audit.csv"
     check_replaceable(out, suspects.HEADER)
     suspects.check_unedited(out)
     source = replace(run.source, folder=run.feature_folder(args.feats))
     print(f"caches {source.folder}")
-    records = pairs(source, cli.data_place(args))
+    records = pairs(source, data_place(args))
     experiment = suspects.audit_experiment(run, experiment_of_run(run, source, args.device), args.folds)
     configs = {member.config for member in run.members}
-    with cli.progress_bar("train", total_epochs(list(configs), experiment), "epoch") as progress:
+    with progress_bar("train", total_epochs(list(configs), experiment), "epoch") as progress:
         queue = suspects.audit(run, experiment, progress)
     suspects.write_queue(out, queue, records, safe=args.csv_safe)
     print(format_table(suspects.summary_rows(queue), ["rows", "n", *suspects.WHYS]))

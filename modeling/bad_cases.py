@@ -27,7 +27,8 @@ from feats.command_line.exit_status import EXIT_DONE
 from feats.command_line.options import positive
 from feats.csv_files import write_rows
 from feats.errors import UsageError
-from modeling import cli
+from modeling.command_line.messages import guarded, progress_bar
+from modeling.command_line.options import RUN_HELP, add_csv_option, add_run_options, chosen_runs, new_parser
 from modeling.runs.files import check_replaceable, user_file
 
 if TYPE_CHECKING:
@@ -36,25 +37,25 @@ if TYPE_CHECKING:
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(
+    parser = new_parser(
         __doc__,
         "python modeling/bad_cases.py --run newest",
         "python modeling/bad_cases.py --min-confidence 0.9 --out saved/bad_cases.csv",
     )
     parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
-    parser.add_argument("--run", metavar="RUN", help=f"{cli.RUN_HELP} (default: newest)")
+    parser.add_argument("--run", metavar="RUN", help=f"{RUN_HELP} (default: newest)")
     parser.add_argument("--folds", type=positive, default=5, metavar="K", help="folds of the training rows")
     parser.add_argument("--min-confidence", type=float, default=0.0, metavar="P", help="list rows as sure, 0 to 1")
     parser.add_argument("--out", type=Path, metavar="FILE", help="(default: bad_cases.csv in the run's folder)")
-    cli.add_run_options(parser)
-    cli.add_csv_option(parser)
+    add_run_options(parser)
+    add_csv_option(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
-    return cli.guarded(lambda: export(args), "nothing was written")
+    return guarded(lambda: export(args), "nothing was written")
 
 
 def export(args: Namespace) -> int:
@@ -63,7 +64,7 @@ def export(args: Namespace) -> int:
 
     if not 0 <= args.min_confidence <= 1:
         raise UsageError(f"--min-confidence {args.min_confidence:g}: expected a probability, 0 to 1")
-    [run] = cli.chosen_runs(args)
+    [run] = chosen_runs(args)
     with deterministic(any(member.config.deterministic for member in run.members)):
         return export_of(run, args)
 
@@ -90,7 +91,7 @@ def export_of(run: Run, args: Namespace) -> int:
     folds = unseen_folds(train_ids, args.folds, experiment, len(split.val) / (len(split.train) + len(split.val)))
     experiment = replace(experiment, splits=folds)
     configs = list(dict.fromkeys(member.config for member in run.members))
-    with cli.progress_bar("train", total_epochs(configs, experiment), "epoch") as progress:
+    with progress_bar("train", total_epochs(configs, experiment), "epoch") as progress:
         probabilities = out_of_fold(run, experiment, train_ids, progress)
     labels, predicted = experiment.labels(train_ids), probabilities.argmax(1)
     confidence = probabilities.max(1)

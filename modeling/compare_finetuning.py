@@ -26,8 +26,10 @@ from feats.command_line.options import positive
 from feats.command_line.wording import as_typed
 from feats.errors import UsageError
 from feats.names import checked_name
-from modeling import cli
 from modeling.choices import METHODS, SplitSettings
+from modeling.command_line.messages import OPTION_OF, command_line, guarded, progress_bar
+from modeling.command_line.options import RUN_HELP, add_data_options, add_run_options, chosen_runs, new_parser
+from modeling.command_line.tuning import BY_METHODS, TUNING_GRID, add_tuning_options, tuning_command, tuning_settings
 from modeling.training.config import TrainConfig, settings_read
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ USUAL_GRID = {"lr": [1e-5, 2e-5], "dropout": [0.3, 0.5]}  # study E's
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(
+    parser = new_parser(
         __doc__,
         "python modeling/compare_finetuning.py --run newest --methods frozen lp_ft",
         "python modeling/compare_finetuning.py --grid --only 1 --ep 2",
@@ -51,10 +53,10 @@ def build_parser() -> ArgumentParser:
     group.add_argument(
         "--run",
         metavar="RUN",
-        help=f"its head is trained anew on each fold: {cli.RUN_HELP} (default: newest; both with one head)",
+        help=f"its head is trained anew on each fold: {RUN_HELP} (default: newest; both with one head)",
     )
     group.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
-    cli.add_data_options(group, "the pairs (default: where the caches say)")
+    add_data_options(group, "the pairs (default: where the caches say)")
     group.add_argument("--weights", nargs="+", default=[], metavar="NAME=PATH", help="weights of a cache's encoder")
     group.add_argument(
         "--methods",
@@ -74,8 +76,8 @@ def build_parser() -> ArgumentParser:
     group.add_argument(
         "--grid", action="store_true", help="study E's values of --lr and --dropout, where these aren't typed"
     )
-    cli.add_tuning_options(parser, grid=True)
-    cli.add_run_options(parser)
+    add_tuning_options(parser, grid=True)
+    add_run_options(parser)
     parser.add_argument("--name", help="folder of the comparison, inside --runs (default: finetuning_<run>)")
     parser.add_argument("--history", action="store_true", help="list past finetunings and verdicts in --runs, and end")
     return parser
@@ -85,9 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
     if args.history:
-        return cli.guarded(lambda: history(args.runs), "nothing was changed")
+        return guarded(lambda: history(args.runs), "nothing was changed")
     again = "finished cells and checkpoints are kept, run the same command to go on"
-    return cli.guarded(lambda: work(args, cli.command_line(argv)), again, same_bits=hasattr(args, "deterministic"))
+    return guarded(lambda: work(args, command_line(argv)), again, same_bits=hasattr(args, "deterministic"))
 
 
 def work(args: Namespace, command: str) -> int:
@@ -109,7 +111,7 @@ def work(args: Namespace, command: str) -> int:
     protocol = {"folds": args.folds, "val_ratio": args.val_ratio, "split_seed": args.split_seed}
     comparison.claim(folder, experiment, config, **protocol)
     train(args, cells, experiment, config, command)
-    monitor = cli.tuning_settings(Namespace(**{**vars(args), **points[0]})).monitor
+    monitor = tuning_settings(Namespace(**{**vars(args), **points[0]})).monitor
     scored = [
         verdict.read_scored([cell for cell in cells if cell.candidate is candidate], experiment, monitor)
         for candidate in candidates
@@ -126,7 +128,7 @@ def work(args: Namespace, command: str) -> int:
     )
     found.write(folder)
     print(f"{len(cells)} cells, table.csv and table.md -> {folder}\n")
-    print(as_typed(found.text(), cli.OPTION_OF))
+    print(as_typed(found.text(), OPTION_OF))
     return EXIT_DONE
 
 
@@ -149,7 +151,7 @@ def history(runs: Path) -> int:
 
 def run_to_compare(args: Namespace) -> Run:
     """The run whose head is the frozen one. Raises `UsageError` for one of several heads, or with tuned encoders."""
-    [run] = cli.chosen_runs(args, single_head=True)
+    [run] = chosen_runs(args, single_head=True)
     if len(run.members) > 1 or run.finetuned is not None:
         what = "was finetuned" if run.finetuned is not None else f"has {len(run.members)} heads"
         raise UsageError(f"{run.named} {what}, expected one head on cached features; name such a run with `run`")
@@ -175,7 +177,7 @@ def points_of(args: Namespace, head: str) -> list[dict[str, Any]]:
     if args.dropout and "dropout" not in reads:
         raise UsageError(f"`dropout` does nothing for the head {head}; leave it out")
     usual = {name: values for name, values in USUAL_GRID.items() if args.grid and (name != "dropout" or name in reads)}
-    axes = {name: getattr(args, name, None) or usual.get(name) for name in cli.TUNING_GRID}
+    axes = {name: getattr(args, name, None) or usual.get(name) for name in TUNING_GRID}
     varied = {name: values for name, values in axes.items() if values}
     return [dict(zip(varied, values, strict=True)) for values in product(*varied.values())]
 
@@ -186,14 +188,14 @@ def candidates_of(args: Namespace, points: Sequence[dict[str, Any]], classes: Se
     from modeling.finetuning import comparison
     from modeling.finetuning.comparison import FROZEN, Candidate
 
-    typed = [f"`{name}`" for name in cli.BY_METHODS if hasattr(args, name)]
+    typed = [f"`{name}`" for name in BY_METHODS if hasattr(args, name)]
     if typed:
         raise UsageError(f"{', '.join(typed)}: `methods` say what is tuned, and how; leave it out")
     varying = [name for name in points[0] if len({point[name] for point in points}) > 1]
     found = [Candidate(FROZEN)]
     for method in dict.fromkeys(name for name in args.methods if name != FROZEN):
         for point in points:
-            common = cli.tuning_settings(Namespace(**{**vars(args), **point}), classes)
+            common = tuning_settings(Namespace(**{**vars(args), **point}), classes)
             settings = comparison.settings_of(method, common)
             live = {"live_trunk": True} if args.live_trunk and settings.last_blocks else {}
             shown = {name: point[name] for name in varying}
@@ -207,7 +209,7 @@ def train(args: Namespace, cells: Sequence[Cell], experiment: Experiment, config
 
     waiting = [cell for cell in cells if not cell.done]
     print(f"{len(cells)} cells, {len(cells) - len(waiting)} of them finished before")
-    with cli.progress_bar("compare", len(waiting), "cell") as progress:
+    with progress_bar("compare", len(waiting), "cell") as progress:
         for cell in waiting:
             if cell.candidate.settings is None:
                 comparison.train_frozen(cell, config, experiment, command=command, options=args.given)
@@ -231,7 +233,7 @@ def finetuning(args: Namespace, cell: Cell, experiment: Experiment) -> list[str]
     words += ["--dropout", cell.candidate.dropout] if cell.candidate.dropout is not None else []
     words += ["--new-head"] if comparison.begins_with_new_head(cell.candidate.method) else []
     words += ["--live-trunk"] if args.live_trunk else []
-    return [*map(str, words), *cli.tuning_command(cell.candidate.settings)]
+    return [*map(str, words), *tuning_command(cell.candidate.settings)]
 
 
 def cell_line(cell: Cell) -> str:

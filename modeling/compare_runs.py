@@ -16,8 +16,10 @@ import feats.threads  # noqa: F401
 # isort: split
 
 from feats.command_line.exit_status import EXIT_DONE
-from modeling import choices, cli
+from modeling import choices
 from modeling.choices import AVERAGES, LAYOUTS
+from modeling.command_line.messages import guarded
+from modeling.command_line.options import RUN_HELP, add_csv_option, new_parser
 from modeling.runs.files import check_replaceable, user_file
 
 SUFFIXES = {".md": "markdown", ".tex": "latex", ".csv": "csv"}
@@ -26,26 +28,26 @@ A_LEADERBOARD = "a leaderboard of this format"
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(
+    parser = new_parser(
         __doc__,
         "python modeling/compare_runs.py --by macro_f1",
         "python modeling/compare_runs.py saved/runs/sweep --out runs.md",
     )
-    shown = f"{cli.RUN_HELP}; or a folder of runs, such as a sweep (default: all in --runs)"
+    shown = f"{RUN_HELP}; or a folder of runs, such as a sweep (default: all in --runs)"
     parser.add_argument("run", nargs="*", metavar="RUN", help=shown)
     parser.add_argument("--runs", type=Path, default=choices.RUNS, metavar="DIR", help="folder of runs")
     parser.add_argument("--by", choices=AVERAGES, help="what ranks (default: what chose all epochs, or accuracy)")
     parser.add_argument("--against", metavar="RUN", help="test against this run (default: the best on its rows)")
     parser.add_argument("--format", choices=tuple(LAYOUTS), help="(default: by --out, or terminal)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write it (default: on the screen)")
-    cli.add_csv_option(parser)
+    add_csv_option(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
-    return cli.guarded(lambda: work(args), "nothing was written", named={})
+    return guarded(lambda: work(args), "nothing was written", named={})
 
 
 def work(args: Namespace) -> int:

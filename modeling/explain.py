@@ -24,7 +24,16 @@ from feats.command_line.exit_status import EXIT_DONE
 from feats.command_line.options import positive
 from feats.command_line.wording import as_typed
 from feats.errors import UsageError
-from modeling import cli
+from modeling.command_line.messages import guarded, print_note, progress_bar
+from modeling.command_line.options import (
+    RUN_HELP,
+    add_data_options,
+    add_run_options,
+    chosen_runs,
+    data_place,
+    named_texts,
+    new_parser,
+)
 from modeling.explanations.methods import METHODS
 
 if TYPE_CHECKING:
@@ -42,7 +51,7 @@ NEIGHBOURS, ORDERS = 5, 10
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(
+    parser = new_parser(
         __doc__,
         'python modeling/explain.py --image cat.jpg --text "what a day"',
         "python modeling/explain.py --run best --check 50",
@@ -67,13 +76,13 @@ def build_parser() -> ArgumentParser:
     pair.add_argument("--seed", type=int, default=0, help="of random orders, and of the pairs of --check")
     pair.add_argument("--check", type=positive, metavar="N", help="score explanations of N validation pairs, too")
     which = parser.add_argument_group("the run and its data")
-    which.add_argument("--run", metavar="RUN", help=f"{cli.RUN_HELP} (default: newest)")
+    which.add_argument("--run", metavar="RUN", help=f"{RUN_HELP} (default: newest)")
     which.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
-    cli.add_data_options(which, "the pairs (default: where the caches say)")
+    add_data_options(which, "the pairs (default: where the caches say)")
     which.add_argument(
         "--weights", nargs="+", default=[], metavar="CACHE=PATH", help="weights of an encoder, where they aren't found"
     )
-    cli.add_run_options(parser)
+    add_run_options(parser)
     parser.add_argument("--out", type=Path, metavar="FILE.png", help=f"(default: {OUT} in the run's folder)")
     return parser
 
@@ -81,7 +90,7 @@ def build_parser() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
-    return cli.guarded(lambda: work(args), "nothing was written", named={}, given=args.given)
+    return guarded(lambda: work(args), "nothing was written", named={}, given=args.given)
 
 
 def work(args: Namespace) -> int:
@@ -91,7 +100,7 @@ def work(args: Namespace) -> int:
     one_pair = args.image is not None or args.text is not None
     if not one_pair and not args.check:
         raise UsageError("nothing to explain: give `image`, `text` or both, or `check` and a number of pairs")
-    [run] = cli.chosen_runs(args)
+    [run] = chosen_runs(args)
     if args.target is not None and args.target not in run.classes:
         raise UsageError(f"--target {args.target}: no class of {run.named}; there are {', '.join(run.classes)}")
     from modeling.explanations.explained import load_explained  # encoders, captum, matplotlib: slow to import
@@ -99,7 +108,7 @@ def work(args: Namespace) -> int:
 
     if one_pair:
         check_pair(args, run)
-    model = load_explained(run, resolve_device(args.device), cli.named_texts(args.weights, "--weights"))
+    model = load_explained(run, resolve_device(args.device), named_texts(args.weights, "--weights"))
     methods = choose_methods(model, args.method)
     print(f"run {run.path}")
     if one_pair:
@@ -118,7 +127,7 @@ def check_pair(args: Namespace, run: Run) -> None:
     check_png(args.out or run.folder / OUT)
     for side, given in (("image", args.image), ("text", args.text)):
         if given is not None and not run.source.of(side):
-            cli.print_note(f"--{side} does nothing: the run reads no {side}")
+            print_note(f"--{side} does nothing: the run reads no {side}")
 
 
 def explain(args: Namespace, model: ExplainedModel, methods: Mapping[str, str]) -> None:
@@ -157,7 +166,7 @@ def training_rows(args: Namespace, run: Run) -> TrainingRows | None:
     except UsageError as error:
         if args.feats is not None:
             raise
-        cli.print_note(f"no sides and no neighbours without the training rows' caches ({as_typed(error)})")
+        print_note(f"no sides and no neighbours without the training rows' caches ({as_typed(error)})")
         return None
 
 
@@ -166,7 +175,7 @@ def neighbour_texts(args: Namespace, run: Run) -> dict[str, str]:
     try:
         return {record.id: record.text or "" for record in records(args, run)}
     except (UsageError, OSError) as error:
-        cli.print_note(f"neighbours without their texts ({as_typed(error)})")
+        print_note(f"neighbours without their texts ({as_typed(error)})")
         return {}
 
 
@@ -174,7 +183,7 @@ def records(args: Namespace, run: Run) -> Pairs:
     """The raw pairs of the run's caches."""
     from modeling.finetuning.pairs import records_of_run
 
-    return records_of_run(run, args.feats, cli.data_place(args))
+    return records_of_run(run, args.feats, data_place(args))
 
 
 def check(args: Namespace, model: ExplainedModel, methods: Mapping[str, str]) -> None:
@@ -193,7 +202,7 @@ def check(args: Namespace, model: ExplainedModel, methods: Mapping[str, str]) ->
         for record in records(args, run)
         if record.id in chosen
     )
-    with cli.progress_bar("check", len(chosen), "pair") as progress:
+    with progress_bar("check", len(chosen), "pair") as progress:
         checks = check_methods(model, pairs, methods, orders=args.orders, seed=args.seed, progress=progress)
     print("\n".join(check_lines(checks, len(chosen))))
 

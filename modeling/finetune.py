@@ -26,7 +26,23 @@ from feats.command_line.wording import as_typed
 from feats.errors import UsageError
 from feats.leftovers import temporary_folder
 from feats.names import checked_name
-from modeling import cli
+from modeling.command_line import messages
+from modeling.command_line.messages import OPTION_OF, command_line, guarded
+from modeling.command_line.options import (
+    RUN_HELP,
+    add_corrections_option,
+    add_data_options,
+    add_run_options,
+    add_split_options,
+    chosen_runs,
+    data_place,
+    named_texts,
+    new_parser,
+    split_in_use,
+    split_settings,
+)
+from modeling.command_line.training import HEAD_OPTIONS, modality, option_names
+from modeling.command_line.tuning import add_tuning_options, tuning_settings
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.studies import MODELS, EncoderChoice, tuning_recipe
 from modeling.heads.config import ABLATIONS, HeadConfig
@@ -45,16 +61,16 @@ SIZES = ("layers", "width", "heads", "patch")
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(
+    parser = new_parser(
         __doc__,
         "python modeling/finetune.py --run newest --tune last-2 --ep 3",
         "python modeling/finetune.py --image-encoder efficientnet --text-encoder minilm --head concat",
     )
     add_start_options(parser)
-    cli.add_split_options(parser)
-    cli.add_corrections_option(parser)
-    cli.add_tuning_options(parser)
-    cli.add_run_options(parser)
+    add_split_options(parser)
+    add_corrections_option(parser)
+    add_tuning_options(parser)
+    add_run_options(parser)
     parser.add_argument("--name", help="the run's name (default: made of time, encoders and head)")
     parser.add_argument(
         "--ablation-eval",
@@ -67,9 +83,9 @@ def build_parser() -> ArgumentParser:
 def add_start_options(parser: ScriptParser) -> None:
     """What a finetuning begins with."""
     group = parser.add_argument_group("what is tuned")
-    group.add_argument("--run", metavar="RUN", help=f"{cli.RUN_HELP} (default: newest; both with one head)")
+    group.add_argument("--run", metavar="RUN", help=f"{RUN_HELP} (default: newest; both with one head)")
     group.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
-    cli.add_data_options(group, "the pairs (default: where the caches say, or data)")
+    add_data_options(group, "the pairs (default: where the caches say, or data)")
     group.add_argument("--new-head", action="store_true", help="begin with a new head of the run's shape")
     group.add_argument("--weights", nargs="+", default=[], metavar="NAME=PATH", help="weights of a cache or encoder")
     new = parser.add_argument_group("a new model")
@@ -80,7 +96,7 @@ def add_start_options(parser: ScriptParser) -> None:
     )
 
     def add(name: str, text: str, **keywords: Any) -> None:
-        new.add_argument(*cli.option_names(name), default=SUPPRESS, help=text, **keywords)
+        new.add_argument(*option_names(name), default=SUPPRESS, help=text, **keywords)
 
     add("head", "a head of stage 2 (default: the model's, else fusion)")
     add("D", f"width of the common space or hidden layer (default: {HeadConfig.D})", type=int)
@@ -88,11 +104,11 @@ def add_start_options(parser: ScriptParser) -> None:
     add(
         "ablation",
         "0 both sides, 1 text only, 2 image only; or both, text, image",
-        type=cli.modality,
+        type=modality,
         choices=range(len(ABLATIONS)),
     )
     for name in OF_HEADS:
-        text, keywords = cli.HEAD_OPTIONS[name]
+        text, keywords = HEAD_OPTIONS[name]
         add(name, text, **keywords)
     add("norm", "of the head's inputs (default: none)", choices=("none", "l2"))
     add("tokens", "let a head that can read token features", action="store_true")
@@ -105,9 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
     kept = "checkpoints are kept, run the same command to go on"
-    named = {**cli.OPTION_OF, "rank": "lora", "alpha": "lora_alpha"}
+    named = {**OPTION_OF, "rank": "lora", "alpha": "lora_alpha"}
     same_bits = hasattr(args, "deterministic")
-    return cli.guarded(lambda: work(args, cli.command_line(argv)), kept, named, same_bits=same_bits, given=args.given)
+    return guarded(lambda: work(args, command_line(argv)), kept, named, same_bits=same_bits, given=args.given)
 
 
 def work(args: Namespace, command: str) -> int:
@@ -118,10 +134,10 @@ def work(args: Namespace, command: str) -> int:
     from modeling.finetuning.finetune import finetune_model, no_bar
 
     with team(args.device) as (mates, device), temporary_folder() as scratch:
-        start = begin(args, cli.tuning_settings(args), device, scratch, told=mates.leads)
+        start = begin(args, tuning_settings(args), device, scratch, told=mates.leads)
         run = finetune_model(
             start,
-            cli.tuning_settings(args, start.experiment.classes),
+            tuning_settings(args, start.experiment.classes),
             args.runs,
             name=args.name,
             bad_cases=args.bad_cases,
@@ -141,7 +157,7 @@ def work(args: Namespace, command: str) -> int:
 
 def say(line: str) -> None:
     """Print a line above a bar, its settings as they are typed."""
-    cli.say(as_typed(line, cli.OPTION_OF))
+    messages.say(as_typed(line, OPTION_OF))
 
 
 # -- what is tuned ----------------------------------------------------------------------------------------------
@@ -153,8 +169,8 @@ def begin(
     """The model that the options ask for, before its first step; which run it begins with is said where `told`."""
     from modeling.finetuning.starts import start_from_encoders, start_from_run
 
-    place = cli.data_place(args)
-    weights = cli.named_texts(args.weights, "--weights")
+    place = data_place(args)
+    weights = named_texts(args.weights, "--weights")
     recipe = tuning_recipe(args.recipe, args.model)
     if not any(getattr(args, option) for option in NEW_MODEL):
         refuse(
@@ -165,7 +181,7 @@ def begin(
             ("corrections",),
             "a run keeps the labels its head was trained with; train the head anew with them, and name that run",
         )
-        [run] = cli.chosen_runs(args, single_head=True, told=told)
+        [run] = chosen_runs(args, single_head=True, told=told)
         return start_from_run(
             run,
             settings,
@@ -184,7 +200,7 @@ def begin(
         text,
         head,
         settings,
-        cli.split_settings(args, recipe),
+        split_settings(args, recipe),
         device=device,
         place=place,
         weights=weights,
@@ -212,7 +228,7 @@ def model_in_use(args: Namespace) -> dict[str, Any]:
         return {"dropout": recipe.get("dropout")}
     head = model_choice(args, recipe)[2]
     of_head = {"head": head.head, "D": head.D, "dropout": head.dropout, "ablation": 0, "norm": "none"}
-    return {**of_head, **cli.split_in_use(args, recipe)}
+    return {**of_head, **split_in_use(args, recipe)}
 
 
 def refuse(args: Namespace, options: Sequence[str], why: str) -> None:

@@ -30,8 +30,21 @@ from feats.command_line.wording import as_typed, remark
 from feats.errors import UsageError
 from feats.escapes import one_line
 from feats.leftovers import temporary_folder
-from modeling import choices, cli
+from modeling import choices
 from modeling.choices import VoteSettings
+from modeling.command_line.messages import guarded
+from modeling.command_line.options import (
+    RUN_HELP,
+    absence_of,
+    add_ablation_options,
+    add_csv_option,
+    add_run_options,
+    chosen_runs,
+    data_place,
+    named_texts,
+    new_parser,
+    refuse_absent,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +59,7 @@ SHOWN = 50  # left out rows named on stderr
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(
+    parser = new_parser(
         __doc__,
         "python modeling/inference_head.py --run best --proba",
         'python modeling/inference_head.py --image cat.jpg --text "what a day"',
@@ -74,7 +87,7 @@ def build_parser() -> ArgumentParser:
         "--weights", nargs="+", default=[], metavar="CACHE=PATH", help="weights of an encoder, where they aren't found"
     )
     which = parser.add_argument_group("runs")
-    which.add_argument("--run", nargs="+", metavar="RUN", help=f"{cli.RUN_HELP} (default: newest)")
+    which.add_argument("--run", nargs="+", metavar="RUN", help=f"{RUN_HELP} (default: newest)")
     which.add_argument(
         "--vote",
         choices=choices.VOTES,
@@ -87,8 +100,8 @@ def build_parser() -> ArgumentParser:
         help=f"who gets a tie, if among the tied; else, or without such a class, the tied class of the highest mean "
         f"probability (default: {choices.TIE})",
     )
-    cli.add_ablation_options(parser)
-    cli.add_run_options(parser)
+    add_ablation_options(parser)
+    add_run_options(parser)
     output = parser.add_argument_group("predictions")
     output.add_argument(
         "--out",
@@ -99,7 +112,7 @@ def build_parser() -> ArgumentParser:
     output.add_argument("--format", choices=choices.FORMATS, help="(default: what the suffix of --out says, else csv)")
     output.add_argument("--no-header", action="store_true", help="leave out the line of the columns' names")
     output.add_argument("--proba", action="store_true", help="add a column of probabilities for each class")
-    cli.add_csv_option(parser)
+    add_csv_option(parser)
     return parser
 
 
@@ -109,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     said = "nothing was written"
     if args.csv and args.out != STREAM:
         said += "; the pairs that are encoded are kept, the same command goes on with them"
-    return cli.guarded(lambda: work(args), said, named={}, given=args.given)
+    return guarded(lambda: work(args), said, named={}, given=args.given)
 
 
 def work(args: Namespace) -> int:
@@ -129,14 +142,14 @@ def predict(args: Namespace, stream: TextIO | None) -> int:
     one_pair = args.image is not None or args.text is not None
     if one_pair and args.csv:
         raise UsageError("--csv together with --image or --text; give a manifest or one pair")
-    cli.refuse_absent(args)
+    refuse_absent(args)
     if args.ablation_eval:
         return score_without_sides(args)
     form = format_of(args)
     check_inputs(args)
     if args.weights and not one_pair and not args.csv:
         raise UsageError("--weights is for raw pairs; cached rows are read as they are")
-    runs = cli.chosen_runs(args)
+    runs = chosen_runs(args)
     device = resolve_device(args.device)
     voting = VoteSettings(args.vote, args.tie)
     out = output_file(args, runs, form)
@@ -185,13 +198,13 @@ def score_without_sides(args: Namespace) -> int:
             "writes no predictions; leave it out"
         )
     device = resolve_device(args.device)
-    for run in cli.chosen_runs(args):
+    for run in chosen_runs(args):
         encode_own_caches(args, [run], device, ("train",))
         source = replace(run.source, folder=run.feature_folder(args.feats))
         print(f"run {run.path}\ncaches {source.folder}")
         experiment = experiment_of_run(run, source, args.device)
         own = {name: weights for name in source.names if (weights := run.encoder_weights(name))}
-        absent_of = cli.absence_of(args, experiment, source, own)
+        absent_of = absence_of(args, experiment, source, own)
         tables = ablation_eval(run, experiment, absent_of)
         if args.split != "train" and are_complete(source.folder, args.split, source.names):
             features = load_features(
@@ -251,7 +264,7 @@ def predict_raw(
         raw_pairs,  # encoders and their libraries: slow to import, for raw pairs only
     )
 
-    weights = cli.named_texts(args.weights, "--weights")
+    weights = named_texts(args.weights, "--weights")
     remarks: list[str] = []
     if args.csv is None:
         records = raw_pairs.one_pair(args.image, args.text, runs)
@@ -293,7 +306,7 @@ def encode_own_caches(
 
         for run in finetuned:
             for split in splits or (args.split,):
-                encode_split(run, split, cli.data_place(args), device=device, bar=rows_bar)
+                encode_split(run, split, data_place(args), device=device, bar=rows_bar)
 
 
 def warn_of_gaps(predictions: Predictions) -> None:

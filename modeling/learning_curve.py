@@ -22,8 +22,10 @@ import feats.threads  # noqa: F401
 
 from feats.command_line.exit_status import EXIT_DONE
 from feats.command_line.options import positive
-from modeling import choices, cli
+from modeling import choices
 from modeling.choices import AVERAGES
+from modeling.command_line.messages import guarded, progress_bar
+from modeling.command_line.options import RUN_HELP, add_csv_option, add_run_options, chosen_runs, new_parser
 from modeling.runs.files import check_replaceable
 
 if TYPE_CHECKING:
@@ -35,13 +37,13 @@ SHOWN = ("head", "what", "share", "rows", "mean", "std", "low", "high", "gain_lo
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(
+    parser = new_parser(
         __doc__,
         "python modeling/learning_curve.py --run newest",
         "python modeling/learning_curve.py --shares 0.25 0.5 1 --draws 10",
     )
     parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
-    parser.add_argument("--run", metavar="RUN", help=f"{cli.RUN_HELP} (default: newest)")
+    parser.add_argument("--run", metavar="RUN", help=f"{RUN_HELP} (default: newest)")
     shares = " ".join(f"{share:g}" for share in choices.SHARES)
     parser.add_argument(
         "--shares",
@@ -55,15 +57,15 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--draw-seed", type=int, default=0, metavar="SEED", help="of the draws")
     parser.add_argument("--figure", choices=AVERAGES, default=AVERAGES[0], help="what is shown")
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"(default: {choices.CURVE_FILE} in the run's folder)")
-    cli.add_run_options(parser)
-    cli.add_csv_option(parser)
+    add_run_options(parser)
+    add_csv_option(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
-    return cli.guarded(lambda: work(args), "nothing was written")
+    return guarded(lambda: work(args), "nothing was written")
 
 
 def work(args: Namespace) -> int:
@@ -71,7 +73,7 @@ def work(args: Namespace) -> int:
     from feats.acceleration import deterministic
     from modeling.prediction.out_of_fold import single_split
 
-    [run] = cli.chosen_runs(args)
+    [run] = chosen_runs(args)
     single_split(run)
     with deterministic(any(member.config.deterministic for member in run.members)):
         return work_of(run, args)
@@ -89,7 +91,7 @@ def work_of(run: Run, args: Namespace) -> int:
     print(f"caches {source.folder}")
     experiment, configs = experiment_of_run(run, source, args.device), curves.configs_of(run)
     how = (args.shares, args.draws, args.draw_seed)
-    with cli.progress_bar("train", curves.curve_epochs(configs, experiment, *how), "epoch") as progress:
+    with progress_bar("train", curves.curve_epochs(configs, experiment, *how), "epoch") as progress:
         found = curves.learning_curve(experiment, configs, *how, progress)
     rows = curves.table(found, args.figure)
     curves.write_curve(out, rows, safe=args.csv_safe)

@@ -16,12 +16,14 @@ import feats.threads  # noqa: F401
 
 from feats.command_line.exit_status import EXIT_DONE
 from feats.errors import UsageError
-from modeling import choices, cli
+from modeling import choices
+from modeling.command_line.messages import guarded
+from modeling.command_line.options import new_parser
 
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__, "python modeling/list_runs.py", "python modeling/list_runs.py --sort score")
+    parser = new_parser(__doc__, "python modeling/list_runs.py", "python modeling/list_runs.py --sort score")
     parser.add_argument("--runs", type=Path, default=choices.RUNS, metavar="DIR", help="folder of runs")
     parser.add_argument(
         "--sort", choices=("age", "score"), default="age", help="newest first, or highest validation figure first"
@@ -32,7 +34,7 @@ def build_parser() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
-    return cli.guarded(lambda: work(args), "nothing was written", named={})
+    return guarded(lambda: work(args), "nothing was written", named={})
 
 
 def work(args: Namespace) -> int:

@@ -19,21 +19,29 @@ from feats.command_line.exit_status import EXIT_DONE
 from feats.command_line.options import positive
 from feats.command_line.wording import as_typed
 from feats.errors import UsageError
-from modeling import cli
 from modeling.choices import NEWEST
+from modeling.command_line.messages import OPTION_OF, command_line, guarded
+from modeling.command_line.options import (
+    RUN_HELP,
+    add_data_options,
+    add_run_options,
+    chosen_runs,
+    data_place,
+    new_parser,
+)
 
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(
+    parser = new_parser(
         __doc__,
         "python modeling/make_report.py --run best",
         "python modeling/make_report.py --sweep saved/runs/sweep --explain 3",
     )
-    parser.add_argument("--run", default=NEWEST, metavar="RUN", help=cli.RUN_HELP)
+    parser.add_argument("--run", default=NEWEST, metavar="RUN", help=RUN_HELP)
     parser.add_argument("--sweep", type=Path, metavar="DIR", help="also compare the heads of a sweep's folder")
     parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
-    cli.add_data_options(parser, "the pairs, for texts and pictures (default: where the caches say)")
+    add_data_options(parser, "the pairs, for texts and pictures (default: where the caches say)")
     parser.add_argument(
         "--learning-curve", action="store_true", help="also train on shares of the training rows, which takes minutes"
     )
@@ -41,14 +49,14 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--out", type=Path, metavar="FILE.html", help="figures go beside it (default: report.html in the run's folder)"
     )
-    cli.add_run_options(parser)
+    add_run_options(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
-    return cli.guarded(lambda: work(args, cli.command_line(argv)), "nothing was written")
+    return guarded(lambda: work(args, command_line(argv)), "nothing was written")
 
 
 def work(args: Namespace, command: str) -> int:
@@ -56,15 +64,15 @@ def work(args: Namespace, command: str) -> int:
     from modeling.report.making import ReportSettings, make_report  # matplotlib, jinja2: slow to import
     from modeling.report.page import PAGE, check_page
 
-    path = cli.chosen_runs(args)[0].folder
+    path = chosen_runs(args)[0].folder
     if args.out is not None and args.out.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"`out` {args.out}: expected a name that ends in .html")
     check_page(args.out or path / PAGE)
     print(f"run {path}")
     settings = ReportSettings(
-        args.feats, cli.data_place(args), args.sweep, args.learning_curve, args.explain or 0, args.device
+        args.feats, data_place(args), args.sweep, args.learning_curve, args.explain or 0, args.device
     )
-    print(as_typed("\n".join(make_report(path, args.out, settings, command).lines()), cli.OPTION_OF))
+    print(as_typed("\n".join(make_report(path, args.out, settings, command).lines()), OPTION_OF))
     return EXIT_DONE
 
 

@@ -22,7 +22,8 @@ from feats.command_line.exit_status import EXIT_DONE, EXIT_INTERRUPTED
 from feats.command_line.options import add_columns_option, columns_from
 from feats.csv_files import read_csv
 from feats.errors import UsageError
-from modeling import cli
+from modeling.command_line.messages import guarded
+from modeling.command_line.options import new_parser
 from modeling.heads.config import HeadConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +35,7 @@ HEADS = ("fusion", "concat", "weighted_sum", "mlp", "linear", "kernel")
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(
+    parser = new_parser(
         __doc__,
         "python modeling/quickstart.py",
         "python modeling/quickstart.py --data my/pairs.csv --columns label=mood --vtype pixels --ttype ngrams",
@@ -62,7 +63,7 @@ def build_parser() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
-    return cli.guarded(lambda: quickstart(args), "run the same command to go on where it was")
+    return guarded(lambda: quickstart(args), "run the same command to go on where it was")
 
 
 def quickstart(args: Namespace) -> int:

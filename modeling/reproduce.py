@@ -24,8 +24,10 @@ from feats.command_line.messages import rows_bar
 from feats.command_line.options import positive
 from feats.command_line.wording import as_typed
 from feats.errors import UsageError
-from modeling import choices, cli
+from modeling import choices
 from modeling.choices import SEEDS
+from modeling.command_line.messages import OPTION_OF, command_line, guarded, training_bar
+from modeling.command_line.options import add_data_options, add_run_options, data_place, named_texts, new_parser
 from modeling.reproduction.published import TABLES, Row, Table
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ ALL = "all"
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(__doc__, "python modeling/reproduce.py", "python modeling/reproduce.py all --seeds 5")
+    parser = new_parser(__doc__, "python modeling/reproduce.py", "python modeling/reproduce.py all --seeds 5")
     parser.add_argument("table", nargs="?", choices=(*TABLES, ALL), metavar="TABLE", help=f"{', '.join(TABLES)} or all")
     group = parser.add_argument_group("features")
     group.add_argument("--feats", type=Path, default=choices.FEATS, metavar="DIR", help="folder of caches")
@@ -52,9 +54,9 @@ def build_parser() -> ArgumentParser:
     group.add_argument("--rows", nargs="+", metavar="WORDS", help="only rows whose name holds one of these")
     group = parser.add_argument_group("rows whose encoders the study tuned")
     group.add_argument("--finetune", action="store_true", help="tune them, end to end on the raw pairs")
-    cli.add_data_options(group, "the pairs (default: where the caches say, or data)")
+    add_data_options(group, "the pairs (default: where the caches say, or data)")
     group.add_argument("--weights", nargs="+", default=[], metavar="NAME=PATH", help="weights of an encoder")
-    cli.add_run_options(parser)
+    add_run_options(parser)
     return parser
 
 
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{ALL:<12}each of these")
         return EXIT_DONE
     again = "what is finished is kept, run the same command to go on"
-    return cli.guarded(lambda: work(args, cli.command_line(argv)), again)
+    return guarded(lambda: work(args, command_line(argv)), again)
 
 
 def work(args: Namespace, command: str) -> int:
@@ -105,12 +107,12 @@ def reproduce(
     from modeling.reproduction.tables import compare, frozen_results
 
     made_by = {"command": command, "options": args.given}
-    frozen = frozen_results(table, rows, settings, made_by=made_by, say=print, bar=cli.training_bar)
+    frozen = frozen_results(table, rows, settings, made_by=made_by, say=print, bar=training_bar)
     tuned = tuned_results(
         table,
         rows,
         settings,
-        cli.data_place(args),
+        data_place(args),
         weights,
         train=args.finetune,
         made_by=made_by,
@@ -119,7 +121,7 @@ def reproduce(
     )
     results = in_order(rows, [*frozen, *tuned])
     comparison = compare(table, results, settings)
-    print(f"\n{as_typed(comparison.text(), cli.OPTION_OF)}\n")
+    print(f"\n{as_typed(comparison.text(), OPTION_OF)}\n")
     runs = {path for result in results for path in result.runs}
     if runs:
         comparison.write(settings.folder_of(table))
@@ -145,7 +147,7 @@ def checked_weights(args: Namespace, rows: Sequence[Row]) -> dict[str, str]:
     """The typed weights by encoder. Raises `UsageError` for an encoder that no tuned row has."""
     from modeling.reproduction.finetuned import encoders_of
 
-    weights = cli.named_texts(args.weights, "--weights")
+    weights = named_texts(args.weights, "--weights")
     known = {choice.name for row in rows if row.model for choice in encoders_of(row)}
     unknown = sorted(weights.keys() - known)
     if unknown:

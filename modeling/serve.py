@@ -23,8 +23,8 @@ from feats.command_line.messages import guarded
 from feats.command_line.options import positive
 from feats.errors import UsageError
 from feats.terminal import let_go
-from modeling import cli
 from modeling.choices import VOTES, VoteSettings
+from modeling.command_line.options import RUN_HELP, add_run_options, chosen_runs, named_texts, new_parser
 
 if TYPE_CHECKING:
     from modeling.prediction.warm import WarmPredictor
@@ -32,17 +32,15 @@ if TYPE_CHECKING:
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(
-        __doc__, "python modeling/serve.py --run best", "python modeling/serve.py --http --port 8000"
-    )
+    parser = new_parser(__doc__, "python modeling/serve.py --run best", "python modeling/serve.py --http --port 8000")
     which = parser.add_argument_group("runs")
-    which.add_argument("--run", nargs="+", metavar="RUN", help=f"{cli.RUN_HELP} (default: newest)")
+    which.add_argument("--run", nargs="+", metavar="RUN", help=f"{RUN_HELP} (default: newest)")
     which.add_argument(
         "--weights", nargs="+", default=[], metavar="CACHE=PATH", help="weights of an encoder, where they aren't found"
     )
     which.add_argument("--vote", choices=VOTES, default=VoteSettings.vote, help="several runs: as in inference_head.py")
     which.add_argument("--tie", metavar="CLASS", help="who gets a tie: as in inference_head.py")
-    cli.add_run_options(parser)
+    add_run_options(parser)
     batches = parser.add_argument_group("batches")
     batches.add_argument("--max-batch", type=positive, default=16, metavar="N", help="pairs encoded at once at most")
     batches.add_argument(
@@ -71,9 +69,9 @@ def work(args: Namespace) -> int:
         raise UsageError(f"{', '.join(f'`{name}`' for name in idle)} without `http`; give that, too, or leave it out")
     if not 0 <= args.max_delay <= 1000:
         raise UsageError(f"`max_delay` {args.max_delay:g}: expected milliseconds from 0 to 1000")
-    runs = cli.chosen_runs(args, told=False)
+    runs = chosen_runs(args, told=False)
     device = resolve_device(args.device)
-    weights = cli.named_texts(args.weights, "--weights")
+    weights = named_texts(args.weights, "--weights")
 
     from modeling.prediction.warm import BatchSettings, WarmPredictor  # encoders' libraries: slow to import
 

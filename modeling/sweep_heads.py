@@ -21,7 +21,19 @@ import feats.threads  # noqa: F401
 from feats.command_line.exit_status import EXIT_DONE
 from feats.errors import UsageError
 from feats.names import checked_name
-from modeling import cli
+from modeling.command_line.messages import command_line, guarded, print_lines, progress_bar, training_bar
+from modeling.command_line.options import (
+    add_corrections_option,
+    add_csv_option,
+    add_feature_options,
+    add_label_column_options,
+    add_run_options,
+    add_split_options,
+    add_stream_option,
+    experiment_settings,
+    new_parser,
+)
+from modeling.command_line.training import Grid, add_training_options, grid_from, print_recipe, print_unread, unread
 from modeling.training.config import TrainConfig, as_read, settings_read, with_seeds
 from modeling.training.recipes import RECIPES
 
@@ -34,18 +46,18 @@ NAME = "sweep"
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(
+    parser = new_parser(
         __doc__,
         "python modeling/sweep_heads.py --head fusion mlp linear --lr 1e-3 1e-4",
         "python modeling/sweep_heads.py --vtype efficientnet --ttype minilm --auto",
     )
-    cli.add_feature_options(parser)
-    cli.add_split_options(parser)
-    cli.add_corrections_option(parser)
-    cli.add_label_column_options(parser)
-    cli.add_stream_option(parser)
-    cli.add_training_options(parser, grid=True)
-    cli.add_run_options(parser)
+    add_feature_options(parser)
+    add_split_options(parser)
+    add_corrections_option(parser)
+    add_label_column_options(parser)
+    add_stream_option(parser)
+    add_training_options(parser, grid=True)
+    add_run_options(parser)
     parser.add_argument(
         "--auto",
         action="store_true",
@@ -57,18 +69,18 @@ def build_parser() -> ArgumentParser:
         help="train the grid on this one of --head only, and the others at its best settings",
     )
     parser.add_argument("--name", help=f"folder of the sweep's runs and tables, inside --runs (default: {NAME})")
-    cli.add_csv_option(parser)
+    add_csv_option(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
-    args, command = build_parser().parse_args(argv), cli.command_line(argv)
+    args, command = build_parser().parse_args(argv), command_line(argv)
     same_bits = hasattr(args, "deterministic")
     if args.auto:
-        return cli.guarded(lambda: search(args, command), "nothing was saved", same_bits=same_bits)
+        return guarded(lambda: search(args, command), "nothing was saved", same_bits=same_bits)
     again = "what is finished is kept, run the same command to go on"
-    return cli.guarded(lambda: compare(args, command), again, same_bits=same_bits)
+    return guarded(lambda: compare(args, command), again, same_bits=same_bits)
 
 
 def compare(args: Namespace, command: str) -> int:
@@ -76,19 +88,19 @@ def compare(args: Namespace, command: str) -> int:
     from modeling.experiments.experiment import load_experiment
 
     checked_name(args.name or NAME, "name")
-    grid, settings = cli.grid_from(args), cli.experiment_settings(args)
+    grid, settings = grid_from(args), experiment_settings(args)
     searched = varied(grid, args.search_on) if args.search_on is not None else []
-    cli.print_unread(args, [head.head for head in grid.heads], besides=["--monitor"])
-    cli.print_recipe(args, [head.head for head in grid.heads])
+    print_unread(args, [head.head for head in grid.heads], besides=["--monitor"])
+    print_recipe(args, [head.head for head in grid.heads])
     with load_experiment(settings, grid.heads) as experiment:
         return compare_on(experiment, args, grid, searched, command)
 
 
-def compare_on(experiment: Experiment, args: Namespace, grid: cli.Grid, searched: Sequence[str], command: str) -> int:
+def compare_on(experiment: Experiment, args: Namespace, grid: Grid, searched: Sequence[str], command: str) -> int:
     """As `compare`, on joined caches; `searched` are the settings to choose on one head."""
     from modeling.search import sweep
 
-    cli.print_lines(experiment.lines(), args.quiet)
+    print_lines(experiment.lines(), args.quiet)
     folder = args.runs / (args.name or NAME)
     data = sweep.data_digest(experiment)
     earlier = sweep.read_earlier(folder, experiment, data)
@@ -107,7 +119,7 @@ def compare_on(experiment: Experiment, args: Namespace, grid: cli.Grid, searched
     tables = sweep.compare(folder, list(names), list(names.values()), experiment, grid.monitor, diverged)
     notes = dict.fromkeys(filter(None, [tables.notes, *earlier.notes, chosen]))
     tables = replace(tables, notes="\n".join(notes))
-    cli.print_lines(tables.text.splitlines())
+    print_lines(tables.text.splitlines())
     tables.write(folder, safe=args.csv_safe)
     best = folder / tables.best
     sweep.write_diverged(folder, {config: diverged[name] for config, name in names.items() if name in diverged})
@@ -131,10 +143,10 @@ def train(
     configs = [c for config in points for c in with_seeds(config, args.seeds or 1)]
     names = [sweep.name_of(config, data) for config in configs]
     waiting = [i for i, name in enumerate(names) if not is_whole(folder / name)]
-    cli.print_lines([f"{len(configs)} trainings, {len(configs) - len(waiting)} of them finished before"], args.quiet)
+    print_lines([f"{len(configs)} trainings, {len(configs) - len(waiting)} of them finished before"], args.quiet)
     failed: dict[int, str] = {}
     missing = [configs[i] for i in waiting]
-    bar = cli.training_bar(missing, experiment)
+    bar = training_bar(missing, experiment)
     with measured(experiment.device, experiment.stream) as cost, bar as progress:
         for k, outcomes in train_all(missing, experiment, progress, failed):
             run = run_of(outcomes, experiment)
@@ -148,7 +160,7 @@ def train(
 # -- search on one head -----------------------------------------------------------------------------------------
 
 
-def varied(grid: cli.Grid, searched_on: str) -> list[str]:
+def varied(grid: Grid, searched_on: str) -> list[str]:
     """The settings of which a grid has several values, for a search on one head. Raises `UsageError` when there are
     none, when that head isn't of the grid or reads one of them not, and without other heads."""
     heads = list(dict.fromkeys(head.head for head in grid.heads))
@@ -171,7 +183,7 @@ def varied(grid: cli.Grid, searched_on: str) -> list[str]:
 
 
 def best_point(
-    args: Namespace, grid: cli.Grid, experiment: Experiment, data: str, folder: Path, command: str
+    args: Namespace, grid: Grid, experiment: Experiment, data: str, folder: Path, command: str
 ) -> tuple[dict[str, Any], dict[TrainConfig, str], dict[str, str]]:
     """The point of the grid at which the searched head is best by its validation figures, and all of that head's
     trainings as `train` tells of them."""
@@ -187,7 +199,7 @@ def best_point(
     )
 
 
-def chosen_line(searched_on: str, others: cli.Grid, settings: Mapping[str, Any]) -> str:
+def chosen_line(searched_on: str, others: Grid, settings: Mapping[str, Any]) -> str:
     """What was chosen on one head, and which others got it."""
     from modeling.search import sweep
 
@@ -196,14 +208,14 @@ def chosen_line(searched_on: str, others: cli.Grid, settings: Mapping[str, Any])
     return f"{sweep.SEARCHED}{searched_on} alone: {told}, its best by these rows, applied to {heads}."
 
 
-def fitted(grid: cli.Grid, experiment: Experiment) -> list[TrainConfig]:
+def fitted(grid: Grid, experiment: Experiment) -> list[TrainConfig]:
     """The training of each point on these data, with what its head doesn't read at the defaults."""
     from modeling.experiments.experiment import on_features
 
     return [as_read(on_features(config, experiment.features)) for config in grid.configs(experiment.classes)]
 
 
-def distinct(grid: cli.Grid, experiment: Experiment) -> list[TrainConfig]:
+def distinct(grid: Grid, experiment: Experiment) -> list[TrainConfig]:
     """The trainings of a grid on these data. A head that doesn't read what varies is trained once."""
     return list(dict.fromkeys(fitted(grid, experiment)))
 
@@ -221,14 +233,14 @@ def search(args: Namespace, command: str) -> int:
             f"--auto with {', '.join(chosen)}: it chooses normalisation and scales by itself, trains one seed and "
             "leaves a run beside the sweeps; leave these out, or compare heads without --auto"
         )
-    grid, settings = cli.grid_from(args), cli.experiment_settings(args)
+    grid, settings = grid_from(args), experiment_settings(args)
     named = "head" in vars(args)
     with load_experiment(settings, grid.heads if named else []) as experiment:
         experiment.require_in_memory("`auto`")
         return search_on(experiment, args, grid, command)
 
 
-def search_on(experiment: Experiment, args: Namespace, grid: cli.Grid, command: str) -> int:
+def search_on(experiment: Experiment, args: Namespace, grid: Grid, command: str) -> int:
     """As `search`, on joined caches."""
     from modeling.evaluation.text_tables import format_table
     from modeling.runs.folder import run_name, save_run
@@ -236,7 +248,7 @@ def search_on(experiment: Experiment, args: Namespace, grid: cli.Grid, command: 
     from modeling.search import auto
 
     named = "head" in vars(args)
-    cli.print_lines(experiment.lines(), args.quiet)
+    print_lines(experiment.lines(), args.quiet)
     if len(experiment.splits) > 1 and any(split.test for split in experiment.splits):
         raise UsageError(
             "--auto with folds that have test parts: it searches all rows in the end, those among them; leave the test "
@@ -244,22 +256,22 @@ def search_on(experiment: Experiment, args: Namespace, grid: cli.Grid, command: 
         )
     if not named:
         n_columns = sum(width for of_side in experiment.features.widths.values() for width in of_side.values())
-        grid = cli.grid_from(args, head=list(auto.default_heads(auto.most_rows(experiment), n_columns)))
+        grid = grid_from(args, head=list(auto.default_heads(auto.most_rows(experiment), n_columns)))
     heads = list(dict.fromkeys(head.head for head in grid.heads))
-    idle = cli.unread(args, heads)
+    idle = unread(args, heads)
     if idle:
         raise UsageError(
             f"--auto with {', '.join(idle)}: does nothing for the heads it searches ({', '.join(heads)}); leave it "
             "out, or name heads that read it with --head"
         )
-    cli.print_recipe(args, heads)
+    print_recipe(args, heads)
     configs = distinct(grid, experiment)
-    with cli.progress_bar("search", auto.n_fits(experiment, configs), "fit") as progress:
+    with progress_bar("search", auto.n_fits(experiment, configs), "fit") as progress:
         found, candidates = auto.auto(experiment, configs, progress)
     print(format_table(candidates, list(dict.fromkeys(name for row in candidates for name in row))))
     print("log-loss and figures of each candidate on training rows it hadn't seen\n")
     print(report_tables(found))
-    cli.print_lines(collapse_notes(found))
+    print_lines(collapse_notes(found))
     path = args.runs / run_name(found, label="auto")
     run = save_run(found, path, numbered=True, command=command, options=args.given)
     print(f"ensemble of {len(run.members)} heads -> {run.path}")

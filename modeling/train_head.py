@@ -20,7 +20,21 @@ import feats.threads  # noqa: F401
 from feats.command_line.exit_status import EXIT_DONE
 from feats.errors import UsageError
 from feats.source import SIDES
-from modeling import cli
+from modeling.command_line.messages import command_line, guarded, print_lines, progress_bar, say
+from modeling.command_line.options import (
+    absence_of,
+    add_ablation_options,
+    add_corrections_option,
+    add_feature_options,
+    add_label_column_options,
+    add_run_options,
+    add_split_options,
+    add_stream_option,
+    experiment_settings,
+    new_parser,
+    refuse_absent,
+)
+from modeling.command_line.training import Grid, add_training_options, grid_from, print_recipe, print_unread
 from modeling.heads.config import HeadConfig
 from modeling.training.config import with_seeds
 
@@ -33,23 +47,23 @@ if TYPE_CHECKING:
 
 def build_parser() -> ArgumentParser:
     """The script's arguments."""
-    parser = cli.new_parser(
+    parser = new_parser(
         __doc__,
         "python modeling/train_head.py --vtype efficientnet --ttype minilm",
         "python modeling/train_head.py --head mlp --lr 1e-3 --seeds 3 --folds 5",
     )
-    cli.add_feature_options(parser)
-    cli.add_split_options(parser)
-    cli.add_corrections_option(parser)
-    cli.add_label_column_options(parser)
-    cli.add_stream_option(parser)
-    cli.add_training_options(parser)
-    cli.add_run_options(parser)
+    add_feature_options(parser)
+    add_split_options(parser)
+    add_corrections_option(parser)
+    add_label_column_options(parser)
+    add_stream_option(parser)
+    add_training_options(parser)
+    add_run_options(parser)
     parser.add_argument("--verbose", action="store_true", help="show every epoch as it ends (default: best and last)")
     parser.add_argument(
         "--history-batches", action="store_true", help="also write the loss of every batch into the run"
     )
-    cli.add_ablation_options(parser, weights=True)
+    add_ablation_options(parser, weights=True)
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files into the run")
     parser.add_argument("--report", action="store_true", help="also write the run's report.html, see make_report.py")
     return parser
@@ -59,24 +73,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns its exit status."""
     args = build_parser().parse_args(argv)
     same_bits = hasattr(args, "deterministic")
-    return cli.guarded(
-        lambda: work(args, cli.command_line(argv)), "nothing was saved", same_bits=same_bits, given=args.given
-    )
+    return guarded(lambda: work(args, command_line(argv)), "nothing was saved", same_bits=same_bits, given=args.given)
 
 
 def work(args: Namespace, command: str) -> int:
     """Train one configuration, show its figures, save it; returns the exit status."""
     from modeling.experiments.experiment import load_experiment
 
-    cli.refuse_absent(args)
-    grid, settings = cli.grid_from(args), cli.experiment_settings(args)
-    cli.print_unread(args, [head.head for head in grid.heads])
-    cli.print_recipe(args, [head.head for head in grid.heads])
+    refuse_absent(args)
+    grid, settings = grid_from(args), experiment_settings(args)
+    print_unread(args, [head.head for head in grid.heads])
+    print_recipe(args, [head.head for head in grid.heads])
     with load_experiment(settings, grid.heads) as experiment:
         return train(args, command, grid, experiment)
 
 
-def train(args: Namespace, command: str, grid: cli.Grid, experiment: Experiment) -> int:
+def train(args: Namespace, command: str, grid: Grid, experiment: Experiment) -> int:
     """Train the one configuration of the grid, show its figures, save it; returns the exit status."""
     from modeling.experiments.experiment import on_features
     from modeling.experiments.fitting import total_epochs, train_run
@@ -84,30 +96,30 @@ def train(args: Namespace, command: str, grid: cli.Grid, experiment: Experiment)
     from modeling.runs.folder import run_name, save_run, write_tensorboard
     from modeling.runs.tables import ablation_tables, collapse_notes, cost_line, epochs_shown, head_line, report_tables
 
-    cli.print_lines(experiment.lines(), args.quiet)
+    print_lines(experiment.lines(), args.quiet)
     [config] = grid.configs(experiment.classes)
     configs = with_seeds(on_features(config, experiment.features), args.seeds or 1)
     absent_of = None
     if args.ablation_eval:
         experiment.require_in_memory("`ablation_eval`")
-        absent_of = cli.absence_of(args, experiment, sides_read(experiment.features.source, configs[0].head))
+        absent_of = absence_of(args, experiment, sides_read(experiment.features.source, configs[0].head))
     elif args.weights:
         raise UsageError("--weights is for --ablation-eval: cached features are read as they are")
     batches: list[dict[str, Any]] = []
     told = listener(args, batches, named=len(configs) * len(experiment.splits) > 1)
-    with cli.progress_bar("train", total_epochs(configs, experiment), "epoch") as progress:
+    with progress_bar("train", total_epochs(configs, experiment), "epoch") as progress:
         trained = train_run(configs, experiment, progress, told)
     assert trained.report is not None and trained.cost is not None
     cost = cost_line(trained.cost)
     trained = replace(trained, report=replace(trained.report, batches=in_order(batches)))
     if not args.verbose:
-        cli.print_lines(epochs_shown(trained), args.quiet)
+        print_lines(epochs_shown(trained), args.quiet)
     print(f"{head_line(trained)}\n{cost}")
     print(report_tables(trained))
     if absent_of is not None:
         trained = with_ablation_eval(trained, experiment, absent_of)
         print(f"\n{ablation_tables(trained)}")
-    cli.print_lines(collapse_notes(trained))
+    print_lines(collapse_notes(trained))
     run = save_run(trained, args.runs / run_name(trained), numbered=True, command=command, options=args.given)
     if args.tensorboard:
         write_tensorboard(run)
@@ -130,7 +142,7 @@ def listener(args: Namespace, batches: list[dict[str, Any]], named: bool) -> Tol
     def told(epoch: Epoch, fold: int | None) -> None:
         whose = {"fold": fold or "", "seed": epoch.config.seed}
         if args.verbose:
-            cli.say(epoch_line({**(whose if named else {}), **epoch.row}, "best so far" if epoch.best else ""))
+            say(epoch_line({**(whose if named else {}), **epoch.row}, "best so far" if epoch.best else ""))
         if args.history_batches:
             batches.extend(
                 {**whose, "epoch": epoch.row["epoch"], "batch": number, "train_loss": loss}

@@ -22,7 +22,9 @@ from conftest import ENVIRONMENT, ROOT, content, one_line
 from pairs import CLASSES, cached_pairs
 
 from feats.errors import UsageError
-from modeling import cli, compare_finetuning, finetune, train_head
+from modeling import compare_finetuning, finetune, train_head
+from modeling.command_line.options import new_parser
+from modeling.command_line.tuning import add_tuning_options, tuning_command, tuning_settings
 from modeling.evaluation.metrics import holm
 from modeling.features.stored_splits import Split
 from modeling.finetuning import comparison, past
@@ -579,9 +581,9 @@ def test_holm(p: list[float]):
     ],
 )
 def test_settings_come_back_from_the_command_that_gives_them(settings: TuneSettings):
-    parser = cli.new_parser("")
-    cli.add_tuning_options(parser)
-    assert cli.tuning_settings(parser.parse_args(cli.tuning_command(settings)), CLASSES) == settings
+    parser = new_parser("")
+    add_tuning_options(parser)
+    assert tuning_settings(parser.parse_args(tuning_command(settings)), CLASSES) == settings
 
 
 def test_a_cell_is_named_by_all_that_decides_it():

@@ -3,7 +3,7 @@
 import pytest
 
 from feats.errors import UsageError
-from modeling.cli import parse_class_weights
+from modeling.command_line.training import parse_class_weights
 
 
 @pytest.mark.parametrize(

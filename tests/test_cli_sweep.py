@@ -28,7 +28,9 @@ from scipy.stats import beta
 from feats.errors import UsageError
 from feats.store import FeatureStore
 from feats.strings import Labels
-from modeling import cli, sweep_heads, train_head
+from modeling import sweep_heads, train_head
+from modeling.command_line.options import experiment_settings
+from modeling.command_line.training import grid_from
 from modeling.experiments import fitting
 from modeling.experiments.experiment import load_experiment
 from modeling.experiments.fitting import train_all
@@ -683,7 +685,7 @@ def test_unusable_sweeps(feats: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 def heads_of_all(feats: Path, *argv: str) -> set[str]:
     args = sweep_heads.build_parser().parse_args(["--feats", str(feats), "--head", "all", *argv])
-    return {head.head for head in cli.grid_from(args).heads}
+    return {head.head for head in grid_from(args).heads}
 
 
 def test_all_heads_are_those_that_the_caches_suit(feats: Path, tmp_path: Path):
@@ -950,8 +952,8 @@ def test_auto_with_folds_is_nested(feats: Path, tmp_path: Path):
     argv = ["--feats", str(feats), "--vtype", "clip", "--ttype", "vader", "--folds", "3", "--ep", "2"]
     argv += ["--bs", "16", "--gamma", "1", "--ridge", "1"]
     args = train_head.build_parser().parse_args(argv)
-    experiment = load_experiment(cli.experiment_settings(args), [])
-    configs = cli.grid_from(args, head=["kernel", "mlp"], D=4).configs(experiment.classes)
+    experiment = load_experiment(experiment_settings(args), [])
+    configs = grid_from(args, head=["kernel", "mlp"], D=4).configs(experiment.classes)
     run, _ = auto.auto(experiment, configs)
     before = run.report.probabilities
     held = set(experiment.splits[1].val)

@@ -154,7 +154,7 @@ def test_type_checkers_see_the_public_names():
 
 
 COMMAND_LINES = [path for path in MODULES if path.name in ("cli.py", "console.py", "terminal.py")]
-COMMAND_LINES += (ROOT / "feats" / "command_line").glob("*.py")
+COMMAND_LINES += [path for path in MODULES if path.parent.name == "command_line"]
 LIBRARIES = [path for path in MODULES if path not in SCRIPTS and path not in COMMAND_LINES]
 
 

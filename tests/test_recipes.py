@@ -16,7 +16,9 @@ from sklearn.metrics import accuracy_score, f1_score
 from feats.images import hash64
 from feats.records import read_dataset
 from feats.text import duplicate_key
-from modeling import cli, finetune, sweep_heads, train_head
+from modeling import finetune, sweep_heads, train_head
+from modeling.command_line.training import grid_from
+from modeling.command_line.tuning import tuning_settings
 from modeling.features.dealing import deal_split
 from modeling.features.duplicates import duplicate_groups
 from modeling.features.loading import load_features
@@ -310,7 +312,7 @@ def test_no_note_where_a_recipe_is_followed_or_overruled(
 
 def test_own_is_the_study_s_recipe_for_cached_features():
     args = sweep_heads.build_parser().parse_args(["--recipe", "own", "--device", "cpu", "--head", *HEADS])
-    configs = cli.grid_from(args).configs(["a", "b"])
+    configs = grid_from(args).configs(["a", "b"])
     assert [config.head.head for config in configs] == list(HEADS)
     of_study = {"A": "A", "B": "B-cached", "C": "C-cached", "D": "D", "E": "E-cached"}
     studies = set()
@@ -364,7 +366,7 @@ def test_every_value_of_every_tuning_recipe():
 @pytest.mark.parametrize("model", [None, *MODELS])
 def test_tuning_settings_are_the_recipe_s_and_a_model_s_own(model: str | None, study: str):
     typed = ["--recipe", study, *(["--model", model] if model else [])]
-    settings = cli.tuning_settings(finetune.build_parser().parse_args(typed))
+    settings = tuning_settings(finetune.build_parser().parse_args(typed))
     expected = TUNED[study] | (NOT_CLIP if study == "B" and model in ("vilbert_style", "bert_vit_scratch") else {})
     expected = {**expected, "head_lr": expected["lr"]}  # each study tells one rate
     assert vars(settings) == vars(TuneSettings()) | {k: v for k, v in expected.items() if hasattr(TuneSettings, k)}

@@ -23,7 +23,9 @@ from conftest import one_line
 from safetensors.torch import load_file, save_file
 
 from feats.errors import UsageError
-from modeling import cli, train_head
+from modeling import train_head
+from modeling.command_line.options import experiment_settings
+from modeling.command_line.training import grid_from
 from modeling.evaluation.metrics import softmax
 from modeling.experiments.experiment import load_experiment
 from modeling.experiments.fitting import train_run
@@ -53,8 +55,8 @@ def feats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(feats: Path, *argv: str) -> tuple[Run, FeatureSet, Report]:
     """What train_head.py has in hand before it saves."""
     args = train_head.build_parser().parse_args(["--feats", str(feats), "--vtype", "clip", *SHORT, *argv])
-    grid = cli.grid_from(args)
-    experiment = load_experiment(cli.experiment_settings(args), grid.heads)
+    grid = grid_from(args)
+    experiment = load_experiment(experiment_settings(args), grid.heads)
     run = train_run(grid.configs(experiment.classes), experiment)
     return run, experiment.features, run.report
 
@@ -123,8 +125,8 @@ def test_a_loaded_run_is_saved_as_what_it_has_become(saved: Path, made: tuple[Ru
 def test_a_stacked_ensemble_comes_back(feats: Path, tmp_path: Path):
     argv = ["--feats", str(feats), "--vtype", "clip", "--ttype", "vader", *SHORT]
     args = train_head.build_parser().parse_args(argv)
-    experiment = load_experiment(cli.experiment_settings(args), [])
-    run, _ = auto.auto(experiment, cli.grid_from(args, head=["kernel", "linear", "mlp"]).configs(experiment.classes))
+    experiment = load_experiment(experiment_settings(args), [])
+    run, _ = auto.auto(experiment, grid_from(args, head=["kernel", "linear", "mlp"]).configs(experiment.classes))
     back = load_run(save(run, run.report, tmp_path))
     features = experiment.features
     found = back.probabilities(features)

@@ -21,8 +21,9 @@ from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from feats.encoders.base import Encoder
 from feats.encoders.registry import ENCODERS, load_encoder
-from modeling import cli, finetune
+from modeling import finetune
 from modeling.choices import SplitSettings
+from modeling.command_line.tuning import tuning_settings
 from modeling.finetuning.pairs import DataPlace
 from modeling.finetuning.scratch import untrained_text, untrained_vit
 from modeling.finetuning.settings import TuneSettings, lr_factor
@@ -65,7 +66,7 @@ def test_recipes_are_settings(study: str):
 @pytest.mark.parametrize("study", TUNING_RECIPES)
 def test_a_study_had_one_rate_for_encoders_and_head(study: str):
     def settings(*typed: str) -> TuneSettings:
-        return cli.tuning_settings(finetune.build_parser().parse_args(["--recipe", study, *typed]))
+        return tuning_settings(finetune.build_parser().parse_args(["--recipe", study, *typed]))
 
     assert settings().rate_of_head == settings().lr == TUNING_RECIPES[study]["lr"]
     assert settings("--lr", "3e-4").rate_of_head == 3e-4 and settings("--head-lr", "0.5").rate_of_head == 0.5
@@ -74,7 +75,7 @@ def test_a_study_had_one_rate_for_encoders_and_head(study: str):
 def test_study_d_tunes_as_its_module_does():
     """Adam(lr) of torch, whose decay is none, at a constant rate, its whole network in training mode."""
     args = finetune.build_parser().parse_args("--model resnet_roberta --recipe D --lr 2e-5 --ep 3".split())
-    settings = cli.tuning_settings(args)
+    settings = tuning_settings(args)
     network = torch.nn.Linear(2, 2)
     theirs = torch.optim.Adam(network.parameters(), lr=2e-5).param_groups[0]
     assert (settings.optimizer, settings.lr, settings.weight_decay) == ("adam", theirs["lr"], theirs["weight_decay"])

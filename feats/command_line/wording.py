@@ -23,7 +23,12 @@ def as_typed(message: object, named: Mapping[str, str] = {}) -> str:
 
     "give a larger `val_ratio`" -> "give a larger --val-ratio". `named` maps settings to options of other names.
     """
-    return re.sub(r"`(\w+)`", lambda match: "--" + named.get(match[1], match[1]).replace("_", "-"), str(message))
+    return re.sub(r"`(\w+)`", lambda match: as_option(named.get(match[1], match[1])), str(message))
+
+
+def as_option(setting: str) -> str:
+    """How one types a setting: val_ratio -> --val-ratio."""
+    return f"--{setting.replace('_', '-')}"
 
 
 def as_texts(value: Any) -> list[str]:
