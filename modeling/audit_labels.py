@@ -42,7 +42,7 @@ from modeling.runs.files import check_replaceable
 if TYPE_CHECKING:
     from feats.records import Record
     from modeling.features.joined import FeatureSource
-    from modeling.finetuning.pairs import DataPlace
+    from modeling.runs.pairs import DataPlace
 
 
 def build_parser() -> ArgumentParser:
@@ -74,7 +74,7 @@ def work(args: Namespace) -> int:
     from modeling.evaluation.text_tables import format_table
     from modeling.experiments.experiment import experiment_of_run
     from modeling.experiments.fitting import total_epochs
-    from modeling.prediction.out_of_fold import single_split
+    from modeling.runs.run import single_split
 
     [run] = chosen_runs(args)
     single_split(run)
@@ -98,7 +98,7 @@ def work(args: Namespace) -> int:
 
 def pairs(source: FeatureSource, place: DataPlace) -> Sequence[Record]:
     """The raw pairs that the caches were made of; none, with a warning, when they don't lie where the caches say."""
-    from modeling.finetuning.pairs import records_of  # slow to import
+    from modeling.runs.pairs import records_of  # slow to import
 
     try:
         return records_of(source, place)

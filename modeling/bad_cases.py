@@ -77,9 +77,10 @@ def export_of(run: Run, args: Namespace) -> int:
     from modeling.evaluation.text_tables import confusion_text
     from modeling.experiments.experiment import experiment_of_run
     from modeling.experiments.fitting import total_epochs
-    from modeling.prediction.out_of_fold import labelled, out_of_fold, single_split, unseen_folds
+    from modeling.prediction.out_of_fold import labelled, out_of_fold, unseen_folds
     from modeling.runs.config import PREDICTION_COLUMNS
     from modeling.runs.folder import prediction_rows
+    from modeling.runs.run import single_split
 
     split = single_split(run)
     out = args.out or run.folder / "bad_cases.csv"

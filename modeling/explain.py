@@ -181,7 +181,7 @@ def neighbour_texts(args: Namespace, run: Run) -> dict[str, str]:
 
 def records(args: Namespace, run: Run) -> Pairs:
     """The raw pairs of the run's caches."""
-    from modeling.finetuning.pairs import records_of_run
+    from modeling.runs.pairs import records_of_run
 
     return records_of_run(run, args.feats, data_place(args))
 

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def work(args: Namespace) -> int:
     """Train, show and write the curve; returns the exit status."""
     from feats.acceleration import deterministic
-    from modeling.prediction.out_of_fold import single_split
+    from modeling.runs.run import single_split
 
     [run] = chosen_runs(args)
     single_split(run)

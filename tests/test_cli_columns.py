@@ -27,9 +27,9 @@ from modeling import (
 )
 from modeling.finetuning import comparison
 from modeling.finetuning.comparison import Cell
-from modeling.finetuning.pairs import DataPlace
 from modeling.report import making
 from modeling.runs.listing import newest_run
+from modeling.runs.pairs import DataPlace
 
 HEADER = ["nr", "wording", "verdict", "where"]  # no usual name among them
 COLUMNS = ["id=nr", "text=wording", "label=verdict", "split=where"]

@@ -24,7 +24,6 @@ from modeling.finetuning.data import PairReader, Sample, epoch_samples
 from modeling.finetuning.distributed import Team
 from modeling.finetuning.model import PairBatch, PairModel
 from modeling.finetuning.outcomes import what_is_tuned
-from modeling.finetuning.pairs import DataPlace
 from modeling.finetuning.parameters import choose_parameters, leave_out_unused, optimizer_of
 from modeling.finetuning.predicting import predict
 from modeling.finetuning.settings import TuneSettings, lr_factor
@@ -33,6 +32,7 @@ from modeling.finetuning.studies import EncoderChoice
 from modeling.finetuning.trunk import data_of
 from modeling.finetuning.tuning import Tuned, tune
 from modeling.runs.folder import load_run
+from modeling.runs.pairs import DataPlace
 
 CPU = torch.device("cpu")
 PLAIN = TuneSettings(ep=2, bs=8, lr=1e-3, head_lr=1e-2, dtype="fp32", schedule="constant", warmup=0, monitor="accuracy")

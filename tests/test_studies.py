@@ -24,7 +24,6 @@ from feats.encoders.registry import ENCODERS, load_encoder
 from modeling import finetune
 from modeling.choices import SplitSettings
 from modeling.command_line.tuning import tuning_settings
-from modeling.finetuning.pairs import DataPlace
 from modeling.finetuning.scratch import untrained_text, untrained_vit
 from modeling.finetuning.settings import TuneSettings, lr_factor
 from modeling.finetuning.starts import start_from_encoders
@@ -32,6 +31,7 @@ from modeling.finetuning.studies import MODELS, TUNING_RECIPES, EncoderChoice
 from modeling.heads.base import Batch, n_parameters
 from modeling.heads.config import HeadConfig
 from modeling.heads.registry import HEADS, build_head
+from modeling.runs.pairs import DataPlace
 from modeling.training.config import TrainConfig
 
 TEXTS = ["a good day", "very bad", "the sun is"]

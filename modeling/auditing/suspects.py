@@ -18,16 +18,9 @@ from feats.records import Record, TarSlice
 from modeling.experiments.experiment import Experiment
 from modeling.experiments.fitting import Progress
 from modeling.features.splits import duplicates_of
-from modeling.prediction.out_of_fold import (
-    labelled,
-    of_folds,
-    of_held_out,
-    single_split,
-    trained_folds,
-    unseen_folds,
-)
+from modeling.prediction.out_of_fold import labelled, of_folds, of_held_out, trained_folds, unseen_folds
 from modeling.runs.files import user_file
-from modeling.runs.run import Run
+from modeling.runs.run import Run, single_split
 
 PARTS = {"train": "train", "val": "val (not for tuning)", "test": "test (not for tuning)", "": "unused"}
 WHYS = ("model", "duplicates", "both")

@@ -22,8 +22,8 @@ from modeling.training.recipes import (
 if TYPE_CHECKING:
     from modeling.experiments.experiment import Experiment, ExperimentSettings
     from modeling.features.joined import FeatureSource
-    from modeling.finetuning.pairs import DataPlace
     from modeling.prediction.ablation import AbsentOf
+    from modeling.runs.pairs import DataPlace
     from modeling.runs.run import Run
 
 
@@ -116,7 +116,7 @@ def add_data_options(group: ArgumentParser | _ArgumentGroup, text: str) -> None:
 def data_place(args: Namespace) -> DataPlace:
     """From the options of `add_data_options`; of scripts without --layout it is detected. Raises `UsageError` as
     `columns_from`."""
-    from modeling.finetuning.pairs import DataPlace  # slow to import
+    from modeling.runs.pairs import DataPlace  # slow to import
 
     return DataPlace(args.data, getattr(args, "layout", None), columns_from(args))
 

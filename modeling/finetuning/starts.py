@@ -26,16 +26,15 @@ from modeling.features.splits import make_splits
 from modeling.features.stored_splits import Split
 from modeling.finetuning.data import rows_as_features
 from modeling.finetuning.model import PairModel, checked_side
-from modeling.finetuning.pairs import DataPlace, records_of
 from modeling.finetuning.scratch import untrained_text, untrained_vit
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.studies import EncoderChoice
 from modeling.heads.base import head_class
 from modeling.heads.config import HeadConfig
 from modeling.heads.registry import build_head
-from modeling.prediction.out_of_fold import single_split
 from modeling.runs.encoders import encoder_of
-from modeling.runs.run import Member, Run
+from modeling.runs.pairs import DataPlace, records_of
+from modeling.runs.run import Member, Run, single_split
 
 UNTRAINED = {"roberta": untrained_text, "vit": untrained_vit}  # encoders that can begin with random weights
 

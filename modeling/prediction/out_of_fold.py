@@ -17,24 +17,6 @@ from modeling.features.stored_splits import Split
 from modeling.runs.run import Run
 
 
-def single_split(run: Run) -> Split:
-    """The run's split. Raises `UsageError` for a run whose parts aren't one configuration trained on one split."""
-    remedy = "train with modeling/train_head.py, with `val_ratio`, and name that run as `run`"
-    if run.stacking is not None:
-        raise UsageError(
-            f"{run.named} is an ensemble of `auto`, whose parts were chosen on all of its training rows: none is "
-            f"unseen; {remedy}"
-        )
-    if run.finetuned is not None:
-        raise UsageError(
-            f"{run.named} was finetuned: there are no cached features of its training rows; extract some with its "
-            "encoders, `weights` and its folder, train a head on these, and name that run"
-        )
-    if isinstance(run.split, list):
-        raise UsageError(f"{run.named} is a cross-validation: each of its rows is validation in some fold; {remedy}")
-    return run.split
-
-
 def labelled(ids: Sequence[str], experiment: Experiment, folder: Path) -> list[str]:
     """The ids that have a label in the caches; a warning counts the others. Raises `UsageError` when there are none."""
     kept = [name for name, tag in zip(ids, experiment.features.tags_of(ids), strict=True) if tag]

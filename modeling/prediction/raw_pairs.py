@@ -17,8 +17,8 @@ from feats.names import cache_path
 from feats.records import Record, TarSlice, read_dataset
 from modeling.features.cache_facts import are_complete
 from modeling.features.target import RAW
-from modeling.finetuning.pairs import DataPlace, tuned_place
 from modeling.runs.encoders import encoder_of, essence
+from modeling.runs.pairs import DataPlace, tuned_place
 from modeling.runs.run import Run
 
 SPLIT = RAW  # caches are <name>_raw.h5

@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modeling.experiments.experiment import experiment_of_run
-from modeling.finetuning.pairs import DataPlace
-from modeling.prediction.out_of_fold import single_split
 from modeling.report.building import sections_of
 from modeling.report.comparison import comparison_sections
 from modeling.report.curves import learning_curve_section
@@ -14,6 +12,8 @@ from modeling.report.material import Material, gather
 from modeling.report.page import PAGE, write_page
 from modeling.report.sections import Section
 from modeling.runs.folder import load_run
+from modeling.runs.pairs import DataPlace
+from modeling.runs.run import single_split
 from modeling.search.learning_curve import FILE, configs_of, learning_curve, table, write_curve
 
 

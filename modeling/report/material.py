@@ -20,9 +20,9 @@ from modeling.features.inputs import Inputs
 from modeling.features.joined import FeatureSet
 from modeling.features.leaks import Leaks, find_leaks
 from modeling.features.loading import load_features
-from modeling.finetuning.pairs import DataPlace, records_of
 from modeling.runs.config import read_config
 from modeling.runs.folder import read_report
+from modeling.runs.pairs import DataPlace, records_of
 from modeling.runs.run import Member, Report, Run
 
 JPEG_QUALITY = 70

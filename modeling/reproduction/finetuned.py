@@ -11,7 +11,6 @@ from typing import Any
 from feats.errors import CantWriteError, UsageError
 from feats.leftovers import temporary_folder
 from feats.parts import open_cache
-from modeling.finetuning.pairs import DataPlace, kept_place
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.studies import MODELS, EncoderChoice, tuning_recipe, with_one_rate
 from modeling.heads.config import HeadConfig
@@ -19,6 +18,7 @@ from modeling.reproduction.published import Row, Table
 from modeling.reproduction.sources import SUFFIX, caches_in
 from modeling.reproduction.tables import NOT_TUNED, TUNED, Result, Settings, side_removed, split_of
 from modeling.runs.config import is_whole
+from modeling.runs.pairs import DataPlace, kept_place
 
 Progress = Callable[[int, int], Any]  # rows done, rows to do
 

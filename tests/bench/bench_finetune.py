@@ -46,7 +46,6 @@ from modeling.finetuning import trunk
 from modeling.finetuning.checkpoint import Tensors, WorkFolder
 from modeling.finetuning.data import epoch_samples
 from modeling.finetuning.model import PairBatch, PairModel
-from modeling.finetuning.pairs import DataPlace
 from modeling.finetuning.parameters import choose_parameters
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.starts import Start, start_from_encoders
@@ -55,6 +54,7 @@ from modeling.finetuning.tuning import Tuned, TuneData, tune
 from modeling.heads.base import Batch
 from modeling.heads.config import HeadConfig
 from modeling.heads.layers import Noise, attach_noise
+from modeling.runs.pairs import DataPlace
 
 CLIP_SHAPE = (512, 224, 12, 768, 32, 77, 49408, 512, 8, 12)  # of ViT-B/32, as `clip.model.CLIP` takes it
 VAL_RATIO = 0.1
