@@ -52,7 +52,7 @@ def test_recipes_are_settings(study: str):
     recipe = dict(TUNING_RECIPES[study])
     assert study in {model.study for model in MODELS.values()}
     split = {key: recipe.pop(key) for key in ("val_ratio", "split_seed") if key in recipe}
-    tuning = {key: recipe.pop(key) for key in ("warmup", "train_batch_norm") if key in recipe}
+    tuning = {key: recipe.pop(key) for key in ("warmup", "train_batch_norm", "clip_grad") if key in recipe}
     assert TuneSettings(**tuning).tune == "all"
     assert 0 < split["val_ratio"] < 0.5
     gain = recipe.pop("min_gain", None)
