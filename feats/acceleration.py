@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -123,14 +123,24 @@ def full_products(dtype: torch.dtype) -> Iterator[None]:
     """In here a GPU multiplies float32 in full, where `dtype` is that. Torch's default lets cuDNN round what
     convolutions multiply to TF32, of 10 bits: as few as fp16 has, and not what features that call themselves fp32 are
     made of."""
-    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = products.allow_tf32, convolutions.allow_tf32
-    if dtype is torch.float32:
-        products.allow_tf32 = convolutions.allow_tf32 = False
+    if dtype is not torch.float32:
+        yield
+        return
+    backends: Any = torch.backends  # whose types lack some
+    full: tuple[str, Any] = "allow_tf32", False
+    places = backends.cuda.matmul, backends.cudnn
     try:
+        before = [getattr(place, full[0]) for place in places]
+    except RuntimeError:  # somebody set what replaces it, and torch doesn't tell it any longer
+        full, places = ("fp32_precision", "ieee"), (backends.cuda.matmul, backends.cudnn.conv)
+        before = [getattr(place, full[0]) for place in places]
+    try:
+        for place in places:
+            setattr(place, *full)
         yield
     finally:
-        products.allow_tf32, convolutions.allow_tf32 = before
+        for place, usual in zip(places, before, strict=True):
+            setattr(place, full[0], usual)
 
 
 @contextmanager

@@ -1,12 +1,16 @@
 """torchvision encoders against the plain models and their weights' own transforms, with random weights."""
 
 import pickle
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import ENVIRONMENT
 from encoding import image_features
 from PIL import Image
 from safetensors.torch import save_file
@@ -216,3 +220,22 @@ def test_fp32_is_never_rounded_to_tf32(
     seen.clear()
     encode_block(plan, 0)
     assert set(seen) == {rounded} and torch.backends.cudnn.allow_tf32
+
+
+NEWER_SWITCH = """
+    import torch
+    from feats.acceleration import full_products
+    places = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    torch.backends.fp32_precision = "tf32"
+    for dtype in (torch.float32, torch.bfloat16):
+        with full_products(dtype):
+            print(*(place.fp32_precision for place in places))
+        print(*(place.fp32_precision for place in places))
+"""
+
+
+def test_fp32_is_full_beside_torch_s_newer_switch():
+    """Where it is set, torch refuses to tell `allow_tf32`. In a process of its own: what was once set stays set."""
+    command = [sys.executable, "-c", textwrap.dedent(NEWER_SWITCH)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["ieee ieee", *["tf32 tf32"] * 3], done.stderr
