@@ -97,13 +97,14 @@ def work(args: Namespace) -> int:
 
 
 def pairs(source: FeatureSource, place: DataPlace) -> Sequence[Record]:
-    """The raw pairs that the caches were made of; none, with a warning, when they don't lie where the caches say."""
-    from modeling.runs.pairs import records_of  # slow to import
+    """The raw pairs that the caches were made of; none, with a warning, when they don't lie where the caches say.
+    Raises `UsageError` where `place` says anything, and they can't be read so."""
+    from modeling.runs.pairs import DataPlace, records_of  # slow to import
 
     try:
         return records_of(source, place)
     except UsageError as error:
-        if place.path is not None:
+        if place != DataPlace():
             raise
         warnings.warn(f"no texts and pictures in the queue: {error}", stacklevel=2)
         return []

@@ -119,6 +119,19 @@ def test_a_table_elsewhere(home: Path, capsys, monkeypatch: pytest.MonkeyPatch, 
     assert texts == (["the day bad 0"] * 2 if script is make_report else [])
 
 
+@pytest.mark.parametrize("script", [audit_labels, make_report], ids=lambda s: s.__name__)
+def test_columns_that_cannot_be_are_refused_where_the_pairs_lie_as_ever(
+    home: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, script
+):
+    """What goes without the pairs where nobody says how to read them says so of columns that somebody typed."""
+    monkeypatch.setattr(making, "_sections", lambda *_: [])
+    argv = [*typed(home, script), "--out", str(tmp_path / "out.html")]
+    assert script.main(argv) == 0  # the caches' table is gone
+    capsys.readouterr()
+    assert script.main([*argv, "--columns", "text=words"]) == 2
+    assert capsys.readouterr().err.startswith("error: cannot read ")
+
+
 def test_a_new_model_on_a_table(home: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
     """It knows no caches: columns are typed or guessed, and the guesses said. Its run knows them from then on."""
     monkeypatch.setattr(making, "_sections", lambda *_: [])

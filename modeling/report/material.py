@@ -114,7 +114,7 @@ def _records(features: FeatureSet, data: DataPlace) -> tuple[Mapping[str, Record
     try:
         return {record.id: record for record in records_of(features.source, data)}, ""
     except UsageError as error:
-        if data.path is not None:
+        if data != DataPlace():
             raise
         return None, str(error)
 
