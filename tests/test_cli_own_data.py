@@ -75,7 +75,7 @@ def test_columns_that_cannot_be(shop, capsys, columns, said):
 def test_two_that_could_be_the_text(tmp_path, capsys):
     (tmp_path / "shop.csv").write_text("title,description\na,b\n")
     assert encode(tmp_path) == 2
-    said = "error: shop.csv: title and description could each be the text; say which with --columns text=title\n"
+    said = "error: shop.csv: title and description could each be the text; say which with --columns text=title, or text= for none\n"
     assert capsys.readouterr().err.endswith(said)
     command = ["--data", str(tmp_path / "shop.csv"), "--out", str(tmp_path / "texts"), "--columns", "text=description"]
     assert export_texts.main(command) == 0

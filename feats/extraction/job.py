@@ -129,10 +129,9 @@ def with_sides_of(encoder: Encoder, data: Pairs | Pieces) -> Encoder:
     image, text = (None if side in absent else getattr(encoder, side) for side in SIDES)
     missing = f"none of the rows of {data.split} has {' or '.join(_A[side] for side in absent)}"
     if image is None and text is None:
-        raise UsageError(
-            f"this encoder reads {' and '.join(f'{side}s' for side in absent)}, and {missing}; take an encoder of the "
-            "other side, or name the column with `columns`"
-        )
+        column = ", or name the column with `columns`" if data.layout == "manifest" else ""
+        reads = " and ".join(f"{side}s" for side in absent)
+        raise UsageError(f"this encoder reads {reads}, and {missing}; take an encoder of the other side{column}")
     warnings.warn(f"note: {missing}: only the other side is encoded", stacklevel=1)
     return replace(encoder, image=image, text=text)
 

@@ -133,7 +133,7 @@ class Columns:
         if len(named) > 1:
             raise UsageError(
                 f"{self.name}{where}: {' and '.join(map(shown, named))} could each be the {role}; say which with "
-                f"`columns` {role}={shown(named[0])}"
+                f"`columns` {role}={shown(named[0])}{f', or {role}= for none' if role in SIDES else ''}"
             )
         return named[0] if named else None
 
