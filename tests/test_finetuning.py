@@ -664,6 +664,19 @@ def test_predictions_need_no_more_memory_than_steps_do(root: Path, monkeypatch: 
     assert {size for learning, size in sizes if not learning} == {4, 2}  # of six validation rows
 
 
+@pytest.mark.parametrize(("dtype", "rounded"), [("fp32", False), ("bf16", True)])
+def test_fp32_is_not_rounded_to_tf32_as_in_extraction(
+    root: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, rounded: bool
+):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    start, seen = begin(root, replace(PLAIN, dtype=dtype)), []
+    for part in start.model.sides:
+        start.model.parts[part].register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    data = data_of(start, PLAIN, root / "trunks")
+    predict(start.model, data.reader, data.val)
+    assert len(seen) >= 2 and set(seen) == {rounded} and torch.backends.cudnn.allow_tf32
+
+
 def test_what_an_epoch_sees_is_a_function_of_seed_and_epoch():
     rows = list(range(20))
     first = epoch_samples(rows, (), 1, 1, ())

@@ -6,13 +6,14 @@ With what lies below a cut cached (see `modeling.finetuning.trunk`), the encoder
 """
 
 from collections.abc import Iterator, Mapping, Sized
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from feats.acceleration import full_products
 from feats.encoders.base import Encoder, Features, ImageSide, TextSide
 from feats.errors import UsageError
 from feats.source import SIDES
@@ -143,10 +144,13 @@ class PairModel:
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         return {kind: tokens.masked_fill(~mask[..., None], 0)[None], "text_mask": mask[None]}
 
-    def autocast_of(self, name: str) -> AbstractContextManager[Any]:
-        """The dtype in which an encoder multiplies inside the block."""
+    @contextmanager
+    def autocast_of(self, name: str) -> Iterator[None]:
+        """Inside the block an encoder multiplies in its dtype, as in extraction: float32 in full on a GPU, too."""
         dtype = self.autocast.get(name, torch.float32)
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=True)
+        usual = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=True)
+        with full_products(dtype), usual:
+            yield
 
 
 def checked_side(encoder: Encoder, side: str) -> ImageSide | TextSide:
