@@ -17,10 +17,7 @@ from feats.command_line.wording import as_typed
 from feats.errors import UsageError
 from feats.interrupts import interruptible
 from feats.terminal import progress
-from modeling.training.config import (
-    Epochs,
-    TrainConfig,
-)
+from modeling.training.config import Epochs, TrainConfig
 
 if TYPE_CHECKING:
     from modeling.experiments.experiment import Experiment

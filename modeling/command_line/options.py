@@ -14,10 +14,7 @@ from feats.command_line.wording import as_option, as_typed
 from feats.errors import UsageError
 from modeling import choices
 from modeling.choices import ABSENT, NORMS, SHARE, STREAMING, SplitSettings
-from modeling.training.recipes import (
-    RECIPES,
-    SPLIT_SETTINGS,
-)
+from modeling.training.recipes import RECIPES, SPLIT_SETTINGS
 
 if TYPE_CHECKING:
     from modeling.experiments.experiment import Experiment, ExperimentSettings

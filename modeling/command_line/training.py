@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from feats.command_line.options import positive
 from feats.command_line.parser import ScriptParser
+from feats.command_line.wording import as_option
 from feats.errors import UsageError
+from modeling.command_line.messages import OPTION_OF, print_note
+from modeling.command_line.options import feature_source, split_in_use
 from modeling.heads.config import (
     ABLATIONS,
     ATTENTION_NORMS,
@@ -32,19 +35,10 @@ from modeling.training.config import (
     from_flat,
     settings_read,
 )
-from modeling.training.recipes import (
-    END_TO_END,
-    OF_FIXED_FOLDS,
-    RECIPES,
-    cached_recipe,
-    recipe_settings,
-)
+from modeling.training.recipes import END_TO_END, OF_FIXED_FOLDS, RECIPES, cached_recipe, recipe_settings
 
 if TYPE_CHECKING:
     from modeling.features.joined import FeatureSource
-from feats.command_line.wording import as_option
-from modeling.command_line.messages import OPTION_OF, print_note
-from modeling.command_line.options import feature_source, split_in_use
 
 OWN = "own"
 HEAD_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {  # of single heads: help and keywords

@@ -7,22 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from feats.command_line.parser import ScriptParser
+from feats.command_line.wording import as_option
+from modeling.command_line.training import option_names, parse_class_weights
 from modeling.finetuning.augment import TextAugmentation
 from modeling.finetuning.settings import AUGMENTED, DTYPES, TuneSettings
 from modeling.finetuning.studies import TUNING_RECIPES, tuning_recipe, with_one_rate
-from modeling.training.config import (
-    MONITORS,
-    OPTIMIZERS,
-    SCHEDULES,
-)
-
-if TYPE_CHECKING:
-    pass
-from feats.command_line.wording import as_option
-from modeling.command_line.training import option_names, parse_class_weights
+from modeling.training.config import MONITORS, OPTIMIZERS, SCHEDULES
 
 TUNING_GRID = ("lr", "dropout", "bs", "ep")  # what a grid of finetunings varies
 BY_METHODS = ("tune", "lora", "soup", "wise_ft")  # what methods decide there
