@@ -337,6 +337,10 @@ def cell(tmp_path: Path) -> Cell:
     ("code", "why"),
     [
         ("print('error: a --micro-bs of 4'); print('more'); raise SystemExit(2)", "failed: a --micro-bs of 4 ("),
+        (
+            "print('error: no weights for x, the encoder of bert; tried:'); print('  here'); raise SystemExit(2)",
+            "failed: no weights for x, the encoder of bert; say where some are with `weights` NAME=PATH (",
+        ),
         ("raise ValueError('odd')", "failed: ValueError: odd ("),
         ("import os; os.kill(os.getpid(), 9)", "failed: it was ended by signal 9, for want of memory as a rule ("),
         ("import sys; print(sys.argv)", "'--x', '1']"),  # it ended well, but left no run

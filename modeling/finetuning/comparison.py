@@ -273,5 +273,7 @@ def _reason(status: int, said: Sequence[str]) -> str:
         want = ", for want of memory as a rule" if status == -signal.SIGKILL else ""
         return f"it was ended by signal {-status}{want}"
     errors = [line for line in said if line.startswith("error: ")] or [line for line in said if line.strip()]
-    # Where weights are missing, the places tried stand in the lines below it.
-    return errors[-1].removeprefix("error: ").removesuffix("; tried:") if errors else f"exit status {status}"
+    if not errors:
+        return f"exit status {status}"
+    # Where weights are missing, the places tried stand in the lines below it, and a command for this cell alone.
+    return errors[-1].removeprefix("error: ").replace("; tried:", "; say where some are with `weights` NAME=PATH")
