@@ -271,6 +271,8 @@ class FullDisk:
     def _open(self, function: Callable[..., Any], place: Any, mode: str = "r", *rest: Any, **how: Any) -> Any:
         if isinstance(place, int) or not set(mode) & set("wxa") or not self._refuses(place):
             return function(place, mode, *rest, **how)
+        if "+" in mode:  # what reads /dev/full again would find zeros without end
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), place)
         function(place, mode, *rest, **how).close()
         return function("/dev/full", mode.replace("x", "w"), *rest, **how)
 
