@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from feats.errors import UsageError
+from feats.escapes import few
 from feats.source import Source
 from feats.strings import BLOCK, Labels, Strings
 
@@ -32,7 +33,7 @@ class MissingRowsError(UsageError):
     def __init__(self, path: Path, absent: list[str], pending: list[str], quarantined: list[str]):
         self.absent, self.pending, self.quarantined = absent, pending, quarantined
         parts = [
-            f"{len(ids)} {what} ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''})"
+            f"{len(ids)} {what} ({few(ids)})"
             for what, ids in (("not in it", absent), ("not encoded yet", pending), ("in quarantine", quarantined))
             if ids
         ]

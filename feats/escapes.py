@@ -1,6 +1,7 @@
 """Strings of the data's - ids, labels, paths - as a terminal may show them. Files keep them as they are."""
 
 import re
+from collections.abc import Sequence
 
 # Control characters (a terminal obeys them), Unicode's line separators, what reverses the direction of all that
 # follows, and lone surrogates, which no stream takes.
@@ -23,6 +24,11 @@ def short_name(text: str, most: int = 80) -> str:
     settings."""
     shown = one_line(text)
     return (shown if len(shown) <= most else f"{shown[:most]}...").replace("`", "'")
+
+
+def few(items: Sequence[object], most: int = 5) -> str:
+    """The first of some items, and whether there are more: a, b, ..."""
+    return f"{', '.join(map(str, items[:most]))}{', ...' if len(items) > most else ''}"
 
 
 def of_terminal(text: str) -> str:

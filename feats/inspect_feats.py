@@ -21,6 +21,7 @@ from feats.command_line.messages import guarded
 from feats.command_line.parser import ScriptParser
 from feats.command_line.wording import error_line
 from feats.errors import UsageError
+from feats.escapes import few
 
 if TYPE_CHECKING:
     from feats.cache_reader import CacheReader
@@ -117,13 +118,9 @@ def parts_overview(store: PartedStore) -> str:
     line = f"{store.path}: in {parts} parts, split {store.shared.split}"
     if store.missing:
         held = [number for number in store.missing if part_path(store.path, number).with_suffix(".lease").is_file()]
-        line += f", INCOMPLETE: {len(store.missing)} missing ({_few(store.missing)})"
-        line += f", of which {len(held)} in work ({_few(held)})" if held else ", none of them in work"
+        line += f", INCOMPLETE: {len(store.missing)} missing ({few(store.missing, 10)})"
+        line += f", of which {len(held)} in work ({few(held, 10)})" if held else ", none of them in work"
     return line
-
-
-def _few(numbers: Sequence[int]) -> str:
-    return f"{', '.join(map(str, numbers[:10]))}{', ...' if len(numbers) > 10 else ''}"
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import numpy as np
 
 from feats.cache_reader import CacheError, CacheReader, fingerprint_difference
 from feats.errors import UsageError, first_line
+from feats.escapes import few
 from feats.json_files import parse_json, read_text
 from feats.quarantine import quarantine_path
 from feats.row_runs import pieces, split_where
@@ -230,9 +231,8 @@ class PartedStore(CacheReader):
         twice = found.ids.repeated()
         if twice:
             raise CacheError(
-                f"{len(twice)} ids are in more than one row of {self.path}: {', '.join(twice[:5])}"
-                f"{', ...' if len(twice) > 5 else ''}; give the rows ids of their own and extract again with another "
-                "`name`"
+                f"{len(twice)} ids are in more than one row of {self.path}: {few(twice)}; give the rows ids of their "
+                "own and extract again with another `name`"
             )
         return found
 

@@ -12,6 +12,7 @@ import numpy as np
 from feats.cache_layout import ROW_FACTS
 from feats.cache_reader import DONE, QUARANTINED, CacheError
 from feats.errors import UsageError
+from feats.escapes import few
 from feats.extraction.summary import Progress, Summary
 from feats.parts import parts_folder, publish
 from feats.quarantine import quarantine_path
@@ -156,11 +157,6 @@ def file_sha256(path: Path) -> str:
     """Hex sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def few(items: Sequence[Any]) -> str:
-    """The first of some items, for messages."""
-    return f"{', '.join(map(str, items[:5]))}{', ...' if len(items) > 5 else ''}"
 
 
 def _checked(foreign: Foreign) -> list[str]:

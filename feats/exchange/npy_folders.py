@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from feats.cache_reader import DONE, CacheReader
 from feats.errors import UsageError, first_line
+from feats.escapes import few
 from feats.exchange.foreign import Batch, Columns, Foreign, dtype_of_files, strings
 from feats.exchange.parquet_files import facts_in, facts_of, maker_in, told_of
 from feats.extraction.summary import Progress
@@ -116,7 +117,8 @@ def read_npy(path: Path, columns: Columns) -> Foreign:
     for folder, files in numbered.items():
         if files.keys() != numbered[first].keys() or not files:
             raise UsageError(
-                f"{path}: {first} has files {_few(numbered[first])}, {folder} {_few(files)}; each number must be in all"
+                f"{path}: {first} has files {few(sorted(numbered[first])) or 'none'}, {folder} "
+                f"{few(sorted(files)) or 'none'}; each number must be in all"
             )
     ids: list[str | None] = []
     labels: list[str] = []
@@ -153,11 +155,6 @@ def read_npy(path: Path, columns: Columns) -> Foreign:
 def _numbered(folder: Path, name: str, suffix: str) -> dict[int, Path]:
     found = ((re.fullmatch(rf"{name}_(\d+)\.{suffix}", path.name), path) for path in folder.glob(f"*.{suffix}"))
     return {int(match[1]): path for match, path in found if match}
-
-
-def _few(numbers: Mapping[int, Path]) -> str:
-    listed = sorted(numbers)
-    return f"{', '.join(map(str, listed[:5]))}{', ...' if len(listed) > 5 else ''}" or "none"
 
 
 def _metadata(file: Path, columns: Columns) -> tuple[list[str | None], list[str]]:

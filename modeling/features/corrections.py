@@ -9,6 +9,7 @@ from pathlib import Path
 
 from feats.csv_files import numbered_csv, read_table, unquoted, write_csv
 from feats.errors import UsageError
+from feats.escapes import few
 from feats.regular import check_regular
 from modeling.features.joined import FeatureSet, Rows
 from modeling.features.stored_splits import Split
@@ -37,10 +38,9 @@ def read_corrections(path: Path, dataset: Rows) -> dict[str, str]:
         found[name] = label
     unknown = [name for name in found if name not in label_of]
     if unknown:
-        some = f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}"
         raise UsageError(
-            f"{path}: {len(unknown)} of {len(found)} ids ({some}) aren't among the {len(label_of)} labelled rows; "
-            "corrections change labels, they add none"
+            f"{path}: {len(unknown)} of {len(found)} ids ({few(unknown)}) aren't among the {len(label_of)} labelled "
+            "rows; corrections change labels, they add none"
         )
     foreign = sorted(set(found.values()) - {*classes, ""})
     if foreign:

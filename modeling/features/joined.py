@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from feats.errors import UsageError
+from feats.escapes import few
 from feats.names import cache_path, checked_cache
 from feats.source import SIDES
 from feats.strings import Labels, Strings
@@ -284,4 +285,4 @@ def source_of(
 
 def few_rows(ids: Sequence[str]) -> str:
     """How many they are, and which the first are: 2 rows: a, b."""
-    return f"{len(ids)} row{'s' if len(ids) > 1 else ''}: {', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''}"
+    return f"{len(ids)} row{'s' if len(ids) > 1 else ''}: {few(ids)}"

@@ -15,7 +15,7 @@ from feats.json_files import parse_json
 from feats.regular import check_regular
 from feats.strings import Labels, Strings
 from modeling.features.dealing import check_labels, split_of
-from modeling.features.stored_splits import PARTS, Split, check_disjoint, few, repeated, with_ids
+from modeling.features.stored_splits import PARTS, Split, check_disjoint, counted, repeated, with_ids
 
 PLACES = ("{fold}", "{part}")  # in a pattern of file names
 ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
@@ -69,7 +69,8 @@ def _check_folds(found: Sequence[dict[str, Sequence[str]]], names: Sequence[str]
     twice = repeated([parts["val"] for parts in found])
     if twice and not any(tested):
         raise UsageError(
-            f"{source}: {few(twice, 'id')} in the val part of several folds; keep one, or give every fold a test part"
+            f"{source}: {counted(twice, 'id')} in the val part of several folds; keep one, or give every fold a test "
+            "part"
         )
 
 
@@ -129,13 +130,13 @@ def _check_parts(parts: dict[str, Sequence[str]], ids: Strings, labels: Labels, 
     rows = {part: ids.positions(members) for part, members in parts.items()}
     unknown = [members[k] for part, members in parts.items() for k in np.flatnonzero(rows[part] < 0).tolist()]
     if unknown:
-        raise UsageError(f"{source}: {few(unknown, 'id')} not among the {len(ids)} rows of the data set")
+        raise UsageError(f"{source}: {counted(unknown, 'id')} not among the {len(ids)} rows of the data set")
     for part in ("train", "val"):
         if not len(parts.get(part, ())):
             raise UsageError(f"{source}: no ids for {part}; name some")
         bare = [parts[part][k] for k in np.flatnonzero(~labels.known[rows[part]]).tolist()]
         if bare:
-            raise UsageError(f"{source}: {few(bare, f'{part} id')} without a label in the data set")
+            raise UsageError(f"{source}: {counted(bare, f'{part} id')} without a label in the data set")
     have = {part: set(labels[rows[part]].counts()) for part in ("train", "val")}
     check_labels(labels[np.concatenate([rows["train"], rows["val"]])])
     for part, other in (("val", "train"), ("train", "val")):

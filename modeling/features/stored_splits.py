@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from feats.errors import UsageError, first_line
-from feats.escapes import short_name
+from feats.escapes import few, short_name
 from feats.json_files import MAX_BYTES, read_json
 from feats.strings import BLOCK, Strings
 from feats.writing import replacing, write_json
@@ -133,7 +133,7 @@ def check_disjoint(parts: dict[str, Sequence[str]], source: str) -> None:
     if twice:
         where = ", ".join(part for part, members in parts.items() if twice[0] in members)
         raise UsageError(
-            f"{source}: {few(twice, 'id')} named more than once ({short_name(twice[0])} in {where}); keep one"
+            f"{source}: {counted(twice, 'id')} named more than once ({short_name(twice[0])} in {where}); keep one"
         )
 
 
@@ -145,7 +145,7 @@ def repeated(parts: Sequence[Sequence[str]]) -> list[str]:
     return [i for i, n in Counter(i for ids in parts for i in ids).items() if n > 1]
 
 
-def few(ids: Sequence[str], what: str) -> str:
+def counted(ids: Sequence[str], what: str) -> str:
     """How many they are, and which the first are: 2 ids (a, b)."""
-    some = ", ".join(map(short_name, ids[:5])) + (", ..." if len(ids) > 5 else "")
-    return f"{len(ids)} {what}{'s' if len(ids) > 1 else ''} ({some})"
+    first = [short_name(name) for name in ids[:6]]  # one more than is shown; there may be millions
+    return f"{len(ids)} {what}{'s' if len(ids) > 1 else ''} ({few(first)})"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from feats.csv_files import read_csv
 from feats.errors import UsageError, first_line
+from feats.escapes import few
 from modeling.features.stored_splits import Split
 from modeling.runs.config import PREDICTION_COLUMNS
 
@@ -42,5 +43,4 @@ def _read_ids(path: Path) -> list[str]:
 
 def _refuse(path: Path, ids: Sequence[str], what: str) -> None:
     if ids:
-        named = ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
-        raise UsageError(f"{path}: {len(ids)} of its rows are {what} ({named}); {REMEDY}")
+        raise UsageError(f"{path}: {len(ids)} of its rows are {what} ({few(ids)}); {REMEDY}")
