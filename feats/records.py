@@ -9,20 +9,12 @@ from typing import SupportsIndex, overload
 
 from feats.errors import UsageError
 from feats.reading.columns import Columns, check_columns
-from feats.reading.folders import (
-    SENTIMENTS as SENTIMENTS,
-    looks_like_class_folders,
-    read_class_folders,
-    read_course,
-    read_mvsa,
-)
+from feats.reading.folders import looks_like_class_folders, read_class_folders, read_course, read_mvsa
 from feats.reading.manifests import is_table, manifest_labels, manifest_rows, read_manifest
 from feats.reading.remote import Copy, is_url
 from feats.reading.rows import (
     EXPECTED,
-    MANIFEST_COLUMNS as MANIFEST_COLUMNS,
-    MAX_TEXT_BYTES as MAX_TEXT_BYTES,
-    PICTURES as PICTURES,
+    MANIFEST_COLUMNS,
     Row,
     Rows,
     TarSlice as TarSlice,

@@ -20,10 +20,10 @@ from conftest import ENVIRONMENT, ROOT
 from feats.cache_reader import DONE, QUARANTINED
 from feats.store import FeatureStore
 from modeling import bad_cases, inference_head, train_head
+from modeling.choices import VoteSettings
 from modeling.evaluation import metrics
 from modeling.features.loading import load_features
 from modeling.prediction import cached as prediction
-from modeling.prediction.cached import VoteSettings
 from modeling.runs.choosing import open_runs
 from modeling.runs.folder import load_run
 from modeling.runs.listing import list_runs, newest_run

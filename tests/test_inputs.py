@@ -10,9 +10,9 @@ from sklearn.preprocessing import StandardScaler, normalize
 from torch import Tensor
 
 from feats.errors import UsageError
+from modeling.choices import NORMS
 from modeling.features.inputs import Inputs, Preprocessing
 from modeling.features.joined import FeatureSet, FeatureSource, Ragged, Rows
-from modeling.features.normalizer import NORMS
 from modeling.heads.config import ABLATIONS, HeadConfig
 from modeling.heads.registry import HEADS
 

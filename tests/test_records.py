@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from feats.errors import UsageError
-from feats.records import MAX_TEXT_BYTES, Record, TarSlice, read_dataset
+from feats.reading.rows import MAX_TEXT_BYTES
+from feats.records import Record, TarSlice, read_dataset
 
 REAL = Path(os.environ.get("MVSA_SINGLE", Path(__file__).parents[2] / "shared" / "mvsa_single"))
 JPG = b"not looked at"

@@ -16,8 +16,9 @@ from caches import encoded_course, light_course
 from PIL import Image
 
 from feats.errors import RowError, UsageError
+from modeling.choices import VoteSettings
 from modeling.prediction import raw_pairs, warm
-from modeling.prediction.cached import VoteSettings, predict_caches
+from modeling.prediction.cached import predict_caches
 from modeling.prediction.warm import Answer, BatchSettings, WarmPredictor
 from modeling.runs.folder import load_run
 from modeling.runs.listing import list_runs

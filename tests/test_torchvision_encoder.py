@@ -18,8 +18,8 @@ from tiny_models import make_torchvision
 from torchvision.models import get_model_weights
 from torchvision.transforms import functional as TF
 
+from feats.encoders.convolutional import fold_batch_norms
 from feats.encoders.registry import load_encoder
-from feats.encoders.torchvision_image import fold_batch_norms
 from feats.encoders.weights import sha256_of
 from feats.errors import UsageError
 from feats.extraction.encode import encode_block

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from feats.errors import UsageError
-from modeling.choices import NORMS as NORMS
+from modeling.choices import NORMS
 
 STATISTICS_ROWS = 1 << 16  # rows in double precision at a time
 L2_EPS = 1e-12

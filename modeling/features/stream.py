@@ -19,7 +19,7 @@ import torch
 from feats.errors import UsageError
 from feats.memory import available_bytes
 from feats.source import SIDES
-from modeling.choices import SHARE as SHARE, STREAMING as STREAMING
+from modeling.choices import SHARE, STREAMING
 from modeling.features.cache_facts import float32_bytes
 from modeling.features.inputs import Inputs, Preprocessing
 from modeling.features.joined import FeatureSet, FeatureSource

@@ -31,7 +31,7 @@ from feats.escapes import short_name
 from feats.interrupts import held_back
 from feats.json_files import read_json
 from feats.writing import cant_write, write_json
-from modeling.choices import METHODS as METHODS
+from modeling.choices import METHODS
 from modeling.experiments.experiment import Experiment
 from modeling.experiments.fitting import Progress, run_of, train_all
 from modeling.features.dealing import deal_folds, deal_split

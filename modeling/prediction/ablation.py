@@ -15,7 +15,7 @@ from torch import Tensor
 
 from feats.errors import UsageError
 from feats.source import SIDES
-from modeling.choices import ABSENT as ABSENT
+from modeling.choices import ABSENT
 from modeling.evaluation import metrics
 from modeling.experiments.experiment import Experiment, class_numbers
 from modeling.experiments.measuring import split_figures

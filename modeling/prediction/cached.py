@@ -16,7 +16,7 @@ from feats.csv_files import Writable, write_rows
 from feats.errors import UsageError
 from feats.source import SIDES
 from feats.strings import BLOCK
-from modeling.choices import TIE as TIE, VOTES as VOTES, VoteSettings as VoteSettings
+from modeling.choices import TIE, VoteSettings
 from modeling.evaluation import metrics, text_tables
 from modeling.features.joined import FeatureSet, FeatureSource, Rows
 from modeling.features.loading import differing_labels, iter_features

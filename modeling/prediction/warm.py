@@ -27,8 +27,9 @@ from feats.images import as_rgb, decode_image, read_image
 from feats.records import Record
 from feats.source import SIDES
 from feats.strings import Labels, Strings
+from modeling.choices import TIE, VoteSettings
 from modeling.features.joined import FeatureSet, Ragged, Rows
-from modeling.prediction.cached import TIE, VoteSettings, combine
+from modeling.prediction.cached import combine
 from modeling.prediction.raw_pairs import SPLIT, as_trained, encoder_for, wanted_caches
 from modeling.runs.folder import load_run
 from modeling.runs.run import Run

@@ -12,7 +12,7 @@ import numpy as np
 from feats.csv_files import write_table
 from feats.errors import CantWriteError, UsageError
 from feats.writing import write_text
-from modeling.choices import FEATS, RUNS, SEEDS as SEEDS, SplitSettings
+from modeling.choices import FEATS, RUNS, SEEDS, SplitSettings
 from modeling.evaluation import metrics, text_tables
 from modeling.experiments.experiment import Experiment, ExperimentSettings, load_experiment, on_features
 from modeling.experiments.fitting import run_of, train_all as train

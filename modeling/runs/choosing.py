@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feats.errors import UsageError
-from modeling.choices import BEST as BEST, NEWEST as NEWEST
+from modeling.choices import BEST, NEWEST
 from modeling.runs.entries import Entry, figure_words, find_entries, read_entry, read_predicted, run_folders
 from modeling.runs.listing import newest_runs, warn_of
 

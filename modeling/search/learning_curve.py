@@ -17,7 +17,7 @@ import numpy as np
 
 from feats.csv_files import read_table, write_rows
 from feats.errors import UsageError
-from modeling.choices import CURVE_FILE, DRAWS as DRAWS, SHARES as SHARES
+from modeling.choices import CURVE_FILE, DRAWS, SHARES
 from modeling.evaluation import metrics
 from modeling.experiments.experiment import Experiment
 from modeling.experiments.fitting import Progress, train_all
