@@ -501,6 +501,7 @@ def test_ten_kills_end_with_the_same_bytes(name: str, tmp_path: Path):
         assert store.complete and (store.status == DONE).all() and store.verify() == []
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_batch_size(tmp_path: Path, capsys: pytest.CaptureFixture):
     make_course(tmp_path / "set", 50)
     efficientnet(tmp_path / "set", tmp_path / "calm")

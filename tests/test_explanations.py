@@ -515,6 +515,7 @@ def test_a_planted_word_is_found(planted: Path, method: str):
         assert part.score.better
 
 
+@pytest.mark.slow
 def test_a_planted_corner_is_found(planted: Path):
     model = explained(planted, {}, "--vtype", "efficientnet", "--head", "linear", "--C", "0.1")
     good = [picture for picture, _, label in validation_pairs(planted, model.run) if label == "good"]
