@@ -76,6 +76,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), LEARNED)
+@pytest.mark.slow
 def test_the_parts_of_a_cut_are_the_whole(name: str, kind: str, tmp_path: Path):
     """Features, tokens and every gradient, across the cut and above it alone."""
     encoder = load(name, CASES[name, kind][0](tmp_path), trainable=True, tokens=True)

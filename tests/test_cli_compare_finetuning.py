@@ -346,6 +346,7 @@ def cell(tmp_path: Path) -> Cell:
         ("import sys; print(sys.argv)", "'--x', '1']"),  # it ended well, but left no run
     ],
 )
+@pytest.mark.slow
 def test_a_cell_that_fails_shows_its_last_error_and_its_log(cell: Cell, tmp_path: Path, code: str, why: str):
     script = tmp_path / "script.py"
     script.write_text(code)

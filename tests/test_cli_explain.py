@@ -31,6 +31,7 @@ def section(out: str, title: str) -> list[str]:
     return lines[start : lines.index("", start) if "" in lines[start:] else None]
 
 
+@pytest.mark.slow
 def test_a_pair_is_explained(course: Path, capsys: pytest.CaptureFixture):
     run = newest_run(course / "runs")
     assert explain.main(typed(course, *pair_options(course, 24), "--neighbours", "3")) == 0

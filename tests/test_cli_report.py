@@ -57,6 +57,7 @@ def test_the_newest_run_gets_its_page(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (run / "report" / "confusion.png").is_file()
 
 
+@pytest.mark.slow
 def test_it_says_when_the_pairs_are_gone(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
@@ -138,7 +139,8 @@ def chromium() -> Iterator[Any]:
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [pytest.param(1280, marks=pytest.mark.slow), 390])
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_in_a_browser(width: int, chromium: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     fast(monkeypatch)
     run = with_pairs(tmp_path)

@@ -115,6 +115,7 @@ def refused_for(module: str, ran: subprocess.CompletedProcess) -> bool:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
+@pytest.mark.slow
 def test_without_an_extra_its_command_says_what_to_install(module: str, command: list[str], tmp_path: Path):
     make_course(tmp_path / "data", rows=3)
     assert refused_for(module, run_without(module, command, tmp_path))

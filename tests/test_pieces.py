@@ -485,6 +485,7 @@ def test_sources_name_the_url_and_the_member(tmp_path, temporary):
 
 @pytest.mark.parametrize("what", ["folder", "pattern", "list", "one"])
 @pytest.mark.parametrize("lengths", [True, False])
+@pytest.mark.slow
 def test_shards_over_http(tmp_path, temporary, what, lengths):
     shards(tmp_path / "set")
     (tmp_path / "set" / "list.txt").write_text("train-1.tar\ntrain-2.tar\n")

@@ -55,6 +55,7 @@ def remember_processes(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen
     return started
 
 
+@pytest.mark.slow
 def test_processes_give_what_this_one_gives(problem: Problem, monkeypatch: pytest.MonkeyPatch):
     problems = [
         problem,
