@@ -16,8 +16,6 @@ from types import CodeType, FrameType
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 0.001  # seconds for a finalizer to end
 
-_raised: list[int] = []  # the signal that `interruptible` has made an exception of
-
 
 @contextmanager
 def interruptible(*signals: signal.Signals) -> Iterator[None]:
@@ -35,7 +33,6 @@ def interruptible(*signals: signal.Signals) -> Iterator[None]:
             once_more()
             return
         _end_at_once(minded)
-        _raised.append(number)
         raise KeyboardInterrupt
 
     def lost(what: "sys.UnraisableHookArgs") -> None:
@@ -56,17 +53,9 @@ def interruptible(*signals: signal.Signals) -> Iterator[None]:
         with _handled(minded, interrupt):
             yield
     finally:
-        _raised.clear()
         sys.unraisablehook = otherwise
         for timer in again:
             timer.cancel()
-
-
-def raise_if_lost() -> None:
-    """Raise `KeyboardInterrupt` where work goes on though there was one: C code that asks whether an object has an
-    attribute may drop what Python code raises meanwhile, without a word. Whoever tells progress asks."""
-    if _raised and current_thread() is main_thread():
-        raise KeyboardInterrupt
 
 
 @contextmanager

@@ -25,7 +25,6 @@ from typing import Any, TextIO
 
 from feats.errors import UsageError, reason_of
 from feats.escapes import of_terminal, one_line
-from feats.interrupts import raise_if_lost
 
 PROJECT = "multimodal-feature-probe"
 LIBRARIES = ("torch", "torchvision", "transformers", "numpy", "h5py", "scikit-learn")
@@ -180,8 +179,7 @@ class Progress:
             self.bar = tqdm(total=self.weight, desc=title, postfix=self._steps(), **settings)
 
     def add(self, steps: int, weight: float | None = None, now: str = "") -> None:
-        """So many steps more are done, `now` by the name of what did them. Raises as `raise_if_lost`."""
-        raise_if_lost()
+        """So many steps more are done, `now` by the name of what did them."""
         self.done, self.now = self.done + steps, one_line(now) or self.now
         before, self.weighed = self.weighed, min(self.weight, self.weighed + (steps if weight is None else weight))
         if self.bar is not None:

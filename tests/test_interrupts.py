@@ -11,7 +11,6 @@ import pytest
 from conftest import ENVIRONMENT, ROOT
 
 from feats.interrupts import held_back, interruptible
-from feats.terminal import progress
 
 pytestmark = pytest.mark.usefixtures("in_foreground")
 
@@ -125,16 +124,6 @@ def interrupted_at(script: Path | str, module: str, *words: str) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
     assert (ended.returncode, ended.stdout) == (130, ""), ended
     assert ended.stderr.startswith("interrupted") and len(ended.stderr.splitlines()) == 1, ended
-
-
-def test_an_interruption_that_is_lost_without_a_word_is_raised_by_the_next_step_shown():
-    with pytest.raises(KeyboardInterrupt), interruptible(signal.SIGINT), progress("work", 3, "step") as shown:
-        shown.add(1)
-        with suppress(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        shown.add(1)
-    with progress("work", 3, "step") as shown:
-        shown.add(3)
 
 
 @pytest.mark.parametrize("module", ["argparse", "feats.command_line.parser", "feats.errors"])
