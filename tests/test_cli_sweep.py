@@ -318,6 +318,7 @@ def rounded(text: str) -> str:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_foreground")
 def test_an_interrupted_sweep_goes_on(
     how: signal.Signals, feats: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
@@ -331,7 +332,7 @@ def test_an_interrupted_sweep_goes_on(
         process.send_signal(how)
         error = process.stderr.read().decode()
     done = len(runs_in(folder))
-    assert 2 <= done < COUNT  # it was in the middle
+    assert 2 <= done < COUNT, (process.returncode, error)  # it was in the middle
     if how == signal.SIGINT:
         assert process.returncode == 130 and "Traceback" not in error
         assert error.endswith("interrupted: what is finished is kept, run the same command to go on\n")
