@@ -49,16 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def join(args: Namespace) -> int:
     """Join what was asked for; returns the exit status."""
     from feats.extraction.merging import merge
-    from feats.parts import joined_path
+    from feats.parts import joined_path, parts_folder
 
     paths = args.paths or sorted(FOLDER.glob("*.parts"))
     if not paths:
         raise UsageError(f"there are no parts of caches in {FOLDER}; name a cache or the folder of its parts")
     for path in dict.fromkeys(map(joined_path, paths)):
+        in_parts = parts_folder(path).exists()
         with rows_bar(path.stem) as progress:
             summary = merge(path, keep_parts=args.keep_parts, overwrite=args.overwrite, progress=progress)
         what = f"{summary.done} rows done, {summary.quarantined} quarantined"
-        print(f"{path.stem}: {what}, joined in {summary.seconds:.1f} s -> {summary.path}")
+        joined = f"joined in {summary.seconds:.1f} s" if in_parts else "joined before"
+        print(f"{path.stem}: {what}, {joined} -> {summary.path}")
     return EXIT_DONE
 
 

@@ -29,6 +29,7 @@ from modeling.command_line.options import (
     RUN_HELP,
     add_data_options,
     add_run_options,
+    add_weights_option,
     chosen_runs,
     data_place,
     named_texts,
@@ -79,9 +80,7 @@ def build_parser() -> ArgumentParser:
     which.add_argument("--run", metavar="RUN", help=f"{RUN_HELP} (default: newest)")
     which.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
     add_data_options(which, "the pairs (default: where the caches say)")
-    which.add_argument(
-        "--weights", nargs="+", default=[], metavar="CACHE=PATH", help="weights of an encoder, where they aren't found"
-    )
+    add_weights_option(which)
     add_run_options(parser)
     parser.add_argument("--out", type=Path, metavar="FILE.png", help=f"(default: {OUT} in the run's folder)")
     return parser

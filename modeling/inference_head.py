@@ -39,6 +39,7 @@ from modeling.command_line.options import (
     add_ablation_options,
     add_csv_option,
     add_run_options,
+    add_weights_option,
     chosen_runs,
     data_place,
     named_texts,
@@ -83,9 +84,7 @@ def build_parser() -> ArgumentParser:
         "with paths from here",
     )
     add_columns_option(raw)
-    raw.add_argument(
-        "--weights", nargs="+", default=[], metavar="CACHE=PATH", help="weights of an encoder, where they aren't found"
-    )
+    add_weights_option(raw)
     which = parser.add_argument_group("runs")
     which.add_argument("--run", nargs="+", metavar="RUN", help=f"{RUN_HELP} (default: newest)")
     which.add_argument(

@@ -25,8 +25,10 @@ from modeling.command_line.options import (
     RUN_HELP,
     add_data_options,
     add_run_options,
+    add_weights_option,
     chosen_runs,
     data_place,
+    named_texts,
     new_parser,
 )
 
@@ -46,6 +48,7 @@ def build_parser() -> ArgumentParser:
         "--learning-curve", action="store_true", help="also train on shares of the training rows, which takes minutes"
     )
     parser.add_argument("--explain", type=positive, metavar="N", help="also explain N validation pairs")
+    add_weights_option(parser)
     parser.add_argument(
         "--out", type=Path, metavar="FILE.html", help="figures go beside it (default: report.html in the run's folder)"
     )
@@ -70,7 +73,13 @@ def work(args: Namespace, command: str) -> int:
     check_page(args.out or path / PAGE)
     print(f"run {path}")
     settings = ReportSettings(
-        args.feats, data_place(args), args.sweep, args.learning_curve, args.explain or 0, args.device
+        feats=args.feats,
+        data=data_place(args),
+        sweep=args.sweep,
+        learning_curve=args.learning_curve,
+        explain=args.explain or 0,
+        weights=named_texts(args.weights, "--weights"),
+        device=args.device,
     )
     print(as_typed("\n".join(make_report(path, args.out, settings, command).lines()), OPTION_OF))
     return EXIT_DONE

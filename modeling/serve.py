@@ -24,7 +24,14 @@ from feats.command_line.options import positive
 from feats.errors import UsageError
 from feats.terminal import let_go
 from modeling.choices import VOTES, VoteSettings
-from modeling.command_line.options import RUN_HELP, add_run_options, chosen_runs, named_texts, new_parser
+from modeling.command_line.options import (
+    RUN_HELP,
+    add_run_options,
+    add_weights_option,
+    chosen_runs,
+    named_texts,
+    new_parser,
+)
 
 if TYPE_CHECKING:
     from modeling.prediction.warm import WarmPredictor
@@ -35,9 +42,7 @@ def build_parser() -> ArgumentParser:
     parser = new_parser(__doc__, "python modeling/serve.py --run best", "python modeling/serve.py --http --port 8000")
     which = parser.add_argument_group("runs")
     which.add_argument("--run", nargs="+", metavar="RUN", help=f"{RUN_HELP} (default: newest)")
-    which.add_argument(
-        "--weights", nargs="+", default=[], metavar="CACHE=PATH", help="weights of an encoder, where they aren't found"
-    )
+    add_weights_option(which)
     which.add_argument("--vote", choices=VOTES, default=VoteSettings.vote, help="several runs: as in inference_head.py")
     which.add_argument("--tie", metavar="CLASS", help="who gets a tie: as in inference_head.py")
     add_run_options(parser)

@@ -100,6 +100,7 @@ def test_runs_of_several_heads(argv: list[str], tmp_path: Path, monkeypatch: pyt
         (["--out", "page.txt"], "--out page.txt: expected a name that ends in .html"),
         (["--out", "mine.html"], "is no report, so that it isn't replaced; give another file with --out"),
         (["--feats", "nowhere"], "nowhere"),
+        (["--weights", "minilm=x"], "--weights names minilm; the encoders in use are clip"),
     ],
 )
 def test_what_cant_be_used_is_told_in_one_line(

@@ -11,12 +11,13 @@ from caches import make_cache
 from conftest import make_course
 from huggingface_hub import constants
 from pairs import tiny_bert
+from test_report import fast
 
 from feats import ngrams_extract_feats, pixels_extract_feats, roberta_extract_feats, vader_extract_feats
 from feats.command_line.commands import no_weights_lines, offline_commands
 from feats.encoders.registry import ENCODERS
 from feats.encoders.weights import unobtainable
-from modeling import explain, finetune, inference_head, serve, train_head
+from modeling import explain, finetune, inference_head, make_report, serve, train_head
 from modeling.runs.listing import list_runs
 
 QUICK = ("--device", "cpu", "--head", "mlp", "--D", "4", "--ep", "1", "--val-ratio", "0.3")
@@ -114,6 +115,18 @@ def test_what_helps_where_a_run_s_weights_are_gone(nowhere: Path, capsys, monkey
     assert [words[0] for words in others] == ["HF_ENDPOINT=https://MIRROR", "HF_HOME=FOLDER"]
     assert all(words[1:] == own[:-2] for words in others)
     assert script.main([word.replace("PATH", "kept/bert") for word in own[2:]]) == 0
+
+
+@pytest.mark.slow
+def test_a_report_explains_pairs_with_weights_from_elsewhere(nowhere: Path, monkeypatch: pytest.MonkeyPatch):
+    fast(monkeypatch)
+    pages = []
+    for more in ([], ["--weights", "roberta=kept/bert"]):
+        assert make_report.main(["--explain", "1", "--device", "cpu", "--out", "page.html", *more]) == 0
+        pages.append((nowhere / "page.html").read_text(encoding="utf-8"))
+    without, explained = (page.partition("<h2>Explanations</h2>")[2] for page in pages)
+    assert without.startswith('\n<p class="note">No explanations, an encoder can&#39;t be had: no weights for ')
+    assert "text/roberta: integrated-gradients" in explained.partition("<h2>")[0]
 
 
 def test_what_helps_where_a_new_model_s_weights_are_nowhere(nowhere: Path, capsys, monkeypatch):

@@ -222,6 +222,15 @@ def convolutional(tmp_path_factory: pytest.TempPathFactory) -> ExplainedModel:
     return explained(root, {"clip": where["weights"]}, "--vtype", "clip", "--head", "concat", *SMALL)
 
 
+def test_fp32_is_not_rounded_to_tf32_as_in_extraction(convolutional: ExplainedModel, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen: list[bool] = []
+    block = convolutional.image_side("image/clip").blocks.modules[-1]
+    with block.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32)):
+        explain_pair(convolutional, PICTURE, "a good day", orders=2)
+    assert len(seen) > 2 and not any(seen) and torch.backends.cudnn.allow_tf32
+
+
 def test_grad_cam_equals_a_plain_writing(convolutional: ExplainedModel):
     picture = picture_of(convolutional, "image/clip")
     side = convolutional.image_side("image/clip")

@@ -450,6 +450,11 @@ def test_another_finetuning_isnt_gone_on_with(root: Path):
     assert one_line(refused)
     with WorkFolder(root / "work", {"settings": {"lr": 1}}):
         pass
+    # Checkpoints of other code hold other tensors.
+    (root / "work" / "settings.json").write_text('{"format": 1, "settings": {"lr": 1}}')
+    with pytest.raises(UsageError, match="another finetuning .format 1, now 2.; give another `name`") as refused:
+        WorkFolder(root / "work", {"settings": {"lr": 1}}).__enter__()
+    assert one_line(refused)
 
 
 def test_a_model_is_tuned_once(root: Path):

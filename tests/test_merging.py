@@ -314,6 +314,9 @@ def test_the_command_s_options(parted: Path, plain: Path, capsys: pytest.Capture
     assert parts_folder(parted).is_dir()
     assert merge_feats.main([folder]) == 0
     assert_joined(parted, plain)
+    assert ", joined in " in capsys.readouterr().out
+    assert merge_feats.main([folder]) == 0
+    assert capsys.readouterr().out == f"both_train: 67 rows done, 3 quarantined, joined before -> {parted}\n"
 
 
 def test_joining_needs_neither_torch_nor_an_encoder(parted: Path):

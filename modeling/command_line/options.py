@@ -139,6 +139,13 @@ def add_stream_option(parser: ScriptParser) -> None:
     )
 
 
+def add_weights_option(parser: ArgumentParser | _ArgumentGroup) -> None:
+    """Where encoders' weights lie; `named_texts` reads it."""
+    parser.add_argument(
+        "--weights", nargs="+", default=[], metavar="CACHE=PATH", help="weights of an encoder, where they aren't found"
+    )
+
+
 def add_run_options(parser: ScriptParser) -> None:
     """The folder of runs, and the device."""
     group = parser.add_argument_group("output and compute")
@@ -162,9 +169,7 @@ def add_ablation_options(parser: ScriptParser, weights: bool = False) -> None:
         "of the cache; or the mean of the training rows' features",
     )
     if weights:
-        group.add_argument(
-            "--weights", nargs="+", default=[], metavar="CACHE=PATH", help="weights of an encoder that aren't found"
-        )
+        add_weights_option(group)
 
 
 def experiment_settings(args: Namespace) -> ExperimentSettings:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from feats.acceleration import full_products
 from feats.encoders.base import Encoder, Features, ImageSide, TextSide
 from feats.encoders.registry import ENCODERS
 from feats.errors import RowError, UsageError
@@ -24,7 +25,7 @@ from feats.source import SIDES
 from feats.text import clean
 from modeling.features.joined import FeatureSet, Ragged, Rows
 from modeling.heads.base import head_class
-from modeling.runs.encoders import encoder_of
+from modeling.runs.encoders import check_weights, encoder_of
 from modeling.runs.run import Member, Run
 
 NOBODY = Rows.of([], [], np.zeros(0, np.uint64), np.zeros(0, np.uint64))
@@ -99,6 +100,7 @@ class ExplainedModel:
         return {**features, "lengths": torch.tensor([len(row) for row in ids], device=self.device)}
 
     @torch.no_grad()
+    @full_products(torch.float32)
     def features(self, pair: Pair) -> dict[str, Features]:
         """What the parts make of a pair."""
         found = {part: self.of_texts(part, [text]) for part, text in pair.texts.items()}
@@ -179,9 +181,7 @@ def _ragged(tokens: Tensor, lengths: Tensor) -> Ragged:
 def load_explained(run: Run, device: torch.device, weights: Mapping[str, str] = {}) -> ExplainedModel:
     """The very encoders of a run's caches, as their fingerprints say, with its heads. `weights` gives a cache's encoder
     a file or folder. Raises `UsageError` when an encoder can't be loaded."""
-    unknown = sorted(weights.keys() - set(run.source.names))
-    if unknown:
-        raise UsageError(f"`weights` names {', '.join(unknown)}; the encoders in use are {', '.join(run.source.names)}")
+    check_weights(weights, run.source.names)
     read = {kind for m in run.members for kind in head_class(m.config.head.head).read_features(m.config.head.sides)}
     tokens = {
         key.partition("/")[2]

@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image
 
+from feats.acceleration import full_products
 from feats.encoders.base import Features, ImageSide
 from feats.errors import UsageError
 from modeling.evaluation.metrics import intervals
@@ -121,6 +123,7 @@ def class_number(model: ExplainedModel, name: str) -> int:
     return model.classes.index(name)
 
 
+@full_products(torch.float32)
 def explain_part(
     model: ExplainedModel,
     pair: Pair,

@@ -26,6 +26,7 @@ from feats.tensor_files import read_safetensors
 from feats.writing import replace_folder, sync_tree, write_json
 
 SETTINGS, TENSORS, STATE = "settings.json", "tensors.safetensors", "state.json"
+FORMAT = 2  # of what a checkpoint holds
 
 Tensors = dict[str, torch.Tensor]
 
@@ -38,7 +39,7 @@ class WorkFolder:
     """
 
     def __init__(self, path: Path, what: Mapping[str, Any], writes: bool = True):
-        self.path, self.what, self.writes = path, json.loads(json.dumps(what)), writes
+        self.path, self.what, self.writes = path, json.loads(json.dumps({"format": FORMAT, **what})), writes
         self.lock = FileLock(path / "lock", timeout=0)
 
     @property

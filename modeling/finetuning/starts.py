@@ -32,7 +32,7 @@ from modeling.finetuning.studies import EncoderChoice
 from modeling.heads.base import head_class
 from modeling.heads.config import HeadConfig
 from modeling.heads.registry import build_head
-from modeling.runs.encoders import encoder_of
+from modeling.runs.encoders import check_weights, encoder_of
 from modeling.runs.pairs import DataPlace, records_of
 from modeling.runs.run import Member, Run, single_split
 
@@ -102,7 +102,7 @@ def start_from_run(
             "`seeds` and `folds`"
         )
     single_split(run)
-    _check_weights(weights, run.source.names)
+    check_weights(weights, run.source.names)
     source = replace(run.source, folder=run.feature_folder(folder))
     experiment = without_features(experiment_of_run(run, source, "cpu"))
     records = records_of(source, place)
@@ -133,12 +133,6 @@ def _rebuilt(member: Member, n_classes: int, seed: int, new: bool, dropout: floa
         head.load_state_dict(member.head.state_dict())
         head.eval()
     return replace(member, head=head, config=replace(member.config, head=shape))
-
-
-def _check_weights(weights: Mapping[str, str], names: Sequence[str]) -> None:
-    unknown = sorted(weights.keys() - set(names))
-    if unknown:
-        raise UsageError(f"`weights` names {', '.join(unknown)}; the encoders in use are {', '.join(names)}")
 
 
 def without_features(experiment: Experiment) -> Experiment:
@@ -197,7 +191,7 @@ def start_from_encoders(
             raise UsageError(f"unknown encoder {choice.name!r}; there are {', '.join(ENCODERS)}")
         if not ENCODERS[choice.name].trainable:
             raise UsageError(f"encoder {choice.name} has no gradients: there is nothing in it to tune; name another")
-    _check_weights(weights, names)
+    check_weights(weights, names)
     found = place.read()
     for remark in found.warnings:
         warnings.warn(remark, stacklevel=1)

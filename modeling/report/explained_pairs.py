@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ def chosen_pairs(material: Material, count: int) -> list[int]:
     return [*right[:half], *wrong[: count - len(right[:half])]]
 
 
-def explanations(material: Material, count: int, device: str = "auto") -> Section:
+def explanations(material: Material, count: int, weights: Mapping[str, str] = {}, device: str = "auto") -> Section:
     """The predicted class of `count` pairs explained; without raw pairs or encoders a section that says so."""
     if material.records is None:
         return Section(TITLE, ANCHOR, part("note", f"No explanations, the raw pairs are gone: {material.no_records}"))
@@ -35,7 +36,7 @@ def explanations(material: Material, count: int, device: str = "auto") -> Sectio
         for name in ("explanation", "explained", "drawing", "telling")
     )
     try:
-        model = explained.load_explained(material.run, resolve_device(device))
+        model = explained.load_explained(material.run, resolve_device(device), weights)
     except UsageError as error:
         return Section(TITLE, ANCHOR, part("note", f"No explanations, an encoder can't be had: {error}"))
     shown: list[tuple[FigureFile, str, list[str]]] = []

@@ -1,7 +1,7 @@
 """A run's report from beginning to end."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from modeling.experiments.experiment import experiment_of_run
@@ -11,6 +11,7 @@ from modeling.report.curves import learning_curve_section
 from modeling.report.material import Material, gather
 from modeling.report.page import PAGE, write_page
 from modeling.report.sections import Section
+from modeling.runs.encoders import check_weights
 from modeling.runs.folder import load_run
 from modeling.runs.pairs import DataPlace
 from modeling.runs.run import single_split
@@ -20,13 +21,15 @@ from modeling.search.learning_curve import FILE, configs_of, learning_curve, tab
 @dataclass(frozen=True)
 class ReportSettings:
     """What a report shows besides the run itself. `feats` None, and of `data` what isn't given: as the run and its
-    caches say; `sweep`: a folder whose heads are compared; `explain`: of how many pairs."""
+    caches say; `sweep`: a folder whose heads are compared; `explain`: of how many pairs, with encoders whose `weights`
+    are files or folders by their caches, where they aren't found."""
 
     feats: Path | None = None
     data: DataPlace = DataPlace()
     sweep: Path | None = None
     learning_curve: bool = False
     explain: int = 0
+    weights: Mapping[str, str] = field(default_factory=dict)
     device: str = "auto"
 
 
@@ -53,8 +56,10 @@ def make_report(
 ) -> Made:
     """Write the report of the run at `path`: the page `out` (default: in the run's folder), and its figures beside it.
     `command`, told on the page, makes it again. Raises `UsageError` as `gather` and `write_page`."""
+    run = load_run(path)
+    check_weights(settings.weights, run.source.names)
     of_sweep = [] if settings.sweep is None else comparison_sections(settings.sweep)
-    material = gather(load_run(path), settings.feats, settings.data, command)
+    material = gather(run, settings.feats, settings.data, command)
     out = out or path / PAGE
     figures = write_page(out, f"Report of {path.resolve().name}", _sections(material, settings, of_sweep))
     missing = (("caches", material.no_features), ("raw pairs", material.no_records))
@@ -71,7 +76,7 @@ def _sections(material: Material, settings: ReportSettings, of_sweep: Sequence[S
     if settings.explain:
         from modeling.report.explained_pairs import explanations  # captum: slow to import
 
-        sections.append(explanations(material, settings.explain, settings.device))
+        sections.append(explanations(material, settings.explain, settings.weights, settings.device))
     return [*sections, found["label-audit"]]
 
 

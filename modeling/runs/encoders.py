@@ -1,7 +1,7 @@
 """The encoder that made a cache, loaded again as the cache's fingerprint says. Slow to import: encoders' libraries."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,13 @@ def encoder_of(
         )
         raise UsageError(f"the encoder loaded for {name} isn't the one of its fingerprint ({facts}); {remedy}")
     return encoder
+
+
+def check_weights(weights: Mapping[str, str], names: Sequence[str]) -> None:
+    """Raise `UsageError` where `weights` are given for caches that aren't among those in use, `names`."""
+    unknown = sorted(weights.keys() - set(names))
+    if unknown:
+        raise UsageError(f"`weights` names {', '.join(unknown)}; the encoders in use are {', '.join(names)}")
 
 
 def dtype_of(fingerprint: Mapping[str, Any], device: torch.device) -> torch.dtype:
