@@ -61,8 +61,8 @@ def fit_head(
 
 def evaluate(run: Run, data: FeatureSet, ids: Sequence[str] | None = None) -> dict[str, Any]:
     """Figures of a run on the labelled rows of `ids` (of all without): accuracy, weighted and macro averages, per
-    class, confusion, log-loss, ECE, their intervals, and what the majority class of the run's training rows would
-    score.
+    class, confusion, log-loss and ECE of the calibrated probabilities, their intervals, and what the majority class of
+    the run's training rows would score.
 
     See `metrics.figures`. Raises `UsageError` for labels that are no class of the run, and when no row has a label.
     """
