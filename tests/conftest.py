@@ -87,3 +87,11 @@ def in_foreground() -> Iterator[None]:
     yield
     for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
         signal.signal(number, handler)
+
+
+def lives(pid: int) -> bool:
+    """Whether a process runs: one whose parent only hasn't heard of its end doesn't."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False

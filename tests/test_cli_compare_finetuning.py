@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import sklearn.metrics as reference
 from caches import make_cache
-from conftest import ENVIRONMENT, ROOT, content, one_line
+from conftest import ENVIRONMENT, ROOT, content, lives, one_line
 from pairs import CLASSES, cached_pairs
 
 from feats.errors import UsageError
@@ -375,7 +375,7 @@ def test_a_cell_ends_with_the_comparison(tmp_path: Path, number: int, in_foregro
     said = wait_for(lambda: log.read_text().splitlines()[1:] if log.exists() else [])
     process.send_signal(number)
     process.wait(60)
-    wait_for(lambda: not alive(int(said[0])))
+    wait_for(lambda: not lives(int(said[0])))
     assert ("interrupted" in log.read_text()) == (number == signal.SIGINT)
 
 
@@ -386,13 +386,6 @@ def wait_for(what: Any) -> Any:
             return found
         time.sleep(0.05)
     raise AssertionError("it never came")
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, lives
 
 from feats.errors import UsageError
 from modeling.features.inputs import Inputs
@@ -177,19 +177,13 @@ ORPHANS = """
 def test_no_process_outlives_a_killed_parent(tmp_path: Path):
     """Not even one that can't notice by itself: here, because it was stopped."""
 
-    def lives(pid: str) -> bool:
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-        except FileNotFoundError:
-            return False
-
     killed = subprocess.run([sys.executable, "-c", dedent(ORPHANS), str(tmp_path / "pids")], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
-    pids, limit = (tmp_path / "pids").read_text().split(), time.monotonic() + 20
+    pids, limit = list(map(int, (tmp_path / "pids").read_text().split())), time.monotonic() + 20
     assert len(pids) == 2
     while any(map(lives, pids)) and time.monotonic() < limit:
         time.sleep(0.01)
     left = [pid for pid in pids if lives(pid)]
     for pid in left:
-        os.kill(int(pid), signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
     assert not left

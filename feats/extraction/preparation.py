@@ -23,6 +23,7 @@ from feats.extraction.settings import ExtractionSettings
 from feats.images import augment, hash64, read_image
 from feats.interrupts import INTERRUPTS, held_back
 from feats.leftovers import temporary_folder
+from feats.orphans import end_with
 from feats.records import Record, TarSlice
 from feats.text import clean_with_key
 
@@ -139,7 +140,7 @@ def prepare(dataset: Dataset[Made], workers: int, pin_memory: bool) -> Iterator[
                 collate_fn=_as_made,
                 pin_memory=pin_memory,
                 multiprocessing_context="fork" if workers else None,
-                worker_init_fn=partial(_start_worker, folder) if folder else None,
+                worker_init_fn=partial(_start_worker, folder, os.getpid()) if folder else None,
             )
         )
     return _all_of(items, own)
@@ -177,7 +178,7 @@ def _as_made(prepared: Any) -> Any:
     return prepared
 
 
-def _start_worker(folder: Path, worker: int) -> None:
+def _start_worker(folder: Path, parent: int, worker: int) -> None:
     """Leave interruptions to the main process, and end with it however it ends: a worker that outlives a killed run
     would keep that run's file locks, which it inherits. Its temporary files (the sockets by which tensors are handed
     over) go into the main process's `folder`, which the next run removes if nobody could."""
@@ -185,7 +186,7 @@ def _start_worker(folder: Path, worker: int) -> None:
     current_process()._config["tempdir"] = str(folder)  # type: ignore[attr-defined]
     for number in INTERRUPTS:
         signal.signal(number, signal.SIG_IGN)
-    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
+    end_with(parent)
     sys.excepthook = _unless_hung_up
 
 

@@ -30,6 +30,7 @@ from feats.errors import UsageError
 from feats.escapes import short_name
 from feats.interrupts import held_back
 from feats.json_files import read_json
+from feats.orphans import end_with
 from feats.writing import cant_write, write_json
 from modeling.choices import METHODS
 from modeling.experiments.experiment import Experiment
@@ -215,7 +216,7 @@ def finetune(cell: Cell, command: Sequence[str]) -> None:
     Raises `UsageError` with its last error when it fails.
     """
     _begin_log(cell, command)
-    code = f"import feats.threads; from {__name__} import run_script; run_script()"
+    code = f"import feats.threads; from {__name__} import run_script; run_script({os.getpid()})"
     with cell.log.open("a+b") as log:
         before = log.tell()
         process = None
@@ -250,11 +251,10 @@ def _begin_log(cell: Cell, command: Sequence[str]) -> None:
         raise cant_write(cell.log, error) from None
 
 
-def run_script() -> None:
+def run_script(parent: int) -> None:
     """What a process does: run the script that its arguments name as if it had been started by itself, and end with
     the process that started it."""
-    # The stubs of torch lack the function.
-    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
+    end_with(parent, signal.SIGTERM)
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
 

@@ -6,7 +6,6 @@ process is free to get on. On a GPU, for few or short jobs, and for data too lar
 
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import traceback
@@ -20,6 +19,7 @@ import torch
 
 from feats.errors import UsageError
 from feats.interrupts import held_back
+from feats.orphans import end_with
 from modeling.training.config import TrainConfig
 from modeling.training.fit import fit, work
 from modeling.training.problem import Epoch, Problem, Trained
@@ -91,7 +91,7 @@ def run_jobs(
 def _start(processes: list[subprocess.Popen[bytes]]) -> Connection:
     """Add a process to `processes`; returns the connection to it, which ends when the process does."""
     here, there = Pipe()
-    code = f"from modeling.training.workers import serve; serve({there.fileno()})"
+    code = f"from modeling.training.workers import serve; serve({there.fileno()}, {os.getpid()})"
     with held_back():
         processes.append(
             subprocess.Popen(
@@ -106,11 +106,10 @@ def _start(processes: list[subprocess.Popen[bytes]]) -> Connection:
     return here
 
 
-def serve(connection: int) -> None:
+def serve(connection: int, parent_pid: int) -> None:
     """What a process does: receive the problems, then train job after job until the parent is gone. `connection`: the
     number of an open pipe to it."""
-    # If the parent is killed, don't end the job first. The stubs of torch lack the function.
-    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
+    end_with(parent_pid)  # not only when the job is done
     parent = Connection(connection)
     torch.set_num_threads(1)
     try:
