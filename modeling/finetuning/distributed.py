@@ -58,16 +58,24 @@ class Team:
 def team(device: str) -> Iterator[tuple[Team, torch.device]]:
     """The processes that torchrun started this one with, and this one's device; alone without torchrun.
 
-    Gloo connects processes on CPUs, NCCL those on GPUs (one GPU each). Raises `UsageError` when a process dies while
-    the others wait for it, and when torchrun, which may notice first, tells this one to end.
+    Gloo connects processes on CPUs, NCCL those on GPUs (one GPU each). Raises `UsageError` where there are more
+    processes than GPUs, when a process dies while the others wait for it, and when torchrun, which may notice first,
+    tells this one to end.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
         yield Team(), resolve_device(device)
         return
-    on = resolve_device(device)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    on = resolve_device(device, local_rank)
     if on.type == "cuda":
-        on = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise UsageError(
+                f"torchrun started process {local_rank + 1} on a machine of {count} GPU{'s' if count > 1 else ''}, and "
+                f"each needs one of its own; let torchrun start {count} there, or give `device` cpu"
+            )
+        on = torch.device("cuda", local_rank)
         torch.cuda.set_device(on)
     # The first process may work alone for long, on a cached trunk; one that dies is noticed without a limit.
     dist.init_process_group("nccl" if on.type == "cuda" else "gloo", timeout=timedelta(days=1))

@@ -52,6 +52,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[int]:
     on_gpu = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=on_gpu):
         torch.default_generator.manual_seed(seed)
-        if on_gpu:
-            torch.cuda.manual_seed(seed)
+        for gpu in on_gpu:
+            with torch.cuda.device(gpu):  # which needn't be the current one
+                torch.cuda.manual_seed(seed)
         yield seed

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from feats.encoders.base import on_device
 from feats.errors import UsageError
 from modeling.finetuning.checkpoint import Tensors, WorkFolder
 from modeling.finetuning.choosing import Choice, best_epoch, epochs_in_question
@@ -96,7 +97,7 @@ class _Tuning:
         self.steps_per_epoch = math.ceil(self.rows / settings.bs)
         share = math.ceil(settings.bs / team.size)
         self.micro = min(settings.micro_bs or share, share)  # so that every process has something to do
-        self.labels = data.labels.to(model.device)
+        self.class_weights = None if data.class_weights is None else data.class_weights.to(model.device)
         choose_parameters(model, settings)
         leave_out_unused(model, data.reader, data.train[0])
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -165,7 +166,7 @@ class _Tuning:
             logits, loss = self._backward(f"{self.step}/{k}", samples, batch, weight)
             total += loss
             if self.data.classes:
-                truth = self.labels[[sample.row for sample in samples]]
+                truth = self._labels([sample.row for sample in samples])
                 confusion.index_put_((truth, logits.argmax(1)), confusion.new_ones(()), accumulate=True)
             for name, buffer in self.statistics.items():
                 after[name] += buffer
@@ -207,16 +208,19 @@ class _Tuning:
             parameter.grad = torch.zeros_like(parameter)
         return parameter.grad
 
+    def _labels(self, rows: Sequence[int]) -> Tensor:
+        """On the model's device. Indexing there by a list would wait for all that a GPU has to do."""
+        return on_device(self.data.labels[rows], self.model.device)
+
     def _row_weights(self, rows: Sequence[int]) -> Tensor:
-        labels = self.labels[rows]
-        weights = self.data.class_weights
-        return torch.ones_like(labels, dtype=torch.float32) if weights is None else weights.to(labels.device)[labels]
+        labels = self._labels(rows)
+        weights = self.class_weights
+        return torch.ones_like(labels, dtype=torch.float32) if weights is None else weights[labels]
 
     def _loss(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
         """The sum over rows that, divided by the sum of their weights, is torch's weighted mean."""
-        weights = None if self.data.class_weights is None else self.data.class_weights.to(logits.device)
-        smoothing = self.settings.label_smoothing
-        return F.cross_entropy(logits, self.labels[rows], weights, reduction="sum", label_smoothing=smoothing)
+        labels, smoothing = self._labels(rows), self.settings.label_smoothing
+        return F.cross_entropy(logits, labels, self.class_weights, reduction="sum", label_smoothing=smoothing)
 
     def _note_epoch(self, epoch: int) -> None:
         """What an epoch (0: the start) came to; its weights, where they may be wanted in the end."""

@@ -54,8 +54,12 @@ class CudaRecorder:
     def record(self, work: Callable[[], Results]) -> Callable[[], Results]:
         """See `Recorder.record`."""
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use the GPU meanwhile.
-        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+        # Torch leaves the recording's stream the current one where recording fails. Other threads may use the GPU
+        # meanwhile.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(self.device)),
+            torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
+        ):
             results = work()
 
         def replay() -> Results:
