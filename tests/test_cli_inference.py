@@ -779,6 +779,7 @@ def test_json_in_blocks(light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         (["--image", "none.jpg", "--text", "a"], "--image: cannot read none.jpg (no such file)"),
         (["--csv", "none.csv"], "--csv: cannot read none.csv"),
         (["--csv", "lost.csv"], "reads pixels, and no picture is there of all 2 rows (lost/1.jpg: no such file)"),
+        (["--csv", "lost.csv"], "which column holds them with --columns image=NAME"),
     ],
 )
 def test_what_cant_be_is_said_before_an_encoder_is_loaded(

@@ -155,7 +155,7 @@ def test_a_sweep_over_another_target(shop, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--label-column", "colour"], "shop.csv has no column 'colour'"),
+        (["--label-column", "colour"], "shop.csv has no column 'colour'; it has "),
         (["--data", "x.csv"], "--data is the table of --label-column: name the column"),
         (
             ["--label-column", "kind", "--data", "{few}"],

@@ -566,12 +566,40 @@ def test_heads_that_predict_one_class_are_marked_wherever_they_stand(
     assert {(row["C"], row["collapsed"]) for row in rows} == {("1e-09", "always positive"), ("1.0", "")}
     headers = [line.split() for line in out.splitlines() if line.startswith("#  ")]
     assert headers[0][:4] == ["#", "head", "collapsed", "ablation"]
-    assert "note: 3 of 6 configurations have heads that predict one class for every validation row: no result" in err
+    assert (
+        "note: 3 of 6 configurations have heads that predict one class for every validation row: no result of theirs; "
+        "raise --C, or give --class-weights balanced\n"
+    ) in err  # not what linear doesn't read
     capsys.readouterr()
     assert sweep(feats, tmp_path, "--name", "lost", "--head", "linear", *command[2:], "--C", "1e-9") == 0
     pivot = capsys.readouterr().out.split("by ablation, accuracy\n")[1].split("\n\n")[0]
     assert pivot.count("0.519 (always") == 3  # of a narrow column the rest stands below
     assert "0.519 (always positive)" in (tmp_path / "lost" / "table.md").read_text()
+
+
+def test_a_part_val_of_the_data_that_no_training_reads_is_told(tmp_path: Path, capsys: pytest.CaptureFixture):
+    for name in ("clip", "vader"):
+        make_cache(tmp_path / "feats", name)
+    make_cache(tmp_path / "feats", "clip", 12, split="val", first_id=500)
+    given = ["--vtype", "clip", "--ttype", "vader", "--head", "linear", "--C", "1", *SHORT]
+    assert sweep(tmp_path / "feats", tmp_path, *given) == 0
+    words = "note: the data's own part val (clip) isn't read: validation rows are some of train's; "
+    assert words + "modeling/inference_head.py --split val scores it" in capsys.readouterr().err.splitlines()
+    given[:4] = ["--vtype", "--ttype", "vader", "--name", "text"]
+    assert sweep(tmp_path / "feats", tmp_path, *given) == 0
+    assert "own part" not in capsys.readouterr().err
+
+
+def test_what_is_said_of_labels_and_of_collapsed_heads_stands_apart(
+    feats: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    (tmp_path / "corrections.csv").write_text("id,label\np0,neutral\n")
+    grid = ["--head", "linear", "--C", "1e-9", "1", "--corrections", str(tmp_path / "corrections.csv"), *SHORT]
+    assert sweep(feats, tmp_path, *grid) == 0
+    told = [line for stream in capsys.readouterr() for line in stream.splitlines()]
+    [collapsed] = [line for line in told if line.startswith("note: ") and "one class" in line]
+    assert collapsed.endswith("give --class-weights balanced")
+    assert any("Of the labels, 1 label corrected" in line for line in told if line != collapsed)
 
 
 def test_some_collapsed_seeds_are_counted(tmp_path: Path):

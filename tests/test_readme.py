@@ -111,3 +111,7 @@ def test_the_first_script_runs_as_written(tmp_path: Path):
     header, *rows = (tmp_path / "predictions.csv").read_text(encoding="utf-8").splitlines()
     assert header == "guid,tag" and [row.split(",")[0] for row in rows] == ["30", "31", "32", "33"]
     assert load_run(tmp_path / "saved" / "runs" / "first").classes
+    script = [sys.executable, str(ROOT / "feats" / "minilm_extract_feats.py"), "--data", "data/sample"]
+    again = subprocess.run(script, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert again.returncode == 0 and "minilm_train: 30 rows done" in again.stdout, again.stderr
+    assert again.stdout.count("; 0 encoded now") == 2  # the same cache as the script's

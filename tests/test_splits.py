@@ -218,8 +218,10 @@ def test_refusals():
     with pytest.raises(UsageError, match=r"class 'c' \(1 row\) is too rare: none is left for val; leave") as error:
         deal_split(list(map(str, range(100))), ["a", "b"] * 49 + ["a", "c"])
     assert "larger" not in str(error.value) and "`split_file`" in str(error.value)  # no ratio parts one row
+    with pytest.raises(UsageError, match=r"class 'c' \(1 row\) is too rare"):  # which is no duplicate
+        deal_split(list(map(str, range(100))), ["a", "b"] * 49 + ["a", "c"], groups=range(100))
     with pytest.raises(
-        UsageError, match=r"class 'c' \(4 rows in 1 duplicate groups\) is too rare: none is left for val"
+        UsageError, match=r"class 'c' \(4 rows in 1 duplicate group\) is too rare: none is left for val"
     ):
         deal_split(list(map(str, range(100))), ["a", "b"] * 48 + ["c"] * 4, groups=[*range(96), 96, 96, 96, 96])
     with pytest.raises(UsageError, match=r"class 'c' \(4 rows\) is too rare: none is left for fold 5 of 5"):

@@ -228,6 +228,22 @@ def test_minima_are_those_of_scikit_learn_and_of_one_fit_at_a_time(n: int, d: in
         assert ours.objective <= alone.objective * (1 + 1e-9)
 
 
+def test_where_lapack_finds_no_eigenvalues_the_minima_are_the_same(monkeypatch: pytest.MonkeyPatch):
+    def diverging(matrix: torch.Tensor) -> None:
+        raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
+
+    x, targets, weights, folds = rows_of(60, 90, 3)
+    before = fit_together(in_blocks(x, targets, 3, weights, folds), [Fit(0.1), Fit(10.0, 1)])
+    monkeypatch.setattr(torch.linalg, "eigh", diverging)
+    data = in_blocks(x, targets, 3, weights, folds)
+    values, basis = data.spectrum
+    covariance = torch.cov(x.double().T, correction=0, aweights=weights.double())
+    torch.testing.assert_close(basis @ values.diag() @ basis.T, covariance)
+    assert (values.diff() >= 0).all()
+    for fit_, ours in fit_together(data, list(before)).items():
+        assert ours.objective == pytest.approx(before[fit_].objective, rel=1e-9)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_search_s_fits_are_near_their_minima_where_classes_nearly_separate(seed: int):
     """Without the promise of the minimum: hundreds of passes under a weak penalty, not the forty of one round."""

@@ -117,10 +117,9 @@ class Columns:
         """Raise `UsageError` for a column that was asked for and that no row has."""
         for role, column in self.asked.items():
             if column and role not in self.found and not (self.labels_only and role in SIDES):
-                raise UsageError(
-                    f"{self.name} has no column {column!r} (`columns` {role}={shown(column)}); it has "
-                    f"{_few(list(self.seen))}"
-                )
+                # A target is asked for by a setting of its own, beside which `columns` may not be one.
+                asked = "" if self.labels_only and role == "label" else f" (`columns` {role}={shown(column)})"
+                raise UsageError(f"{self.name} has no column {column!r}{asked}; it has {_few(list(self.seen))}")
 
     def _column_of(self, role: str, where: str) -> str | None:
         if role in self.asked:

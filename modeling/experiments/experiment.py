@@ -12,6 +12,8 @@ import torch
 
 from feats.acceleration import resolve_device
 from feats.errors import UsageError
+from feats.names import cache_path
+from feats.parts import is_cache
 from feats.source import SIDES
 from feats.strings import Labels
 from modeling.choices import SplitSettings
@@ -259,6 +261,11 @@ def load_experiment(settings: ExperimentSettings, heads: Sequence[HeadConfig]) -
     notes.append(data.summary())
     if stream is not None:
         notes.append(f"features are read in blocks of {stream.block_rows} rows as they are needed")
+    if own := [name for name in source.names if is_cache(cache_path(source.folder, name, "val"))]:
+        notes.append(
+            f"note: the data's own part val ({', '.join(own)}) isn't read: validation rows are some of train's; "
+            "modeling/inference_head.py `split` val scores it"
+        )
     together = settings.split.duplicates_together
     if together and data.told_by:
         notes.append(f"duplicates are also told by {', '.join(data.told_by)}")

@@ -238,7 +238,7 @@ def _check_every_class_in(
             found = f"{n} row{'s' if n > 1 else ''}"
             if groups is not None:
                 together = len(set(np.asarray(groups)[rows].tolist()))
-                found += f" in {together} duplicate groups"
+                found += f" in {together} duplicate group{'s' if together > 1 else ''}" if together < n else ""
             ratio = "give a larger `val_ratio` or fewer `folds`, or " if together > 1 else ""
             raise UsageError(
                 f"class {name!r} ({found}) is too rare: none is left for {names[min(empty)]}; {ratio}leave that class "

@@ -58,7 +58,7 @@ def check_pictures(runs: Sequence[Run], records: Sequence[Record]) -> None:
         f"{read.named} reads {', '.join(read.source.image)}, and no picture is there of "
         f"{'the one row' if len(records) == 1 else f'all {len(records)} rows'} "
         f"({'none is named' if first is None else f'{first}: no such file'}); name their files in the column image, "
-        "relative to the manifest"
+        "or which column holds them with `columns` image=NAME, relative to the manifest"
     )
 
 

@@ -1,6 +1,6 @@
 """Figures as text: what a terminal shows of a run."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from feats.source import SIDES
@@ -97,9 +97,8 @@ def epochs_shown(run: Run, most: int = 5) -> list[str]:
 def collapse_notes(run: Run) -> list[str]:
     """What there is to say of heads that predict one class for every validation row."""
     assert run.report is not None
-    figures, read = run.report.figures, settings_read(run.members[0].config.head.head)
-    remedy = "raise `lr` or `ep`" if "lr" in read else "raise `C`" if "C" in read else "lower `ridge`"
-    remedy = f"no result; {remedy}, or give `class_weights` balanced"
+    figures = run.report.figures
+    remedy = f"no result; {collapse_remedy([run.members[0].config.head.head])}"
     one = figures["val"].get("collapsed")
     if one:
         return [f"note: this head predicts {one} for every validation row: {remedy}"]
@@ -113,6 +112,13 @@ def collapse_notes(run: Run) -> list[str]:
     ]
     count = f"{len(lost)} of {members['count']} heads predict one class for every validation row"
     return [f"note: {count} ({'; '.join(named)}): {remedy}"]
+
+
+def collapse_remedy(heads: Iterable[str]) -> str:
+    """What lets `heads` that predict one class only tell classes apart: settings that they read."""
+    read = [settings_read(head) for head in heads]
+    ways = ["raise `lr` or `ep`" if "lr" in of else "raise `C`" if "C" in of else "lower `ridge`" for of in read]
+    return f"{', '.join(dict.fromkeys(ways))}, or give `class_weights` balanced"
 
 
 def report_tables(run: Run) -> str:

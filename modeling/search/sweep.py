@@ -24,6 +24,7 @@ from modeling.heads.config import ABLATIONS, ablation_number, ablation_words
 from modeling.runs.config import PREDICTIONS, is_whole, read_config, read_metrics, train_config
 from modeling.runs.entries import read_entry
 from modeling.runs.folder import read_predictions
+from modeling.runs.tables import collapse_remedy
 from modeling.training.config import TrainConfig, flat, settings_read
 
 NAMED = re.compile(r"_[0-9a-f]{10}$")  # how `name_of` ends
@@ -261,13 +262,13 @@ def compare(
             " Heads trained by gradient descent also chose their best epoch on these rows, which favours them over "
             "linear and kernel."
         )
+    if corrected := corrected_words(experiment.features, experiment.splits):
+        notes += f" Of the labels, {corrected}."
     if collapsed:
         notes += (
             f"\nnote: {len(collapsed)} of {len(rows)} configurations have heads that predict one class for every "
-            "validation row: no result of theirs; raise `lr` or `ep`, or give `class_weights` balanced"
+            f"validation row: no result of theirs; {collapse_remedy(row['head'] for row in collapsed)}"
         )
-    if corrected := corrected_words(experiment.features, experiment.splits):
-        notes += f" Of the labels, {corrected}."
     if lost:
         notes += f"\nLeft out for diverging ({len(lost)} of {len(lost) + len(rows)}):"
         notes += "".join(f"\n- {name}: {reason}" for name, reason in diverged.items())

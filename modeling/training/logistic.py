@@ -61,7 +61,7 @@ class RowData:
         gram = self.centre.new_zeros(self.n_columns, self.n_columns)
         for x, rows in self.blocks(self.n_columns):
             gram += x[:, :-1].T @ (self.weights[rows, None].double() * x[:, :-1])
-        values, basis = torch.linalg.eigh(gram / self.weight)
+        values, basis = _eigen(gram / self.weight)
         return values.clamp_min(0), basis
 
     def blocks(self, n_values: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -71,6 +71,18 @@ class RowData:
         for x, rows in self.passes():
             for part, numbers in zip(x.split(count), rows.split(count), strict=True):
                 yield F.pad(part.double() - self.centre, (0, 1), value=1.0), numbers
+
+
+def _eigen(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (D,), rising, and eigenvectors (D, D) of a matrix without negative eigenvalues."""
+    try:
+        values, basis = torch.linalg.eigh(symmetric)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        # Divide and conquer may fail where many are equal: those of fewer rows than columns are 0. Singular values,
+        # which are the same of what isn't negative, come by another way.
+        basis, values, _ = torch.linalg.svd(symmetric)
+        values, basis = values.flip(0), basis.flip(1)
+    return values, basis
 
 
 @dataclass(frozen=True)
