@@ -26,8 +26,8 @@ from modeling.features.splits import duplicates_of, make_splits
 from modeling.features.stored_splits import PARTS, Split, check_split
 from modeling.features.stream import Stream, StreamedInputs, streams
 from modeling.features.target import read_target
-from modeling.heads.base import head_class
 from modeling.heads.config import HeadConfig
+from modeling.heads.registry import head_class
 from modeling.runs.run import Run
 from modeling.training.config import TrainConfig
 from modeling.training.problem import Problem

@@ -19,8 +19,8 @@ from modeling.evaluation import metrics, text_tables
 from modeling.evaluation.text_tables import spread
 from modeling.experiments.experiment import Experiment
 from modeling.features.corrections import corrected_words
-from modeling.heads.base import head_class
 from modeling.heads.config import ABLATIONS, ablation_number, ablation_words
+from modeling.heads.registry import head_class
 from modeling.runs.config import PREDICTIONS, is_whole, read_config, read_metrics, train_config
 from modeling.runs.entries import read_entry
 from modeling.runs.folder import read_predictions

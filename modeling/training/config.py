@@ -8,6 +8,7 @@ from typing import Any
 
 from feats.errors import UsageError
 from modeling.heads.config import HeadConfig
+from modeling.heads.registry import head_class
 
 OPTIMIZERS = ("adam", "adamw")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -120,8 +121,6 @@ def changed(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
 
 def settings_read(head: str) -> set[str]:
     """The fields of `HeadConfig` and `TrainConfig` that decide what becomes of a head."""
-    from modeling.heads.base import head_class
-
     chosen = head_class(head)
     read = {"head", "sides", "deterministic", *chosen.reads}
     if not chosen.closed_form():
@@ -139,8 +138,6 @@ def as_read(config: TrainConfig) -> TrainConfig:
 def with_seeds(config: TrainConfig, n: int = 1) -> list[TrainConfig]:
     """`n` seeds from the configuration's own up; a head in closed form gives the same for all of them and gets one.
     Raises `UsageError` for fewer than one."""
-    from modeling.heads.base import head_class
-
     if not 1 <= n <= MOST_SEEDS:
         raise UsageError(f"`seeds` {n}: expected 1 or more, and at most {MOST_SEEDS}")
     count = 1 if head_class(config.head.head).closed_form() else n
