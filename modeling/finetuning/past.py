@@ -8,9 +8,9 @@ from typing import Any
 from feats.errors import UsageError
 from modeling.evaluation.metrics import collapsed_class, marked
 from modeling.finetuning.comparison import SETTINGS
-from modeling.finetuning.verdict import MARKDOWN
 from modeling.runs.config import CONFIG, is_whole, read_config, read_metrics
 from modeling.runs.entries import age
+from modeling.search.sweep import MARKDOWN
 
 
 def finetunings(runs: Path, now: datetime | None = None) -> list[dict[str, Any]]:
