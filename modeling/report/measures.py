@@ -135,10 +135,10 @@ class Group:
     interval: tuple[float, float]
 
 
-def by_value(values: np.ndarray, right: np.ndarray, groups: int = GROUPS) -> list[Group]:
-    """Rows in `groups` of about the same number by their values (N,); `right` (N,) bool. Equal values stay together, so
+def by_value(values: np.ndarray, right: np.ndarray) -> list[Group]:
+    """Rows in `GROUPS` of about the same number by their values (N,); `right` (N,) bool. Equal values stay together, so
     that there may be fewer groups."""
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, groups + 1)[1:-1], method="lower"))
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, GROUPS + 1)[1:-1], method="lower"))
     group_of = np.searchsorted(edges, values, side="left")
     found = []
     for k in np.unique(group_of):
