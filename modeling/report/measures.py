@@ -10,6 +10,7 @@ import numpy as np
 from modeling.evaluation.metrics import BINS, confusion_matrix, intervals, softmax
 
 SMALLEST = 5e-7  # half of the last digit that stored probabilities have
+KEPT_SHARES = (0.25, 0.5, 0.75, 1)  # of the rows, the surest: shown of `RiskCoverage`
 GROUPS = 5  # of rows by text length or picture size
 CURVE_POINTS = 200
 

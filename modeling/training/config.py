@@ -10,6 +10,7 @@ from feats.errors import UsageError
 from modeling.heads.config import HeadConfig
 from modeling.heads.registry import head_class
 
+OF_CLOSED_FORM = ("C", "ridge", "gamma")  # what heads trained by gradient descent don't read
 OPTIMIZERS = ("adam", "adamw")
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("constant", "cosine", "onecycle")
@@ -61,7 +62,7 @@ class TrainConfig:
             raise UsageError(f"lr {self.lr:g}, weight decay {self.weight_decay:g}: expected lr > 0 and decay >= 0")
         if not 0 <= self.label_smoothing < 1:
             raise UsageError(f"label smoothing {self.label_smoothing:g}: expected 0 <= smoothing < 1")
-        for name in ("C", "ridge", "gamma"):
+        for name in OF_CLOSED_FORM:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"`{name}` {value:g}: expected a number above 0")
@@ -124,8 +125,7 @@ def settings_read(head: str) -> set[str]:
     chosen = head_class(head)
     read = {"head", "sides", "deterministic", *chosen.reads}
     if not chosen.closed_form():
-        of_closed_form = {"C", "ridge", "gamma"}
-        read |= {f.name for f in fields(TrainConfig)} - of_closed_form
+        read |= {f.name for f in fields(TrainConfig)} - set(OF_CLOSED_FORM)
     return read
 
 
