@@ -92,7 +92,7 @@ def _others(run: Run, experiment: Experiment, train: set[str]) -> list[str]:
 
 def _parts(run: Run) -> dict[str, str]:
     split = single_split(run)
-    return {name: shown for part, shown in PARTS.items() for name in getattr(split, part)}
+    return {name: PARTS[part] for part in ("train", "val", "test") for name in getattr(split, part)}
 
 
 def ranked(
