@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from feats.errors import UsageError
 from feats.reading.columns import Columns
-from feats.reading.manifests import Manifest, SplitIndex, manifest_in
+from feats.reading.manifests import Manifest, SplitIndex, check_one_manifest, manifest_in
 from feats.reading.remote import Copy, RemoteFile, base_name, fetched, is_url, listing, public_url
 from feats.reading.rows import EXPECTED, Row, check_ids
 from feats.reading.shards import is_list, is_pattern, shard_places, shard_rows, split_of
@@ -270,11 +270,7 @@ def _manifest_pieces(data: Path | str, rows: int, columns: Mapping[str, str]) ->
 def _manifest_at(url: str, columns: Mapping[str, str]) -> Manifest:
     if not base_name(url).lower().endswith(URL_TABLES):
         names = [name for name in listing(url) if name.lower().endswith(URL_TABLES)]
-        if len(names) != 1:
-            raise UsageError(
-                f"{public_url(url)} must hold one manifest ({', '.join(URL_TABLES)}); found "
-                f"{', '.join(names) or 'none'}. Name the file with `data`"
-            )
+        check_one_manifest(public_url(url), names, URL_TABLES)
         url = f"{url.rstrip('/')}/{names[0]}"
     return Manifest(Columns(base_name(url), columns), None, RemoteFile(url))
 

@@ -1,5 +1,6 @@
 """Why rows are in quarantine: a CSV beside the cache."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,3 +29,12 @@ def write_reasons(path: Path, reasons: Mapping[str, str]) -> None:
         return
     with appearing(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
         write_rows(file, [["id", "reason"], *reasons.items()])
+
+
+def add_reasons(path: Path, reasons: Mapping[str, str]) -> None:
+    """Write more reasons behind those in the file at `path`. They are on disk when this returns; what a kill or a full
+    disk tears is behind all that was there, and for `write_reasons` to replace. Raises `OSError`."""
+    with path.open("a", encoding="utf-8", newline="") as file:
+        write_rows(file, reasons.items())
+        file.flush()
+        os.fsync(file.fileno())

@@ -39,7 +39,7 @@ from feats.cache_reader import DONE, PENDING, CacheError, CacheInUseError, Cache
 from feats.errors import first_line
 from feats.json_files import parse_json
 from feats.plain_hdf5 import attribute_problem
-from feats.quarantine import quarantine_path, read_reasons, write_reasons
+from feats.quarantine import add_reasons, quarantine_path, read_reasons, write_reasons
 from feats.row_runs import pieces, runs, selection, split_where
 from feats.source import Source
 from feats.strings import BLOCK, Labels, Strings
@@ -93,6 +93,7 @@ class FeatureStore(CacheReader):
             file.close()
             raise
         self.reasons = read_reasons(self.quarantine_path)
+        self._reasons_whole = False  # whether this process wrote all of their file
 
     # -- opening ------------------------------------------------------------------------------------------------
 
@@ -270,11 +271,7 @@ class FeatureStore(CacheReader):
                 self._sync()  # what a kill tears from here on is repaired, in a complete cache it is damage
             if (self.status[unsettled] != PENDING).any():
                 self._set_status(unsettled, PENDING)
-            kept = self.reasons.keys() - set(self.ids[rows].tolist()) if self.reasons else set()
-            updated = {i: reason for i, reason in self.reasons.items() if i in kept} | dict(reasons or {})
-            if updated != self.reasons:
-                self.reasons = updated
-                write_reasons(self.quarantine_path, updated)
+            self._keep_reasons(self.ids[rows].tolist(), dict(reasons or {}))
             done = status == DONE
             for name, values in arrays.items():
                 if name == "text_tokens":
@@ -287,6 +284,21 @@ class FeatureStore(CacheReader):
             self.status[rows] = status
             self.status[neighbours] = DONE
             self._set_status(unsettled, self.status[unsettled])
+
+    def _keep_reasons(self, ids: Sequence[str], now: dict[str, str]) -> None:
+        """The reasons of some rows are now these. Rows that had none before get theirs behind the others, so that very
+        many cost no more time each; behind a file that this process wrote: another may have been torn, or edited."""
+        before = {i: self.reasons[i] for i in ids if i in self.reasons}
+        if now == before:
+            return
+        whole, self._reasons_whole = self._reasons_whole, False
+        if whole and not before:
+            self.reasons.update(now)
+            add_reasons(self.quarantine_path, now)
+        else:
+            self.reasons = {i: reason for i, reason in self.reasons.items() if i not in before} | now
+            write_reasons(self.quarantine_path, self.reasons)
+        self._reasons_whole = bool(self.reasons)
 
     def finish(self) -> bool:
         """Mark the cache complete if no row is pending; returns whether it is."""

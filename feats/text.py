@@ -173,13 +173,8 @@ def clean(text: str, level: str) -> str:
     return _without_twitter(text) if level == "tweet" else text
 
 
-def duplicate_key(text: str) -> str:
-    """What two texts share when they count as duplicates: the tweet-cleaned text, case folded."""
-    return clean(text, "tweet").casefold()
-
-
 def clean_with_key(text: str, level: str) -> tuple[str, str]:
-    """`clean(text, level)` and `duplicate_key(text)`, with the work that they share done once."""
+    """`clean(text, level)`, and what texts share that count as duplicates: their tweet-cleaned text, case folded."""
     _check_level(level)
     basic = _repaired(text)
     tweet = _without_twitter(basic)

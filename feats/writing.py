@@ -107,9 +107,9 @@ def write_text(path: Path, text: str, remedy: str = REMEDY) -> None:
     write_bytes(path, text.encode(), remedy)
 
 
-def write_json(path: Path, content: Any, remedy: str = REMEDY, *, indent: int | None = 1) -> None:
+def write_json(path: Path, content: Any, *, indent: int | None = 1) -> None:
     """As `write_text`, with a line end."""
-    write_text(path, json.dumps(content, ensure_ascii=False, indent=indent) + "\n", remedy)
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=indent) + "\n")
 
 
 @contextmanager

@@ -27,9 +27,11 @@ import feats.threads  # noqa: F401
 from feats.command_line.exit_status import EXIT_DONE
 from feats.command_line.options import positive
 from feats.errors import UsageError
+from modeling.choices import FOLDS
 from modeling.command_line.messages import guarded, progress_bar
 from modeling.command_line.options import (
     RUN_HELP,
+    add_caches_of_run_option,
     add_csv_option,
     add_data_options,
     add_run_options,
@@ -52,9 +54,9 @@ def build_parser() -> ArgumentParser:
         "python modeling/audit_labels.py --run newest",
         "python modeling/audit_labels.py --folds 10 --out saved/label_audit.csv",
     )
-    parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
+    add_caches_of_run_option(parser)
     parser.add_argument("--run", metavar="RUN", help=f"{RUN_HELP} (default: newest)")
-    parser.add_argument("--folds", type=positive, default=5, metavar="K", help="folds of the training rows")
+    parser.add_argument("--folds", type=positive, default=FOLDS, metavar="K", help="folds of the training rows")
     add_data_options(parser, "the pairs, for their texts (default: where the caches say)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="(default: label_audit.csv in the run's folder)")
     add_run_options(parser)

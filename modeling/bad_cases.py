@@ -27,8 +27,16 @@ from feats.command_line.exit_status import EXIT_DONE
 from feats.command_line.options import positive
 from feats.csv_files import write_rows
 from feats.errors import UsageError
+from modeling.choices import FOLDS
 from modeling.command_line.messages import guarded, progress_bar
-from modeling.command_line.options import RUN_HELP, add_csv_option, add_run_options, chosen_runs, new_parser
+from modeling.command_line.options import (
+    RUN_HELP,
+    add_caches_of_run_option,
+    add_csv_option,
+    add_run_options,
+    chosen_runs,
+    new_parser,
+)
 from modeling.runs.files import check_replaceable, user_file
 
 if TYPE_CHECKING:
@@ -42,9 +50,9 @@ def build_parser() -> ArgumentParser:
         "python modeling/bad_cases.py --run newest",
         "python modeling/bad_cases.py --min-confidence 0.9 --out saved/bad_cases.csv",
     )
-    parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
+    add_caches_of_run_option(parser)
     parser.add_argument("--run", metavar="RUN", help=f"{RUN_HELP} (default: newest)")
-    parser.add_argument("--folds", type=positive, default=5, metavar="K", help="folds of the training rows")
+    parser.add_argument("--folds", type=positive, default=FOLDS, metavar="K", help="folds of the training rows")
     parser.add_argument("--min-confidence", type=float, default=0.0, metavar="P", help="list rows as sure, 0 to 1")
     parser.add_argument("--out", type=Path, metavar="FILE", help="(default: bad_cases.csv in the run's folder)")
     add_run_options(parser)

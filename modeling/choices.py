@@ -17,6 +17,7 @@ VOTES = ("soft", "majority")
 TIE = "neutral"
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 DRAWS = 5
+FOLDS = 5
 CURVE_FILE = "learning_curve.csv"
 SEEDS = 3  # one alone may be a lucky one
 NEWEST, BEST = "newest", "best"

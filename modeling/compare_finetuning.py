@@ -28,7 +28,14 @@ from feats.errors import UsageError
 from feats.names import checked_name
 from modeling.choices import METHODS, SplitSettings
 from modeling.command_line.messages import OPTION_OF, command_line, guarded, progress_bar
-from modeling.command_line.options import RUN_HELP, add_data_options, add_run_options, chosen_runs, new_parser
+from modeling.command_line.options import (
+    RUN_HELP,
+    add_caches_of_run_option,
+    add_data_options,
+    add_run_options,
+    chosen_runs,
+    new_parser,
+)
 from modeling.command_line.tuning import BY_METHODS, TUNING_GRID, add_tuning_options, tuning_command, tuning_settings
 from modeling.training.config import TrainConfig, settings_read
 
@@ -55,7 +62,7 @@ def build_parser() -> ArgumentParser:
         metavar="RUN",
         help=f"its head is trained anew on each fold: {RUN_HELP} (default: newest; both with one head)",
     )
-    group.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
+    add_caches_of_run_option(group)
     add_data_options(group, "the pairs (default: where the caches say)")
     group.add_argument("--weights", nargs="+", default=[], metavar="NAME=PATH", help="weights of a cache's encoder")
     group.add_argument(

@@ -27,6 +27,7 @@ from feats.errors import UsageError
 from modeling.command_line.messages import guarded, print_note, progress_bar
 from modeling.command_line.options import (
     RUN_HELP,
+    add_caches_of_run_option,
     add_data_options,
     add_run_options,
     add_weights_option,
@@ -78,7 +79,7 @@ def build_parser() -> ArgumentParser:
     pair.add_argument("--check", type=positive, metavar="N", help="score explanations of N validation pairs, too")
     which = parser.add_argument_group("the run and its data")
     which.add_argument("--run", metavar="RUN", help=f"{RUN_HELP} (default: newest)")
-    which.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
+    add_caches_of_run_option(which)
     add_data_options(which, "the pairs (default: where the caches say)")
     add_weights_option(which)
     add_run_options(parser)

@@ -30,6 +30,7 @@ from modeling.command_line import messages
 from modeling.command_line.messages import OPTION_OF, command_line, guarded
 from modeling.command_line.options import (
     RUN_HELP,
+    add_caches_of_run_option,
     add_corrections_option,
     add_data_options,
     add_run_options,
@@ -84,7 +85,7 @@ def add_start_options(parser: ScriptParser) -> None:
     """What a finetuning begins with."""
     group = parser.add_argument_group("what is tuned")
     group.add_argument("--run", metavar="RUN", help=f"{RUN_HELP} (default: newest; both with one head)")
-    group.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
+    add_caches_of_run_option(group)
     add_data_options(group, "the pairs (default: where the caches say, or data)")
     group.add_argument("--new-head", action="store_true", help="begin with a new head of the run's shape")
     group.add_argument("--weights", nargs="+", default=[], metavar="NAME=PATH", help="weights of a cache or encoder")

@@ -25,7 +25,14 @@ from feats.command_line.options import positive
 from modeling import choices
 from modeling.choices import AVERAGES
 from modeling.command_line.messages import guarded, progress_bar
-from modeling.command_line.options import RUN_HELP, add_csv_option, add_run_options, chosen_runs, new_parser
+from modeling.command_line.options import (
+    RUN_HELP,
+    add_caches_of_run_option,
+    add_csv_option,
+    add_run_options,
+    chosen_runs,
+    new_parser,
+)
 from modeling.runs.files import check_replaceable
 
 if TYPE_CHECKING:
@@ -42,7 +49,7 @@ def build_parser() -> ArgumentParser:
         "python modeling/learning_curve.py --run newest",
         "python modeling/learning_curve.py --shares 0.25 0.5 1 --draws 10",
     )
-    parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
+    add_caches_of_run_option(parser)
     parser.add_argument("--run", metavar="RUN", help=f"{RUN_HELP} (default: newest)")
     shares = " ".join(f"{share:g}" for share in choices.SHARES)
     parser.add_argument(

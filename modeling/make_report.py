@@ -23,6 +23,7 @@ from modeling.choices import NEWEST
 from modeling.command_line.messages import OPTION_OF, command_line, guarded
 from modeling.command_line.options import (
     RUN_HELP,
+    add_caches_of_run_option,
     add_data_options,
     add_run_options,
     add_weights_option,
@@ -42,7 +43,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--run", default=NEWEST, metavar="RUN", help=RUN_HELP)
     parser.add_argument("--sweep", type=Path, metavar="DIR", help="also compare the heads of a sweep's folder")
-    parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
+    add_caches_of_run_option(parser)
     add_data_options(parser, "the pairs, for texts and pictures (default: where the caches say)")
     parser.add_argument(
         "--learning-curve", action="store_true", help="also train on shares of the training rows, which takes minutes"

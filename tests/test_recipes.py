@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from feats.images import hash64
 from feats.records import read_dataset
-from feats.text import duplicate_key
+from feats.text import clean_with_key
 from modeling import finetune, sweep_heads, train_head
 from modeling.command_line.training import grid_from
 from modeling.command_line.tuning import tuning_settings
@@ -390,7 +390,7 @@ def test_the_split_of_study_a_on_its_data_with_duplicates_together():
         pytest.skip("the MVSA-Single data set is not here; set MVSA_SINGLE to its folder")
     records = read_dataset(REAL).splits["train"]
     pictures = np.array([hash64(record.image_path.read_bytes()) for record in records], np.uint64)
-    texts = np.array([hash64(duplicate_key(record.text).encode()) for record in records], np.uint64)
+    texts = np.array([hash64(clean_with_key(record.text, "tweet")[1].encode()) for record in records], np.uint64)
     groups = duplicate_groups(pictures, texts)
     assert len(set(groups.tolist())) < 3900
     label_of = {record.id: record.label for record in records}

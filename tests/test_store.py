@@ -17,6 +17,7 @@ from conftest import ENVIRONMENT
 
 from feats import inspect_feats
 from feats.cache_reader import DONE, PENDING, QUARANTINED, CacheError, MissingRowsError, fingerprint_difference
+from feats.quarantine import write_reasons
 from feats.store import FeatureStore
 from feats.strings import Labels, Strings
 
@@ -220,6 +221,24 @@ def test_quarantined_rows_are_never_zeros(tmp_path: Path):
     with FeatureStore.open(path) as store:
         np.testing.assert_array_equal(store.read("image_feats"), FEATS)
         np.testing.assert_array_equal(store.read_tokens()[0], TOKENS)
+
+
+def test_reasons_are_written_behind_those_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, bad = tmp_path / "q_train.h5", tuple(range(0, N, 7))
+    whole = list[int]()
+    monkeypatch.setattr("feats.store.write_reasons", lambda to, reasons: whole.append(write_reasons(to, reasons)))
+    with create(path) as store:
+        fill(store, bad=bad)
+        write_reasons(tmp_path / "at_once.csv", store.reasons)
+    expected = (tmp_path / "at_once.csv").read_bytes()
+    assert len(whole) == 1 < len(blocks()) and expected.count(b"\n") == 1 + len(bad)
+    file = path.with_name("q_train.quarantine.csv")
+    assert file.read_bytes() == expected
+    file.write_bytes(expected[:-5])  # torn by a kill: its row isn't done and is tried again
+    last = np.array(bad[-1:])
+    with FeatureStore.append(path) as store:
+        store.write(last, np.array([QUARANTINED]), arrays(last), {IDS[bad[-1]]: f"reason {bad[-1]}"})
+    assert file.read_bytes() == expected
 
 
 def test_reasons_come_back_as_they_were_written(tmp_path: Path):

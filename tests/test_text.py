@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from feats.errors import UsageError
-from feats.text import CLEAN_LEVELS, clean, decode_texts, duplicate_key
+from feats.text import CLEAN_LEVELS, clean, clean_with_key, decode_texts
 
 REAL = Path(os.environ.get("MVSA_SINGLE", Path(__file__).parents[2] / "shared" / "mvsa_single"))
 CHINESE = ["今天天气很好，我们去公园玩吧", "这个电影真的太好看了！"]
@@ -149,7 +149,10 @@ def test_unknown_level():
         clean("x", "hard")
 
 
-def test_duplicate_key_groups_retweets():
-    key = duplicate_key("RT @a: So Happy! http://t.co/abc")
-    assert key == duplicate_key("so happy!  http://t.co/xyz…") == "so happy!"
-    assert key != duplicate_key("so happy?")
+@pytest.mark.parametrize("level", CLEAN_LEVELS)
+def test_keys_group_retweets(level):
+    text = "RT @a: So Happy! http://t.co/abc"
+    cleaned, key = clean_with_key(text, level)
+    assert cleaned == clean(text, level)
+    assert key == clean_with_key("so happy!  http://t.co/xyz…", level)[1] == "so happy!"
+    assert key != clean_with_key("so happy?", level)[1]

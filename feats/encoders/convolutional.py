@@ -10,6 +10,8 @@ from torch.nn.utils import fuse_conv_bn_eval
 from feats.errors import UsageError, first_line
 from feats.tensor_files import SUFFIX, read_pickled, read_safetensors
 
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of its pictures, (R, G, B) in [0, 1]
+
 
 def load_strictly(network: nn.Module, path: Path, model: str) -> None:
     """Fill `network` from a state-dict file, pickled tensors or safetensors, never other objects.

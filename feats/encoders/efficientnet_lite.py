@@ -14,7 +14,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import nn
 
 from feats.encoders.base import Encoder, Features, ImageSide, Loading, count_parameters
-from feats.encoders.convolutional import fold_batch_norms, load_strictly, pool_map
+from feats.encoders.convolutional import IMAGENET_MEAN, IMAGENET_STD, fold_batch_norms, load_strictly, pool_map
 from feats.encoders.stack import map_tokens, stacked
 from feats.encoders.weights import save_weights, verified_sha256, weights_at
 from feats.errors import UsageError
@@ -25,7 +25,6 @@ MODELS = ("lite0", "lite1", "lite2")
 # float32 on 300 MVSA pictures, worst and share below 0.999, lite2: all bfloat16 0.9915, 21 %; 2 blocks 0.9982, 0.7 %;
 # 5 blocks 0.9991, none (lite1: one picture at 0.99897).
 FLOAT32_BLOCKS = 5
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def load(model: str, weights: str | None, how: Loading) -> Encoder:
@@ -87,14 +86,14 @@ def load(model: str, weights: str | None, how: Loading) -> Encoder:
         identity={
             "model": model,
             "weights_sha256": weights_sha256,
-            "preprocess": preprocess.as_json(MEAN, STD),
+            "preprocess": preprocess.as_json(IMAGENET_MEAN, IMAGENET_STD),
             "float32_blocks": exact,
         },
         loading=how,
         image=ImageSide(
             preprocess=preprocess,
-            mean=MEAN,
-            std=STD,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
             forward=forward,
             network=network,
             n_parameters=n_parameters,

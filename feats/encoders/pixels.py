@@ -6,12 +6,11 @@ import torch
 from torch import nn
 
 from feats.encoders.base import Encoder, Features, ImageSide, Loading
-from feats.encoders.convolutional import pool_map
+from feats.encoders.convolutional import IMAGENET_MEAN, IMAGENET_STD, pool_map
 from feats.encoders.stack import map_tokens
 from feats.errors import UsageError
 from feats.images import ResizeCrop
 
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's
 MAX_SIZE = 1024  # a row's tokens are then 6 MB in a cache
 
 
@@ -36,7 +35,9 @@ def load(model: str, weights: str | None, how: Loading, *, size: int) -> Encoder
         return {"feats": feats, "tokens": map_tokens(pixels)} if how.tokens else {"feats": feats}
 
     return Encoder(
-        identity={"model": "pixels", "size": size, "preprocess": preprocess.as_json(MEAN, STD)},
+        identity={"model": "pixels", "size": size, "preprocess": preprocess.as_json(IMAGENET_MEAN, IMAGENET_STD)},
         loading=replace(how, dtype=torch.float32),
-        image=ImageSide(preprocess=preprocess, mean=MEAN, std=STD, forward=forward, network=nn.Identity()),
+        image=ImageSide(
+            preprocess=preprocess, mean=IMAGENET_MEAN, std=IMAGENET_STD, forward=forward, network=nn.Identity()
+        ),
     )

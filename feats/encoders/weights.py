@@ -15,12 +15,12 @@ WEIGHTS_FILE = "model.safetensors"  # of a saved encoder, as of a Hugging Face m
 HUB_TIMEOUT = 5  # seconds; the hub's own downloads retry for half a minute before they say that there is no network
 
 
-def hub_reachable(timeout: float = HUB_TIMEOUT) -> bool:
+def hub_reachable() -> bool:
     """Whether the hub answers one unrepeated question, whatever the answer. False under HF_HUB_OFFLINE."""
     from huggingface_hub import constants, get_session
 
     try:
-        get_session().head(constants.ENDPOINT, timeout=timeout)
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
     except Exception:  # noqa: BLE001 - the hub's http library and its exceptions differ by version
         return False
     return True

@@ -67,12 +67,10 @@ def _jobs(plan: Plan, rows: np.ndarray) -> Iterator[Job]:
             yield Job("images", rows[low : low + plan.batch_size])
 
 
-def encode_prepared(
-    plan: Plan, rows: np.ndarray, prepared: Iterator[Texts | Images], told: Callable[[int], None] = lambda rows: None
-) -> Block:
+def encode_prepared(plan: Plan, rows: np.ndarray, prepared: Iterator[Texts | Images]) -> Block:
     """A block of the plan's `rows`, of what was prepared for it: takes exactly that much of `prepared`, first its texts
     (where the encoder reads any and the plan has none), then its pictures in batches of the plan's size."""
-    return _begin(plan, rows, prepared, transfer_for(plan.encoder.device), told)()
+    return _begin(plan, rows, prepared, transfer_for(plan.encoder.device), lambda rows: None)()
 
 
 @torch.inference_mode()

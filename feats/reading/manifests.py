@@ -8,7 +8,7 @@ import re
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -85,12 +85,17 @@ def manifest_file(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     found = sorted(entry for entry in path.iterdir() if is_table(entry.name))
-    if len(found) != 1:
-        names = ", ".join(entry.name for entry in found) or "none"
-        raise UsageError(
-            f"{path} must hold one manifest ({', '.join(TABLES)}); found {names}. Name the file with `data`"
-        )
+    check_one_manifest(str(path), [entry.name for entry in found], TABLES)
     return found[0]
+
+
+def check_one_manifest(place: str, names: Sequence[str], kinds: Sequence[str]) -> None:
+    """Raise `UsageError` unless the tables found at a place, files of these `kinds`, are one."""
+    if len(names) != 1:
+        found = ", ".join(names) or "none"
+        raise UsageError(
+            f"{place} must hold one manifest ({', '.join(kinds)}); found {found}. Name the file with `data`"
+        )
 
 
 def is_table(name: str) -> bool:

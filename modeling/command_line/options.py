@@ -52,6 +52,11 @@ def add_feature_options(parser: ScriptParser) -> None:
     parser.fill_in(features_in_use)
 
 
+def add_caches_of_run_option(parser: ArgumentParser | _ArgumentGroup) -> None:
+    """The folder of a run's caches."""
+    parser.add_argument("--feats", type=Path, metavar="DIR", help="folder of caches (default: the run's)")
+
+
 def add_split_options(parser: ScriptParser) -> None:
     """Options for every field of `SplitSettings`; ratios and seed that weren't typed are absent from the namespace."""
     group = parser.add_argument_group("split")

@@ -23,7 +23,7 @@ from modeling.heads.config import (
     HeadConfig,
     ablation_words,
 )
-from modeling.heads.registry import HEADS
+from modeling.heads.registry import HEADS, head_class
 from modeling.training.config import (
     CLASS_WEIGHTS,
     MONITORS,
@@ -150,7 +150,6 @@ def grid_from(args: Namespace, **fixed: Any) -> Grid:
 def _all_heads(source: FeatureSource, ablations: Sequence[tuple[str, ...]]) -> list[str]:
     """The heads that need no token features, and those whose needs the caches meet under each of the `ablations`."""
     from modeling.features.cache_facts import cached_widths
-    from modeling.heads.base import head_class
 
     widths = cached_widths(source, "train")
 
@@ -167,8 +166,6 @@ def _all_heads(source: FeatureSource, ablations: Sequence[tuple[str, ...]]) -> l
 
 def own_recipe(head: str) -> str:
     """The recipe of the study a head comes from, on cached features; '' where there is none."""
-    from modeling.heads.base import head_class
-
     return cached_recipe(head_class(head).study)
 
 
@@ -186,7 +183,6 @@ def _recipe_settings(args: Namespace, recipe: str, head: str) -> dict[str, Any]:
 def print_recipe(args: Namespace, heads: Sequence[str]) -> None:
     """Say where a recipe isn't made for what is trained, or can't be followed to the letter, for any of `heads`."""
     from feats.acceleration import resolve_device
-    from modeling.heads.base import head_class
 
     trained = [head for head in heads if not head_class(head).closed_form()]
     typed = vars(args)
@@ -258,8 +254,6 @@ def training_in_use(args: Namespace) -> dict[str, Any]:
 def unread(args: Namespace, heads: Sequence[str]) -> list[str]:
     """The typed options of `add_training_options`, and of what is shown of epochs, that nothing reads when `heads` are
     trained, as one types them."""
-    from modeling.heads.base import head_class
-
     read = set().union(*map(settings_read, heads))
     gradient = [head for head in heads if not head_class(head).closed_form()]
     idle = [name for name in _training_settings(args) if name in flat(TrainConfig()) and name not in read]

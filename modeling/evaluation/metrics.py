@@ -196,8 +196,6 @@ def interval_of_mean(
     figure: str,
     *,
     draws: int = DRAWS,
-    seed: int = 0,
-    level: float = LEVEL,
 ) -> list[float]:
     """[low, high] of the mean of one of `AVERAGES` over several predictions (M, N) of the same rows, such as those of
     seeds: over rows, the M as they are. As `intervals`; the prior's row is predicted alike by all M."""
@@ -205,9 +203,9 @@ def interval_of_mean(
     of_class, alike, prior = _prior(n_classes)
     true, weights = np.concatenate([true, of_class]), np.concatenate([counts, prior])
     with_prior = np.stack([np.concatenate([column, alike]) for column in predicted])
-    drawn = _posterior(true, with_prior, weights, n_classes, draws, seed)[figure]
+    drawn = _posterior(true, with_prior, weights, n_classes, draws, 0)[figure]
     found = [scores(confusion_matrix(labels, p, n_classes))[figure] for p in predictions]
-    return _interval(drawn, float(np.mean(found)), level)
+    return _interval(drawn, float(np.mean(found)), LEVEL)
 
 
 def _prior(n_classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -70,13 +70,13 @@ def constants(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], digits:
     return {name: next(iter(cells)) for name, cells in of_column.items() if len(cells) == 1 and cells != {""}}
 
 
-def confusion_text(confusion: Sequence[Sequence[int]], classes: Sequence[str], width: int = WIDTH) -> str:
+def confusion_text(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
     """A confusion matrix (C, C) for a terminal: whole, or where that is wider the pairs of classes that are most often
     taken for one another."""
     title = "true \\ predicted"
     whole = [{title: name, **dict(zip(classes, counts, strict=True))} for name, counts in zip(classes, confusion)]
     table = format_table(whole, [title, *classes], width=None)
-    if max(map(len, table.splitlines())) <= width:
+    if max(map(len, table.splitlines())) <= WIDTH:
         return table
     counts = np.asarray(confusion)
     off = np.where(np.eye(len(classes), dtype=bool), 0, counts)
@@ -92,7 +92,7 @@ def confusion_text(confusion: Sequence[Sequence[int]], classes: Sequence[str], w
         for true, other in pairs
     ]
     more = int((off > 0).sum()) - len(pairs)
-    table = format_table(rows, ["true", "predicted", "rows", "of the true"], width=width)
+    table = format_table(rows, ["true", "predicted", "rows", "of the true"])
     return f"{table}\n... and {more} more pairs of classes" if more else table
 
 

@@ -28,13 +28,14 @@ from modeling.features.splits import duplicates_of, make_splits
 from modeling.features.stored_splits import PARTS, Split, check_split
 from modeling.features.stream import Stream, StreamedInputs, streams
 from modeling.features.target import read_target
-from modeling.heads.base import head_class
 from modeling.heads.config import HeadConfig
+from modeling.heads.registry import head_class
 from modeling.runs.run import Run
 from modeling.training.config import TrainConfig
 from modeling.training.problem import Problem
 
 INNER_FOLDS = 5
+INNER_SEED = 0  # of all folds of training rows
 EACH_TRIED = 16  # numbers of folds that are tried one by one where duplicates of several classes forbid the most
 
 Dealt = TypeVar("Dealt")
@@ -152,16 +153,16 @@ class Experiment:
             return self.stream.over(rows, lambda block: of(block, None))
         return of(self.features.to("cpu"), rows)
 
-    def inner_folds(self, ids: Sequence[str], seed: int = 0) -> torch.Tensor:
+    def inner_folds(self, ids: Sequence[str]) -> torch.Tensor:
         """Fold number of each id, (len(ids),) int8 where that holds them: stratified, duplicates in one, as many as
         the rarest class allows up to five."""
-        return torch.from_numpy(self._fewer_folds(fold_numbers, ids, INNER_FOLDS, seed))
+        return torch.from_numpy(self._fewer_folds(fold_numbers, ids, INNER_FOLDS))
 
-    def folds_of(self, ids: Sequence[str], k: int, seed: int = 0) -> list[Split]:
+    def folds_of(self, ids: Sequence[str], k: int) -> list[Split]:
         """`k` folds of training rows, or as many as the rarest class allows. Raises `UsageError` when that is none."""
-        return self._fewer_folds(deal_folds, ids, k, seed)
+        return self._fewer_folds(deal_folds, ids, k)
 
-    def _fewer_folds(self, deal: Callable[..., Dealt], ids: Sequence[str], k: int, seed: int) -> Dealt:
+    def _fewer_folds(self, deal: Callable[..., Dealt], ids: Sequence[str], k: int) -> Dealt:
         """What `deal` makes of `k` folds or of as many as it doesn't refuse."""
         tags, groups = self.features.tags_of(ids), self.groups(ids)
         alone = _rows_apart(tags, groups)
@@ -169,7 +170,7 @@ class Experiment:
         # Every fold validates a row of each class, and duplicates lie in one: more can't be dealt.
         for fewer in _downwards(max(min(k, most), 2)):
             try:
-                return deal(ids, tags, fewer, seed, groups)
+                return deal(ids, tags, fewer, INNER_SEED, groups)
             except UsageError as error:
                 refusal = error
         counts = tags.counts()

@@ -15,7 +15,7 @@ from modeling.features.corrections import corrected_words
 from modeling.features.joined import FeatureSet
 from modeling.features.stored_splits import Split
 from modeling.runs.run import FoldTest, Member, Report, Run
-from modeling.training.config import settings_read
+from modeling.training.config import OF_CLOSED_FORM, settings_read
 from modeling.training.problem import Trained
 
 TEMPERATURES = (0.1, 10.0)  # a validation set of a few rows can be fitted perfectly, which asks for a temperature of 0
@@ -143,7 +143,7 @@ def _chosen(members: Sequence[Member]) -> str:
     epoch = "best epoch and " if any(m.best_epoch is not None for m in members) else ""
     by_folds = [
         name
-        for name in ("C", "ridge", "gamma")
+        for name in OF_CLOSED_FORM
         if any(name in settings_read(m.config.head.head) and getattr(m.config, name) is None for m in members)
     ]
     folds = f", {' and '.join(by_folds)} by inner folds of the training rows" if by_folds else ""

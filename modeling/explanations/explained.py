@@ -24,7 +24,7 @@ from feats.records import TarSlice
 from feats.source import SIDES
 from feats.text import clean
 from modeling.features.joined import FeatureSet, Ragged, Rows
-from modeling.heads.base import head_class
+from modeling.heads.registry import head_class
 from modeling.runs.encoders import check_weights, encoder_of
 from modeling.runs.run import Member, Run
 

@@ -14,16 +14,17 @@ import numpy as np
 
 from feats.errors import UsageError
 from feats.strings import BLOCK, Labels, Strings
+from modeling.choices import FOLDS, SplitSettings
 from modeling.features.stored_splits import PARTS, Split
 
 
 def deal_split(
     ids: Sequence[str],
     labels: Sequence[str],
-    val_ratio: float = 0.1,
-    seed: int = 42,
+    val_ratio: float = SplitSettings.val_ratio,
+    seed: int = SplitSettings.seed,
     groups: Sequence[int] | np.ndarray | None = None,
-    test_ratio: float = 0.0,
+    test_ratio: float = SplitSettings.test_ratio,
 ) -> Split:
     """Split labelled rows by class, `val_ratio` of them for validation and `test_ratio` for testing.
 
@@ -61,8 +62,8 @@ def _sorted_rows(ids: Strings, chosen: np.ndarray) -> np.ndarray:
 def deal_folds(
     ids: Sequence[str],
     labels: Sequence[str],
-    k: int = 5,
-    seed: int = 42,
+    k: int = FOLDS,
+    seed: int = SplitSettings.seed,
     groups: Sequence[int] | np.ndarray | None = None,
 ) -> list[Split]:
     """k splits, each row in the validation part of exactly one; otherwise as `deal_split`.
@@ -86,8 +87,8 @@ def deal_folds(
 def fold_numbers(
     ids: Sequence[str],
     labels: Sequence[str],
-    k: int = 5,
-    seed: int = 42,
+    k: int = FOLDS,
+    seed: int = SplitSettings.seed,
     groups: Sequence[int] | np.ndarray | None = None,
 ) -> np.ndarray:
     """Of each row the fold, from 0, that validates it in `deal_folds`, (N,) int8. Raises as that."""

@@ -14,8 +14,9 @@ from feats.errors import UsageError
 from feats.source import SIDES
 from modeling.features.joined import FeatureSet, Ragged
 from modeling.features.normalizer import Moments, Normalizer
-from modeling.heads.base import Batch, head_class
+from modeling.heads.base import Batch
 from modeling.heads.config import HeadConfig
+from modeling.heads.registry import head_class
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from feats.errors import UsageError
 from feats.strings import Strings
-from modeling.choices import SplitSettings
+from modeling.choices import FOLDS, SplitSettings
 from modeling.features.dealing import deal_folds, deal_split
 from modeling.features.duplicates import Duplicates
 from modeling.features.joined import FeatureSet
@@ -29,7 +29,7 @@ def make_split(
 
 
 def make_folds(
-    data: FeatureSet, folds: int = 5, seed: int = SplitSettings.seed, *, duplicates_together: bool = True
+    data: FeatureSet, folds: int = FOLDS, seed: int = SplitSettings.seed, *, duplicates_together: bool = True
 ) -> list[Split]:
     """As `make_split`: splits, each row in the validation part of exactly one."""
     return make_splits(data, SplitSettings(seed=seed, folds=folds, duplicates_together=duplicates_together))

@@ -53,9 +53,9 @@ class Target:
         return {"column": self.column, "data": self.data, "count": count, "sha256": self.digest()}
 
 
-def read_target(column: str, data: Path | None, cache: Path, ids: Sequence[str], split: str = "train") -> Target:
+def read_target(column: str, data: Path | None, cache: Path, ids: Sequence[str]) -> Target:
     """The labels in `column` of the table `data`, None: of the one that `cache` was made of. Raises `UsageError` as
-    `feats.records.read_labels`, where that table isn't known, and for `ids` of the split that it lacks."""
+    `feats.records.read_labels`, where that table isn't known, and for training rows `ids` that it lacks."""
     with open_cache(cache) as store:
         kept = store.source
     if data is None and kept is None:
@@ -63,15 +63,15 @@ def read_target(column: str, data: Path | None, cache: Path, ids: Sequence[str],
     place = str(data) if data is not None else kept.resolved if kept else ""
     columns = kept.columns if kept and data is None else {}
     target = Target(column, place, read_labels(place, column, columns=columns))
-    known = target.labels.get(split, {})
+    known = target.labels.get("train", {})
     lacking = [name for name in ids if name not in known]
     if lacking:
         raise UsageError(
-            f"{place} lacks {len(lacking)} of the {len(ids)} {split} rows of {cache.name} (e.g. {lacking[0]}); name "
+            f"{place} lacks {len(lacking)} of the {len(ids)} train rows of {cache.name} (e.g. {lacking[0]}); name "
             "the table they came from with `data`"
         )
     if not any(known[name] for name in ids):
-        raise UsageError(f"{place}: column {column} holds no label of the {len(ids)} {split} rows; name another column")
+        raise UsageError(f"{place}: column {column} holds no label of the {len(ids)} train rows; name another column")
     return target
 
 

@@ -34,7 +34,7 @@ from feats.orphans import end_with
 from feats.writing import cant_write, write_json
 from modeling.choices import METHODS
 from modeling.experiments.experiment import Experiment
-from modeling.experiments.fitting import Progress, run_of, train_all
+from modeling.experiments.fitting import run_of, train_all
 from modeling.features.dealing import deal_folds, deal_split
 from modeling.features.stored_splits import Split
 from modeling.finetuning.settings import TuneSettings
@@ -195,7 +195,6 @@ def train_frozen(
     *,
     command: str | None = None,
     options: Mapping[str, Any] | None = None,
-    progress: Progress = lambda epochs: None,
 ) -> Run:
     """Train the head on the cached features of the cell's fold and save its run. Raises `UsageError` when it
     diverges."""
@@ -203,7 +202,7 @@ def train_frozen(
     if experiment.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(experiment.device)
     began = time.perf_counter()
-    outcomes = [outcome for _, found in train_all([config], of_fold, progress) for outcome in found]
+    outcomes = [outcome for _, found in train_all([config], of_fold) for outcome in found]
     facts = {"seconds": round(time.perf_counter() - began, 1), "peak_bytes": peak_bytes(experiment.device)}
     outcomes = [replace(o, member=replace(o.member, facts={**o.member.facts, **facts})) for o in outcomes]
     return save_run(run_of(outcomes, of_fold), cell.path, overwrite=True, command=command, options=options)

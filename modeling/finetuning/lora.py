@@ -59,12 +59,6 @@ def has_attention(network: nn.Module) -> bool:
     return bool(_projections(network))
 
 
-def lora_parameters(network: nn.Module) -> int:
-    """How many numbers a network's adapters have: the sum of rank * (n_in + n_out)."""
-    layers = _adapted(network).values()
-    return sum(part[ADAPTER].weight.numel() for layer in layers for part in (layer.lora_A, layer.lora_B))
-
-
 def merge_lora(network: nn.Module) -> None:
     """Add a network's adapters to the weights they are on. It becomes plain: modules and state dict have the types and
     names from before `add_lora`, and no parameter requires gradients."""

@@ -8,12 +8,12 @@ from typing import Any
 from feats.errors import UsageError
 from modeling.evaluation.metrics import collapsed_class, marked
 from modeling.finetuning.comparison import SETTINGS
-from modeling.finetuning.verdict import MARKDOWN
 from modeling.runs.config import CONFIG, is_whole, read_config, read_metrics
 from modeling.runs.entries import age
+from modeling.search.sweep import MARKDOWN
 
 
-def finetunings(runs: Path, now: datetime | None = None) -> list[dict[str, Any]]:
+def finetunings(runs: Path) -> list[dict[str, Any]]:
     """A row for each finetuned run in the folder `runs` and in the comparisons there, newest first: what was tuned and
     how, its validation figures, and what it cost. What can't be read is left out."""
     found = []
@@ -23,7 +23,7 @@ def finetunings(runs: Path, now: datetime | None = None) -> list[dict[str, Any]]
             made = datetime.fromisoformat(config["created"])
         except (UsageError, KeyError, TypeError, ValueError):
             continue
-        seconds = ((now or datetime.now(UTC)) - made).total_seconds()
+        seconds = (datetime.now(UTC) - made).total_seconds()
         found.append((made, {"run": str(path.relative_to(runs)), "age": age(seconds), **row}))
     return [row for _, row in sorted(found, key=lambda of_run: of_run[0], reverse=True)]
 

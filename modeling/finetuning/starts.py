@@ -29,9 +29,8 @@ from modeling.finetuning.model import PairModel, checked_side
 from modeling.finetuning.scratch import untrained_text, untrained_vit
 from modeling.finetuning.settings import TuneSettings
 from modeling.finetuning.studies import EncoderChoice
-from modeling.heads.base import head_class
 from modeling.heads.config import HeadConfig
-from modeling.heads.registry import build_head
+from modeling.heads.registry import build_head, head_class
 from modeling.runs.encoders import check_weights, encoder_of
 from modeling.runs.pairs import DataPlace, records_of
 from modeling.runs.run import Member, Run, single_split

@@ -14,6 +14,7 @@ from feats.encoders.cut import lower_part
 from feats.extraction.local import extract
 from feats.extraction.plan import fingerprint_of
 from feats.extraction.settings import ExtractionSettings
+from modeling.features.stored_splits import PARTS
 from modeling.finetuning.data import MEMORY_BYTES as PICTURE_BYTES, PairReader, TuneData
 from modeling.finetuning.distributed import Team
 from modeling.finetuning.hidden_states import Rows, hidden_states
@@ -42,7 +43,7 @@ def data_of(
     that can't be encoded, and what `extract` raises."""
     split, records = start.split, start.records
     numbers = {record.id: k for k, record in enumerate(records)}
-    rows = {part: [numbers[i] for i in getattr(split, part)] for part in ("train", "val", "test")}
+    rows = {part: [numbers[i] for i in getattr(split, part)] for part in PARTS}
     labels = torch.full((len(records),), -1)
     for part, ids in (("train", split.train), ("val", split.val)):
         labels[rows[part]] = torch.from_numpy(start.experiment.labels(ids))

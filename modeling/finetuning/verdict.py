@@ -12,14 +12,13 @@ from feats.csv_files import write_table
 from feats.errors import UsageError
 from feats.writing import write_text
 from modeling.evaluation import metrics, text_tables
+from modeling.evaluation.paired import SIGNIFICANT, PairedTest, tested_together
 from modeling.experiments.experiment import Experiment
 from modeling.finetuning.comparison import FROZEN, STARTED, Cell
 from modeling.runs.config import TEST_PREDICTIONS, read_config, read_metrics
 from modeling.runs.folder import read_predictions
-from modeling.search.sweep import TABLE
+from modeling.search.sweep import MARKDOWN, TABLE
 
-SIGNIFICANT = 0.05
-MARKDOWN = "table.md"
 COLLAPSED = "predicts one class only"
 AT_START = "kept its start"
 
@@ -51,23 +50,6 @@ class Scored:
     def mean_seconds(self) -> float:
         """What a fold takes."""
         return float(np.mean(self.seconds))
-
-
-@dataclass(frozen=True)
-class Tested:
-    """A paired bootstrap of a method against the frozen head: the difference of the figure, its 95 % interval, p, and p
-    by Holm over all methods."""
-
-    difference: float
-    low: float
-    high: float
-    p: float
-    holm: float
-
-    @property
-    def better(self) -> bool:
-        """Whether it is significantly better."""
-        return self.difference > 0 and self.holm < SIGNIFICANT
 
 
 @dataclass(frozen=True)
@@ -208,7 +190,7 @@ def chosen_points(tuned: Sequence[Scored]) -> list[Scored]:
 
 def paired_tests(
     frozen: Scored, best: Sequence[Scored], labels: np.ndarray, n_classes: int, figure: str
-) -> tuple[list[Tested], list[float]]:
+) -> tuple[list[PairedTest], list[float]]:
     """Each method against the frozen head; and, by their place in `best`, the p of each against the best of those that
     are significantly better (1 of itself, and where none is)."""
     if not best:
@@ -217,12 +199,7 @@ def paired_tests(
     found = [figure_of(predicted, labels, n_classes, figure) for predicted in predictions]
     drawn = metrics.resampled(labels, predictions, n_classes, figure)
     differences = drawn[:, 1:] - drawn[:, :1]
-    alone = [metrics.two_sided_p(of_one) for of_one in differences.T]
-    edges = np.quantile(differences, [0.025, 0.975], axis=0).T.tolist()
-    tests = [
-        Tested(value - found[0], low, high, p, adjusted)
-        for value, (low, high), p, adjusted in zip(found[1:], edges, alone, metrics.holm(alone), strict=True)
-    ]
+    tests = tested_together([value - found[0] for value in found[1:]], differences)
     better = [k for k, tested in enumerate(tests) if tested.better]
     first = max(better, key=lambda k: tests[k].difference, default=None)
     if first is None:
@@ -237,7 +214,7 @@ def figure_of(predictions: np.ndarray, labels: np.ndarray, n_classes: int, figur
 
 
 def verdict_line(
-    best: Sequence[Scored], tests: Sequence[Tested], against_best: Sequence[float], n_rows: int, figure: str
+    best: Sequence[Scored], tests: Sequence[PairedTest], against_best: Sequence[float], n_rows: int, figure: str
 ) -> str:
     """Which to use. Of the methods that are significantly better than the frozen head the best; where one that isn't
     told apart from it takes less time, the cheapest such is named beside."""

@@ -12,12 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from feats.errors import UsageError
-from modeling.heads.config import (
-    HeadConfig,
-    check_head,
-)
+from modeling.heads.config import HeadConfig
 from modeling.heads.layers import Linear
-from modeling.heads.registry import HEADS
 
 
 @dataclass(frozen=True)
@@ -109,12 +105,6 @@ class Head(nn.Module, ABC):
     def __call__(self, batch: Batch) -> Tensor:
         logits: Tensor = super().__call__(batch)
         return logits
-
-
-def head_class(name: str) -> type[Head]:
-    """The head `name` of the registry. Raises `UsageError` for one that isn't there."""
-    check_head(name)
-    return HEADS[name]
 
 
 def n_parameters(head: Head) -> int:

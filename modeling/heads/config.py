@@ -2,11 +2,10 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 
 from feats.errors import UsageError
 from feats.source import SIDES
-from modeling.heads.registry import HEADS
+from modeling.heads.registry import check_head, head_class
 
 MAX_WIDTH, MAX_LAYERS = 1 << 16, 256  # a head of more than these is a slip of the finger, or fills the memory
 # Of coattention: what stands behind its self-attentions, what is added to the image tokens, how they become one vector.
@@ -48,8 +47,6 @@ class HeadConfig:
 
     def resolved(self) -> "HeadConfig":
         """With the head's own dropout and layers filled in."""
-        from modeling.heads.base import head_class  # torch: slow to import, and only what is trained needs it
-
         own = head_class(self.head)
         dropout = own.dropout if self.dropout is None else self.dropout
         return replace(self, dropout=dropout, layers=own.layers if self.layers is None else self.layers)
@@ -75,11 +72,3 @@ def checked_sides(sides: Iterable[str]) -> tuple[str, ...]:
     if not sides or set(sides) - set(SIDES):
         raise UsageError(f"sides {', '.join(sides) or '(none)'}: expected {', '.join(SIDES)} or both")
     return tuple(side for side in SIDES if side in sides)
-
-
-def check_head(name: str) -> None:
-    """Raise `UsageError` for a head that isn't in the registry."""
-    if name not in HEADS:
-        close = get_close_matches(name, HEADS, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise UsageError(f"unknown head {name!r}{hint} (there are {', '.join(HEADS)})")

@@ -7,8 +7,11 @@ C (ResNet and BERT on token sequences), D (feature cache and linear probe), E (B
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from feats.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -74,12 +77,24 @@ HEADS = Heads(
 )
 
 
+def check_head(name: str) -> None:
+    """Raise `UsageError` for a head that isn't in the registry."""
+    if name not in HEADS:
+        close = get_close_matches(name, HEADS, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UsageError(f"unknown head {name!r}{hint} (there are {', '.join(HEADS)})")
+
+
+def head_class(name: str) -> type[Head]:
+    """The head `name` of the registry. Raises `UsageError` for one that isn't there."""
+    check_head(name)
+    return HEADS[name]
+
+
 def head_shapes(config: HeadConfig, widths: Mapping[str, int], n_classes: int) -> dict[str, torch.Size]:
     """The shapes of a head's tensors by name, of one model (1, ...), without the memory for them. Raises `UsageError`
     as `build_head`, and torch's `RuntimeError` for more numbers than can be counted."""
     import torch
-
-    from modeling.heads.base import head_class
 
     with torch.device("meta"):
         head = head_class(config.head)(config, widths, n_classes, 1)
@@ -97,7 +112,6 @@ def build_head(
 
     Raises `UsageError` when the features lack what the head needs.
     """
-    from modeling.heads.base import head_class
     from modeling.heads.layers import initialise
 
     head = head_class(config.head)(config, widths, n_classes, len(seeds))

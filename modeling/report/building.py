@@ -9,6 +9,7 @@ from markupsafe import escape
 
 from feats.csv_files import read_table
 from feats.source import SIDES
+from modeling.choices import AVERAGES
 from modeling.heads.base import n_parameters
 from modeling.report import figures as draw, measures
 from modeling.report.embedding import METHODS, Embedded, chosen_rows, embed
@@ -78,15 +79,14 @@ def _rows(counts: Mapping[str, int]) -> str:
 
 def score_rows(figures: Mapping[str, Any]) -> list[tuple[str | int, ...]]:
     """Figures with their intervals for each part there is, and what the majority class alone would have."""
-    names = ("accuracy", "weighted_f1", "macro_f1")
     rows: list[tuple[str | int, ...]] = []
     for key, words in (("val", "validation"), ("test", "test")):
         if key in figures:
             one = figures[key]
-            shown = ["{:.3f} [{:.3f}, {:.3f}]".format(one[name], *one["interval"][name]) for name in names]
+            shown = ["{:.3f} [{:.3f}, {:.3f}]".format(one[name], *one["interval"][name]) for name in AVERAGES]
             rows.append((words, one["n"], *shown))
             always = one["majority"]
-            plain = [f"{always[name]:.3f}" for name in names]
+            plain = [f"{always[name]:.3f}" for name in AVERAGES]
             rows.append((f"{words}, always {always['class']}", one["n"], *plain))
     return rows
 
@@ -258,7 +258,7 @@ def results(material: Material) -> Section:
         notes.append(f"No figure by picture size, the raw pairs are gone: {material.no_records}")
     kept = [
         (f"{100 * share:.0f} %", f"{100 * risk.at(share):.1f} %", _threshold(risk, share))
-        for share in (0.25, 0.5, 0.75, 1)
+        for share in measures.KEPT_SHARES
     ]
     words = {
         "reliability": _calibration_words(material, before is not None),

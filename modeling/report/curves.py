@@ -92,10 +92,10 @@ def _draw(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         axes.legend(loc="lower right")
 
 
-def _apart(ticks: Sequence[float], factor: float = 1.7) -> list[float]:
+def _apart(ticks: Sequence[float]) -> list[float]:
     """Those that are far enough from one another on a logarithmic axis for their labels."""
     kept = [min(ticks)]
     for tick in sorted(ticks):
-        if tick >= factor * kept[-1]:
+        if tick >= 1.7 * kept[-1]:
             kept.append(tick)
     return kept

@@ -8,7 +8,7 @@ from matplotlib.ticker import MaxNLocator
 
 from modeling.report.embedding import Embedded
 from modeling.report.inside import FirstLayer, SideAttention
-from modeling.report.measures import Confusion, Course, Density, Group, Reliability, RiskCoverage
+from modeling.report.measures import KEPT_SHARES, Confusion, Course, Density, Group, Reliability, RiskCoverage
 from modeling.report.sections import FigureFile
 from modeling.report.style import DASHES, INK, MARKERS, SIZE, colour, figure_file, shorten
 
@@ -284,7 +284,7 @@ def coverage(found: RiskCoverage, baseline: float | None) -> FigureFile:
 
     def draw(axes: Axes) -> None:
         axes.plot(100 * found.coverage, 100 * found.accuracy, color=colour(1))
-        for share in (0.25, 0.5, 0.75, 1):
+        for share in KEPT_SHARES:
             value = 100 * found.at(share)
             axes.plot([100 * share], [value], "o", color=colour(0), ms=4)
             where = (-2, 7) if share == 1 else (0, 7)

@@ -157,10 +157,10 @@ def _first_linear(head: Head, inputs: Inputs) -> tuple[str, np.ndarray, np.ndarr
     return names[layer], layer.weight.detach().numpy().ravel(), seen.outputs(layer).numpy().ravel()
 
 
-def histograms(before: np.ndarray, after: np.ndarray, bins: int = HISTOGRAM_BINS) -> tuple[Histogram, Histogram]:
+def histograms(before: np.ndarray, after: np.ndarray) -> tuple[Histogram, Histogram]:
     """Two densities over the same bins, from the least to the largest of all values."""
     low, high = _range(before, after)
-    edges = np.linspace(low, high, bins + 1)
+    edges = np.linspace(low, high, HISTOGRAM_BINS + 1)
     first, second = (np.histogram(x, edges, density=True)[0] for x in (before, after))
     return (
         Histogram(edges, first, float(before.mean()), float(before.std())),

@@ -10,6 +10,7 @@ import numpy as np
 from modeling.evaluation.metrics import BINS, confusion_matrix, intervals, softmax
 
 SMALLEST = 5e-7  # half of the last digit that stored probabilities have
+KEPT_SHARES = (0.25, 0.5, 0.75, 1)  # of the rows, the surest: shown of `RiskCoverage`
 GROUPS = 5  # of rows by text length or picture size
 CURVE_POINTS = 200
 
@@ -135,10 +136,10 @@ class Group:
     interval: tuple[float, float]
 
 
-def by_value(values: np.ndarray, right: np.ndarray, groups: int = GROUPS) -> list[Group]:
-    """Rows in `groups` of about the same number by their values (N,); `right` (N,) bool. Equal values stay together, so
+def by_value(values: np.ndarray, right: np.ndarray) -> list[Group]:
+    """Rows in `GROUPS` of about the same number by their values (N,); `right` (N,) bool. Equal values stay together, so
     that there may be fewer groups."""
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, groups + 1)[1:-1], method="lower"))
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, GROUPS + 1)[1:-1], method="lower"))
     group_of = np.searchsorted(edges, values, side="left")
     found = []
     for k in np.unique(group_of):

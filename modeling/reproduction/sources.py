@@ -10,7 +10,7 @@ from feats.parts import cache_paths, open_cache
 from feats.source import SIDES
 from modeling.features.joined import FeatureSource
 from modeling.finetuning.studies import EncoderChoice
-from modeling.heads.base import head_class
+from modeling.heads.registry import head_class
 from modeling.reproduction.published import Row
 
 SPLIT = "train"

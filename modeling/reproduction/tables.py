@@ -17,8 +17,8 @@ from modeling.evaluation import metrics, text_tables
 from modeling.experiments.experiment import Experiment, ExperimentSettings, load_experiment, on_features
 from modeling.experiments.fitting import run_of, train_all as train
 from modeling.features.joined import FeatureSource
-from modeling.heads.base import head_class
 from modeling.heads.config import HeadConfig, ablation_words
+from modeling.heads.registry import head_class
 from modeling.prediction.ablation import ablation_eval, absence
 from modeling.reproduction.published import Row, Study, Table, ends
 from modeling.reproduction.sources import Cache, caches_in, differences, source_for

@@ -13,7 +13,7 @@ from feats.escapes import one_line
 from modeling.choices import AVERAGES
 from modeling.evaluation.text_tables import WIDTH, format_table
 from modeling.runs.entries import Entry, age_of, figure_words
-from modeling.runs.leaderboard import Group, Leaderboard, Place
+from modeling.runs.groups import Group, Place
 
 HEAD, CACHES = 13, 12  # widths of the terminal's columns that are wrapped
 # First lines, by which files are known that may be replaced.
@@ -51,12 +51,12 @@ SPECIAL = {
 }
 
 
-def written(board: Leaderboard, layout: str, csv_safe: bool = False) -> str:
+def written(groups: Sequence[Group], layout: str, csv_safe: bool = False) -> str:
     """One of `LAYOUTS`, ending without a line feed; `csv_safe` as `safe` of `write_rows`. Raises `UsageError` for
     another."""
     if layout not in LAYOUTS:
         raise UsageError(f"`format` {layout}: expected one of {', '.join(LAYOUTS)}")
-    return csv(board, safe=csv_safe) if layout == "csv" else LAYOUTS[layout](board)
+    return csv(groups, safe=csv_safe) if layout == "csv" else LAYOUTS[layout](groups)
 
 
 def first_line_of(layout: str) -> str:
@@ -67,9 +67,9 @@ def first_line_of(layout: str) -> str:
 # -- terminal ---------------------------------------------------------------------------------------------------
 
 
-def terminal(board: Leaderboard) -> str:
+def terminal(groups: Sequence[Group]) -> str:
     """A table for each group; every run has as many lines as its names need."""
-    return "\n\n".join(map(_terminal_group, board.groups))
+    return "\n\n".join(map(_terminal_group, groups))
 
 
 def _terminal_group(group: Group) -> str:
@@ -146,10 +146,10 @@ def _cells(group: Group) -> Iterator[list[str]]:
     yield ["", "", f"always {group.majority['class']}", "", "", *figures, "", ""]
 
 
-def markdown(board: Leaderboard) -> str:
+def markdown(groups: Sequence[Group]) -> str:
     """A heading, a table and notes for each group."""
     parts = [FIRST["markdown"]]
-    for group in board.groups:
+    for group in groups:
         rows = [dict(zip(COLUMNS, map(_of_markdown, cells), strict=True)) for cells in _cells(group)]
         notes = "\n".join(f"- {_of_markdown(note)}" for note in group.notes)
         parts += [f"### {_of_markdown(group.rows)}", format_table(rows, COLUMNS, markdown=True), notes]
@@ -161,10 +161,10 @@ def _of_markdown(text: str) -> str:
     return re.sub(r"([\\`*<>\[\]&~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", one_line(text))
 
 
-def latex(board: Leaderboard) -> str:
+def latex(groups: Sequence[Group]) -> str:
     """A table environment for each group; it needs no package."""
     parts = [FIRST["latex"]]
-    for group in board.groups:
+    for group in groups:
         caption = _of_latex(" ".join([f"{group.rows}.", *group.notes]))
         lines = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}"]
         lines += [rf"\begin{{tabular}}{{r{'l' * (len(COLUMNS) - 1)}}}", r"\hline", _latex_row(COLUMNS), r"\hline"]
@@ -187,10 +187,10 @@ def _of_latex(text: str) -> str:
 # -- CSV --------------------------------------------------------------------------------------------------------
 
 
-def csv(board: Leaderboard, *, safe: bool = False) -> str:
+def csv(groups: Sequence[Group], *, safe: bool = False) -> str:
     """One table of all groups with every number in full, a line for each run and each group's majority class."""
     file = io.StringIO()
-    write_rows(file, [CSV_COLUMNS, *(row for group in board.groups for row in _csv_rows(group))], safe=safe)
+    write_rows(file, [CSV_COLUMNS, *(row for group in groups for row in _csv_rows(group))], safe=safe)
     return file.getvalue().removesuffix("\n")
 
 
@@ -210,7 +210,7 @@ def _csv_rows(group: Group) -> Iterator[list[Any]]:
     yield [group.rows, None, *names, *always, None, group.by, "", *[None] * 5, ""]
 
 
-LAYOUTS: dict[str, Callable[[Leaderboard], str]] = {
+LAYOUTS: dict[str, Callable[[Sequence[Group]], str]] = {
     "terminal": terminal,
     "markdown": markdown,
     "latex": latex,

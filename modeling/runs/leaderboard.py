@@ -3,92 +3,28 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from feats.errors import UsageError
 from modeling.choices import AVERAGES, RUNS
 from modeling.evaluation import metrics
+from modeling.evaluation.paired import PairedTest, tested_together
 from modeling.runs.config import CONFIG
 from modeling.runs.entries import (
     Entry,
     Predicted,
-    figure_words,
     find_entries,
     read_entry,
     read_predicted,
     rows_words,
 )
+from modeling.runs.groups import Group, Place
+from modeling.runs.layouts import written
 from modeling.runs.listing import warn_of
 
 # The smallest p is 2 / (draws + 1): times the number of runs, as Holm has it, it must stay far below .05.
 DRAWS_A_RUN = 100
-
-
-@dataclass(frozen=True)
-class PairedTest:
-    """A paired bootstrap against another run on the same rows: the difference of the figure, its 95 % interval, p, and
-    p by Holm over all runs of the group."""
-
-    difference: float
-    low: float
-    high: float
-    p: float
-    holm: float
-
-
-@dataclass(frozen=True)
-class Place:
-    """A run in a group: its figures by name, their 95 % credible intervals over rows, the standard deviation of the
-    ranking figure over folds or seeds (None of a single head), and its test (None: it is the one tested against)."""
-
-    entry: Entry
-    name: str
-    figures: dict[str, float]
-    intervals: dict[str, list[float]]
-    deviation: float | None
-    test: PairedTest | None
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs on the same validation rows with the same labels, best first by the figure `by`. `rows`: which they are;
-    `majority`: what always predicting the most common class of the training rows scores (`metrics.majority_baseline`);
-    `against`: the name of the run that the others are tested against."""
-
-    rows: str
-    by: str
-    places: list[Place]
-    majority: dict[str, Any]
-    against: str
-
-    @property
-    def notes(self) -> list[str]:
-        """How the figures came about."""
-        several = len(self.places) > 1
-        lines = [f"95 % intervals are credible ones, over rows. Figures are those of {self.rows}."]
-        if several:
-            others = len(self.places) - 1
-            lines.append(
-                f"To {'the best' if self.against == self.places[0].name else self.against}: the difference in "
-                f"{figure_words(self.by)}; p is a paired bootstrap on the same rows, by Holm over "
-                f"{others} run{'s'[: others != 1]}."
-            )
-            lines.append(
-                f"The best of {len(self.places)} by these very rows is optimistic: confirm it on others."
-                + (
-                    " Heads trained by gradient descent also chose their best epoch on these rows, which favours them "
-                    "over linear and kernel."
-                    if any(place.entry.epochs_chosen for place in self.places)
-                    else ""
-                )
-            )
-        elif self.places[0].entry.epochs_chosen:
-            lines.append("Its best epoch was chosen on these very rows, which is optimistic.")
-        if any(place.deviation is not None for place in self.places):
-            lines.append("± is over a run's folds or seeds; its figure is of all of them together.")
-        return lines
 
 
 @dataclass(frozen=True)
@@ -101,9 +37,7 @@ class Leaderboard:
     def text(self, layout: str = "terminal", *, csv_safe: bool = False) -> str:
         """As one of `modeling.runs.layouts.LAYOUTS`; `csv_safe`: as `safe` of `feats.csv_files.write_rows`. Raises
         `UsageError` for another."""
-        from modeling.runs.layouts import written  # which is built on this module
-
-        return written(self, layout, csv_safe)
+        return written(self.groups, layout, csv_safe)
 
     def __str__(self) -> str:
         return self.text()
@@ -225,13 +159,8 @@ def _tests(
         return {}
     draws = max(metrics.DRAWS, DRAWS_A_RUN * len(others))
     drawn = metrics.resampled(labels, predictions, n_classes, by, draws=draws)
-    differences = drawn[:, others] - drawn[:, [reference]]
-    alone = [metrics.two_sided_p(of_one) for of_one in differences.T]
-    edges = np.quantile(differences, [0.025, 0.975], axis=0).T.tolist()
-    return {
-        k: PairedTest(values[k] - values[reference], low, high, p, adjusted)
-        for k, (low, high), p, adjusted in zip(others, edges, alone, metrics.holm(alone), strict=True)
-    }
+    tests = tested_together([values[k] - values[reference] for k in others], drawn[:, others] - drawn[:, [reference]])
+    return dict(zip(others, tests, strict=True))
 
 
 def _majority(entry: Entry, labels: np.ndarray, classes: Sequence[str]) -> str:

@@ -82,9 +82,9 @@ def warn_of(bad: Mapping[Path, str]) -> None:
         warnings.warn(f"left out or last among the runs: {'; '.join(told[:NAMED])}{more}", stacklevel=3)
 
 
-def newest_run(folder: Path | str, single_head: bool = False) -> Path:
-    """The newest run, or the newest of one head on cached features. Raises `UsageError` when there is none."""
-    return newest_runs(folder, single_head)[0]
+def newest_run(folder: Path | str) -> Path:
+    """The newest run. Raises `UsageError` when there is none."""
+    return newest_runs(folder)[0]
 
 
 def newest_runs(folder: Path | str, single_head: bool = False) -> list[Path]:

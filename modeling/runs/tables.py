@@ -13,6 +13,7 @@ from modeling.training.config import settings_read
 
 PARTS = {"val": "validation", "test": "test"}
 MORE_FIGURES = (*(name for name in SHOWN_AVERAGES if name not in AVERAGES), "log_loss", "ece", "ece_calibrated")
+MOST_SHOWN = 5  # trainings whose epochs are shown
 
 
 def head_line(run: Run) -> str:
@@ -71,23 +72,23 @@ def _figures(loss: float, row: Mapping[str, Any], prefix: str = "") -> str:
     return ", ".join([f"loss {loss:.4f}", *known])
 
 
-def epochs_shown(run: Run, most: int = 5) -> list[str]:
-    """The best and the last epoch of each member, of the first `most` members where there are more. A member in closed
-    form has none."""
+def epochs_shown(run: Run) -> list[str]:
+    """The best and the last epoch of each member, of the first `MOST_SHOWN` members where there are more. A member in
+    closed form has none."""
     assert run.report is not None
     of_member: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
     for row in run.report.history:
         of_member.setdefault((row["fold"], row["seed"]), []).append(row)
     trained = [(m, of_member[m.fold or "", m.config.seed]) for m in run.members if m.best_epoch is not None]
     lines = []
-    for member, rows in trained[:most]:
+    for member, rows in trained[:MOST_SHOWN]:
         best = next(row for row in rows if row["epoch"] == member.best_epoch)
         last = rows[-1]
         for row, words in [(best, "best")] if best is last else [(best, "best"), (last, "last")]:
             named = row if len(run.members) > 1 else {**row, "fold": "", "seed": ""}
             lines.append(epoch_line(named, words))
-    if len(trained) > most:
-        lines.append(f"... and {len(trained) - most} more trainings in history.csv")
+    if len(trained) > MOST_SHOWN:
+        lines.append(f"... and {len(trained) - MOST_SHOWN} more trainings in history.csv")
     return lines
 
 

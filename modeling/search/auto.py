@@ -20,7 +20,7 @@ from modeling.experiments.fitting import Progress, needed_source
 from modeling.experiments.measuring import report_of
 from modeling.features.inputs import Preprocessing
 from modeling.features.stored_splits import Split
-from modeling.heads.base import head_class
+from modeling.heads.registry import head_class
 from modeling.runs.run import Member, Run, Stacking, opinion
 from modeling.training.closed_form import MAX_KERNEL_ROWS, fit_logistic
 from modeling.training.config import TrainConfig

@@ -22,7 +22,7 @@ from modeling.evaluation import metrics
 from modeling.experiments.experiment import Experiment
 from modeling.experiments.fitting import Progress, train_all
 from modeling.features.stored_splits import Split
-from modeling.heads.base import head_class
+from modeling.heads.registry import head_class
 from modeling.runs.files import user_file
 from modeling.runs.run import Run
 from modeling.training.config import TrainConfig, flat

@@ -16,11 +16,12 @@ from feats.json_files import read_json
 from feats.source import SIDES
 from feats.writing import write_json, write_text
 from modeling.evaluation import metrics, text_tables
+from modeling.evaluation.paired import optimism_words
 from modeling.evaluation.text_tables import spread
 from modeling.experiments.experiment import Experiment
 from modeling.features.corrections import corrected_words
-from modeling.heads.base import head_class
 from modeling.heads.config import ABLATIONS, ablation_number, ablation_words
+from modeling.heads.registry import head_class
 from modeling.runs.config import PREDICTIONS, is_whole, read_config, read_metrics, train_config
 from modeling.runs.entries import read_entry
 from modeling.runs.folder import read_predictions
@@ -252,16 +253,11 @@ def compare(
     details = [*named, "best_epoch", "epochs", "parameters", *whole, "weighted_precision", "weighted_recall"]
     majority = metrics.majority_baseline(labels, experiment.classes, experiment.majority(experiment.splits[0]))
     baseline = {"head": f"always {majority['class']}", **{name: majority[name] for name in metrics.AVERAGES}}
+    epochs_chosen = not all(head_class(config.head.head).closed_form() for config in of_setting)
     notes = (
         f"{len(labels)} validation rows. Of the {monitor}: ± is over seeds; 95 % and p, a paired bootstrap against the "
-        f"best, are over rows, of models with these seeds. The best of {len(rows)} by these very rows is optimistic: "
-        "confirm it on others."
+        f"best, are over rows, of models with these seeds. {optimism_words(len(rows), epochs_chosen)}"
     )
-    if not all(head_class(config.head.head).closed_form() for config in of_setting):
-        notes += (
-            " Heads trained by gradient descent also chose their best epoch on these rows, which favours them over "
-            "linear and kernel."
-        )
     if corrected := corrected_words(experiment.features, experiment.splits):
         notes += f" Of the labels, {corrected}."
     if collapsed:

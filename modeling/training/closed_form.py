@@ -62,8 +62,7 @@ def fit_logistic(
     threads = threads or StepThreads(x.device, steady=True)
     threads.resume()
     x, weights = _checked(x, targets, n_classes, row_weights)
-    if not Cs or min(Cs) <= 0:
-        raise UsageError(f"C {', '.join(f'{C:g}' for C in Cs) or '(none)'}: expected numbers above 0")
+    check_penalties(Cs)
     centre = weights @ x / weights.sum()  # takes the bias out of the weights' way
     x = x - centre
     basis = None
@@ -104,11 +103,16 @@ def _minimise(
         if excess <= tolerance * value:
             break
     if excess > max(tolerance, PROMISED) * value:
-        raise UsageError(
-            f"logistic regression is {excess / value:.1g} of its objective from the minimum after {MAX_ROUNDS} rounds: "
-            "the classes can be told apart and next to nothing keeps the weights small; give a smaller `C`"
-        )
+        raise not_minimised(excess / value)
     return weight, bias, value * scale
+
+
+def not_minimised(excess: float) -> UsageError:
+    """The error of a logistic regression that ends `excess`, a share of its objective, above the minimum."""
+    return UsageError(
+        f"logistic regression is {excess:.1g} of its objective from the minimum after {MAX_ROUNDS} rounds: "
+        "the classes can be told apart and next to nothing keeps the weights small; give a smaller `C`"
+    )
 
 
 def _lbfgs(
@@ -253,13 +257,24 @@ def _checked(
     """Features and row weights in double precision; weights of 1 when there are none."""
     if x.ndim != 2 or targets.shape != x.shape[:1] or (row_weights is not None and row_weights.shape != targets.shape):
         raise ValueError(f"features {tuple(x.shape)}, targets {tuple(targets.shape)}: expected (N, D) and (N,)")
-    counts = torch.bincount(targets, minlength=n_classes)
-    if len(counts) > n_classes or not counts.all():
-        raise UsageError(
-            f"rows per class {counts.tolist()}, expected some in each of {n_classes}; leave a class without rows out"
-        )
+    check_every_class(targets, n_classes)
     for what, values in (("features", x), ("row weights", row_weights)):
         if values is not None and not torch.isfinite(values).all():
             raise UsageError(f"{what} that aren't finite numbers; check `scale`, `class_weights` and the caches")
     x = x.double()
     return x, torch.ones_like(x[:, 0]) if row_weights is None else row_weights.to(x)
+
+
+def check_penalties(Cs: Sequence[float]) -> None:
+    """Raise `UsageError` for no `C`, and for one that isn't positive."""
+    if not Cs or min(Cs) <= 0:
+        raise UsageError(f"C {', '.join(f'{C:g}' for C in Cs) or '(none)'}: expected numbers above 0")
+
+
+def check_every_class(targets: torch.Tensor, n_classes: int) -> None:
+    """Raise `UsageError` unless each of the classes has a row among `targets` (N,) int64, and no other has."""
+    counts = torch.bincount(targets, minlength=n_classes)
+    if len(counts) > n_classes or not counts.all():
+        raise UsageError(
+            f"rows per class {counts.tolist()}, expected some in each of {n_classes}; leave a class without rows out"
+        )

@@ -8,7 +8,9 @@ from typing import Any
 
 from feats.errors import UsageError
 from modeling.heads.config import HeadConfig
+from modeling.heads.registry import head_class
 
+OF_CLOSED_FORM = ("C", "ridge", "gamma")  # what heads trained by gradient descent don't read
 OPTIMIZERS = ("adam", "adamw")
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCHEDULES = ("constant", "cosine", "onecycle")
@@ -60,7 +62,7 @@ class TrainConfig:
             raise UsageError(f"lr {self.lr:g}, weight decay {self.weight_decay:g}: expected lr > 0 and decay >= 0")
         if not 0 <= self.label_smoothing < 1:
             raise UsageError(f"label smoothing {self.label_smoothing:g}: expected 0 <= smoothing < 1")
-        for name in ("C", "ridge", "gamma"):
+        for name in OF_CLOSED_FORM:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"`{name}` {value:g}: expected a number above 0")
@@ -120,13 +122,10 @@ def changed(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
 
 def settings_read(head: str) -> set[str]:
     """The fields of `HeadConfig` and `TrainConfig` that decide what becomes of a head."""
-    from modeling.heads.base import head_class
-
     chosen = head_class(head)
     read = {"head", "sides", "deterministic", *chosen.reads}
     if not chosen.closed_form():
-        of_closed_form = {"C", "ridge", "gamma"}
-        read |= {f.name for f in fields(TrainConfig)} - of_closed_form
+        read |= {f.name for f in fields(TrainConfig)} - set(OF_CLOSED_FORM)
     return read
 
 
@@ -139,8 +138,6 @@ def as_read(config: TrainConfig) -> TrainConfig:
 def with_seeds(config: TrainConfig, n: int = 1) -> list[TrainConfig]:
     """`n` seeds from the configuration's own up; a head in closed form gives the same for all of them and gets one.
     Raises `UsageError` for fewer than one."""
-    from modeling.heads.base import head_class
-
     if not 1 <= n <= MOST_SEEDS:
         raise UsageError(f"`seeds` {n}: expected 1 or more, and at most {MOST_SEEDS}")
     count = 1 if head_class(config.head.head).closed_form() else n

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from feats.acceleration import deterministic
-from modeling.heads.base import head_class
+from modeling.heads.registry import head_class
 from modeling.training.config import Epochs, TrainConfig, hyperparameters
 from modeling.training.exact import solve_kernel, solve_linear
 from modeling.training.gradient import train_stack

@@ -13,7 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from feats.errors import UsageError
-from modeling.training.closed_form import MAX_ROUNDS, PROMISED, TOLERANCE, LogisticFit
+from modeling.training.closed_form import (
+    MAX_ROUNDS,
+    PROMISED,
+    TOLERANCE,
+    LogisticFit,
+    check_every_class,
+    check_penalties,
+    not_minimised,
+)
 
 PASS_VALUES = 1 << 22  # logits of all problems in one step of a pass
 HESSIAN_VALUES = 1 << 26  # of the Hessians that one pass sums up
@@ -131,10 +139,7 @@ def fit_together(
     else:
         worst = float((excess / value).max())
         if worst > max(tolerance, PROMISED):
-            raise UsageError(
-                f"logistic regression is {worst:.1g} of its objective from the minimum after {MAX_ROUNDS} rounds: "
-                "the classes can be told apart and next to nothing keeps the weights small; give a smaller `C`"
-            )
+            raise not_minimised(worst)
     weight, bias = theta[:, :-1], theta[:, -1] - data.centre @ theta[:, :-1]
     values = value * problems.scale
     return {fit: LogisticFit(fit.C, weight[p], bias[p], float(values[p])) for p, fit in enumerate(fits)}
@@ -155,18 +160,11 @@ def logits_left_out(
 
 
 def _check(data: RowData, fits: Sequence[Fit]) -> None:
-    if not fits or min(fit.C for fit in fits) <= 0:
-        raise UsageError(f"C {', '.join(f'{fit.C:g}' for fit in fits) or '(none)'}: expected numbers above 0")
+    check_penalties([fit.C for fit in fits])
     if not torch.isfinite(data.weights).all():
         raise UsageError("row weights that aren't finite numbers; check `class_weights`")
     for fold in {fit.left_out for fit in fits}:
-        rows = data.targets if fold is None else data.targets[data.folds != fold]
-        counts = torch.bincount(rows, minlength=data.n_classes)
-        if len(counts) > data.n_classes or not counts.all():
-            raise UsageError(
-                f"rows per class {counts.tolist()}, expected some in each of {data.n_classes}; leave a class without "
-                "rows out"
-            )
+        check_every_class(data.targets if fold is None else data.targets[data.folds != fold], data.n_classes)
 
 
 class _Problems:
