@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, redirect_stderr, 
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -244,6 +245,7 @@ class FullDisk:
 
     def __init__(self, root: Path, fails: int, patch: pytest.MonkeyPatch, once: bool = False):
         self.root, self.fails, self.once, self.changes = str(root), fails, once, 0
+        self.lock = Lock()
         for name in self.CALLS:
             patch.setattr(os, name, partial(self._call, getattr(os, name)))
         patch.setattr(os, "open", partial(self._os_open, os.open))
@@ -255,8 +257,9 @@ class FullDisk:
             place = os.readlink(f"/proc/self/fd/{place}")
         if not os.path.abspath(os.fspath(place)).startswith(self.root):
             return False
-        self.changes += 1
-        return self.changes == self.fails if self.once else self.changes >= self.fails
+        with self.lock:  # files may be synced at the same time
+            self.changes += 1
+            return self.changes == self.fails if self.once else self.changes >= self.fails
 
     def _call(self, function: Callable[..., Any], place: Any, *rest: Any, **how: Any) -> Any:
         if self._refuses(place):

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import pytest
@@ -37,6 +38,7 @@ class Trace:
         self.names: list[Files] = []
         self.synced: list[dict[int, bytes]] = []
         self.written: list[dict[int, bytes]] = []
+        self.lock = RLock()
         self.sure: list[int] = []  # up to which step names are sure
         self._note()
         self.sure[0] = 0
@@ -44,6 +46,10 @@ class Trace:
             patch.setattr(os, name, partial(self._step, getattr(os, name)))
 
     def _step(self, function: Any, place: Any, *rest: Any, **how: Any) -> Any:
+        with self.lock:  # of files that are synced at the same time
+            return self._noted(function, place, *rest, **how)
+
+    def _noted(self, function: Any, place: Any, *rest: Any, **how: Any) -> Any:
         result = function(place, *rest, **how)
         if function.__name__ == "fsync":
             path = Path(os.readlink(f"/proc/self/fd/{place}"))
