@@ -81,7 +81,9 @@ def opened(paths: Sequence[Path], columns: "Columns") -> "Foreign":
     for path in paths:
         found = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         if not found or not found[0].is_file():
-            raise UsageError(f"{path} is no Parquet file, nor a folder with some or with img_emb/ and text_emb/")
+            inside = [entry for entry in sorted(path.glob("*/")) if is_npy_folder(entry)]
+            meant = f"; give {', or '.join(map(str, inside))}" if inside else ""
+            raise UsageError(f"{path} is no Parquet file, nor a folder with some or with img_emb/ and text_emb/{meant}")
         files += found
     return read_parquet(files, columns)
 

@@ -183,6 +183,9 @@ def test_files_that_aren_t_what_they_should_be(tmp_path: Path, capsys: pytest.Ca
     assert "1 columns of lists of floats (emb); say which holds features of pictures with --image" in error_line(capsys)
     assert run(import_feats, tmp_path / "nothing", "--out", tmp_path) == 2
     assert "is no Parquet file, nor a folder" in error_line(capsys)
+    (tmp_path / "exported" / "clip_train" / "img_emb").mkdir(parents=True)
+    assert run(import_feats, tmp_path / "exported", "--out", tmp_path) == 2
+    assert error_line(capsys).endswith(f"; give {tmp_path / 'exported' / 'clip_train'}")
     (tmp_path / "b.parquet").write_bytes(b"nothing")
     assert run(import_feats, tmp_path / "b.parquet", "--out", tmp_path) == 2
     assert "b.parquet can't be read as Parquet" in error_line(capsys)
