@@ -220,55 +220,74 @@ def compare(
     of_setting: dict[TrainConfig, list[str]] = {}
     for config, name in zip(configs, names, strict=True):
         of_setting.setdefault(replace(config, seed=0), []).append(name)
-    lost = {setting for setting, runs in of_setting.items() if diverged.keys() & set(runs)}
-    of_setting = {setting: runs for setting, runs in of_setting.items() if setting not in lost}
-    if not of_setting:
+    whole = {setting: runs for setting, runs in of_setting.items() if not diverged.keys() & set(runs)}
+    if not whole:
         raise UsageError(f"every configuration diverged; {next(iter(diverged.values()))}")
     monitor = monitor if monitor in metrics.AVERAGES else "accuracy"
-    entries = [_entry(folder, setting, runs, monitor) for setting, runs in of_setting.items()]
+    entries = [_entry(folder, setting, runs, monitor) for setting, runs in whole.items()]
     entries.sort(key=lambda e: -e["row"][monitor])
     best = entries[0]
     labels = experiment.labels(best["ids"])
-    predictions = np.concatenate([e["predictions"] for e in entries])
-    of_runs = metrics.resampled(labels, predictions, len(experiment.classes), monitor)
-    ends = np.cumsum([len(e["runs"]) for e in entries])[:-1]
-    drawn = [of_entry.mean(1) for of_entry in np.split(of_runs, ends, axis=1)]  # resampled rows, the seeds as they are
-    for entry, of_entry in zip(entries, drawn, strict=True):
-        low, high = metrics.interval_of_mean(labels, entry["predictions"], len(experiment.classes), monitor)
-        entry["row"] |= {"by": monitor, "95 %": f"{low:.3f}-{high:.3f}", "low": low, "high": high}
-        if entry is not best:
-            difference = entry["row"][monitor] - best["row"][monitor]
-            entry["row"] |= {"to best": difference, "p": metrics.two_sided_p(of_entry - drawn[0])}
+    _add_tests(entries, labels, len(experiment.classes), monitor)
     _add_gains(entries, monitor)
     rows = [e["row"] for e in entries]
-    collapsed = [row for row in rows if row["collapsed"]]
-    given = [
-        {k: v for k, v in flat(c).items() if k in settings_read(c.head.head) - {"head", "sides"}} for c in of_setting
-    ]
-    varying = [name for name in flat(configs[0]) if len({g[name] for g in given if name in g}) > 1]
-    named = ["head", *(["collapsed"] if collapsed else []), "ablation", *varying]
-    gain = ["gain"] if any(row["gain"] is not None for row in rows) else []
-    columns = [*named, "seeds", *metrics.AVERAGES, "±", "95 %", "to best", "p", *gain]
-    whole = ["with_encoders"] if any(row["with_encoders"] is not None for row in rows) else []
-    details = [*named, "best_epoch", "epochs", "parameters", *whole, "weighted_precision", "weighted_recall"]
+    columns, details = _columns(rows, list(whole))
     majority = metrics.majority_baseline(labels, experiment.classes, experiment.majority(experiment.splits[0]))
     baseline = {"head": f"always {majority['class']}", **{name: majority[name] for name in metrics.AVERAGES}}
-    epochs_chosen = not all(head_class(config.head.head).closed_form() for config in of_setting)
+    notes = _rows_notes(rows, len(labels), monitor, experiment)
+    if len(whole) < len(of_setting):
+        notes += f"\nLeft out for diverging ({len(of_setting) - len(whole)} of {len(of_setting)}):"
+        notes += "".join(f"\n- {name}: {reason}" for name, reason in diverged.items())
+    return Tables([*rows, baseline], columns, details, _pivots(rows, monitor), notes, best["runs"][0], monitor)
+
+
+def _add_tests(entries: Sequence[dict[str, Any]], labels: np.ndarray, n_classes: int, by: str) -> None:
+    """The interval of each configuration's figure, and its test against the best, which is the first. Rows are drawn
+    again, the seeds are taken as they are."""
+    drawn_of_runs = metrics.resampled(labels, np.concatenate([e["predictions"] for e in entries]), n_classes, by)
+    ends = np.cumsum([len(e["runs"]) for e in entries])[:-1]
+    drawn = [of_entry.mean(1) for of_entry in np.split(drawn_of_runs, ends, axis=1)]
+    best = entries[0]["row"]
+    for entry, of_entry in zip(entries, drawn, strict=True):
+        row = entry["row"]
+        low, high = metrics.interval_of_mean(labels, entry["predictions"], n_classes, by)
+        row |= {"by": by, "95 %": f"{low:.3f}-{high:.3f}", "low": low, "high": high}
+        if row is not best:
+            row |= {"to best": row[by] - best[by], "p": metrics.two_sided_p(of_entry - drawn[0])}
+
+
+def _columns(rows: Sequence[Mapping[str, Any]], settings: Sequence[TrainConfig]) -> tuple[list[str], list[str]]:
+    """The columns of the table and of the one of details: of the settings those that differ."""
+
+    def given(name: str) -> list[str]:
+        return [name] if any(row[name] is not None for row in rows) else []
+
+    read = [(flat(config), settings_read(config.head.head) - {"head", "sides"}) for config in settings]
+    varying = [
+        name for name in flat(settings[0]) if len({values[name] for values, of_head in read if name in of_head}) > 1
+    ]
+    named = ["head", *(["collapsed"] if any(row["collapsed"] for row in rows) else []), "ablation", *varying]
+    columns = [*named, "seeds", *metrics.AVERAGES, "±", "95 %", "to best", "p", *given("gain")]
+    measured = ["best_epoch", "epochs", "parameters", *given("with_encoders"), "weighted_precision", "weighted_recall"]
+    return columns, [*named, *measured]
+
+
+def _rows_notes(rows: Sequence[Mapping[str, Any]], n_rows: int, by: str, experiment: Experiment) -> str:
+    """What the figures of `n_rows` validation rows are to be taken with."""
+    epochs_chosen = not all(head_class(row["head"]).closed_form() for row in rows)
     notes = (
-        f"{len(labels)} validation rows. Of the {monitor}: ± is over seeds; 95 % and p, a paired bootstrap against the "
+        f"{n_rows} validation rows. Of the {by}: ± is over seeds; 95 % and p, a paired bootstrap against the "
         f"best, are over rows, of models with these seeds. {optimism_words(len(rows), epochs_chosen)}"
     )
     if corrected := corrected_words(experiment.features, experiment.splits):
         notes += f" Of the labels, {corrected}."
+    collapsed = [row["head"] for row in rows if row["collapsed"]]
     if collapsed:
         notes += (
             f"\nnote: {len(collapsed)} of {len(rows)} configurations have heads that predict one class for every "
-            f"validation row: no result of theirs; {collapse_remedy(row['head'] for row in collapsed)}"
+            f"validation row: no result of theirs; {collapse_remedy(collapsed)}"
         )
-    if lost:
-        notes += f"\nLeft out for diverging ({len(lost)} of {len(lost) + len(rows)}):"
-        notes += "".join(f"\n- {name}: {reason}" for name, reason in diverged.items())
-    return Tables([*rows, baseline], columns, details, _pivots(rows, monitor), notes, best["runs"][0], monitor)
+    return notes
 
 
 def _entry(folder: Path, setting: TrainConfig, runs: Sequence[str], monitor: str) -> dict[str, Any]:
