@@ -233,6 +233,7 @@ def test_a_damaged_cell_is_named(root: Path, compared: Path, capsys: pytest.Capt
     assert f"error: {history.parent} is damaged; remove it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_grid_adds_cells_and_validation_chooses(
     root: Path, compared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ):

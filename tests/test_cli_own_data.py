@@ -122,6 +122,7 @@ def test_an_encoder_of_both_sides_on_one(tmp_path, capsys):
 # -- another target
 
 
+@pytest.mark.slow
 def test_another_target_from_the_same_caches(shop, capsys):
     assert train(shop, "--label-column", "kind") == 0
     assert f"labels of column kind of {shop / 'shop.csv'}" in capsys.readouterr().out

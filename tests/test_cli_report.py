@@ -81,9 +81,8 @@ def test_train_head_ends_with_it(tmp_path: Path, capsys: pytest.CaptureFixture, 
     assert capsys.readouterr().out.endswith(f"{run / 'report.html'}\n")
 
 
-@pytest.mark.parametrize(
-    "argv", [["--folds", "3"], pytest.param(["--seeds", "2", "--test-ratio", "0.2"], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("argv", [["--folds", "3"], ["--seeds", "2", "--test-ratio", "0.2"]])
 def test_runs_of_several_heads(argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     fast(monkeypatch)
     make_cache(tmp_path / "feats", "clip", 60)

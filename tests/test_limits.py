@@ -369,6 +369,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.slow
 def test_sockets_of_decoding_processes_have_a_short_path(tmp_path: Path, course: Path):
     assert "20 rows done" in in_time(LONG_TMPDIR, tmp_path, course)
 

@@ -222,6 +222,7 @@ def test_a_second_start_trains_nothing(
     assert written == [(folder / name).read_bytes() for name in ("table.csv", "table.md")]
 
 
+@pytest.mark.slow
 def test_a_side_is_removed_from_heads_on_caches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
