@@ -103,10 +103,11 @@ def read_plan(folder: Path) -> PartsPlan | None:
         return PartsPlan.from_json(read_text(path, remedy))
     except ValueError as error:
         raise UsageError(f"{path} can't be read ({first_line(error)}); {remedy}") from None
-    except UsageError:
-        if path.exists():  # asked afterwards: parts that are joined may go at any moment
-            raise
-        return None
+    except UsageError as error:
+        # It may come and go at any moment: what counts is what reading it met, not whether it is there afterwards.
+        if isinstance(error.__context__, FileNotFoundError) or not path.exists():
+            return None
+        raise
 
 
 def publish(unfinished: Path, path: Path) -> None:

@@ -311,6 +311,22 @@ def test_whoever_comes_first_writes_the_plan(tmp_path: Path, pairs: Pairs):
     assert [piece["rows"] for piece in wanted.pieces] == [16, 16, 16, 16, 6]
 
 
+def test_a_plan_that_comes_while_it_is_looked_for(tmp_path: Path, pairs: Pairs, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "x_train.h5"
+    _, plan = agreed(both_sides(), pairs, path)
+    place = plan_path(parts_folder(path))
+    hidden = place.rename(tmp_path / "plan.json")
+
+    def look(at: Path) -> None:
+        hidden.rename(at)
+        raise FileNotFoundError(2, "No such file or directory", str(at))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("feats.json_files.check_regular", look)
+        assert read_plan(parts_folder(path)) is None
+    assert read_plan(parts_folder(path)) == plan
+
+
 def test_without_links_the_plan_is_written_all_the_same(tmp_path: Path, pairs: Pairs, monkeypatch: pytest.MonkeyPatch):
     def no_links(*args: object) -> None:
         raise PermissionError(1, "Operation not permitted")
